@@ -1,0 +1,65 @@
+"""Associative memories of the gradient stream: what a momentum is, as pure functions of tensors.
+
+A memory knows no optimizer, no parameter group and no schedule. Whoever has an idea for a new one
+writes the three methods of :class:`Memory` and passes the object to ``DeepMomentum(memory=...)``.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from deepopt.memory.covariance import Covariance
+from deepopt.memory.delta import Delta
+from deepopt.memory.linear import Linear
+
+__all__ = ["BUILT_IN", "Covariance", "Delta", "Linear", "Memory", "resolve"]
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """A memory of matrix gradients.
+
+    All tensors carry a leading dimension B that stacks independent matrices of one shape, so that
+    one call serves every parameter of that shape; row b of a result may depend on row b of the
+    arguments only. ``retention`` is the optimizer's ``betas[0]``, an argument because schedulers
+    change it. Hyper-parameters of the memory's own are attributes and are not checkpointed:
+    a frozen dataclass gives it the ``repr`` by which a checkpoint recognises it.
+    """
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """The empty memory for gradients ``like``, shape (B, m, n): tensors with leading size B."""
+        ...
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        """One step of inner learning: change the tensors of ``state`` in place, never ``grad``.
+
+        ``state["step"]``, shape (B,) on the CPU, is the number of gradients including this one.
+        """
+        ...
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        """The momentum, shape (B, m, n), right after ``write`` of the same ``grad``."""
+        ...
+
+
+BUILT_IN: dict[str, type[Memory]] = {"linear": Linear, "covariance": Covariance, "delta": Delta}
+
+
+def resolve(memory: Any) -> Memory:
+    """The memory behind a name or an object.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an object without the methods of :class:`Memory`.
+    """
+    if isinstance(memory, str):
+        if memory not in BUILT_IN:
+            names = ", ".join(map(repr, BUILT_IN))
+            raise ValueError(f"Invalid memory: {memory!r}; choose {names} or pass a Memory object")
+        return BUILT_IN[memory]()
+    if isinstance(memory, type) or not isinstance(memory, Memory):
+        raise TypeError(
+            f"Invalid memory: {memory!r} is no Memory object; it needs the methods "
+            "init, write and read of deepopt.memory.Memory"
+        )
+    return memory

@@ -1,0 +1,100 @@
+"""A linear memory read through the memory of the gradient's covariance (Eqs 106-111)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.linear import Linear
+from deepopt.ops import inverse_power
+
+
+@dataclass(frozen=True)
+class Covariance:
+    r"""Momentum, read through powers of the gradient's Gram matrices.
+
+    The paper's Appendix B finds AdaGrad's full-matrix form as the optimal memory that maps
+    gradients to the root of their covariance; its power -1/2 is a free power here, and the
+    covariance of the flattened gradient is replaced by those of its rows and columns:
+
+    .. math::
+        M_t &= \beta M_{t-1} + (1-\beta) G_t \\
+        L_t &= \rho L_{t-1} + (1-\rho)\, G_t G_t^\top, \qquad
+        R_t  = \rho R_{t-1} + (1-\rho)\, G_t^\top G_t \\
+        \text{read} &= L_t^{-p}\, \hat M_t \quad (m \le n,\ \texttt{sides="short"}),
+        \qquad L_t^{-p}\, \hat M_t\, R_t^{-p} \quad (\texttt{sides="both"})
+
+    with :math:`\hat M_t` the look-ahead of :class:`Linear`. The powers are computed at the first
+    write and every ``refresh`` writes after it, from eigenvalues damped relative to the largest.
+
+    Args:
+        power: p > 0; None takes 0.35 for one side and 0.25 for both (default: None).
+        sides: "short" uses the Gram matrix of the short side alone, "both" uses two
+            (default: "short").
+        retention: rho, of the Gram matrices, in [0, 1) (default: 0.95).
+        refresh: writes from one computation of the powers to the next, at least 1 (default: 10).
+        damping: smallest eigenvalue that counts, relative to the largest (default: 1e-6).
+
+    State: with r and R the short and the long side, 1 + 2r/R floats per parameter for the short
+    side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    power: float | None = None
+    sides: Literal["short", "both"] = "short"
+    retention: float = 0.95
+    refresh: int = 10
+    damping: float = 1e-6
+    _linear: Linear = field(default=Linear(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.power is not None and not 0.0 < self.power:
+            raise ValueError(f"Invalid power: {self.power}; it must be positive")
+        if self.sides not in ("short", "both"):
+            raise ValueError(f"Invalid sides: {self.sides!r}; choose 'short' or 'both'")
+        if not 0.0 <= self.retention < 1.0:
+            raise ValueError(f"Invalid retention: {self.retention}; it must be in [0, 1)")
+        if not self.refresh >= 1:
+            raise ValueError(f"Invalid refresh: {self.refresh}; it must be at least 1")
+        if not 0.0 < self.damping < 1.0:
+            raise ValueError(f"Invalid damping: {self.damping}; it must be in (0, 1)")
+
+    def _sides(self, grad: Tensor) -> tuple[Literal["left", "right"], ...]:
+        rows, columns = grad.shape[-2:]
+        if self.sides == "both":
+            return "left", "right"
+        return ("left",) if rows <= columns else ("right",)
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        state = self._linear.init(like)
+        for side in self._sides(like):
+            size = like.shape[-2] if side == "left" else like.shape[-1]
+            state[f"gram_{side}"] = like.new_zeros(like.shape[0], size, size)
+            state[f"root_{side}"] = like.new_zeros(like.shape[0], size, size)
+        return state
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        self._linear.write(state, grad, retention)
+        power = self.power or (0.25 if self.sides == "both" else 0.35)
+        steps = state["step"].tolist()
+        due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
+        for side in self._sides(grad):
+            gram, root = state[f"gram_{side}"], state[f"root_{side}"]
+            factor = grad if side == "left" else grad.mT
+            torch.baddbmm(
+                gram, factor, factor.mT, beta=self.retention, alpha=1 - self.retention, out=gram
+            )
+            if len(due) == len(steps):
+                root.copy_(inverse_power(gram, power, self.damping))
+            elif due:
+                root[due] = inverse_power(gram[due], power, self.damping)
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        momentum = self._linear.read(state, grad, retention)
+        for side in self._sides(grad):
+            root = state[f"root_{side}"]
+            momentum = root @ momentum if side == "left" else momentum @ root
+        return momentum

@@ -1,0 +1,7 @@
+"""Numeric primitives, batched over a leading dimension of matrices. They import torch alone."""
+
+from deepopt.ops.inverse_power import inverse_power
+from deepopt.ops.newton_schulz import newton_schulz, polar_express
+from deepopt.ops.row_norm import normalize_rows, rms_gain
+
+__all__ = ["inverse_power", "newton_schulz", "normalize_rows", "polar_express", "rms_gain"]

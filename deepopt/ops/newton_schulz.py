@@ -1,0 +1,86 @@
+"""Orthogonalisation by an odd matrix polynomial: the output map of Muon (Eqs 42-44 and 52)."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+
+def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
+    """Replace every matrix by (nearly) its nearest semi-orthogonal one, U Vᵀ of its SVD U S Vᵀ.
+
+    Each step is X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X, on the short side of the matrix, from
+    X = M / ‖M‖. The result does not depend on the scale of M; a zero matrix stays zero.
+
+    Args:
+        matrices: shape (..., m, n).
+        coefficients: (a, b, c) of each step, as from :func:`polar_express`.
+        dtype: in which the products are computed.
+
+    Returns:
+        A new tensor like ``matrices``, in its dtype.
+    """
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    # Two divisions, because the square of an entry may leave the range that the entry is in.
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    x = (x / norm.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    x = x.reshape(shape).to(matrices.dtype)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+@functools.lru_cache
+def polar_express(steps: int, lower: float = 1e-3) -> Coefficients:
+    """Coefficients of the composition of ``steps`` quintics that is closest to 1 on [lower, 1].
+
+    Each step takes the odd quintic p that minimises max |1 - p| over the interval that the
+    steps before it left, which is optimal for the composition too (Amsel et al. 2025, arXiv
+    2505.16932). Their two guards against rounding are kept: an interval is treated as no
+    wider than 1 : 0.024, and all polynomials but the last shrink their argument by 1 %.
+
+    Args:
+        steps: number of polynomials, at least 1.
+        lower: singular value, relative to the Frobenius norm, from which on all are driven to 1.
+    """
+    cushion, safety, upper = 0.02407327424182761, 1.01, 1.0
+    coefficients = []
+    for step in range(steps):
+        a, b, c = _minimax_quintic(max(lower, cushion * upper), upper)
+        ends = [a * x + b * x**3 + c * x**5 for x in (lower, upper)]
+        centre = 2 / sum(ends)  # the cushion moved the minimax interval: re-centre on 1
+        a, b, c = centre * a, centre * b, centre * c
+        lower = centre * ends[0]
+        upper = 2 - lower
+        shrink = safety if step < steps - 1 else 1.0
+        coefficients.append((a / shrink, b / shrink**3, c / shrink**5))
+    return tuple(coefficients)
+
+
+def _minimax_quintic(lower: float, upper: float) -> tuple[float, float, float]:
+    """The odd quintic closest to 1 on [lower, upper], by Remez' exchange of its four extrema."""
+    if lower / upper > 1 - 5e-6:  # the extrema coincide: Padé's quintic is the limit
+        return 15 / 8 / upper, -10 / 8 / upper**3, 3 / 8 / upper**5
+    inner = ((3 * lower + upper) / 4, (lower + 3 * upper) / 4)
+    error = math.inf
+    while True:
+        points = (lower, inner[0], inner[1], upper)
+        system = [[x, x**3, x**5, sign] for x, sign in zip(points, (1, -1, 1, -1), strict=True)]
+        solution = torch.linalg.solve(
+            torch.tensor(system, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+        )
+        a, b, c, new_error = solution.tolist()
+        if abs(new_error - error) < 1e-14:
+            return a, b, c
+        error = new_error
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        inner = (math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c)))

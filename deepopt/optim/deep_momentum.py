@@ -1,0 +1,163 @@
+"""DeepMomentum: AdamW's arguments, and an associative memory for a momentum."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from deepopt import memory as memories
+from deepopt._compat import multiplies_bfloat16_faster
+from deepopt.memory import Memory
+from deepopt.ops import newton_schulz, normalize_rows, polar_express, rms_gain
+from deepopt.optim.base import Group, MemoryOptimizer
+
+ADAMW_RMS = 0.2
+"""Root mean square of AdamW's update in the noise-dominated regime, measured at beta1 = 0.9 to
+0.95; updates of this size make AdamW's learning rate and weight decay carry over (Moonlight,
+arXiv 2502.16982)."""
+
+
+class DeepMomentum(MemoryOptimizer):
+    r"""Drop-in replacement of AdamW whose momentum is an associative memory (Eqs 33-52).
+
+    For every hidden matrix W with gradient G, a memory M, and NS the Newton-Schulz map:
+
+    .. math::
+        M_t &= \text{write}(M_{t-1}, G_t;\ \beta_1) \\
+        O_t &= \text{NS}\big(\text{read}(M_t, G_t;\ \beta_1)\big) \qquad\text{(Eq 52)}\\
+        v_t &= \beta_2 v_{t-1} + (1-\beta_2)\,\text{mean}_j\, O_{t,ij}^2, \qquad
+        \hat O_{t} = O_t / \sqrt{v_t} \cdot \|O_t\|_F / \|O_t / \sqrt{v_t}\|_F \\
+        c_t &= \text{clip}(\sqrt{\min(m,n)} / \|\hat O_t\|_F,\ 1,\ \texttt{rms_cap}) \\
+        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma \cdot 0.2\sqrt{\max(m,n)}\; c_t\, \hat O_t
+
+    Embeddings, output heads, norms, biases and tiny matrices take torch's AdamW, bit for bit.
+    Updates have AdamW's root mean square, so that its ``lr`` and ``weight_decay`` carry over.
+
+    Args:
+        params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
+            ``deepopt.param_groups(model)``, the surest routing. A group can have its own value of
+            any argument below.
+        lr: learning rate, gamma; a float or a 1-element tensor (default: 1e-3).
+        betas: retention of the momentum, and of the second moment: of entries on the element-wise
+            path, of rows on the matrix path (default: (0.9, 0.999)).
+        eps: AdamW's term in the denominator (default: 1e-8).
+        weight_decay: decoupled weight decay, lambda (default: 1e-2).
+        memory: "linear", "covariance", "delta", or an object with the interface of
+            ``deepopt.memory.Memory`` (default: "covariance").
+        row_norm: divide rows by their running root mean square after Newton-Schulz
+            (default: True).
+        rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
+            root mean square; 1 never enlarges (default: 1.5).
+        ns_steps: steps of Newton-Schulz (default: 5).
+        ns_coefficients: None for the Polar Express coefficients of ``ns_steps`` steps, or one
+            (a, b, c) for all steps (default: None).
+        path: "auto" routes by shape, and by name where names are given; "matrix", "stack" and
+            "elementwise" force a path, as ``deepopt.param_groups`` does (default: "auto").
+        foreach: torch's flag for the element-wise path (default: None).
+        maximize: ascend instead of descending (default: False).
+        capturable: accepted for AdamW's sake, only as False (default: False).
+        differentiable: accepted for AdamW's sake, only as False (default: False).
+        fused: torch's flag for the element-wise path; tensors whose memory order differs from
+            their parameter's are put in order first (default: None).
+
+    State per parameter: on the matrix path that of the memory (``deepopt.memory``: 1 float for
+    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance") plus 1/n for the rows; 2 on the
+    element-wise path. Float32 for narrower parameters.
+
+    Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's.
+
+    Raises:
+        ValueError: an argument out of range, named with its value.
+        TypeError: a ``memory`` without the interface.
+        RuntimeError: sparse gradients, or flags that exclude each other.
+
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, sections 4.2 to 4.4 and App. B.
+    Where the gradient is not finite the state is not finite either, as with torch's AdamW.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        memory: str | Memory = "covariance",
+        row_norm: bool = True,
+        rms_cap: float = 1.5,
+        ns_steps: int = 5,
+        ns_coefficients: Sequence[float] | None = None,
+        path: str = "auto",
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "memory": memory,
+            "row_norm": row_norm,
+            "rms_cap": rms_cap,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "path": path,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        memories.resolve(group["memory"])
+        if not group["rms_cap"] >= 1.0:
+            raise ValueError(f"Invalid rms_cap: {group['rms_cap']}; it must be at least 1")
+        if not 1 <= group["ns_steps"] < 100 or group["ns_steps"] != int(group["ns_steps"]):
+            raise ValueError(
+                f"Invalid ns_steps: {group['ns_steps']}; it must be a whole number from 1 to 99"
+            )
+        if group["ns_coefficients"] is not None and len(group["ns_coefficients"]) != 3:
+            raise ValueError(
+                f"Invalid ns_coefficients: {group['ns_coefficients']}; give (a, b, c) or None"
+            )
+
+    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
+        state = dict(memories.resolve(group["memory"]).init(like))
+        reserved = {"step", "row_moment"} & state.keys()
+        if reserved:
+            raise ValueError(f"Invalid memory: its state must not use the names {reserved}")
+        if group["row_norm"]:
+            state["row_moment"] = like.new_zeros(like.shape[:2])
+        return state
+
+    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
+        memory, retention = memories.resolve(group["memory"]), group["betas"][0]
+        memory.write(state, grad, retention)
+        momentum = memory.read(state, grad, retention)
+        coefficients = group["ns_coefficients"]
+        steps = group["ns_steps"]
+        update = newton_schulz(
+            momentum,
+            polar_express(steps) if coefficients is None else [tuple(coefficients)] * steps,
+            _products_dtype(grad),
+        )
+        if group["row_norm"]:
+            update = normalize_rows(update, state["row_moment"], group["betas"][1])
+        scale = ADAMW_RMS * max(grad.shape[-2:]) ** 0.5
+        return update * (scale * rms_gain(update, group["rms_cap"]))
+
+
+def _products_dtype(grad: Tensor) -> torch.dtype:
+    """bfloat16 where it is faster: Newton-Schulz corrects its own rounding."""
+    worthwhile = grad.dtype == torch.float32 and min(grad.shape[-2:]) >= 64
+    narrow = worthwhile and multiplies_bfloat16_faster(grad.device)
+    return torch.bfloat16 if narrow else grad.dtype

@@ -1,0 +1,146 @@
+"""Which parameter takes which path through an optimizer.
+
+- ``matrix``: the parameter is one matrix, its first dimension by all others (a convolution is
+  out x in·k·k).
+- ``stack``: a stack of matrices in its last two dimensions (heads, experts).
+- ``elementwise``: anything else, by torch's AdamW.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Path = Literal["matrix", "stack", "elementwise"]
+PATHS: tuple[str, ...] = ("auto", "matrix", "stack", "elementwise")
+
+SMALLEST_SIDE = 16
+"""Below it a matrix is too small for an orthogonal update to differ usefully from Adam's."""
+WIDEST_ASPECT = 16
+"""Above it a matrix of unknown use is taken for a table (vocabulary x width)."""
+
+_TABLES = re.compile(r"(^|[._])(embed\w*|emb|wte|wpe|pos|positions?|positional|table)([._]|$)")
+_HEADS = re.compile(
+    r"(^|\.)(lm_head|head|classifier|embed_out|unembed|logits|score|output_projection)(\.weight)?$"
+    r"|^(fc|output|out)(\.weight)?$"
+)
+_HIDDEN_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+_TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
+
+
+def matrices(tensor: Tensor, path: Path) -> Tensor:
+    """``tensor`` as a batch of matrices (B, m, n), a view where its strides allow one."""
+    if path == "matrix":
+        return tensor.reshape(1, tensor.shape[0], -1)
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def route(param: Tensor, name: str = "") -> Path:
+    """The path of a parameter of which only the shape and perhaps the name is known."""
+    if param.is_complex() or param.ndim < 2 or _TABLES.search(name) or _HEADS.search(name):
+        return "elementwise"
+    # Kernels are shorter than matrices: (8, 64, 64) are eight experts, (64, 64, 3) is a Conv1d.
+    path: Path = "stack" if param.ndim == 3 and min(param.shape[1:]) >= SMALLEST_SIDE else "matrix"
+    short, long = sorted(sides(param, path))
+    is_table = long > WIDEST_ASPECT * short or (path == "stack" and len(param) == 1)
+    return "elementwise" if short < SMALLEST_SIDE or is_table else path
+
+
+def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups of ``model``, routed by the type of the module that owns each parameter.
+
+    - Weights of linear, convolutional, recurrent and attention layers: ``matrix``.
+    - Parameters of more than two dimensions that a module of another type owns: ``stack``.
+    - Embeddings, the output head, norms, biases, and whatever has a side under 16:
+      ``elementwise``. A head is a linear layer that shares its weight with an embedding or is
+      called like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the
+      last linear layer if it is as tall as an embedding or no other linear layer has its shape.
+
+    A shared parameter is listed once, and is ``elementwise`` if any of its uses is.
+
+    Args:
+        model: any module.
+
+    Returns:
+        At most three groups ``{"params": [(name, parameter), ...], "path": path}``, to which
+        per-group values (``lr``, ``weight_decay``, ...) can be added before the optimizer is made.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: ``model`` has no parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+    heads = _heads(model)
+    owners: dict[Tensor, list[Path]] = {}
+    for module_name, module in model.named_modules():
+        for name, param in module.named_parameters(module_name, recurse=False):
+            owners.setdefault(param, []).append(_route_owned(param, name, module, heads))
+    paths = {param: "elementwise" if "elementwise" in p else p[0] for param, p in owners.items()}
+    if not paths:
+        raise ValueError("model has no parameters")
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [(name, p) for name, p in model.named_parameters() if paths[p] == path],
+            "path": path,
+        }
+        for path in ("matrix", "stack", "elementwise")
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _route_owned(param: Tensor, name: str, module: nn.Module, heads: set[nn.Module]) -> Path:
+    if isinstance(module, _TABLE_MODULES) or module in heads or param.is_complex():
+        return "elementwise"
+    if isinstance(module, (*_HIDDEN_MODULES, nn.MultiheadAttention)):
+        small = param.ndim < 2 or min(sides(param, "matrix")) < SMALLEST_SIDE
+        return "elementwise" if small else "matrix"
+    if param.ndim > 2 and not _TABLES.search(name) and math.prod(param.shape[:-2]) > 1:
+        return "elementwise" if min(param.shape[-2:]) < SMALLEST_SIDE else "stack"
+    return route(param, name) if param.ndim == 2 else "elementwise"
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    tables = [m.weight for m in model.modules() if isinstance(m, _TABLE_MODULES)]
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    heads: set[nn.Module] = {
+        m
+        for name, m in linears
+        if any(m.weight is table for table in tables) or _HEADS.search(name)
+    }
+    if not heads and linears:
+        # The layers of a stack share their shapes; a head has its own, or the vocabulary's height.
+        last = linears[-1][1]
+        alike = sum(m.weight.shape == last.weight.shape for _, m in linears)
+        if alike == 1 or any(len(table) == last.out_features for table in tables):
+            heads = {last}
+    return heads
+
+
+def describe(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The routing of an optimizer's groups, a line for each group, path and shape."""
+    for index, group in enumerate(groups):
+        lines: dict[tuple[Path, tuple[int, ...]], list[str]] = {}
+        for param, name, path in routed(group):
+            lines.setdefault((path, tuple(param.shape)), []).append(name)
+        for (path, shape), names in lines.items():
+            known = [name for name in names if name]
+            shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+            size = " x ".join(map(str, shape)) or "scalar"
+            yield f"group {index}  {path:<11}  {len(names):>4} of {size:<18}  {shown}".rstrip()
+
+
+def routed(group: dict[str, Any]) -> Iterator[tuple[Tensor, str, Path]]:
+    """Every parameter of a group with its name (or "") and its path."""
+    names = group.get("param_names") or [""] * len(group["params"])
+    for param, name in zip(group["params"], names, strict=True):
+        yield param, name, route(param, name) if group["path"] == "auto" else group["path"]
+
+
+def sides(param: Tensor, path: Path) -> tuple[int, int]:
+    """Rows and columns of the matrices that :func:`matrices` would make of ``param``."""
+    if path == "stack":
+        return param.shape[-2], param.shape[-1]
+    return param.shape[0], math.prod(param.shape[1:])

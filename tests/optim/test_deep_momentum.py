@@ -1,0 +1,264 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import deepopt
+from deepopt.memory import BUILT_IN, Linear
+
+MUON = (3.4445, -4.7750, 2.0315)
+
+
+def problem(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 4))
+    inputs, targets = torch.randn(256, 32), torch.randint(0, 4, (256,))
+    return model, lambda: nn.functional.cross_entropy(model(inputs), targets)
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+@pytest.mark.parametrize("row_norm", [True, False])
+def test_it_descends(memory, row_norm):
+    model, loss = problem()
+    optimizer = deepopt.DeepMomentum(
+        deepopt.param_groups(model), lr=2e-2, memory=memory, row_norm=row_norm
+    )
+    before = loss().item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.5 * before
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+def test_one_small_step_lowers_the_loss(memory):
+    model, loss = problem()
+    optimizer = deepopt.DeepMomentum(model.parameters(), lr=1e-4, memory=memory)
+    before = loss()
+    before.backward()
+    optimizer.step()
+    assert loss() < before
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_linear_memory_without_row_norm_is_torch_muon_to_bfloat16_rounding(shape, nesterov):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = deepopt.DeepMomentum(
+        [ours],
+        lr=0.02,
+        betas=(0.95, 0.999),
+        weight_decay=0.1,
+        memory=Linear(nesterov=nesterov),
+        row_norm=False,
+        rms_cap=1.0,
+        ns_coefficients=MUON,
+        path="matrix",
+    )
+    torchs = torch.optim.Muon(
+        [theirs],
+        lr=0.02,
+        momentum=0.95,
+        weight_decay=0.1,
+        nesterov=nesterov,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for _ in range(8):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        before = ours.detach().clone()
+        mine.step()
+        torchs.step()
+        step = (ours.detach() - before).norm()
+        # Muon iterates in bfloat16, 8 bits: its own error is 1 or 2 % of the step.
+        assert (ours.detach() - theirs.detach()).norm() < 0.03 * step
+        with torch.no_grad():
+            theirs.copy_(ours)
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+@pytest.mark.parametrize("shape", [(40, 40), (16, 64), (64, 16)])
+def test_updates_have_the_root_mean_square_of_adamw(memory, shape):
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.zeros(shape))
+    optimizer = deepopt.DeepMomentum([param], lr=1.0, weight_decay=0, memory=memory, path="matrix")
+    for _ in range(5):
+        param.grad = torch.randn(shape, generator=generator)
+        before = param.detach().clone()
+        optimizer.step()
+        rms = (param.detach() - before).square().mean().sqrt()
+        assert 0.17 < rms < 0.23
+
+
+def test_a_rank_one_gradient_is_enlarged_by_no_more_than_the_cap():
+    param = nn.Parameter(torch.zeros(64, 64))
+    optimizer = deepopt.DeepMomentum(
+        [param], lr=1.0, weight_decay=0, memory="linear", row_norm=False, ns_steps=8
+    )
+    param.grad = torch.outer(torch.randn(64), torch.randn(64))
+    optimizer.step()
+    spectral = torch.linalg.matrix_norm(param.detach(), ord=2)
+    assert math.isclose(spectral, 1.5 * 0.2 * 64**0.5, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+def test_a_batched_step_is_each_matrix_stepped_alone(memory):
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(24, 32, generator=generator) for _ in range(3)]
+    grads = torch.randn(6, 3, 24, 32, generator=generator)
+
+    def run(split):
+        params = [nn.Parameter(start.clone()) for start in starts]
+        makers = [[p] for p in params] if split else [params]
+        optimizers = [deepopt.DeepMomentum(p, memory=memory, lr=0.01) for p in makers]
+        for grad in grads:
+            for param, part in zip(params, grad, strict=True):
+                param.grad = part.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        return torch.stack([p.detach() for p in params])
+
+    torch.testing.assert_close(run(split=True), run(split=False), atol=1e-5, rtol=1e-4)
+
+
+def test_a_stack_is_stepped_as_its_matrices_are():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 24, 32, generator=generator)
+    whole = nn.Parameter(start.clone())
+    parts = [nn.Parameter(part.clone()) for part in start]
+    optimizers = [
+        deepopt.DeepMomentum([whole], path="stack"),
+        deepopt.DeepMomentum(parts, path="matrix"),
+    ]
+    for _ in range(5):
+        whole.grad = torch.randn(start.shape, generator=generator)
+        for part, grad in zip(parts, whole.grad, strict=True):
+            part.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(whole.detach(), torch.stack([p.detach() for p in parts]))
+
+
+def test_a_convolution_is_the_matrix_of_its_output_channels():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(32, 4, 3, 3, generator=generator)
+    kernel = nn.Parameter(start.clone().to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(start.flatten(1).clone())
+    optimizers = [deepopt.DeepMomentum([p], path="matrix") for p in (kernel, matrix)]
+    for _ in range(3):
+        grad = torch.randn(start.shape, generator=generator)
+        kernel.grad = grad.to(memory_format=torch.channels_last)
+        matrix.grad = grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach())
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+def test_zero_gradients_move_nothing_and_leave_training_able_to_start(memory):
+    """As of a network whose zero-initialised head passes nothing back at the first step."""
+    param = nn.Parameter(torch.randn(32, 32))
+    optimizer = deepopt.DeepMomentum([param], memory=memory, weight_decay=0)
+    before = param.detach().clone()
+    for _ in range(3):
+        param.grad = torch.zeros(32, 32)
+        optimizer.step()
+        assert torch.equal(param.detach(), before)
+    param.grad = torch.randn(32, 32)
+    optimizer.step()
+    moved = (param.detach() - before).square().mean().sqrt()
+    assert 0.1e-3 < moved < 0.3e-3
+
+
+class SignMemory:
+    """A user's own memory: three methods and a tensor of state."""
+
+    def init(self, like):
+        return {"votes": torch.zeros_like(like)}
+
+    def write(self, state, grad, retention):
+        state["votes"].mul_(retention).add_(grad.sign())
+
+    def read(self, state, grad, retention):
+        return state["votes"]
+
+
+def test_any_object_with_the_three_methods_is_a_memory():
+    model, loss = problem()
+    optimizer = deepopt.DeepMomentum(model.parameters(), lr=3e-3, memory=SignMemory())
+    before = loss().item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < before
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["memory"] == "SignMemory"
+    optimizer.load_state_dict(saved)
+    assert isinstance(optimizer.param_groups[0]["memory"], SignMemory)
+
+
+def test_a_memory_that_takes_the_optimizers_own_names_is_refused():
+    class Greedy(SignMemory):
+        def init(self, like):
+            return {"step": torch.zeros(len(like))}
+
+    param = nn.Parameter(torch.randn(32, 32))
+    param.grad = torch.randn(32, 32)
+    with pytest.raises(ValueError, match=r"must not use the names \{'step'\}"):
+        deepopt.DeepMomentum([param], memory=Greedy()).step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"lr": torch.tensor([1.0, 2.0])}, "Tensor lr must be 1-element"),
+        ({"lr": torch.tensor(1.0), "foreach": True}, "lr as a Tensor is not supported"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+        ({"betas": (0.9,)}, "Invalid betas"),
+        ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
+        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
+        ({"memory": "quadratic"}, "Invalid memory: 'quadratic'"),
+        ({"rms_cap": 0.5}, "Invalid rms_cap: 0.5"),
+        ({"ns_steps": 0}, "Invalid ns_steps: 0"),
+        ({"ns_coefficients": (1.0,)}, "Invalid ns_coefficients"),
+        ({"path": "rows"}, "Invalid path: 'rows'"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_before_anything_else(arguments, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        deepopt.DeepMomentum(None, **arguments)
+    optimizer = deepopt.DeepMomentum([nn.Parameter(torch.randn(3))])
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(3))], **arguments})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_fused_and_foreach_exclude_each_other():
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], fused=True, foreach=True)
+
+
+@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
+def test_flags_it_does_not_have_are_refused(flag):
+    deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], **{flag: False})
+    with pytest.raises(RuntimeError, match=f"DeepMomentum does not support {flag}=True"):
+        deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], **{flag: True})
+
+
+@pytest.mark.parametrize(
+    ("shape", "path"), [((5,), "matrix"), ((5, 5), "stack"), ((5, 5), "complex")]
+)
+def test_a_path_that_does_not_fit_the_parameter_is_refused(shape, path):
+    dtype = torch.complex64 if path == "complex" else torch.float32
+    param = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    with pytest.raises(ValueError, match="Invalid path"):
+        deepopt.DeepMomentum([param], path="matrix" if path == "complex" else path)

@@ -1,0 +1,54 @@
+import torch
+
+from deepopt.optim.stacking import distribute, stacked
+
+
+def separate(counts):
+    return [{"m": torch.randn(count, 2, 3)} for count in counts]
+
+
+def test_states_made_together_are_stacked_without_a_copy():
+    states = [{}, {}, {}]
+    whole = torch.randn(4, 2, 3)
+    distribute(whole, states, "m", [1, 2, 1])
+    with stacked(states, ["m"]) as found:
+        assert found["m"].data_ptr() == whole.data_ptr()
+        assert found["m"].shape == whole.shape
+        found["m"].add_(1)
+    assert torch.equal(states[1]["m"], whole[1:3])
+
+
+def test_separate_states_move_into_one_storage_at_their_first_use():
+    states = separate([1, 2])
+    before = [state["m"].clone() for state in states]
+    with stacked(states, ["m"]) as found:
+        assert torch.equal(found["m"], torch.cat(before))
+        found["m"].mul_(2)
+        address = found["m"].data_ptr()
+    assert torch.equal(states[1]["m"], 2 * before[1])
+    with stacked(states, ["m"]) as found:
+        assert found["m"].data_ptr() == address
+
+
+def test_some_states_of_a_storage_are_written_back_and_stay_where_they_are():
+    states = [{}, {}, {}]
+    whole = torch.arange(3.0).view(3, 1)
+    distribute(whole, states, "m", [1, 1, 1])
+    with stacked([states[0], states[2]], ["m"]) as found:
+        found["m"].add_(10)
+    assert whole.flatten().tolist() == [10, 1, 12]
+    assert states[2]["m"].data_ptr() == whole[2:].data_ptr()
+
+
+def test_another_order_than_that_of_the_storage_is_respected():
+    states = [{}, {}]
+    distribute(torch.tensor([[1.0], [2.0]]), states, "m", [1, 1])
+    with stacked(states[::-1], ["m"]) as found:
+        assert found["m"].flatten().tolist() == [2, 1]
+
+
+def test_states_that_are_not_contiguous_are_stacked():
+    states = [{"m": torch.arange(6.0).view(1, 3, 2).mT} for _ in range(2)]
+    with stacked(states, ["m"]) as found:
+        found["m"].add_(1)
+    assert torch.equal(states[1]["m"], torch.arange(6.0).view(1, 3, 2).mT + 1)
