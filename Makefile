@@ -1,0 +1,45 @@
+# What to install and where; override on the command line: make test TORCH=torch==2.13.0
+PYTHON ?= python3
+TORCH  ?= torch torchvision
+VENV   ?= .venv
+# Passed on: make train ARGS="--steps 100", make test ARGS="-k muon"
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: train test lint format clean
+
+train: $(STAMP)
+	$(BIN)/python -m deepopt.hope.train $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find deepopt benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f deepopt/_C_*.so
+
+# The stamp holds the TORCH it was made with; another one makes the set-up run again. It is removed
+# first and written last, so that an interrupted installation starts over.
+ifneq ($(shell cat '$(STAMP)' 2>/dev/null),$(TORCH))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
+	rm -f '$@'
+	$(PYTHON) -m venv '$(VENV)'
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check 'setuptools>=77' wheel ninja
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev,hope]'
+	echo '$(TORCH)' > '$@'

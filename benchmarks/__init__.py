@@ -1,0 +1,1 @@
+"""Measurements of deepopt: ``python -m benchmarks --help``."""

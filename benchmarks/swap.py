@@ -1,0 +1,222 @@
+"""The swap: AdamW's best learning rate and weight decay, and another optimizer in its place.
+
+For each model AdamW is tried at five learning rates a factor of two apart (seed 0). At the best of
+them, and at the same weight decay, schedule, steps and data, every optimizer trains the model from
+the same initial weights, with two seeds. Every finished run is a line of ``swap.jsonl``; runs that
+have a line are not repeated, so that an interrupted benchmark goes on. ``swap.md`` is written from
+the lines alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.transformer import Transformer, TransformerConfig
+from deepopt.hope import Hope, HopeConfig
+from deepopt.hope.train import TrainConfig, Trainer
+
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+SEEDS = (0, 1)
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Hope": lambda: Hope(HopeConfig()),
+    "Transformer": lambda: Transformer(TransformerConfig()),
+}
+CHALLENGERS = (
+    ("Muon", None),
+    ("DeepMomentum", "linear"),
+    ("DeepMomentum", "covariance"),
+    ("DeepMomentum", "delta"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; everything that is not here has the default of the training command."""
+
+    model: str
+    optimizer: str
+    memory: str | None
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.optimizer}, {self.memory}" if self.memory else self.optimizer
+
+
+Line = dict[str, Any]
+
+
+def execute(run: Run) -> Line:
+    """Train, and return the run with its outcome and all that it depends on."""
+    with tempfile.TemporaryDirectory() as out:
+        config = TrainConfig(
+            out=Path(out),
+            optimizer=run.optimizer,
+            memory=run.memory,
+            lr=run.lr,
+            seed=run.seed,
+            steps=run.steps,
+            quiet=True,
+        )
+        trainer = Trainer(config, MODELS[run.model])
+        try:
+            outcome: Line = dataclasses.asdict(trainer.run())
+        except FloatingPointError as error:
+            outcome = {"diverged": str(error)}
+    corpus = trainer.corpus
+    return {
+        **dataclasses.asdict(run),
+        **outcome,
+        "weight_decay": config.weight_decay,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "warmup": config.warmup,
+        "data_sha256": corpus.sha256,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def bits(line: Line) -> float:
+    return line.get("val_bits_per_byte", float("inf"))
+
+
+class Results:
+    """The lines of a JSONL file, by run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[Run, Line] = {}
+        names = [field.name for field in dataclasses.fields(Run)]
+        for text in path.read_text().splitlines() if path.exists() else []:
+            line = json.loads(text)
+            self.lines[Run(**{name: line[name] for name in names})] = line
+
+    def complete(self, runs: Iterable[Run], jobs: int) -> None:
+        """Execute the runs that have no line yet, each on one thread."""
+        missing = [run for run in runs if run not in self.lines]
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            futures = {pool.submit(execute, run): run for run in missing}
+            for count, future in enumerate(as_completed(futures), 1):
+                run, line = futures[future], future.result()
+                self.lines[run] = line
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                where = f"{run.model}, {run.label}, lr {run.lr:g}, seed {run.seed}"
+                print(f"{count}/{len(missing)} {where}: {bits(line):.4f} bits/byte", flush=True)
+
+
+def sweep(model: str, steps: int) -> list[Run]:
+    return [Run(model, "AdamW", None, lr, SEEDS[0], steps) for lr in LEARNING_RATES]
+
+
+def best_rate(results: Results, model: str, steps: int) -> float:
+    return min(sweep(model, steps), key=lambda run: bits(results.lines[run])).lr
+
+
+def swaps(model: str, lr: float, steps: int) -> list[Run]:
+    names = (("AdamW", None), *CHALLENGERS)
+    return [Run(model, name, memory, lr, s, steps) for name, memory in names for s in SEEDS]
+
+
+def report(results: Results, steps: dict[str, int], command: str) -> str:
+    """The tables, in Markdown."""
+    any_line = next(iter(results.lines.values()))
+    parts = [
+        "# The swap: another optimizer in AdamW's place",
+        f"Regenerated by `{command}` (runs that have a line in `swap.jsonl` are not repeated).",
+        "Bytes of the Python standard library's sources, validation on held-out files, bits per "
+        "byte at the end of the schedule: lower is better. One thread per run. Weight decay "
+        f"{any_line['weight_decay']:g}, batches of {any_line['batch_size']} x "
+        f"{any_line['seq_len']} bytes, {any_line['warmup']} steps of warm-up, then linear decay to "
+        "zero, gradients clipped at norm 1. All optimizers start from the same weights and see the "
+        "same batches. AdamW's learning rate is its best of five on seed 0; the others run at that "
+        "rate and weight decay, untouched. torch's Muon runs with `match_rms_adamw` on what is a "
+        "two-dimensional hidden matrix and AdamW on the rest, because it takes nothing else.",
+        f"Python {any_line['python']}, torch {any_line['torch']}, data sha256 "
+        f"`{any_line['data_sha256']}`.",
+    ]
+    for model, count in steps.items():
+        lr = best_rate(results, model, count)
+        runs = swaps(model, lr, count)
+        lines = [results.lines[run] for run in runs]
+        baseline = sum(bits(line) for line in lines[: len(SEEDS)]) / len(SEEDS)
+        parts.append(f"## {model}, {lines[0]['parameters']:,} parameters, {count} steps")
+        table = [
+            [
+                "optimizer",
+                *[f"seed {seed}" for seed in SEEDS],
+                "mean",
+                "against AdamW",
+                "CPU s/step, model",
+                "CPU s/step, optimizer",
+                "state, floats/parameter",
+            ]
+        ]
+        for first in range(0, len(runs), len(SEEDS)):
+            rows = lines[first : first + len(SEEDS)]
+            mean = sum(map(bits, rows)) / len(rows)
+            table.append(
+                [
+                    runs[first].label,
+                    *[f"{bits(row):.4f}" for row in rows],
+                    f"{mean:.4f}",
+                    f"{mean - baseline:+.4f}",
+                    f"{sum(r['model_cpu_seconds'] for r in rows) / len(rows):.3f}",
+                    f"{sum(r['optimizer_cpu_seconds'] for r in rows) / len(rows):.4f}",
+                    f"{rows[0]['state_floats_per_parameter']:.2f}",
+                ]
+            )
+        parts.append(markdown(table))
+        parts.append(f"AdamW's learning rate (seed {SEEDS[0]}); the table above is at {lr:g}:")
+        values = [results.lines[run] for run in sweep(model, count)]
+        parts.append(
+            markdown(
+                [
+                    ["lr", *[f"{rate:g}" for rate in LEARNING_RATES]],
+                    ["bits per byte", *[f"{bits(line):.4f}" for line in values]],
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([rows[0], "|" + " --- |" * len(table[0]), *rows[1:]])
+
+
+def main(argv: Sequence[str]) -> int:
+    defaults = TrainConfig(out=Path())
+    parser = argparse.ArgumentParser("python -m benchmarks swap", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (all cores)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(all)")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help=f"({defaults.steps})")
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = Results(arguments.out / "swap.jsonl")
+    steps = dict.fromkeys(arguments.models, arguments.steps)
+    for model, count in steps.items():
+        results.complete(sweep(model, count), arguments.jobs)
+        lr = best_rate(results, model, count)
+        results.complete(swaps(model, lr, count), arguments.jobs)
+    command = " ".join(["python -m benchmarks swap", *argv])
+    (arguments.out / "swap.md").write_text(report(results, steps, command))
+    print(f"written: {arguments.out / 'swap.md'}", file=sys.stderr)
+    return 0

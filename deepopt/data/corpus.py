@@ -1,0 +1,135 @@
+"""Corpora read from files, as bytes."""
+
+import hashlib
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HELD_OUT_SHARE = 0.05
+# Installed packages, and sources that are mostly tables of test data.
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"}
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Bytes to train on and bytes held out.
+
+    Attributes:
+        name: what the corpus was read from.
+        train: the training part, a one-dimensional uint8 tensor.
+        val: the held-out part, likewise.
+        files: the number of files read.
+        sha256: the digest of the training part followed by the held-out part; for a single file it
+            is the digest of that file.
+    """
+
+    name: str
+    train: Tensor
+    val: Tensor
+    files: int
+    sha256: str
+
+    @property
+    def size(self) -> int:
+        """The number of bytes in both parts."""
+        return len(self.train) + len(self.val)
+
+    def __str__(self) -> str:
+        files = "1 file" if self.files == 1 else f"{self.files:,} files"
+        return (
+            f"{self.name}: {files}, {self.size:,} bytes, of which {len(self.val):,} held out, "
+            f"sha256 {self.sha256}"
+        )
+
+
+def stdlib_corpus() -> Corpus:
+    """Return the sources of the running Python's standard library, without its tests.
+
+    About 12 MB of code and English prose under Python's own licence. Patch versions of Python
+    differ in it: compare ``sha256`` before comparing results.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = (path for path in _files_below(root, skip=NOT_STDLIB) if path.suffix == ".py")
+    return _from_files("Python standard library", root, paths)
+
+
+def load_corpus(path: str | os.PathLike[str]) -> Corpus:
+    """Return the corpus in one file, or in all files below a directory but hidden ones.
+
+    Of a file the last 5 % are held out; of a directory about every twentieth file, chosen by its
+    name among those that are no large part of the whole, or the last 5 % of the bytes where files
+    are too few for that. Any encoding will do, but files with NUL bytes are no text: one alone is
+    refused, those below a directory are left out with a warning.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: there is no text in it.
+        OSError: it cannot be read.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"data: {root} does not exist; name a text file or a directory")
+    if root.is_dir():
+        return _from_files(str(root), root, _files_below(root, skip=set()))
+    content = root.read_bytes()
+    if b"\0" in content:
+        raise ValueError(f"data: {root} holds NUL bytes, so it is no text; name a text file")
+    return _split_at_end(str(root), content, files=1)
+
+
+def _files_below(root: Path, skip: set[str]) -> Iterable[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not (name.startswith(".") or name in skip)]
+        for name in names:
+            if not name.startswith(".") and (path := Path(folder, name)).is_file():
+                yield path
+
+
+def _from_files(name: str, root: Path, paths: Iterable[Path]) -> Corpus:
+    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    texts = {key: contents[key] for key in sorted(contents) if b"\0" not in contents[key]}
+    if left_out := len(contents) - len(texts):
+        warnings.warn(f"data: {left_out} files with NUL bytes left out of {name}", stacklevel=3)
+
+    size = sum(map(len, texts.values()))
+    held_out = {
+        key
+        for key, text in texts.items()
+        if _is_drawn(key) and len(text) < size * HELD_OUT_SHARE / 2
+    }
+    val = b"".join(texts[key] for key in texts if key in held_out)
+    if len(val) < size * HELD_OUT_SHARE / 5:
+        return _split_at_end(name, b"".join(texts.values()), len(texts))
+    train = b"".join(texts[key] for key in texts if key not in held_out)
+    return _corpus(name, train, val, len(texts))
+
+
+def _is_drawn(key: str) -> bool:
+    """Decide by the name alone: files that come or go elsewhere leave the others where they are."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[0] < 256 * HELD_OUT_SHARE
+
+
+def _split_at_end(name: str, content: bytes, files: int) -> Corpus:
+    split = len(content) - int(len(content) * HELD_OUT_SHARE)
+    return _corpus(name, content[:split], content[split:], files)
+
+
+def _corpus(name: str, train: bytes, val: bytes, files: int) -> Corpus:
+    if not train or not val:
+        raise ValueError(
+            f"data: {name} holds {len(train) + len(val)} bytes of text, too few to train on and to "
+            "hold some out; name a larger file or directory"
+        )
+    return Corpus(
+        name, _tensor(train), _tensor(val), files, hashlib.sha256(train + val).hexdigest()
+    )
+
+
+def _tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -1,0 +1,27 @@
+"""One block of Hope (Eqs 94-97)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from deepopt.hope.cms import CMS
+from deepopt.hope.config import HopeConfig
+from deepopt.hope.titans import SelfModifyingTitans, TitansState
+
+
+class HopeBlock(nn.Module):
+    """Self-modifying Titans, x + titans(norm(x)), followed by the chain of CMS levels.
+
+    Args:
+        config: sizes and options of the model.
+    """
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.dim)
+        self.titans = SelfModifyingTitans(config)
+        self.cms = CMS(config.dim, config.cms_expansion, config.cms_chunks)
+
+    def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
+        mixed, state = self.titans(self.norm(x), state)
+        return self.cms(x + mixed), state

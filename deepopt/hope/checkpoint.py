@@ -1,0 +1,90 @@
+"""Checkpoints in one safetensors file: tensors and JSON, nothing that can run code on loading."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+FORMAT = "deepopt.hope.checkpoint/1"
+
+
+def save(path: Path, state: Any) -> None:
+    """Write ``state`` so that ``path`` holds either all of it or what it held before.
+
+    Args:
+        path: the file; its directory exists.
+        state: dicts (of string or int keys), lists, tuples, tensors, numbers, strings and None.
+
+    Raises:
+        OSError: the disk is full, or does not take it for another reason.
+        TypeError: there is something else in ``state``.
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": FORMAT, "state": json.dumps(_pack(state, "", tensors))}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load(path: Path) -> Any:
+    """Return what :func:`save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Clones, because what is read may stay mapped to a file that the next save replaces.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no checkpoint ({error}); remove it") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this program (no format {FORMAT!r} in it)")
+    return _unpack(json.loads(metadata["state"]), tensors)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the content of ``path`` as a whole; whatever goes wrong, the old content stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return ``value`` as JSON that tells containers apart, with its tensors put aside by name."""
+    if isinstance(value, Tensor):
+        # A copy of its own: safetensors takes no two tensors that share storage.
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        items = [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_pack(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {name}, a {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items

@@ -1,0 +1,665 @@
+"""Trains Hope on bytes: ``python -m deepopt.hope.train --help``.
+
+A run is a function of its configuration and its data. It can be interrupted at any moment, even
+killed, and goes on with ``--resume`` bit for bit from its last checkpoint. All that it writes lies
+in ``--out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import deepopt
+from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
+from deepopt.hope import ChunkedUpdates, Hope, HopeConfig, generate
+
+try:
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+
+    from deepopt.hope import checkpoint
+except ImportError as missing:
+    raise ImportError(
+        f"training needs {missing.name}: pip install 'deepopt-torch[hope]'"
+    ) from missing
+
+OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png")
+MAX_GRAD_NORM = 1.0
+SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        out: directory for everything the run writes.
+        data: a text file or a directory; None for the sources of the Python standard library.
+        optimizer: a class of ``deepopt`` or ``torch.optim``, in any case.
+        memory: DeepMomentum's memory; None for its default.
+        lr: peak of the learning rate: linear warm-up to it, linear decay to zero at the end.
+        weight_decay: decoupled weight decay, the same for all parameters.
+        steps: number of optimizer steps.
+        batch_size: sequences per step.
+        seq_len: bytes per sequence.
+        warmup: steps until the learning rate has reached its peak.
+        seed: of the initial weights, the batches and the samples.
+        eval_every: steps between two evaluations on held-out bytes.
+        eval_windows: sequences per evaluation, always the same ones.
+        save_every: steps between two checkpoints.
+        device: where to train.
+        resume: go on from the checkpoint in ``out``.
+        overwrite: discard the run in ``out``.
+        quiet: no progress on stderr.
+        model: sizes and options of the model.
+    """
+
+    out: Path
+    data: Path | None = None
+    optimizer: str = "DeepMomentum"
+    memory: str | None = None
+    lr: float = 4e-3
+    weight_decay: float = 0.1
+    steps: int = 300
+    batch_size: int = 16
+    seq_len: int = 256
+    warmup: int = 50
+    seed: int = 0
+    eval_every: int = 50
+    eval_windows: int = 64
+    save_every: int = 50
+    device: str = "cpu"
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+    model: HopeConfig = field(default_factory=HopeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_windows", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: give one of them")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"warmup={self.warmup}: must be below steps={self.steps}")
+        if self.model.vocab_size != 256:
+            raise ValueError(f"vocab_size={self.model.vocab_size}: must be 256, tokens are bytes")
+        try:
+            torch.empty(0, device=self.device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device={self.device!r}: cannot be used here ({error})") from error
+
+    def trajectory(self, corpus: Corpus) -> dict[str, Any]:
+        """What decides every weight of the run, by name: a resumed run must agree in all of it."""
+        aside = {"out", "data", "eval_every", "eval_windows", "save_every", "device"}
+        aside |= {"resume", "overwrite", "quiet", "model"}
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in aside}
+        options["optimizer"] = optimizer_class(self.optimizer).__name__
+        model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.model).items()}
+        return {**options, **model, "data_sha256": corpus.sha256}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run comes to.
+
+    Attributes:
+        val_loss: mean cross entropy on the held-out bytes, in nats.
+        val_bits_per_byte: the same in bits.
+        parameters: number of the model's parameters.
+        state_floats_per_parameter: the optimizer's state in units of a float32 per parameter.
+        model_cpu_seconds: median over the steps of this process, forward and backward pass.
+        optimizer_cpu_seconds: likewise, the optimizer's step; both are NaN if there was no step.
+    """
+
+    val_loss: float
+    val_bits_per_byte: float
+    parameters: int
+    state_floats_per_parameter: float
+    model_cpu_seconds: float
+    optimizer_cpu_seconds: float
+
+
+# -- optimizers --------------------------------------------------------------------------------
+
+
+def optimizers_by_name() -> dict[str, type[Optimizer]]:
+    """The optimizers that ``--optimizer`` can name; deepopt's win over torch's of the same name."""
+    return {
+        name: value
+        for module in (torch.optim, deepopt)
+        for name, value in vars(module).items()
+        if inspect.isclass(value)
+        and issubclass(value, Optimizer)
+        # A fair comparison has it; those that need a closure or sparse gradients do not.
+        and "weight_decay" in inspect.signature(value).parameters
+    }
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the optimizer of that name, in any case."""
+    known = optimizers_by_name()
+    for candidate, cls in known.items():
+        if candidate.lower() == name.lower():
+            return cls
+    raise ValueError(f"optimizer={name!r} is unknown; choose one of {', '.join(sorted(known))}")
+
+
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two."""
+    cls = optimizer_class(config.optimizer)
+    groups = deepopt.param_groups(model)
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.memory is not None:
+        if "memory" not in inspect.signature(cls).parameters:
+            raise ValueError(f"memory={config.memory!r}: {cls.__name__} has none; leave it out")
+        options["memory"] = config.memory
+    if cls is not torch.optim.Muon:
+        return [cls(groups, **options)]
+
+    # torch's Muon takes nothing but two-dimensional matrices; AdamW has the rest.
+    matrices: list[Any] = []
+    rest: list[Any] = []
+    for group in groups:
+        for name, param in group["params"]:
+            is_matrix = group["path"] == "matrix" and param.ndim == 2
+            (matrices if is_matrix else rest).append((name, param))
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+    return [muon, torch.optim.AdamW(rest, **options)]
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate for ``step``, counted from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
+
+
+# -- the run -----------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A run, ready to start or to go on: what is wrong with its input shows when it is made.
+
+    Args:
+        config: the run.
+        build_model: makes the model; None for Hope as in ``config.model``. Another model, for a
+            comparison, is called with tokens and targets and returns something with a ``loss``.
+
+    Raises:
+        ValueError: an option, the data or the checkpoint does not fit; ``out`` is untouched.
+        OSError: the data cannot be read.
+    """
+
+    def __init__(
+        self, config: TrainConfig, build_model: Callable[[], nn.Module] | None = None
+    ) -> None:
+        self.config = config
+        self.corpus = load_corpus(config.data) if config.data else stdlib_corpus()
+        for part in (self.corpus.train, self.corpus.val):
+            sample_batch(part, 1, config.seq_len, config.seed, 0)  # raises where text is too short
+        self.trajectory = config.trajectory(self.corpus)
+
+        torch.manual_seed(config.seed)
+        self.model = (build_model() if build_model else Hope(config.model)).to(config.device)
+        self.optimizers = build_optimizers(self.model, config)
+        self.updates = ChunkedUpdates(self.model, config.seq_len)
+        self.step = 0
+        self.rng_state = torch.get_rng_state()
+        self.model_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+
+        found = [name for name in OUTPUTS if self._path(name).exists()]
+        if config.resume:
+            self._load()
+        elif found and not config.overwrite:
+            raise ValueError(
+                f"out={config.out} holds a run already ({', '.join(found)}); go on with --resume, "
+                "discard it with --overwrite, or choose another --out"
+            )
+
+    def run(self, stop: threading.Event | None = None) -> TrainResult:
+        """Train from here to the last step.
+
+        Args:
+            stop: once set, the run saves a checkpoint after the step it is in and ends.
+
+        Raises:
+            KeyboardInterrupt: it ended because of ``stop``.
+            FloatingPointError: the loss or a gradient is not finite; the checkpoint stays.
+            OSError: the disk did not take an output; the previous checkpoint stays.
+        """
+        config = self.config
+        config.out.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            for name in OUTPUTS:
+                self._path(name).unlink(missing_ok=True)
+            self._save()
+        keep_lines(self._path("metrics.jsonl"), self.step)
+        torch.set_rng_state(self.rng_state)
+
+        val_loss = math.nan
+        with open(self._path("metrics.jsonl"), "a") as metrics, Progress(self) as progress:
+
+            def log(**values: Any) -> None:
+                metrics.write(json.dumps({"step": self.step, **values}) + "\n")
+
+            while self.step < config.steps:
+                values = self.train_step()
+                log(**values)
+                progress.show(values["loss"])
+                last = self.step == config.steps
+                if last or self.step % config.eval_every == 0:
+                    val_loss = self.evaluate()
+                    log(val_loss=val_loss, val_bits_per_byte=val_loss / math.log(2))
+                    progress.show_validation(val_loss)
+                stopped = stop is not None and stop.is_set()
+                if last or stopped or self.step % config.save_every == 0:
+                    # The metrics first: lines beyond a checkpoint are cut, missing ones are lost.
+                    metrics.flush()
+                    os.fsync(metrics.fileno())
+                    self._save()
+                if stopped and not last:
+                    raise KeyboardInterrupt
+
+        if math.isnan(val_loss):  # resumed when there was nothing left to do
+            val_loss = self.evaluate()
+        if isinstance(self.model, Hope):
+            self._path("samples.txt").write_text(self.samples(self.model), encoding="utf-8")
+        plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
+        return self._result(val_loss)
+
+    def train_step(self) -> dict[str, float]:
+        """Take one step and return what there is to log about it."""
+        config = self.config
+        factor = lr_factor(self.step, config.steps, config.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * factor
+            optimizer.zero_grad()
+        tokens, targets = sample_batch(
+            self.corpus.train, config.batch_size, config.seq_len, config.seed, self.step
+        )
+
+        began = time.process_time()
+        loss = self.model(tokens.to(config.device), targets.to(config.device)).loss
+        self._check_finite("loss", loss)
+        loss.backward()
+        model_seconds = time.process_time() - began
+        with self.updates.step():
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+            self._check_finite("norm of the gradient", norm)
+            began = time.process_time()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            optimizer_seconds = time.process_time() - began
+
+        self.step += 1
+        self.model_seconds.append(model_seconds)
+        self.optimizer_seconds.append(optimizer_seconds)
+        return {
+            "loss": loss.item(),
+            "bits_per_byte": loss.item() / math.log(2),
+            "lr": config.lr * factor,
+            "grad_norm": norm.item(),
+            "model_cpu_seconds": round(model_seconds, 6),
+            "optimizer_cpu_seconds": round(optimizer_seconds, 6),
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the mean loss on the held-out windows, in nats."""
+        config, total, count = self.config, 0.0, 0
+        for tokens, targets in evaluation_batches(
+            self.corpus.val, config.batch_size, config.seq_len, config.eval_windows
+        ):
+            loss = self.model(tokens.to(config.device), targets.to(config.device)).loss
+            total += loss.item() * len(tokens)
+            count += len(tokens)
+        return total / count
+
+    def samples(
+        self, model: Hope, prompts: int = 3, prompt_len: int = 64, length: int = 400
+    ) -> str:
+        """Return continuations of held-out text."""
+        generator = torch.Generator(self.config.device).manual_seed(self.config.seed)
+        prompt_len = min(prompt_len, self.config.seq_len)
+        ((tokens, _),) = evaluation_batches(self.corpus.val, prompts, prompt_len, prompts)
+        tokens = tokens.to(self.config.device)
+        continued = generate(model, tokens, length, temperature=0.8, top_k=50, generator=generator)
+        texts = []
+        for row in continued.tolist():
+            prompt, text = (
+                bytes(part).decode(errors="replace") for part in (row[:prompt_len], row)
+            )
+            texts.append(f"=== prompt\n{prompt}\n=== prompt and continuation\n{text}\n")
+        return "\n".join(texts)
+
+    def _path(self, name: str) -> Path:
+        return self.config.out / name
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value.item()} at step {self.step + 1} with lr={self.config.lr}; "
+                f"the last checkpoint is kept in {self.config.out}; start anew with a smaller lr"
+            )
+
+    def _save(self) -> None:
+        state = {
+            "trajectory": self.trajectory,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "updates": self.updates.state_dict(),
+            "rng_state": torch.get_rng_state(),
+        }
+        checkpoint.save(self._path("checkpoint.safetensors"), state)
+
+    def _load(self) -> None:
+        path = self._path("checkpoint.safetensors")
+        if not path.exists():
+            raise ValueError(f"out={self.config.out} holds no checkpoint; start without --resume")
+        state = checkpoint.load(path)
+        theirs = state["trajectory"]
+        if differences := [
+            f"{name}={theirs.get(name)!r} there and {self.trajectory.get(name)!r} here"
+            for name in sorted(theirs.keys() | self.trajectory.keys())
+            if theirs.get(name) != self.trajectory.get(name)
+        ]:
+            raise ValueError(
+                f"{path} belongs to another run: {'; '.join(differences)}; "
+                "give the options of that run, or choose another --out"
+            )
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.updates.load_state_dict(state["updates"])
+        self.rng_state = state["rng_state"]
+
+    def _result(self, val_loss: float) -> TrainResult:
+        parameters = sum(param.numel() for param in self.model.parameters())
+        state_bytes = sum(
+            value.numel() * value.element_size()
+            for optimizer in self.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        return TrainResult(
+            val_loss=val_loss,
+            val_bits_per_byte=val_loss / math.log(2),
+            parameters=parameters,
+            state_floats_per_parameter=state_bytes / 4 / parameters,
+            model_cpu_seconds=statistics.median(self.model_seconds or [math.nan]),
+            optimizer_cpu_seconds=statistics.median(self.optimizer_seconds or [math.nan]),
+        )
+
+
+def train(config: TrainConfig, build_model: Callable[[], nn.Module] | None = None) -> TrainResult:
+    """Train as ``config`` says and return the outcome; see :class:`Trainer`."""
+    return Trainer(config, build_model).run()
+
+
+# -- what the run shows ------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.first = trainer.step
+        self.began = self.last_line = time.monotonic()
+        quiet = trainer.config.quiet
+        self.lines = not quiet and not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=trainer.config.steps,
+            initial=trainer.step,
+            desc=trainer.trajectory["optimizer"],
+            unit="step",
+            disable=quiet or self.lines,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def show(self, loss: float) -> None:
+        """Show one step's loss."""
+        trainer, now = self.trainer, time.monotonic()
+        tokens = trainer.config.batch_size * trainer.config.seq_len * (trainer.step - self.first)
+        text = (
+            f"loss {loss:.3f}, {loss / math.log(2):.3f} bits/byte, "
+            f"{tokens / (now - self.began):,.0f} tokens/s"
+        )
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.lines and now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self._print(text)
+            self.last_line = now
+
+    def show_validation(self, loss: float) -> None:
+        """Show the loss on held-out text."""
+        text = f"held out: loss {loss:.3f}, {loss / math.log(2):.3f} bits/byte"
+        if self.lines:
+            self._print(text)
+        elif not self.bar.disable:
+            self.bar.write(f"step {self.trainer.step}: {text}", file=sys.stderr)
+
+    def _print(self, text: str) -> None:
+        name, steps = self.trainer.trajectory["optimizer"], self.trainer.config.steps
+        print(f"{name} step {self.trainer.step}/{steps}: {text}", file=sys.stderr, flush=True)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics.jsonl, up to one that a kill has torn."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Cut from a metrics.jsonl what lies beyond ``step``: the run takes these steps again."""
+    lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    checkpoint.write_atomically(path, "".join(lines).encode())
+
+
+def plot(path: Path, runs: Mapping[str, Path]) -> None:
+    """Draw the bits per byte of runs, by label: training thin and smoothed, held out with dots."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, metrics) in enumerate(runs.items()):
+        lines = list(read_metrics(metrics))
+        smooth, curve = math.nan, []
+        for line in lines:
+            if "bits_per_byte" in line:
+                value = line["bits_per_byte"]
+                smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
+                curve.append((line["step"], smooth))
+        held_out = [(x["step"], x["val_bits_per_byte"]) for x in lines if "val_bits_per_byte" in x]
+        color = f"C{index}"
+        if curve:
+            axes.plot(*zip(*curve, strict=True), color=color, alpha=0.4, label=f"{label}, training")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color=color, label=f"{label}, held out")
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its defaults are those of the configurations."""
+    defaults = TrainConfig(out=Path("runs/hope"))
+    parser = argparse.ArgumentParser(
+        prog="python -m deepopt.hope.train",
+        usage="%(prog)s [options]",
+        description="Train Hope, the model of Nested Learning, on bytes.",
+        allow_abbrev=False,
+    )
+
+    def option(name: str, help: str, **options: Any) -> None:
+        default = getattr(defaults, name)
+        options.setdefault("type", str if default is None else type(default))
+        help += "" if default is None else f" ({default})"
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=help, **options)
+
+    option("data", "text file or directory (the Python standard library's sources)", type=Path)
+    option("out", "directory for everything the run writes")
+    option("optimizer", "any optimizer of deepopt or torch.optim")
+    parser.add_argument("--compare", metavar="NAME", help="train with this optimizer as well")
+    option("memory", "DeepMomentum's memory (its default)")
+    option("lr", "peak of the learning rate")
+    option("weight_decay", "decoupled weight decay")
+    option("steps", "optimizer steps")
+    option("batch_size", "sequences per step")
+    option("seq_len", "bytes per sequence")
+    option("warmup", "steps of linear warm-up; then linear decay to zero")
+    option("seed", "of weights, batches and samples")
+    option("eval_every", "steps between evaluations on held-out text")
+    option("eval_windows", "sequences per evaluation")
+    option("save_every", "steps between checkpoints")
+    option("device", "where to train")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (torch's choice)")
+    for name, help in (
+        ("resume", "go on from the checkpoint in --out"),
+        ("overwrite", "discard the run in --out"),
+        ("quiet", "no progress"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=help)
+
+    sizes = parser.add_argument_group("model", "see deepopt.hope.HopeConfig")
+    for size in dataclasses.fields(HopeConfig):
+        if size.name == "vocab_size":  # bytes
+            continue
+        kind: dict[str, Any] = {"type": float if isinstance(size.default, float) else int}
+        if isinstance(size.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(size.default, tuple):
+            kind["nargs"] = "+"
+        flag = "--" + size.name.replace("_", "-")
+        sizes.add_argument(flag, default=size.default, help=f"({size.default})", **kind)
+    return parser
+
+
+def configurations(arguments: argparse.Namespace) -> list[TrainConfig]:
+    """Return the run that the command line asks for, or with --compare both."""
+    values = vars(arguments)
+    sizes = {f.name: values[f.name] for f in dataclasses.fields(HopeConfig) if f.name in values}
+    options = {f.name: values[f.name] for f in dataclasses.fields(TrainConfig) if f.name in values}
+    config = TrainConfig(**options, model=HopeConfig(**sizes))
+    if arguments.compare is None:
+        return [config]
+    names = [optimizer_class(name).__name__ for name in (config.optimizer, arguments.compare)]
+    if names[0] == names[1]:
+        raise ValueError(f"compare={names[1]} is the optimizer of the run itself; name another one")
+    configs = []
+    for name in names:
+        out = config.out / name.lower()
+        memory = config.memory if name == names[0] else None
+        # A run that had not begun when the comparison was interrupted begins now.
+        resume = config.resume and (out / "checkpoint.safetensors").exists()
+        configs.append(
+            dataclasses.replace(config, optimizer=name, memory=memory, out=out, resume=resume)
+        )
+    return configs
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that no step is cut in two; the second is real."""
+    stop = threading.Event()
+
+    def on_interrupt(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 1 failed, 130 interrupted (2: wrong input)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argument_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            parser.error(f"threads={arguments.threads}: must be at least 1")
+        torch.set_num_threads(arguments.threads)
+    try:
+        trainers = [Trainer(config) for config in configurations(arguments)]
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+
+    again = [argument for argument in argv if argument not in ("--resume", "--overwrite")]
+    how_to_resume = f"go on with: {parser.prog} {shlex.join([*again, '--resume'])}"
+    print(trainers[0].corpus, flush=True)
+    try:
+        with interrupts() as stop:
+            for trainer in trainers:
+                result = trainer.run(stop)
+                report(trainer, result)
+        if arguments.compare is not None:
+            path = arguments.out / "loss.png"
+            runs = {t.trajectory["optimizer"]: t.config.out / "metrics.jsonl" for t in trainers}
+            plot(path, runs)
+            print(f"both runs: {path}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {how_to_resume}", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"stopped: cannot write to {arguments.out}: {error}; the last checkpoint is kept; "
+            f"make room and {how_to_resume}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def report(trainer: Trainer, result: TrainResult) -> None:
+    """Print the outcome of a run."""
+    print(
+        f"{trainer.trajectory['optimizer']}: {result.val_bits_per_byte:.4f} bits per byte on "
+        f"held-out text after {trainer.step:,} steps; {result.parameters:,} parameters, "
+        f"{result.state_floats_per_parameter:.2f} floats of optimizer state per parameter; "
+        f"written to {trainer.config.out}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

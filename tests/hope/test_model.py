@@ -1,0 +1,172 @@
+"""Hope as a language model: exact, causal, stateless between calls, trainable everywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepopt.hope import Hope, HopeConfig
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 11, "dim": 8, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 6,
+    "max_inner_lr": 0.3, "cms_chunks": (8, 16),
+}  # fmt: skip
+
+
+def make(**options: Any) -> Hope:
+    """A small model whose head is not zero, so that logits and gradients say something."""
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(**{**SMALL, **options})).double()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def text(tokens: int, batch: int = 2) -> Tensor:
+    return torch.randint(11, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 19, [2, 13, 4], [18, 1]])
+def test_pieces_equal_the_whole(pieces: list[int]) -> None:
+    model, tokens = make(), text(19)
+    state, logits = None, []
+    for piece in tokens.split(pieces, 1):
+        out = model(piece, state=state)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens).logits, rtol=0, atol=1e-10)
+
+
+def test_the_future_does_not_move_earlier_logits() -> None:
+    model, tokens = make(), text(17)
+    for cut in (1, 6, 11, 16):
+        changed = tokens.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1) % 11
+        before, after = model(tokens).logits, model(changed).logits
+        torch.testing.assert_close(before[:, :cut], after[:, :cut], rtol=0, atol=1e-12)
+        assert not torch.allclose(before[:, cut], after[:, cut])
+
+
+def test_sequences_of_a_batch_do_not_meet() -> None:
+    model, tokens = make(), text(9, batch=3)
+    together = model(tokens).logits
+    for i in range(3):
+        torch.testing.assert_close(
+            model(tokens[i : i + 1]).logits, together[i : i + 1], rtol=0, atol=1e-12
+        )
+
+
+def test_calls_and_modes_do_not_change_the_output() -> None:
+    model, tokens = make(), text(15)
+    first = model(tokens).logits
+    assert torch.equal(first, model(tokens).logits)
+    assert torch.equal(first, model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_every_parameter_learns_from_the_loss(momentum: bool) -> None:
+    model, tokens = make(momentum=momentum), text(20)
+    model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_every_memory_learns_from_the_loss() -> None:
+    model, tokens = make(), text(20)
+    model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    stacks = {n: p.grad for n, p in model.named_parameters() if "initial_w" in n}
+    assert len(stacks) == 4
+    for grad in stacks.values():
+        assert grad is not None
+        assert (grad.abs().amax((-2, -1)) > 0).all()
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    torch.manual_seed(0)
+    model, tokens = Hope(HopeConfig(**SMALL)), text(12)
+    assert model(tokens[:, :-1], tokens[:, 1:]).loss.item() == pytest.approx(math.log(11), abs=1e-6)
+    assert model(tokens).loss is None
+
+
+def test_loss_is_the_mean_cross_entropy() -> None:
+    model, tokens = make(), text(12)
+    out = model(tokens[:, :-1], tokens[:, 1:])
+    picked = out.logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+    torch.testing.assert_close(out.loss, -picked.mean())
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    model, tokens = make(), text(10, batch=1)
+    loss = model(tokens[:, :-1], tokens[:, 1:]).loss
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss, params)
+    g = torch.Generator().manual_seed(2)
+    directions = [torch.randn(p.shape, dtype=p.dtype, generator=g) for p in params]
+    slope = sum((a * b).sum() for a, b in zip(grads, directions, strict=True))
+
+    def moved(step: float) -> Tensor:
+        with torch.no_grad():
+            for p, d in zip(params, directions, strict=True):
+                p.add_(d, alpha=step)
+            value = model(tokens[:, :-1], tokens[:, 1:]).loss
+            for p, d in zip(params, directions, strict=True):
+                p.sub_(d, alpha=step)
+        return value
+
+    torch.testing.assert_close((moved(1e-5) - moved(-1e-5)) / 2e-5, slope, rtol=1e-5, atol=1e-8)
+
+
+def test_a_short_training_learns_a_pattern() -> None:
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(vocab_size=4, dim=16, layers=1, heads=2, cms_chunks=(16,)))
+    tokens = torch.arange(33).remainder(4).expand(2, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        loss = model(tokens[:, :-1], tokens[:, 1:]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.2
+
+
+def test_memories_stay_bounded_over_a_long_text() -> None:
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(dim=32, layers=1, heads=2))
+    tokens = torch.randint(256, (1, 2048), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        state = model(tokens).state[0]
+    for x in (*state.generators, *state.memory):
+        assert x.isfinite().all()
+        assert x.abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": 0}, {"memory_chunk": 0},
+        {"projection_chunk": 1.5}, {"max_inner_lr": 0.0}, {"conv_width": 0}, {"cms_chunks": (4, 6)},
+        {"cms_expansion": 0},
+    ],
+)  # fmt: skip
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    name = "dim" if "heads" in options else next(iter(options))
+    with pytest.raises(ValueError, match=f"{name}="):
+        HopeConfig(**{**SMALL, **options})
+
+
+def test_bad_inputs_are_named() -> None:
+    model, tokens = make(), text(4)
+    with pytest.raises(ValueError, match="tokens has shape"):
+        model(tokens[0])
+    with pytest.raises(ValueError, match="tokens has shape"):
+        model(tokens[:, :0])
+    with pytest.raises(ValueError, match="targets has shape"):
+        model(tokens, tokens[:, 1:])
+    state = model(tokens).state
+    with pytest.raises(ValueError, match="state has 1 entries"):
+        model(tokens, state=state[:1])
+    with pytest.raises(ValueError, match="state belongs to a batch of 2"):
+        model(tokens[:1], state=state)

@@ -1,0 +1,82 @@
+"""The Titans layer is causal and goes on exactly where it stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepopt.hope import HopeConfig, SelfModifyingTitans
+
+
+@pytest.fixture(params=[True, False], ids=["momentum", "plain"])
+def layer(request: pytest.FixtureRequest) -> SelfModifyingTitans:
+    torch.manual_seed(0)
+    config = HopeConfig(
+        dim=8, heads=2, memory_chunk=4, projection_chunk=6, max_inner_lr=0.5, momentum=request.param
+    )
+    return SelfModifyingTitans(config).double()
+
+
+def text(tokens: int) -> Tensor:
+    return torch.randn(
+        2, tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+
+
+@pytest.mark.parametrize("pieces", [[1] * 21, [3, 7, 11], [20, 1], [1, 20], [12, 9]])
+def test_pieces_equal_the_whole(layer: SelfModifyingTitans, pieces: list[int]) -> None:
+    x = text(21)
+    whole, end = layer(x)
+    outputs, state = [], None
+    for piece in x.split(pieces, 1):
+        out, state = layer(piece, state)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-10)
+    assert state is not None
+    assert state.position == end.position == 21
+    for a, b in zip(
+        (*state.generators, *state.memory), (*end.generators, *end.memory), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state.query_tail, end.query_tail, rtol=0, atol=1e-10)
+
+
+def test_gradients_flow_through_a_carried_state(layer: SelfModifyingTitans) -> None:
+    x = text(13)
+
+    def gradients(pieces: list[int]) -> tuple[Tensor, ...]:
+        state, total = None, x.new_zeros(())
+        for piece in x.split(pieces, 1):
+            out, state = layer(piece, state)
+            total = total + out.square().sum()
+        return torch.autograd.grad(total, list(layer.parameters()))
+
+    for a, b in zip(gradients([13]), gradients([5, 8]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_the_future_does_not_move_the_past(layer: SelfModifyingTitans) -> None:
+    x = text(15)
+    changed = x.clone()
+    changed[:, 9:] += 1.0
+    before, after = layer(x)[0], layer(changed)[0]
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_memories_carry_the_past_beyond_the_convolutions(layer: SelfModifyingTitans) -> None:
+    x = text(15)
+    changed = x.clone()
+    changed[:, 0] += 1.0
+    difference = (layer(x)[0] - layer(changed)[0])[:, 4:].abs()
+    assert difference.amax((0, 2)).min() > 1e-9
+
+
+def test_memories_write_and_forget() -> None:
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(HopeConfig(dim=8, heads=2))
+    start = layer.initial_state(2)
+    _, end = layer(text(9).float(), start)
+    assert not torch.equal(start.memory.w1, end.memory.w1)
+    assert not torch.equal(start.generators.w2, end.generators.w2)

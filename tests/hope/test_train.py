@@ -1,0 +1,376 @@
+"""Runs that are interrupted, killed and resumed, and what a user can get wrong about them."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepopt.hope import HopeConfig, checkpoint
+from deepopt.hope import train as training
+from deepopt.hope.train import TrainConfig, Trainer, main, train
+
+# The slow CMS level learns every fourth step, so that interruptions leave gradients pending.
+MODEL = {"dim": 16, "layers": 1, "heads": 1, "memory_chunk": 8, "projection_chunk": 16}
+SIZES = HopeConfig(**MODEL, cms_chunks=(16, 64))
+STEPS = 14
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    samples = Trainer.samples
+    monkeypatch.setattr(Trainer, "samples", lambda self, model: samples(self, model, 2, 8, 8))
+
+
+@pytest.fixture
+def config(tmp_path, text):
+    return TrainConfig(
+        out=tmp_path / "run", data=text, steps=STEPS, warmup=3, batch_size=2, seq_len=16,
+        eval_every=4, eval_windows=4, save_every=5, quiet=True, model=SIZES,
+    )  # fmt: skip
+
+
+def arguments(config: TrainConfig, *more: str) -> list[str]:
+    names = ("out", "data", "steps", "warmup", "batch_size", "seq_len", "eval_every",
+             "eval_windows", "save_every")  # fmt: skip
+    options = {name: getattr(config, name) for name in names} | MODEL
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [*flags, "--cms-chunks", "16", "64", "--quiet", *more]
+
+
+class StopAfter(threading.Event):
+    """Set once it has been asked for a number of times, which a run does once per step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def metrics(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith("cpu_seconds")} for line in lines]
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert_same(*(checkpoint.load(out / "checkpoint.safetensors") for out in (a, b)))
+    assert metrics(a) == metrics(b)
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def saved_step(out: Path) -> int:
+    return checkpoint.load(out / "checkpoint.safetensors")["step"]
+
+
+# -- a run -------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_writes_its_outputs(config):
+    config = dataclasses.replace(config, steps=40, lr=2e-2)
+    result = train(config)
+    lines = metrics(config.out)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "val_loss" in line] == list(range(4, 41, 4))
+    assert lines[0]["bits_per_byte"] == pytest.approx(8, abs=1e-3)
+    assert result.val_bits_per_byte < 6
+    assert result.val_loss == lines[-1]["val_loss"]
+    assert result.parameters == sum(p.numel() for p in Trainer(
+        dataclasses.replace(config, out=config.out / "other")).model.parameters())  # fmt: skip
+    assert 0.5 < result.state_floats_per_parameter < 4
+    assert result.model_cpu_seconds > 0
+    assert result.optimizer_cpu_seconds > 0
+    assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (config.out / "samples.txt").read_text().count("=== prompt\n") == 2
+    assert sorted(os.listdir(config.out)) == sorted(training.OUTPUTS)
+
+
+def test_another_model_trains_by_the_same_loop(config):
+    class Bigrams(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(256, 256)
+
+        def forward(self, tokens, targets):
+            loss = torch.nn.functional.cross_entropy(self.embedding(tokens).mT, targets)
+            return SimpleNamespace(loss=loss)
+
+    assert train(config, Bigrams).parameters == 256 * 256
+    assert not (config.out / "samples.txt").exists()
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    factors = [training.lr_factor(step, 10, 4) for step in range(10)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1, 1]
+    assert factors[-1] == pytest.approx(1 / 6)
+    assert training.lr_factor(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize("name", ["DeepMomentum", "adamw", "MUON", "sgd", "adafactor"])
+def test_stopped_run_goes_on_bit_for_bit(config, tmp_path, name):
+    whole = dataclasses.replace(config, optimizer=name, out=tmp_path / "whole")
+    broken = dataclasses.replace(config, optimizer=name, out=tmp_path / "broken")
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(broken).run(StopAfter(7))
+    assert saved_step(broken.out) == 7
+    assert checkpoint.load(broken.out / "checkpoint.safetensors")["updates"]["pending"]
+    torch.manual_seed(123)
+    train(dataclasses.replace(broken, resume=True))
+    assert_same_run(whole.out, broken.out)
+
+
+@pytest.mark.parametrize("moment", ["os.replace", "torch.nn.utils.clip_grad_norm_"])
+def test_killed_run_goes_on_bit_for_bit(config, tmp_path, moment):
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    train(whole)
+    # Killed while the checkpoint of step 10 is complete but not yet in place, or within step 13.
+    in_place = moment == "os.replace"
+    when = (
+        "str(arguments[1]).endswith('.safetensors') and calls == 4" if in_place else "calls == 13"
+    )
+    program = f"""
+import os, signal, sys, torch
+from deepopt.hope.train import main
+torch.set_num_threads(1)
+original, calls = {moment}, 0
+def killing(*arguments, **options):
+    global calls
+    calls += 1
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+{moment} = killing
+main({arguments(config)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert saved_step(config.out) == (5 if in_place else 10)
+    with open(config.out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 14, "los')  # as if killed in the middle of a line
+    assert main(arguments(config, "--resume")) == 0
+    assert_same_run(whole.out, config.out)
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, capsys):
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    train(whole)
+    sample = training.sample_batch
+
+    def interrupted(data, batch_size, seq_len, seed, step):
+        if step == 7 and batch_size == config.batch_size:
+            signal.raise_signal(signal.SIGINT)
+        return sample(data, batch_size, seq_len, seed, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "sample_batch", interrupted)
+        assert main(arguments(config)) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert saved_step(config.out) == 8
+    assert f"--out={config.out}" in (message := capsys.readouterr().err)
+    assert message.rstrip().endswith("--resume")
+    assert main(arguments(config, "--resume")) == 0
+    assert_same_run(whole.out, config.out)
+
+
+def test_resuming_a_finished_run_changes_nothing(config):
+    first = train(config)
+    before = metrics(config.out)
+    again = train(dataclasses.replace(config, resume=True))
+    assert again.val_loss == first.val_loss
+    assert metrics(config.out) == before
+
+
+def test_comparison_starts_both_from_the_same_weights_and_resumes(config, monkeypatch, capsys):
+    assert main(arguments(config, "--compare", "adamw", "--memory", "delta")) == 0
+    runs = [config.out / "deepmomentum", config.out / "adamw"]
+    first, second = (metrics(out)[0] for out in runs)
+    assert {k: first[k] for k in ("loss", "grad_norm")} == {
+        k: second[k] for k in ("loss", "grad_norm")
+    }
+    assert metrics(runs[0])[-1] != metrics(runs[1])[-1]
+    assert (config.out / "loss.png").exists()
+    assert "DeepMomentum: " in (output := capsys.readouterr().out)
+    assert "AdamW: " in output
+
+    # The second had not begun when the comparison was interrupted.
+    before = metrics(runs[1])
+    for name in training.OUTPUTS:
+        (runs[1] / name).unlink()
+    assert main(arguments(config, "--compare", "adamw", "--memory", "delta", "--resume")) == 0
+    assert metrics(runs[1]) == before
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def wrong(arguments: list[str], capsys) -> str:
+    """The message of a command line that is refused, on one line and without a traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_run_is_not_overwritten_unasked(config, capsys):
+    train(config)
+    before = {name: (config.out / name).read_bytes() for name in training.OUTPUTS}
+    assert "holds a run already" in wrong(arguments(config), capsys)
+    assert before == {name: (config.out / name).read_bytes() for name in training.OUTPUTS}
+    assert "exclude each other" in wrong(arguments(config, "--resume", "--overwrite"), capsys)
+    assert main(arguments(config, "--overwrite", "--seed=1")) == 0
+    assert (config.out / "metrics.jsonl").read_bytes() != before["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--lr=0.5"], "lr=0.004 there and 0.5 here"),
+        (["--optimizer=adamw"], "optimizer='DeepMomentum' there and 'AdamW' here"),
+        (["--memory=delta"], "memory=None there and 'delta' here"),
+        (["--dim=32"], "dim=16 there and 32 here"),
+        (["--cms-chunks", "16"], "cms_chunks=[16, 64] there and [16] here"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(config, capsys, change, named):
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config).run(StopAfter(2))
+    message = wrong(arguments(config, "--resume", *change), capsys)
+    assert named in message
+    assert message.count(" there and ") == 1
+
+
+def test_checkpoint_of_other_data_is_refused(config, text, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config).run(StopAfter(2))
+    text.write_text(text.read_text() + "more")
+    assert "data_sha256=" in wrong(arguments(config, "--resume"), capsys)
+
+
+def test_nothing_to_resume_and_damaged_checkpoints_are_named(config, capsys):
+    assert "holds no checkpoint" in wrong(arguments(config, "--resume"), capsys)
+    config.out.mkdir()
+    path = config.out / "checkpoint.safetensors"
+    path.write_bytes(b"damaged")
+    assert "is damaged or no checkpoint" in wrong(arguments(config, "--resume"), capsys)
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+    assert "is no checkpoint of this program" in wrong(arguments(config, "--resume"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--optimizer=adamx"], "optimizer='adamx' is unknown; choose one of"),
+        (["--optimizer=lbfgs"], "optimizer='lbfgs' is unknown"),
+        (["--memory=none"], "Invalid memory: 'none'"),
+        (["--optimizer=sgd", "--memory=delta"], "memory='delta': SGD has none"),
+        (["--compare=deepmomentum"], "compare=DeepMomentum is the optimizer of the run itself"),
+        (["--lr=-1"], "Invalid learning rate: -1"),
+        (["--steps=0"], "steps=0: must be at least 1"),
+        (["--warmup=14"], "warmup=14: must be below steps=14"),
+        (["--threads=0"], "threads=0: must be at least 1"),
+        (["--seq-len=99999"], "seq_len=99999 needs at least 100000 bytes"),
+        (["--dim=15", "--heads=2"], "dim=15: must be a multiple of heads=2"),
+        (["--data=nowhere"], "nowhere does not exist"),
+        (["--device=none"], "device='none': cannot be used here"),
+    ],
+)
+def test_wrong_input_is_named_without_a_traceback(config, capsys, options, named):
+    assert named in wrong(arguments(config, *options), capsys)
+    assert not config.out.exists()
+
+
+def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch, capsys):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 6:  # the second checkpoint within the run, after its metrics
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(arguments(config)) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "--resume" in message
+    assert saved_step(config.out) == 5
+    assert not list(config.out.glob("*.tmp"))
+    assert main(arguments(config, "--resume")) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(config, monkeypatch, capsys, value):
+    forward = training.Hope.forward
+
+    def diverging(self, tokens, targets=None, state=None):
+        output = forward(self, tokens, targets, state)
+        steps[0] += torch.is_grad_enabled()
+        return output._replace(loss=output.loss * value) if steps[0] == 8 else output
+
+    steps = [0]
+    monkeypatch.setattr(training.Hope, "forward", diverging)
+    assert main(arguments(config)) == 1
+    assert f"the loss is {value} at step 8" in capsys.readouterr().err
+    state = checkpoint.load(config.out / "checkpoint.safetensors")
+    assert state["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+
+def test_checkpoint_keeps_types_and_shared_storage(tmp_path):
+    whole = torch.arange(6.0).view(2, 3)
+    state = {
+        "views": {0: whole[0], 1: whole[1], "transposed": whole.t()},
+        "narrow": [whole.bfloat16(), torch.zeros((), dtype=torch.int64), torch.zeros(0, 3)],
+        "plain": (None, True, 1, 0.1, float("inf"), "text", [], {}, ()),
+    }
+    checkpoint.save(tmp_path / "c", state)
+    assert_same(checkpoint.load(tmp_path / "c"), state)
+
+
+def test_checkpoint_refuses_what_is_not_data(tmp_path):
+    with pytest.raises(TypeError, match="cannot hold /a/0, a object"):
+        checkpoint.save(tmp_path / "c", {"a": [object()]})
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,90 @@
+"""What the files around the package promise about it."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import deepopt
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+@pytest.fixture
+def installed():
+    try:
+        return metadata.distribution("deepopt-torch")
+    except metadata.PackageNotFoundError:
+        pytest.skip("runs from a checkout that is not installed")
+
+
+def test_version_is_the_same_everywhere(installed):
+    assert installed.version == deepopt.__version__
+    assert f"version: {deepopt.__version__}\n" in read("CITATION.cff")
+    assert deepopt.__version__ in read("CHANGELOG.md")
+
+
+def test_torch_is_the_only_requirement_and_none_of_the_build(installed):
+    hard = [line for line in installed.requires if "extra ==" not in line]
+    assert hard == ["torch>=2.10"]
+    (build,) = re.findall(r"^\[build-system\]$.*?^requires = \[(.*?)\]$", read("pyproject.toml"),
+                          re.DOTALL | re.MULTILINE)  # fmt: skip
+    assert "torch" not in build
+
+
+def test_make_commands_of_the_documents_exist():
+    targets = set(re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE))
+    named = re.findall(r"^\s*(?:\$ )?make (\w+)", read("README.md") + read(".ci/run"), re.MULTILINE)
+    assert {"train", "test", "lint"} <= targets
+    assert set(named) <= targets
+    assert named
+
+
+@pytest.fixture
+def setup_module(monkeypatch):
+    spec = importlib.util.spec_from_file_location("deepopt_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_without_torch_falls_back_unless_extensions_are_demanded(
+    setup_module, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert setup_module.compiled("auto") == {}
+    assert capsys.readouterr().err.count("\n") == 1
+    assert setup_module.compiled("0") == {}
+    assert not capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"DEEPOPT_EXT=1 needs torch.*--no-build-isolation"):
+        setup_module.compiled("1")
+
+
+def test_unknown_extension_mode_is_refused(setup_module, monkeypatch):
+    monkeypatch.setenv("DEEPOPT_EXT", "yes")
+    with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
+        setup_module.extension_mode()
+
+
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_source_that_does_not_compile_is_left_out_unless_demanded(tmp_path, mode):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "broken.cpp").write_text("this is no C++")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path, env={**os.environ, "DEEPOPT_EXT": mode}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (mode == "auto"), done.stderr
+    assert ("deepopt: deepopt._C_cpu not built" in done.stderr) == (mode == "auto")
+    assert not list(tmp_path.rglob("*.so"))
