@@ -16,7 +16,7 @@ class HopeConfig:
         dim: width of the residual stream; a multiple of `heads`.
         layers: number of blocks.
         heads: number of heads; every head owns its five memories, of width `dim // heads`.
-        memory_hidden: hidden width of a memory; None means twice the width of a head.
+        memory_hidden: hidden width of a memory; None means the width of a head.
         memory_chunk: tokens over which the gradient of the main memory is taken at one anchor.
         projection_chunk: the same for the four memories that generate keys, values, inner learning
             rates and retentions; these also stay constant, as projections, inside their chunk.
@@ -55,7 +55,7 @@ class HopeConfig:
             )
         if self.memory_hidden is not None and self.memory_hidden < 1:
             raise ValueError(
-                f"memory_hidden={self.memory_hidden}: must be at least 1, or None for 2 * head_dim"
+                f"memory_hidden={self.memory_hidden}: must be at least 1, or None for one head's"
             )
         if not 0.0 < self.max_inner_lr <= 1.0:
             raise ValueError(
@@ -74,4 +74,4 @@ class HopeConfig:
     @property
     def hidden(self) -> int:
         """Hidden width of a memory."""
-        return 2 * self.head_dim if self.memory_hidden is None else self.memory_hidden
+        return self.memory_hidden or self.head_dim

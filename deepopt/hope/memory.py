@@ -96,7 +96,7 @@ class Generated(NamedTuple):
     """What the generating memories say about some tokens.
 
     Attributes:
-        key, value: (batch, heads, d, tokens); keys have norm 1.
+        key, value: (batch, heads, d, tokens), columns of norm 1.
         eta: inner learning rates, (batch, heads, tokens).
         log_alpha: logarithms of the retentions, (batch, heads, tokens).
     """
@@ -115,6 +115,8 @@ def unit(x: Tensor) -> Tensor:
 def generate(z: Tensor, w2: Tensor, w1: Tensor, gates: Gates) -> Generated:
     """Eq 83: keys, values, inner learning rates and retentions of the inputs z (B, H, d, T)."""
     hidden = F.gelu(_all_hidden(w2, z))
+    # A value meets the memories as an input, M(v_t). Unless it is as short as a key, what M_value
+    # learns comes back longer through v^_t = M(v_t), and the loop runs away from the first weights.
     key, value, eta, alpha = (z.unsqueeze(2) + w1 @ hidden).unbind(2)
     return Generated(
         unit(key),

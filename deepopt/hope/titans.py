@@ -76,6 +76,8 @@ class SelfModifyingTitans(nn.Module):
             torch.randn(heads, len(MEMORIES), d, hidden) / math.sqrt(hidden)
         )
         self.eta_bias = nn.Parameter(torch.zeros(heads))
+        # alpha starts at 0.999: at 0.993 the weights fade to zero within 2048 tokens, and a memory
+        # of zeros has no gradient to come back with.
         self.alpha_bias = nn.Parameter(torch.full((heads,), 7.0))
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None
         self.norm = nn.RMSNorm(d)

@@ -78,13 +78,13 @@ class TrainConfig:
     memory: str | None = None
     lr: float = 4e-3
     weight_decay: float = 0.1
-    steps: int = 300
-    batch_size: int = 16
+    steps: int = 800
+    batch_size: int = 8
     seq_len: int = 256
     warmup: int = 50
     seed: int = 0
-    eval_every: int = 50
-    eval_windows: int = 64
+    eval_every: int = 100
+    eval_windows: int = 128
     save_every: int = 50
     device: str = "cpu"
     resume: bool = False
