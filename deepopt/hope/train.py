@@ -17,7 +17,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +32,8 @@ from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, 
 from deepopt.hope import ChunkedUpdates, Hope, HopeConfig, generate
 
 try:
-    from matplotlib.figure import Figure
-    from tqdm import tqdm
-
     from deepopt.hope import checkpoint
+    from deepopt.hope.report import Progress, keep_lines, plot
 except ImportError as missing:
     raise ImportError(
         f"training needs {missing.name}: pip install 'deepopt-torch[hope]'"
@@ -43,7 +41,6 @@ except ImportError as missing:
 
 OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png")
 MAX_GRAD_NORM = 1.0
-SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -257,7 +254,9 @@ class Trainer:
         torch.set_rng_state(self.rng_state)
 
         val_loss = math.nan
-        with open(self._path("metrics.jsonl"), "a") as metrics, Progress(self) as progress:
+        name, tokens = self.trajectory["optimizer"], config.batch_size * config.seq_len
+        progress = Progress(name, self.step, config.steps, tokens, config.quiet)
+        with open(self._path("metrics.jsonl"), "a") as metrics, progress:
 
             def log(**values: Any) -> None:
                 metrics.write(json.dumps({"step": self.step, **values}) + "\n")
@@ -418,98 +417,6 @@ class Trainer:
 def train(config: TrainConfig, build_model: Callable[[], nn.Module] | None = None) -> TrainResult:
     """Train as ``config`` says and return the outcome; see :class:`Trainer`."""
     return Trainer(config, build_model).run()
-
-
-# -- what the run shows ------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.first = trainer.step
-        self.began = self.last_line = time.monotonic()
-        quiet = trainer.config.quiet
-        self.lines = not quiet and not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=trainer.config.steps,
-            initial=trainer.step,
-            desc=trainer.trajectory["optimizer"],
-            unit="step",
-            disable=quiet or self.lines,
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def show(self, loss: float) -> None:
-        """Show one step's loss."""
-        trainer, now = self.trainer, time.monotonic()
-        tokens = trainer.config.batch_size * trainer.config.seq_len * (trainer.step - self.first)
-        text = (
-            f"loss {loss:.3f}, {loss / math.log(2):.3f} bits/byte, "
-            f"{tokens / (now - self.began):,.0f} tokens/s"
-        )
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if self.lines and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self._print(text)
-            self.last_line = now
-
-    def show_validation(self, loss: float) -> None:
-        """Show the loss on held-out text."""
-        text = f"held out: loss {loss:.3f}, {loss / math.log(2):.3f} bits/byte"
-        if self.lines:
-            self._print(text)
-        elif not self.bar.disable:
-            self.bar.write(f"step {self.trainer.step}: {text}", file=sys.stderr)
-
-    def _print(self, text: str) -> None:
-        name, steps = self.trainer.trajectory["optimizer"], self.trainer.config.steps
-        print(f"{name} step {self.trainer.step}/{steps}: {text}", file=sys.stderr, flush=True)
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a metrics.jsonl, up to one that a kill has torn."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
-
-
-def keep_lines(path: Path, step: int) -> None:
-    """Cut from a metrics.jsonl what lies beyond ``step``: the run takes these steps again."""
-    lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-    checkpoint.write_atomically(path, "".join(lines).encode())
-
-
-def plot(path: Path, runs: Mapping[str, Path]) -> None:
-    """Draw the bits per byte of runs, by label: training thin and smoothed, held out with dots."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (label, metrics) in enumerate(runs.items()):
-        lines = list(read_metrics(metrics))
-        smooth, curve = math.nan, []
-        for line in lines:
-            if "bits_per_byte" in line:
-                value = line["bits_per_byte"]
-                smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
-                curve.append((line["step"], smooth))
-        held_out = [(x["step"], x["val_bits_per_byte"]) for x in lines if "val_bits_per_byte" in x]
-        color = f"C{index}"
-        if curve:
-            axes.plot(*zip(*curve, strict=True), color=color, alpha=0.4, label=f"{label}, training")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color=color, label=f"{label}, held out")
-    axes.set(xlabel="step", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 # -- the command -------------------------------------------------------------------------------

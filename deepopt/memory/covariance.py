@@ -15,8 +15,8 @@ class Covariance:
     r"""Momentum, read through powers of the gradient's Gram matrices.
 
     The paper's Appendix B finds AdaGrad's full-matrix form as the optimal memory that maps
-    gradients to the root of their covariance; its power -1/2 is a free power here, and the
-    covariance of the flattened gradient is replaced by those of its rows and columns:
+    gradients to the root of their covariance, and reads H^{-1/2} M. Here the power is free, and
+    the covariance of the flattened gradient is replaced by those of its rows and columns:
 
     .. math::
         M_t &= \beta M_{t-1} + (1-\beta) G_t \\
@@ -29,7 +29,8 @@ class Covariance:
     write and every ``refresh`` writes after it, from eigenvalues damped relative to the largest.
 
     Args:
-        power: p > 0; None takes 0.35 for one side and 0.25 for both (default: None).
+        power: p > 0; None takes 1/2 for one side and 1/4 for each of both, so that the powers
+            add up to the paper's (default: None).
         sides: "short" uses the Gram matrix of the short side alone, "both" uses two
             (default: "short").
         retention: rho, of the Gram matrices, in [0, 1) (default: 0.95).
@@ -78,7 +79,7 @@ class Covariance:
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         self._linear.write(state, grad, retention)
-        power = self.power or (0.25 if self.sides == "both" else 0.35)
+        power = self.power or (0.25 if self.sides == "both" else 0.5)
         steps = state["step"].tolist()
         due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
         for side in self._sides(grad):
