@@ -10,6 +10,7 @@ the lines alone.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -93,7 +94,7 @@ def execute(run: Run) -> Line:
 
 
 def bits(line: Line) -> float:
-    return line.get("val_bits_per_byte", float("inf"))
+    return line.get("val_bits_per_byte", math.inf)
 
 
 class Results:
@@ -177,9 +178,9 @@ def report(results: Results, steps: dict[str, int], command: str) -> str:
                     *[f"{bits(row):.4f}" for row in rows],
                     f"{mean:.4f}",
                     f"{mean - baseline:+.4f}",
-                    f"{sum(r['model_cpu_seconds'] for r in rows) / len(rows):.3f}",
-                    f"{sum(r['optimizer_cpu_seconds'] for r in rows) / len(rows):.4f}",
-                    f"{rows[0]['state_floats_per_parameter']:.2f}",
+                    f"{average(rows, 'model_cpu_seconds'):.3f}",
+                    f"{average(rows, 'optimizer_cpu_seconds'):.4f}",
+                    f"{average(rows, 'state_floats_per_parameter'):.2f}",
                 ]
             )
         parts.append(markdown(table))
@@ -194,6 +195,11 @@ def report(results: Results, steps: dict[str, int], command: str) -> str:
             )
         )
     return "\n\n".join(parts) + "\n"
+
+
+def average(lines: Sequence[Line], key: str) -> float:
+    """NaN where a run diverged: it has no such value."""
+    return sum(line.get(key, math.nan) for line in lines) / len(lines)
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

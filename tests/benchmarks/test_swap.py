@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from benchmarks import swap
+from benchmarks.__main__ import main
+from benchmarks.swap import Results, Run
+
+
+def line(run, bits):
+    return {
+        **vars(run),
+        "val_bits_per_byte": bits,
+        "parameters": 1000,
+        "model_cpu_seconds": 0.5,
+        "optimizer_cpu_seconds": 0.01,
+        "state_floats_per_parameter": 2.0,
+        "weight_decay": 0.1,
+        "batch_size": 8,
+        "seq_len": 256,
+        "warmup": 50,
+        "data_sha256": "abc",
+        "torch": "2",
+        "python": "3",
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """AdamW is best at 4e-3; a challenger is 0.25 bits better on seed 0 and 0.75 on seed 1."""
+    path = tmp_path / "swap.jsonl"
+    lines = [line(run, 3.0 + abs(run.lr - 4e-3)) for run in swap.sweep("Hope", 7)]
+    for run in swap.swaps("Hope", 4e-3, 7)[1:]:
+        gain = 0.0 if run.optimizer == "AdamW" else (0.25, 0.75)[run.seed]
+        lines.append(line(run, 3.0 - gain))
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return Results(path)
+
+
+def test_the_rate_is_adamws_best(results):
+    assert swap.best_rate(results, "Hope", 7) == 4e-3
+
+
+def test_the_table_has_every_optimizer_its_seeds_mean_and_difference(results):
+    text = swap.report(results, {"Hope": 7}, "python -m benchmarks swap")
+    assert "## Hope, 1,000 parameters, 7 steps" in text
+    assert "| AdamW | 3.0000 | 3.0000 | 3.0000 | +0.0000 | 0.500 | 0.0100 | 2.00 |" in text
+    for name in ("Muon", *(f"DeepMomentum, {m}" for m in ("linear", "covariance", "delta"))):
+        assert f"| {name} | 2.7500 | 2.2500 | 2.5000 | -0.5000 |" in text
+
+
+def test_finished_runs_are_not_repeated(results, monkeypatch):
+    monkeypatch.setattr(swap, "execute", None)  # cannot even be sent to a worker
+    results.complete(swap.swaps("Hope", 4e-3, 7), jobs=1)
+
+
+def test_a_run_trains_the_model_it_names_and_reports_what_it_depends_on(monkeypatch):
+    tiny = swap.TransformerConfig(dim=16, layers=1, heads=2)
+    monkeypatch.setitem(swap.MODELS, "Transformer", lambda: swap.Transformer(tiny))
+    monkeypatch.setattr(
+        swap, "TrainConfig", lambda **k: TrainConfig(**k, seq_len=16, eval_windows=2, warmup=1)
+    )
+    found = swap.execute(Run("Transformer", "DeepMomentum", "delta", 1e-3, 0, 2))
+    assert found["parameters"] == sum(p.numel() for p in swap.Transformer(tiny).parameters())
+    assert 7.5 < found["val_bits_per_byte"] <= 8.1
+    assert found["seq_len"] == 16
+    assert len(found["data_sha256"]) == 64
+
+
+def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_shown(results):
+    run = Run("Hope", "Muon", None, 4e-3, 0, 7)
+    results.lines[run] = {**vars(run), "diverged": "the loss is nan"}
+    text = swap.report(results, {"Hope": 7}, "python -m benchmarks swap")
+    assert "| Muon | inf | 2.2500 | inf | +inf | nan | nan | nan |" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["swop"]])
+def test_an_unknown_benchmark_lists_the_known_ones(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    assert main() == 2
+    assert "swap: The swap" in capsys.readouterr().err
+
+
+TrainConfig = swap.TrainConfig
