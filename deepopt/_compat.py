@@ -8,8 +8,15 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
+from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
 
-__all__ = ["adam", "check_fused", "multiplies_bfloat16_faster", "scalar_dtype"]
+__all__ = [
+    "adam",
+    "check_fused",
+    "multiplies_bfloat16_faster",
+    "scalar_dtype",
+    "use_grad_for_differentiable",
+]
 
 
 def multiplies_bfloat16_faster(device: torch.device) -> bool:

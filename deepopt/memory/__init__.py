@@ -31,9 +31,11 @@ class Memory(Protocol):
         ...
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        """One step of inner learning: change the tensors of ``state`` in place, never ``grad``.
+        """One step of inner learning: assign new tensors to the entries of ``state``.
 
-        ``state["step"]``, shape (B,) on the CPU, is the number of gradients including this one.
+        Assigning, rather than writing into the old tensors, is what lets an optimizer be
+        differentiated. ``state["step"]``, shape (B,) on the CPU, is the number of gradients
+        including this one; ``grad`` must not be written to.
         """
         ...
 

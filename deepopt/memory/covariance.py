@@ -83,15 +83,22 @@ class Covariance:
         steps = state["step"].tolist()
         due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
         for side in self._sides(grad):
-            gram, root = state[f"gram_{side}"], state[f"root_{side}"]
             factor = grad if side == "left" else grad.mT
-            torch.baddbmm(
-                gram, factor, factor.mT, beta=self.retention, alpha=1 - self.retention, out=gram
+            gram = torch.baddbmm(
+                state[f"gram_{side}"],
+                factor,
+                factor.mT,
+                beta=self.retention,
+                alpha=1 - self.retention,
             )
-            if len(due) == len(steps):
-                root.copy_(inverse_power(gram, power, self.damping))
-            elif due:
-                root[due] = inverse_power(gram[due], power, self.damping)
+            state[f"gram_{side}"] = gram
+            if due:
+                roots = list(state[f"root_{side}"])
+                for row, root in zip(
+                    due, inverse_power(gram[due], power, self.damping), strict=True
+                ):
+                    roots[row] = root
+                state[f"root_{side}"] = torch.stack(roots)
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = self._linear.read(state, grad, retention)

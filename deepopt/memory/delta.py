@@ -56,12 +56,12 @@ class Delta:
         wide = grad.shape[-2] <= grad.shape[-1]
         gram = keys @ keys.mT if wide else keys.mT @ keys
         square = torch.linalg.matrix_norm(gram @ gram).sqrt() * scale[:, 0, 0].square()
-        energy.lerp_(square, 0.1)
+        state["energy"] = energy = energy.lerp(square, 0.1)
         # Relative to the keys' own scale, with 0/0 := 0: a zero gradient erases nothing.
         ratio = scale[:, 0, 0].square() / torch.maximum(energy, square).clamp_min(tiny)
         erased = (momentum @ keys.mT) @ keys if wide else momentum @ gram
-        momentum.mul_(retention).sub_(erased * (self.rate * ratio)[:, None, None])
-        momentum.add_(grad * (1 - retention))
+        erased = erased * (self.rate * ratio)[:, None, None]
+        state["momentum"] = retention * momentum - erased + (1 - retention) * grad
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         return state["momentum"]

@@ -28,7 +28,7 @@ class Linear:
         return {"momentum": torch.zeros_like(like)}
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        state["momentum"].lerp_(grad, 1 - retention)
+        state["momentum"] = state["momentum"].lerp(grad, 1 - retention)
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         return grad.lerp(state["momentum"], retention) if self.nesterov else state["momentum"]

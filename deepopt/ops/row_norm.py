@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def normalize_rows(matrices: Tensor, moment: Tensor, retention: float | Tensor) -> Tensor:
+def normalize_rows(
+    matrices: Tensor, moment: Tensor, retention: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Divide each row by the root of its running mean square; keep each matrix' Frobenius norm.
 
     A row is an output neuron: rows that the orthogonalisation leaves long or short step after
@@ -13,15 +15,18 @@ def normalize_rows(matrices: Tensor, moment: Tensor, retention: float | Tensor) 
 
     Args:
         matrices: shape (B, m, n).
-        moment: running mean squares, shape (B, m), updated in place.
+        moment: running mean squares, shape (B, m).
         retention: share of the old moment that is kept, in [0, 1).
+
+    Returns:
+        The normalised matrices and the new moment.
     """
-    moment.lerp_(matrices.square().mean(-1).to(moment.dtype), 1 - retention)
+    moment = moment.lerp(matrices.square().mean(-1), 1 - retention)
     tiny = torch.finfo(matrices.dtype).tiny
-    normalized = matrices * moment.clamp_min(tiny).rsqrt()[..., None].to(matrices.dtype)
+    normalized = matrices * moment.clamp_min(tiny).rsqrt()[..., None]
     before = torch.linalg.matrix_norm(matrices, keepdim=True)
     after = torch.linalg.matrix_norm(normalized, keepdim=True)
-    return normalized * (before / after.clamp_min(tiny))
+    return normalized * (before / after.clamp_min(tiny)), moment
 
 
 def rms_gain(matrices: Tensor, cap: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from deepopt import memory
-from deepopt._compat import scalar_dtype
+from deepopt._compat import scalar_dtype, use_grad_for_differentiable
 from deepopt.optim import elementwise, routing
 from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.stacking import State, distribute, stacked
@@ -56,9 +56,11 @@ class MemoryOptimizer(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
         if group["foreach"] and group["fused"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        for flag in ("capturable", "differentiable"):
-            if group[flag]:
-                raise RuntimeError(f"{type(self).__name__} does not support {flag}=True")
+        if group["differentiable"] and (group["fused"] or group["foreach"]):
+            flag = "fused" if group["fused"] else "foreach"
+            raise RuntimeError(f"`{flag}` does not support `differentiable`")
+        if group["capturable"]:
+            raise RuntimeError(f"{type(self).__name__} does not support capturable=True")
         if group["path"] not in routing.PATHS:
             raise ValueError(f"Invalid path: {group['path']!r}; choose from {routing.PATHS}")
 
@@ -100,7 +102,7 @@ class MemoryOptimizer(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
 
@@ -158,19 +160,18 @@ class MemoryOptimizer(Optimizer):
                 distribute(whole, [s for s, _ in fresh], key, [count for _, count in fresh])
             for state, _ in fresh:
                 state["step"] = torch.zeros((), dtype=scalar_dtype())
-        torch._foreach_add_([state["step"] for state in states], 1)
+        steps = [state["step"] for state in states]
         keys = [key for key in states[0] if key != "step"]
-        with stacked(states, keys) as whole_state:
-            whole_state["step"] = torch.stack(
-                [s["step"] for s, c in zip(states, counts, strict=True) for _ in range(c)]
-            )
+        with stacked(states, keys, group["differentiable"]) as whole_state:
+            whole_state["step"] = torch.stack(steps).repeat_interleave(torch.tensor(counts)) + 1
             update = self._read_update(whole_state, grad, group)
+        torch._foreach_add_(steps, 1)
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+        decay = 1 - lr * group["weight_decay"]
         for param, part in zip(params, (update * lr).split(counts), strict=True):
-            wide = param.to(dtype)
-            wide.mul_(1 - lr * group["weight_decay"]).sub_(part.view(param.shape))
-            if wide is not param:
-                param.copy_(wide)
+            # Autograd keeps the factors of a product: not the tensor that is written to next.
+            wide = param.to(dtype, copy=group["differentiable"])
+            param.copy_(wide * decay - part.view(param.shape))
 
     # -- checkpoints -------------------------------------------------------------------------
 

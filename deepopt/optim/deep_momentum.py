@@ -58,7 +58,8 @@ class DeepMomentum(MemoryOptimizer):
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend instead of descending (default: False).
         capturable: accepted for AdamW's sake, only as False (default: False).
-        differentiable: accepted for AdamW's sake, only as False (default: False).
+        differentiable: let autograd run through the step, to optimize what it depends on;
+            parameters must not be leaves then (default: False).
         fused: torch's flag for the element-wise path; tensors whose memory order differs from
             their parameter's are put in order first (default: None).
 
@@ -151,7 +152,9 @@ class DeepMomentum(MemoryOptimizer):
             _products_dtype(grad),
         )
         if group["row_norm"]:
-            update = normalize_rows(update, state["row_moment"], group["betas"][1])
+            update, state["row_moment"] = normalize_rows(
+                update, state["row_moment"], group["betas"][1]
+            )
         scale = ADAMW_RMS * max(grad.shape[-2:]) ** 0.5
         return update * (scale * rms_gain(update, group["rms_cap"]))
 

@@ -62,6 +62,7 @@ def _adamw(params: list[Tensor], states: list[State], group: dict[str, Any], fus
         [state["step"] for state in states],
         foreach=False if group["fused"] else group["foreach"],
         fused=fused if group["fused"] else group["fused"],
+        differentiable=group["differentiable"],
         has_complex=any(param.is_complex() for param in params),
         decoupled_weight_decay=True,
         amsgrad=False,

@@ -23,27 +23,43 @@ def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequenc
 
 
 @contextmanager
-def stacked(states: Sequence[State], keys: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The tensors under ``keys``, stacked; what is written to them reaches the states."""
-    whole: dict[str, Tensor] = {}
-    copied = []
+def stacked(
+    states: Sequence[State], keys: Sequence[str], differentiable: bool
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors under ``keys``, stacked; what is assigned or written to them reaches the states.
+
+    An exception inside leaves the states as they were, unless tensors were written into.
+
+    Args:
+        states: one per parameter.
+        keys: of the tensors.
+        differentiable: give the states new tensors, with their history, instead of copying into
+            the old ones.
+    """
+    counts = [len(state[keys[0]]) for state in states] if keys else []
+    old: dict[str, Tensor] = {}
+    apart = set()
     for key in keys:
         parts: list[Tensor] = [state[key] for state in states]
-        if _adjacent(parts):
-            whole[key] = _joined(parts)
+        if not differentiable and _adjacent(parts):
+            old[key] = _joined(parts)
             continue
-        whole[key] = torch.cat(parts)
-        if all(map(_owns_storage, parts)):  # as after load_state_dict
-            distribute(whole[key], states, key, [len(part) for part in parts])
+        old[key] = torch.cat(parts)
+        if not differentiable and all(map(_owns_storage, parts)):  # as after load_state_dict
+            distribute(old[key], states, key, counts)
         else:
             # Parts of a larger storage stay in it: each of them would keep all of it alive.
-            copied.append(key)
-    yield whole
-    for key in copied:
-        for state, part in zip(
-            states, whole[key].split([len(s[key]) for s in states]), strict=True
-        ):
-            state[key].copy_(part)
+            apart.add(key)
+    new = dict(old)
+    yield new
+    for key in keys:
+        if differentiable:
+            distribute(new[key], states, key, counts)
+        elif key in apart:
+            for state, part in zip(states, new[key].split(counts), strict=True):
+                state[key].copy_(part)
+        elif new[key] is not old[key]:
+            old[key].copy_(new[key])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import BUILT_IN, Linear
+from deepopt.memory import BUILT_IN, Covariance, Linear
 
 MUON = (3.4445, -4.7750, 2.0315)
 
@@ -182,7 +182,7 @@ class SignMemory:
         return {"votes": torch.zeros_like(like)}
 
     def write(self, state, grad, retention):
-        state["votes"].mul_(retention).add_(grad.sign())
+        state["votes"] = retention * state["votes"] + grad.sign()
 
     def read(self, state, grad, retention):
         return state["votes"]
@@ -247,11 +247,72 @@ def test_fused_and_foreach_exclude_each_other():
         deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], fused=True, foreach=True)
 
 
-@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
-def test_flags_it_does_not_have_are_refused(flag):
-    deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], **{flag: False})
-    with pytest.raises(RuntimeError, match=f"DeepMomentum does not support {flag}=True"):
-        deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], **{flag: True})
+def test_capturable_is_refused():
+    deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], capturable=False)
+    with pytest.raises(RuntimeError, match="DeepMomentum does not support capturable=True"):
+        deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], capturable=True)
+
+
+def differentiable_run(memory, lr, decay, beta, start, grads):
+    """Parameters, one on each path, after two steps, as a function of everything."""
+    params = [start.clone(), start[0].clone()]
+    optimizer = deepopt.DeepMomentum(
+        [{"params": params[:1], "path": "matrix"}, {"params": params[1:]}],
+        lr=lr,
+        betas=(beta, 0.99),
+        weight_decay=decay,
+        memory=memory,
+        differentiable=True,
+    )
+    for grad in grads:
+        params[0].grad, params[1].grad = grad, grad[0]
+        optimizer.step()
+    return params[0].sum() + params[1].square().sum()
+
+
+@pytest.mark.parametrize("memory", [*BUILT_IN, Covariance(sides="both", refresh=1)], ids=str)
+def test_the_step_is_differentiable_in_parameters_and_gradients(memory):
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator)
+    inputs = [tensor.clone().requires_grad_() for tensor in (start, *grads)]
+    assert torch.autograd.gradcheck(
+        lambda start, *grads: differentiable_run(memory, 0.1, 0.1, 0.9, start, grads), inputs
+    )
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+def test_the_step_is_differentiable_in_the_learning_rate(memory):
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator)
+    start.requires_grad_()
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda lr: differentiable_run(memory, lr, 0.1, 0.9, start, grads), [lr]
+    )
+
+
+@pytest.mark.parametrize("memory", BUILT_IN)
+def test_a_learning_rate_is_learned_through_ten_steps(memory):
+    """Optimizing the optimizer: from a rate far too small, by gradient descent on the outcome."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(16, 24, generator=generator, dtype=torch.float64)
+    log_lr = torch.tensor(-7.0, dtype=torch.float64, requires_grad=True)
+    outer = torch.optim.Adam([log_lr], lr=0.5)
+    losses = []
+    for _ in range(15):
+        weight = torch.zeros_like(target).requires_grad_().clone()
+        inner = deepopt.DeepMomentum(
+            [weight], lr=log_lr.exp(), weight_decay=0, memory=memory, differentiable=True
+        )
+        for _ in range(10):
+            weight.grad = weight - target
+            inner.step()
+        loss = (weight - target).square().mean()
+        outer.zero_grad()
+        loss.backward()
+        outer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(
