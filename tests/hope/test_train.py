@@ -190,6 +190,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, caps
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     train(whole)
     sample = training.sample_batch
+    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
 
     def interrupted(data, batch_size, seq_len, seed, step):
         if step == 7 and batch_size == config.batch_size:
@@ -199,7 +200,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(training, "sample_batch", interrupted)
         assert main(arguments(config)) == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert saved_step(config.out) == 8
     assert f"--out={config.out}" in (message := capsys.readouterr().err)
     assert message.rstrip().endswith("--resume")
