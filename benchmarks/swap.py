@@ -2,20 +2,22 @@
 
 For each model AdamW is tried at five learning rates a factor of two apart (seed 0). At the best of
 them, and at the same weight decay, schedule, steps and data, every optimizer trains the model from
-the same initial weights, with two seeds. Every finished run is a line of ``swap.jsonl``; runs that
-have a line are not repeated, so that an interrupted benchmark goes on. ``swap.md`` is written from
-the lines alone.
+the same initial weights, with two seeds. Every finished run is a line of ``swap.jsonl``, with all
+that its outcome depends on but the code; a run that has a line is not repeated, so that an
+interrupted benchmark goes on, and ``--fresh`` repeats them all. ``swap.md`` is written from the lines
+alone.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,14 +28,18 @@ import torch
 from torch import nn
 
 from benchmarks.transformer import Transformer, TransformerConfig
+from deepopt.data import stdlib_corpus
 from deepopt.hope import Hope, HopeConfig
+from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.report import read_metrics
 from deepopt.hope.train import TrainConfig, Trainer
+from deepopt.memory import resolve
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 SEEDS = (0, 1)
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "Hope": lambda: Hope(HopeConfig()),
-    "Transformer": lambda: Transformer(TransformerConfig()),
+CONFIGS: dict[str, HopeConfig | TransformerConfig] = {
+    "Hope": HopeConfig(),
+    "Transformer": TransformerConfig(),
 }
 CHALLENGERS = (
     ("Muon", None),
@@ -58,39 +64,56 @@ class Run:
     def label(self) -> str:
         return f"{self.optimizer}, {self.memory}" if self.memory else self.optimizer
 
+    def config(self, out: Path) -> TrainConfig:
+        return TrainConfig(
+            out=out,
+            optimizer=self.optimizer,
+            memory=self.memory,
+            lr=self.lr,
+            seed=self.seed,
+            steps=self.steps,
+            quiet=True,
+        )
+
 
 Line = dict[str, Any]
 
 
-def execute(run: Run) -> Line:
-    """Train, and return the run with its outcome and all that it depends on."""
-    with tempfile.TemporaryDirectory() as out:
-        config = TrainConfig(
-            out=Path(out),
-            optimizer=run.optimizer,
-            memory=run.memory,
-            lr=run.lr,
-            seed=run.seed,
-            steps=run.steps,
-            quiet=True,
-        )
-        trainer = Trainer(config, MODELS[run.model])
-        try:
-            outcome: Line = dataclasses.asdict(trainer.run())
-        except FloatingPointError as error:
-            outcome = {"diverged": str(error)}
-    corpus = trainer.corpus
+def setting(run: Run) -> Line:
+    """What the outcome of a run depends on besides the run itself and the code."""
+    config = run.config(Path())
     return {
-        **dataclasses.asdict(run),
-        **outcome,
+        "model_config": repr(CONFIGS[run.model]),
+        "memory_config": repr(resolve(run.memory)) if run.memory else None,
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
         "warmup": config.warmup,
-        "data_sha256": corpus.sha256,
+        "eval_windows": config.eval_windows,
+        "data_sha256": data_sha256(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+@functools.cache
+def data_sha256() -> str:
+    return stdlib_corpus().sha256
+
+
+def build(config: HopeConfig | TransformerConfig) -> nn.Module:
+    return Hope(config) if isinstance(config, HopeConfig) else Transformer(config)
+
+
+def execute(run: Run) -> Line:
+    """Train, and return the run with its setting and its outcome."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Trainer(run.config(Path(out)), lambda: build(CONFIGS[run.model]))
+        try:
+            outcome: Line = dataclasses.asdict(trainer.run())
+        except FloatingPointError as error:
+            outcome = {"diverged": str(error)}
+    return {**dataclasses.asdict(run), **setting(run), **outcome}
 
 
 def bits(line: Line) -> float:
@@ -98,15 +121,18 @@ def bits(line: Line) -> float:
 
 
 class Results:
-    """The lines of a JSONL file, by run."""
+    """The lines of a JSONL file, by run: those that were made in today's setting."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
         self.lines: dict[Run, Line] = {}
         names = [field.name for field in dataclasses.fields(Run)]
-        for text in path.read_text().splitlines() if path.exists() else []:
-            line = json.loads(text)
-            self.lines[Run(**{name: line[name] for name in names})] = line
+        for line in [] if fresh else read_metrics(path):
+            run = Run(**{name: line[name] for name in names})
+            if setting(run).items() <= line.items():
+                self.lines[run] = line
+        # Without what a kill has torn, and without lines of another setting.
+        write_atomically(path, "".join(json.dumps(x) + "\n" for x in self.lines.values()).encode())
 
     def complete(self, runs: Iterable[Run], jobs: int) -> None:
         """Execute the runs that have no line yet, each on one thread."""
@@ -114,12 +140,18 @@ class Results:
         with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             futures = {pool.submit(execute, run): run for run in missing}
             for count, future in enumerate(as_completed(futures), 1):
-                run, line = futures[future], future.result()
+                run = futures[future]
+                if error := future.exception():
+                    print(f"{count}/{len(missing)} {run}: {error}", file=sys.stderr, flush=True)
+                    continue
+                line = future.result()
                 self.lines[run] = line
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 where = f"{run.model}, {run.label}, lr {run.lr:g}, seed {run.seed}"
                 print(f"{count}/{len(missing)} {where}: {bits(line):.4f} bits/byte", flush=True)
+        if failed := [run for run in missing if run not in self.lines]:
+            raise RuntimeError(f"{len(failed)} runs failed, see above; the others are kept")
 
 
 def sweep(model: str, steps: int) -> list[Run]:
@@ -184,7 +216,11 @@ def report(results: Results, steps: dict[str, int], command: str) -> str:
                 ]
             )
         parts.append(markdown(table))
-        parts.append(f"AdamW's learning rate (seed {SEEDS[0]}); the table above is at {lr:g}:")
+        ends = lr in (LEARNING_RATES[0], LEARNING_RATES[-1])
+        parts.append(
+            f"AdamW's learning rate (seed {SEEDS[0]}); the table above is at {lr:g}"
+            + (", an end of the range, which should be extended:" if ends else ":")
+        )
         values = [results.lines[run] for run in sweep(model, count)]
         parts.append(
             markdown(
@@ -212,11 +248,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks swap", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (all cores)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(all)")
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="(all)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help=f"({defaults.steps})")
+    parser.add_argument("--fresh", action="store_true", help="repeat all runs")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.out / "swap.jsonl")
+    results = Results(arguments.out / "swap.jsonl", arguments.fresh)
     steps = dict.fromkeys(arguments.models, arguments.steps)
     for model, count in steps.items():
         results.complete(sweep(model, count), arguments.jobs)

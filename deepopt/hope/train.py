@@ -123,7 +123,8 @@ class TrainResult:
         val_bits_per_byte: the same in bits.
         parameters: number of the model's parameters.
         state_floats_per_parameter: the optimizer's state in units of a float32 per parameter.
-        model_cpu_seconds: median over the steps of this process, forward and backward pass.
+        model_cpu_seconds: mean over the steps of this process but its first, forward and backward
+            pass.
         optimizer_cpu_seconds: likewise, the optimizer's step; both are NaN if there was no step.
     """
 
@@ -409,8 +410,8 @@ class Trainer:
             val_bits_per_byte=val_loss / math.log(2),
             parameters=parameters,
             state_floats_per_parameter=state_bytes / 4 / parameters,
-            model_cpu_seconds=statistics.median(self.model_seconds or [math.nan]),
-            optimizer_cpu_seconds=statistics.median(self.optimizer_seconds or [math.nan]),
+            model_cpu_seconds=statistics.fmean(self.model_seconds[1:] or [math.nan]),
+            optimizer_cpu_seconds=statistics.fmean(self.optimizer_seconds[1:] or [math.nan]),
         )
 
 

@@ -1,6 +1,6 @@
 """A linear memory read through the memory of the gradient's covariance (Eqs 106-111)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from deepopt.memory.linear import Linear
 from deepopt.ops import inverse_power
+
+LINEAR = Linear()
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Covariance:
         damping: smallest eigenvalue that counts, relative to the largest (default: 1e-6).
 
     State: with r and R the short and the long side, 1 + 2r/R floats per parameter for the short
-    side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both.
+    side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both; 1 per matrix.
 
     Raises:
         ValueError: an argument outside its range.
@@ -49,7 +51,6 @@ class Covariance:
     retention: float = 0.95
     refresh: int = 10
     damping: float = 1e-6
-    _linear: Linear = field(default=Linear(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.power is not None and not 0.0 < self.power:
@@ -70,7 +71,8 @@ class Covariance:
         return ("left",) if rows <= columns else ("right",)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        state = self._linear.init(like)
+        state = LINEAR.init(like)
+        state["scale"] = like.new_zeros(like.shape[0])
         for side in self._sides(like):
             size = like.shape[-2] if side == "left" else like.shape[-1]
             state[f"gram_{side}"] = like.new_zeros(like.shape[0], size, size)
@@ -78,14 +80,21 @@ class Covariance:
         return state
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        self._linear.write(state, grad, retention)
+        LINEAR.write(state, grad, retention)
+        # Squares leave float32's range where entries do not: Gram matrices are kept relative to
+        # the running largest entry, which forgets as they do.
+        tiny = torch.finfo(grad.dtype).tiny
+        scale = torch.maximum(state["scale"] * self.retention**0.5, grad.abs().amax((-2, -1)))
+        shrink = (state["scale"] / scale.clamp_min(tiny)).square()[:, None, None]
+        state["scale"] = scale
+        relative = grad / scale.clamp_min(tiny)[:, None, None]
         power = self.power or (0.25 if self.sides == "both" else 0.5)
         steps = state["step"].tolist()
         due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
         for side in self._sides(grad):
-            factor = grad if side == "left" else grad.mT
+            factor = relative if side == "left" else relative.mT
             gram = torch.baddbmm(
-                state[f"gram_{side}"],
+                state[f"gram_{side}"] * shrink,
                 factor,
                 factor.mT,
                 beta=self.retention,
@@ -101,7 +110,7 @@ class Covariance:
                 state[f"root_{side}"] = torch.stack(roots)
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        momentum = self._linear.read(state, grad, retention)
+        momentum = LINEAR.read(state, grad, retention)
         for side in self._sides(grad):
             root = state[f"root_{side}"]
             momentum = root @ momentum if side == "left" else momentum @ root

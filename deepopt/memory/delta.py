@@ -45,20 +45,21 @@ class Delta:
             raise ValueError(f"Invalid rate: {self.rate}; it must be in [0, 1]")
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        return {"momentum": torch.zeros_like(like), "energy": like.new_zeros(like.shape[0])}
+        return {"momentum": torch.zeros_like(like), "norm": like.new_zeros(like.shape[0])}
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        momentum, energy = state["momentum"], state["energy"]
-        tiny = torch.finfo(grad.dtype).tiny
-        # The fourth power of a singular value leaves float32's range long before the value does.
-        scale = grad.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-        keys = grad / scale
+        momentum, info = state["momentum"], torch.finfo(grad.dtype)
+        # Powers of a singular value leave float32's range long before the value does: keys are
+        # relative to the largest entry, and norms are squared relative to the larger of the two.
+        scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
+        keys = grad / scale[:, None, None]
         wide = grad.shape[-2] <= grad.shape[-1]
         gram = keys @ keys.mT if wide else keys.mT @ keys
-        square = torch.linalg.matrix_norm(gram @ gram).sqrt() * scale[:, 0, 0].square()
-        state["energy"] = energy = energy.lerp(square, 0.1)
-        # Relative to the keys' own scale, with 0/0 := 0: a zero gradient erases nothing.
-        ratio = scale[:, 0, 0].square() / torch.maximum(energy, square).clamp_min(tiny)
+        norm = (torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale).clamp_max(info.max)
+        larger = torch.maximum(state["norm"], norm).clamp_min(info.tiny)
+        relative = (state["norm"] / larger).square().lerp((norm / larger).square(), 0.1)
+        state["norm"] = average = relative.sqrt() * larger
+        ratio = (scale / torch.maximum(average, norm).clamp_min(info.tiny)).square()
         erased = (momentum @ keys.mT) @ keys if wide else momentum @ gram
         erased = erased * (self.rate * ratio)[:, None, None]
         state["momentum"] = retention * momentum - erased + (1 - retention) * grad

@@ -28,7 +28,8 @@ class DeepMomentum(MemoryOptimizer):
         M_t &= \text{write}(M_{t-1}, G_t;\ \beta_1) \\
         O_t &= \text{NS}\big(\text{read}(M_t, G_t;\ \beta_1)\big) \qquad\text{(Eq 52)}\\
         v_t &= \beta_2 v_{t-1} + (1-\beta_2)\,\text{mean}_j\, O_{t,ij}^2, \qquad
-        \hat O_{t} = O_t / \sqrt{v_t} \cdot \|O_t\|_F / \|O_t / \sqrt{v_t}\|_F \\
+        \hat v_t = v_t / (1-\beta_2^{t_i}) \quad (t_i: \text{steps that moved row } i) \\
+        \hat O_{t} &= O_t / \sqrt{\hat v_t} \cdot \|O_t\|_F / \|O_t / \sqrt{\hat v_t}\|_F \\
         c_t &= \text{clip}(\sqrt{\min(m,n)} / \|\hat O_t\|_F,\ 1,\ \texttt{rms_cap}) \\
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma \cdot 0.2\sqrt{\max(m,n)}\; c_t\, \hat O_t
 
@@ -64,7 +65,7 @@ class DeepMomentum(MemoryOptimizer):
             their parameter's are put in order first (default: None).
 
     State per parameter: on the matrix path that of the memory (``deepopt.memory``: 1 float for
-    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance") plus 1/n for the rows; 2 on the
+    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance") plus 2/n for the rows; 2 on the
     element-wise path. Float32 for narrower parameters.
 
     Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's.
@@ -133,11 +134,12 @@ class DeepMomentum(MemoryOptimizer):
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         state = dict(memories.resolve(group["memory"]).init(like))
-        reserved = {"step", "row_moment"} & state.keys()
+        reserved = {"step", "row_moment", "row_weight"} & state.keys()
         if reserved:
             raise ValueError(f"Invalid memory: its state must not use the names {reserved}")
         if group["row_norm"]:
             state["row_moment"] = like.new_zeros(like.shape[:2])
+            state["row_weight"] = like.new_zeros(like.shape[:2])
         return state
 
     def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
@@ -152,8 +154,8 @@ class DeepMomentum(MemoryOptimizer):
             _products_dtype(grad),
         )
         if group["row_norm"]:
-            update, state["row_moment"] = normalize_rows(
-                update, state["row_moment"], group["betas"][1]
+            update, state["row_moment"], state["row_weight"] = normalize_rows(
+                update, state["row_moment"], state["row_weight"], group["betas"][1]
             )
         scale = ADAMW_RMS * max(grad.shape[-2:]) ** 0.5
         return update * (scale * rms_gain(update, group["rms_cap"]))

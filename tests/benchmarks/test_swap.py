@@ -15,13 +15,7 @@ def line(run, bits):
         "model_cpu_seconds": 0.5,
         "optimizer_cpu_seconds": 0.01,
         "state_floats_per_parameter": 2.0,
-        "weight_decay": 0.1,
-        "batch_size": 8,
-        "seq_len": 256,
-        "warmup": 50,
-        "data_sha256": "abc",
-        "torch": "2",
-        "python": "3",
+        **swap.setting(run),
     }
 
 
@@ -56,7 +50,7 @@ def test_finished_runs_are_not_repeated(results, monkeypatch):
 
 def test_a_run_trains_the_model_it_names_and_reports_what_it_depends_on(monkeypatch):
     tiny = swap.TransformerConfig(dim=16, layers=1, heads=2)
-    monkeypatch.setitem(swap.MODELS, "Transformer", lambda: swap.Transformer(tiny))
+    monkeypatch.setitem(swap.CONFIGS, "Transformer", tiny)
     monkeypatch.setattr(
         swap, "TrainConfig", lambda **k: TrainConfig(**k, seq_len=16, eval_windows=2, warmup=1)
     )
@@ -65,6 +59,14 @@ def test_a_run_trains_the_model_it_names_and_reports_what_it_depends_on(monkeypa
     assert 7.5 < found["val_bits_per_byte"] <= 8.1
     assert found["seq_len"] == 16
     assert len(found["data_sha256"]) == 64
+
+
+def test_lines_of_another_setting_and_torn_lines_do_not_count(results, monkeypatch):
+    text = results.path.read_text()
+    results.path.write_text(text + '{"model": "Ho')
+    assert Results(results.path).lines == results.lines
+    monkeypatch.setitem(swap.CONFIGS, "Hope", swap.HopeConfig(dim=64))
+    assert not Results(results.path).lines
 
 
 def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_shown(results):

@@ -4,27 +4,48 @@ import torch
 from deepopt.ops import normalize_rows, rms_gain
 
 
+def fresh(*shape):
+    return torch.zeros(shape), torch.zeros(shape)
+
+
 def test_rows_of_a_repeated_matrix_become_equally_long_and_the_norm_is_kept():
-    matrices, moment = torch.randn(2, 6, 10), torch.zeros(2, 6)
+    matrices = torch.randn(2, 6, 10)
+    moment, weight = fresh(2, 6)
     for _ in range(3):
-        out, moment = normalize_rows(matrices, moment, 0.9)
+        out, moment, weight = normalize_rows(matrices, moment, weight, 0.9)
     lengths = out.norm(dim=-1)
     torch.testing.assert_close(lengths, lengths[:, :1].expand_as(lengths))
     torch.testing.assert_close(torch.linalg.matrix_norm(out), torch.linalg.matrix_norm(matrices))
 
 
-def test_the_moment_is_the_running_mean_square():
-    matrices, moment = torch.randn(1, 3, 5), torch.rand(1, 3)
-    expected = 0.8 * moment + 0.2 * matrices.square().mean(-1)
-    _, found = normalize_rows(matrices, moment, 0.8)
-    torch.testing.assert_close(found, expected)
+def test_the_quotient_of_moment_and_weight_is_the_weighted_mean_of_mean_squares():
+    series = torch.randn(5, 1, 3, 8)
+    moment, weight = fresh(1, 3)
+    for matrices in series:
+        _, moment, weight = normalize_rows(matrices, moment, weight, 0.8)
+    shares = 0.8 ** torch.arange(4.0, -1, -1)
+    expected = (shares[:, None, None] * series.square().mean(-1)).sum(0) / shares.sum()
+    torch.testing.assert_close(moment / weight, expected)
+
+
+def test_a_row_that_wakes_late_moves_like_the_others():
+    matrices = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    asleep = matrices.clone()
+    asleep[:, 0] = 0
+    moment, weight = fresh(1, 8)
+    for _ in range(200):
+        out, moment, weight = normalize_rows(asleep, moment, weight, 0.999)
+        assert not out[:, 0].any()
+    out, *_ = normalize_rows(matrices, moment, weight, 0.999)
+    lengths = out.norm(dim=-1)[0]
+    torch.testing.assert_close(lengths[0], lengths[1:].mean(), rtol=0.01, atol=0)
 
 
 def test_zero_rows_and_zero_matrices_stay_zero():
-    matrices, moment = torch.randn(2, 4, 5), torch.zeros(2, 4)
+    matrices = torch.randn(2, 4, 5)
     matrices[0] = 0
     matrices[1, 2] = 0
-    out, _ = normalize_rows(matrices, moment, 0.95)
+    out, *_ = normalize_rows(matrices, *fresh(2, 4), 0.95)
     assert out.isfinite().all()
     assert torch.equal(out[0], matrices[0])
     assert torch.equal(out[1, 2], matrices[1, 2])

@@ -236,8 +236,8 @@ def test_groups_have_their_own_values():
     for param in (slow, fast, up):
         param.grad = torch.eye(32) + 0.1
     optimizer.step()
-    assert "energy" in optimizer.state[fast]
-    assert "energy" not in optimizer.state[slow]
+    assert "norm" in optimizer.state[fast]
+    assert "norm" not in optimizer.state[slow]
     assert "exp_avg" in optimizer.state[up]
     assert fast.norm() > 50 * slow.norm() > 0
     assert up.min() > 0
