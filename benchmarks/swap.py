@@ -4,8 +4,8 @@ For each model AdamW is tried at five learning rates a factor of two apart (seed
 them, and at the same weight decay, schedule, steps and data, every optimizer trains the model from
 the same initial weights, with two seeds. Every finished run is a line of ``swap.jsonl``, with all
 that its outcome depends on but the code; a run that has a line is not repeated, so that an
-interrupted benchmark goes on, and ``--fresh`` repeats them all. ``swap.md`` is written from the lines
-alone.
+interrupted benchmark goes on, and ``--fresh`` repeats them all. ``swap.md`` is written from the
+lines alone.
 """
 
 import argparse

@@ -23,8 +23,8 @@ def line(run, bits):
 def results(tmp_path):
     """AdamW is best at 4e-3; a challenger is 0.25 bits better on seed 0 and 0.75 on seed 1."""
     path = tmp_path / "swap.jsonl"
-    lines = [line(run, 3.0 + abs(run.lr - 4e-3)) for run in swap.sweep("Hope", 7)]
-    for run in swap.swaps("Hope", 4e-3, 7)[1:]:
+    lines = [line(run, 3.0 + abs(run.lr - 4e-3)) for run in swap.sweep("Hope", 70)]
+    for run in swap.swaps("Hope", 4e-3, 70)[1:]:
         gain = 0.0 if run.optimizer == "AdamW" else (0.25, 0.75)[run.seed]
         lines.append(line(run, 3.0 - gain))
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -32,12 +32,12 @@ def results(tmp_path):
 
 
 def test_the_rate_is_adamws_best(results):
-    assert swap.best_rate(results, "Hope", 7) == 4e-3
+    assert swap.best_rate(results, "Hope", 70) == 4e-3
 
 
 def test_the_table_has_every_optimizer_its_seeds_mean_and_difference(results):
-    text = swap.report(results, {"Hope": 7}, "python -m benchmarks swap")
-    assert "## Hope, 1,000 parameters, 7 steps" in text
+    text = swap.report(results, {"Hope": 70}, "python -m benchmarks swap")
+    assert "## Hope, 1,000 parameters, 70 steps" in text
     assert "| AdamW | 3.0000 | 3.0000 | 3.0000 | +0.0000 | 0.500 | 0.0100 | 2.00 |" in text
     for name in ("Muon", *(f"DeepMomentum, {m}" for m in ("linear", "covariance", "delta"))):
         assert f"| {name} | 2.7500 | 2.2500 | 2.5000 | -0.5000 |" in text
@@ -45,7 +45,7 @@ def test_the_table_has_every_optimizer_its_seeds_mean_and_difference(results):
 
 def test_finished_runs_are_not_repeated(results, monkeypatch):
     monkeypatch.setattr(swap, "execute", None)  # cannot even be sent to a worker
-    results.complete(swap.swaps("Hope", 4e-3, 7), jobs=1)
+    results.complete(swap.swaps("Hope", 4e-3, 70), jobs=1)
 
 
 def test_a_run_trains_the_model_it_names_and_reports_what_it_depends_on(monkeypatch):
@@ -70,9 +70,9 @@ def test_lines_of_another_setting_and_torn_lines_do_not_count(results, monkeypat
 
 
 def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_shown(results):
-    run = Run("Hope", "Muon", None, 4e-3, 0, 7)
+    run = Run("Hope", "Muon", None, 4e-3, 0, 70)
     results.lines[run] = {**vars(run), "diverged": "the loss is nan"}
-    text = swap.report(results, {"Hope": 7}, "python -m benchmarks swap")
+    text = swap.report(results, {"Hope": 70}, "python -m benchmarks swap")
     assert "| Muon | inf | 2.2500 | inf | +inf | nan | nan | nan |" in text
 
 
