@@ -26,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find deepopt benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 	rm -f deepopt/_C_*.so
 
@@ -39,7 +39,7 @@ endif
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 	rm -f '$@'
 	$(PYTHON) -m venv '$(VENV)'
-	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check $(foreach package,$(TORCH),'$(package)')
 	$(BIN)/python -m pip install --disable-pip-version-check 'setuptools>=77' wheel ninja
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev,hope]'
 	echo '$(TORCH)' > '$@'

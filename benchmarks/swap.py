@@ -255,10 +255,11 @@ def main(argv: Sequence[str]) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "swap.jsonl", arguments.fresh)
     steps = dict.fromkeys(arguments.models, arguments.steps)
-    for model, count in steps.items():
-        results.complete(sweep(model, count), arguments.jobs)
-        lr = best_rate(results, model, count)
-        results.complete(swaps(model, lr, count), arguments.jobs)
+    results.complete([run for m, count in steps.items() for run in sweep(m, count)], arguments.jobs)
+    best = {m: best_rate(results, m, count) for m, count in steps.items()}
+    results.complete(
+        [r for m, count in steps.items() for r in swaps(m, best[m], count)], arguments.jobs
+    )
     command = " ".join(["python -m benchmarks swap", *argv])
     (arguments.out / "swap.md").write_text(report(results, steps, command))
     print(f"written: {arguments.out / 'swap.md'}", file=sys.stderr)

@@ -64,8 +64,8 @@ def load_corpus(path: str | os.PathLike[str]) -> Corpus:
 
     Of a file the last 5 % are held out; of a directory about every twentieth file, chosen by its
     name among those that are no large part of the whole, or the last 5 % of the bytes where files
-    are too few for that. Any encoding will do, but files with NUL bytes are no text: one alone is
-    refused, those below a directory are left out with a warning.
+    are too few for that. Any encoding without NUL bytes will do (UTF-8, Latin-1, not UTF-16): a
+    file with NUL bytes is refused if it is alone, and left out with a warning below a directory.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
@@ -77,6 +77,8 @@ def load_corpus(path: str | os.PathLike[str]) -> Corpus:
         raise FileNotFoundError(f"data: {root} does not exist; name a text file or a directory")
     if root.is_dir():
         return _from_files(str(root), root, _files_below(root, skip=set()))
+    if not root.is_file():  # reading a pipe or a device may never end
+        raise ValueError(f"data: {root} is neither a file nor a directory; name one of them")
     content = root.read_bytes()
     if b"\0" in content:
         raise ValueError(f"data: {root} holds NUL bytes, so it is no text; name a text file")
@@ -92,9 +94,15 @@ def _files_below(root: Path, skip: set[str]) -> Iterable[Path]:
 
 
 def _from_files(name: str, root: Path, paths: Iterable[Path]) -> Corpus:
-    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
-    texts = {key: contents[key] for key in sorted(contents) if b"\0" not in contents[key]}
-    if left_out := len(contents) - len(texts):
+    found, left_out = {}, 0
+    for path in paths:
+        content = path.read_bytes()
+        if b"\0" in content:
+            left_out += 1
+        else:
+            found[path.relative_to(root).as_posix()] = content
+    texts = {key: found[key] for key in sorted(found)}
+    if left_out:
         warnings.warn(f"data: {left_out} files with NUL bytes left out of {name}", stacklevel=3)
 
     size = sum(map(len, texts.values()))

@@ -65,6 +65,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return ``value`` as JSON that tells containers apart, with its tensors put aside by name."""
     if isinstance(value, Tensor):
         # A copy of its own: safetensors takes no two tensors that share storage.
+        name = f"{len(tensors)}:{name}"  # a path alone is not unique: keys may hold slashes
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):

@@ -69,7 +69,8 @@ class ChunkedUpdates:
 
     A level with chunk C, trained on sequences of T tokens, is due every max(1, C // T) steps of the
     optimizer. Between them its gradients wait here; when it is due it learns from their mean, so
-    that a slower level takes rarer steps, not larger ones. Levels with C < 2 T are never touched::
+    that a slower level takes rarer steps, not larger ones. What waits when training ends in the
+    middle of a chunk is not learned. Levels with C < 2 T are never touched::
 
         updates = ChunkedUpdates(model, seq_len=256)
         for tokens, targets in batches:

@@ -53,6 +53,7 @@ def _draw(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        kept = logits.topk(top_k).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
+    logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

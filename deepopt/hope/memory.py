@@ -164,7 +164,9 @@ def self_modifying_reference(
         decay = theta[:, None, None, None]
         s2 = (decay * s2 if gates.theta is not None else 0.0) - eta * grad2
         s1 = (decay * s1 if gates.theta is not None else 0.0) - eta * grad1
-        erase = alpha * torch.eye(d, dtype=key.dtype) - eta * key.unsqueeze(-1) * key.unsqueeze(-2)
+        erase = alpha * torch.eye(d, dtype=key.dtype, device=key.device) - eta * key.unsqueeze(
+            -1
+        ) * key.unsqueeze(-2)
         w2, w1 = w2 @ erase + s2, alpha * w1 + s1
         if gates.theta is None:
             return state._replace(w2=w2, w1=w1)
@@ -291,9 +293,10 @@ def _chunk(key: Tensor, eta: Tensor, log_alpha: Tensor, theta: Tensor | None) ->
     minus_eta = write.mT
     system = -(ratio[..., :-1] * similarity * minus_eta)
     direct = _direct(key, keep[..., :-1], past[..., :-1] * similarity) * minus_eta
+    exact = torch.promote_types(key.dtype, torch.float32)  # LAPACK knows nothing narrower
     solved = torch.linalg.solve_triangular(
-        system, direct, upper=True, left=False, unitriangular=True
-    )
+        system.to(exact), direct.to(exact), upper=True, left=False, unitriangular=True
+    ).to(key.dtype)
 
     end = solved @ (ratio[..., -1:] * key.mT)
     end_past, end_keep = past[..., -1:].mT, keep[..., -1:].mT

@@ -1,5 +1,6 @@
 """What a training run shows: progress while it runs, its metrics file, its plot."""
 
+import io
 import json
 import math
 import sys
@@ -97,4 +98,6 @@ def plot(path: Path, runs: Mapping[str, Path]) -> None:
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    write_atomically(path, image.getvalue())

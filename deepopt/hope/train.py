@@ -7,7 +7,6 @@ in ``--out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors.
 
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -25,11 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-import deepopt
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import ChunkedUpdates, Hope, HopeConfig, generate
+from deepopt.hope.optimizers import build_optimizers, optimizer_class
 
 try:
     from deepopt.hope import checkpoint
@@ -53,7 +51,7 @@ class TrainConfig:
         optimizer: a class of ``deepopt`` or ``torch.optim``, in any case.
         memory: DeepMomentum's memory; None for its default.
         lr: peak of the learning rate: linear warm-up to it, linear decay to zero at the end.
-        weight_decay: decoupled weight decay, the same for all parameters.
+        weight_decay: the optimizer's, of all parameters: decoupled in AdamW, Muon and deepopt's.
         steps: number of optimizer steps.
         batch_size: sequences per step.
         seq_len: bytes per sequence.
@@ -105,7 +103,7 @@ class TrainConfig:
             raise ValueError(f"device={self.device!r}: cannot be used here ({error})") from error
 
     def trajectory(self, corpus: Corpus) -> dict[str, Any]:
-        """What decides every weight of the run, by name: a resumed run must agree in all of it."""
+        """The options that decide every weight: a resumed run must agree in all of them."""
         aside = {"out", "data", "eval_every", "eval_windows", "save_every", "device"}
         aside |= {"resume", "overwrite", "quiet", "model"}
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in aside}
@@ -136,52 +134,7 @@ class TrainResult:
     optimizer_cpu_seconds: float
 
 
-# -- optimizers --------------------------------------------------------------------------------
-
-
-def optimizers_by_name() -> dict[str, type[Optimizer]]:
-    """The optimizers that ``--optimizer`` can name; deepopt's win over torch's of the same name."""
-    return {
-        name: value
-        for module in (torch.optim, deepopt)
-        for name, value in vars(module).items()
-        if inspect.isclass(value)
-        and issubclass(value, Optimizer)
-        # A fair comparison has it; those that need a closure or sparse gradients do not.
-        and "weight_decay" in inspect.signature(value).parameters
-    }
-
-
-def optimizer_class(name: str) -> type[Optimizer]:
-    """Return the optimizer of that name, in any case."""
-    known = optimizers_by_name()
-    for candidate, cls in known.items():
-        if candidate.lower() == name.lower():
-            return cls
-    raise ValueError(f"optimizer={name!r} is unknown; choose one of {', '.join(sorted(known))}")
-
-
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two."""
-    cls = optimizer_class(config.optimizer)
-    groups = deepopt.param_groups(model)
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.memory is not None:
-        if "memory" not in inspect.signature(cls).parameters:
-            raise ValueError(f"memory={config.memory!r}: {cls.__name__} has none; leave it out")
-        options["memory"] = config.memory
-    if cls is not torch.optim.Muon:
-        return [cls(groups, **options)]
-
-    # torch's Muon takes nothing but two-dimensional matrices; AdamW has the rest.
-    matrices: list[Any] = []
-    rest: list[Any] = []
-    for group in groups:
-        for name, param in group["params"]:
-            is_matrix = group["path"] == "matrix" and param.ndim == 2
-            (matrices if is_matrix else rest).append((name, param))
-    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
-    return [muon, torch.optim.AdamW(rest, **options)]
+# -- the run -----------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
@@ -189,9 +142,6 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)
-
-
-# -- the run -----------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -211,6 +161,11 @@ class Trainer:
         self, config: TrainConfig, build_model: Callable[[], nn.Module] | None = None
     ) -> None:
         self.config = config
+        if config.data and config.data.resolve() in config.out.resolve().parents:
+            raise ValueError(
+                f"out={config.out} lies inside data={config.data}, so that the run would become "
+                "part of its own text; choose another --out"
+            )
         self.corpus = load_corpus(config.data) if config.data else stdlib_corpus()
         for part in (self.corpus.train, self.corpus.val):
             sample_batch(part, 1, config.seq_len, config.seed, 0)  # raises where text is too short
@@ -218,7 +173,9 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = (build_model() if build_model else Hope(config.model)).to(config.device)
-        self.optimizers = build_optimizers(self.model, config)
+        self.optimizers = build_optimizers(
+            self.model, config.optimizer, config.lr, config.weight_decay, config.memory
+        )
         self.updates = ChunkedUpdates(self.model, config.seq_len)
         self.step = 0
         self.rng_state = torch.get_rng_state()
@@ -283,7 +240,9 @@ class Trainer:
         if math.isnan(val_loss):  # resumed when there was nothing left to do
             val_loss = self.evaluate()
         if isinstance(self.model, Hope):
-            self._path("samples.txt").write_text(self.samples(self.model), encoding="utf-8")
+            checkpoint.write_atomically(
+                self._path("samples.txt"), self.samples(self.model).encode()
+            )
         plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
         return self._result(val_loss)
 
@@ -441,11 +400,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
     option("data", "text file or directory (the Python standard library's sources)", type=Path)
     option("out", "directory for everything the run writes")
-    option("optimizer", "any optimizer of deepopt or torch.optim")
+    option("optimizer", "of deepopt or torch.optim")
     parser.add_argument("--compare", metavar="NAME", help="train with this optimizer as well")
     option("memory", "DeepMomentum's memory (its default)")
     option("lr", "peak of the learning rate")
-    option("weight_decay", "decoupled weight decay")
+    option("weight_decay", "the optimizer's, of all parameters")
     option("steps", "optimizer steps")
     option("batch_size", "sequences per step")
     option("seq_len", "bytes per sequence")
@@ -539,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = trainer.run(stop)
                 report(trainer, result)
         if arguments.compare is not None:
-            path = arguments.out / "loss.png"
+            path = arguments.out / "comparison.png"
             runs = {t.trajectory["optimizer"]: t.config.out / "metrics.jsonl" for t in trainers}
             plot(path, runs)
             print(f"both runs: {path}")

@@ -27,7 +27,10 @@ class Memory(Protocol):
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """The empty memory for gradients ``like``, shape (B, m, n): tensors with leading size B."""
+        """The empty memory for gradients ``like``, shape (B, m, n): tensors with leading size B.
+
+        Shape, dtype and device of ``like`` count, its values do not: it may be a meta tensor.
+        """
         ...
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:

@@ -31,7 +31,7 @@ class Covariance:
     write and every ``refresh`` writes after it, from eigenvalues damped relative to the largest.
 
     Args:
-        power: p > 0; None takes 1/2 for one side and 1/4 for each of both, so that the powers
+        power: p > 0; None becomes 1/2 for one side and 1/4 for each of both, so that the powers
             add up to the paper's (default: None).
         sides: "short" uses the Gram matrix of the short side alone, "both" uses two
             (default: "short").
@@ -41,6 +41,9 @@ class Covariance:
 
     State: with r and R the short and the long side, 1 + 2r/R floats per parameter for the short
     side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both; 1 per matrix.
+
+    Cost: a product of 2r²R FLOPs per write and per read, and per refresh an eigendecomposition in
+    float64, which for one matrix took 0.05 s at r = 512 and 3 s at r = 2048 on one CPU core.
 
     Raises:
         ValueError: an argument outside its range.
@@ -53,7 +56,9 @@ class Covariance:
     damping: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.power is not None and not 0.0 < self.power:
+        if self.power is None:
+            object.__setattr__(self, "power", 0.25 if self.sides == "both" else 0.5)
+        if not 0.0 < self.power:  # type: ignore[operator]
             raise ValueError(f"Invalid power: {self.power}; it must be positive")
         if self.sides not in ("short", "both"):
             raise ValueError(f"Invalid sides: {self.sides!r}; choose 'short' or 'both'")
@@ -88,7 +93,7 @@ class Covariance:
         shrink = (state["scale"] / scale.clamp_min(tiny)).square()[:, None, None]
         state["scale"] = scale
         relative = grad / scale.clamp_min(tiny)[:, None, None]
-        power = self.power or (0.25 if self.sides == "both" else 0.5)
+        assert self.power is not None
         steps = state["step"].tolist()
         due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
         for side in self._sides(grad):
@@ -104,7 +109,7 @@ class Covariance:
             if due:
                 roots = list(state[f"root_{side}"])
                 for row, root in zip(
-                    due, inverse_power(gram[due], power, self.damping), strict=True
+                    due, inverse_power(gram[due], self.power, self.damping), strict=True
                 ):
                     roots[row] = root
                 state[f"root_{side}"] = torch.stack(roots)

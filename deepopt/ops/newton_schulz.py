@@ -75,9 +75,8 @@ def _minimax_quintic(lower: float, upper: float) -> tuple[float, float, float]:
     while True:
         points = (lower, inner[0], inner[1], upper)
         system = [[x, x**3, x**5, sign] for x, sign in zip(points, (1, -1, 1, -1), strict=True)]
-        solution = torch.linalg.solve(
-            torch.tensor(system, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-        )
+        left = torch.tensor(system, dtype=torch.float64, device="cpu")  # whatever the default is
+        solution = torch.linalg.solve(left, left.new_ones(4))
         a, b, c, new_error = solution.tolist()
         if abs(new_error - error) < 1e-14:
             return a, b, c

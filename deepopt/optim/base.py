@@ -4,8 +4,8 @@ A class says in :meth:`MemoryOptimizer._init_matrices` and :meth:`MemoryOptimize
 its memory keeps and what step it reads from it; groups, flags, state and checkpoints are done here.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.stacking import State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
+
+
+class Kind(NamedTuple):
+    """What matrices must share to be stepped in one call."""
+
+    path: routing.Path
+    sides: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
 
 
 class MemoryOptimizer(Optimizer):
@@ -47,7 +56,7 @@ class MemoryOptimizer(Optimizer):
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 <= group["eps"]:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        if len(betas) != 2:
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"Invalid betas: {betas}; two values are needed")
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
@@ -116,34 +125,50 @@ class MemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # All that can be wrong with a parameter or a gradient shows before any parameter moves.
         plans = [(group, self._plan(group)) for group in self.param_groups]
         for group, plan in plans:
-            for key, params in plan.items():
-                if key == "elementwise":
-                    states = [self._elementwise_state(param, group) for param in params]
-                    elementwise.step(params, states, group)
+            for kind, params in plan.items():
+                self._init_states(params, kind, group)
+        for group, plan in plans:
+            for kind, params in plan.items():
+                if kind is None:
+                    elementwise.step(params, [self.state[param] for param in params], group)
                 else:
-                    self._step_matrices(params, key[0], group)
+                    self._step_matrices(params, kind.path, group)
         return loss
 
-    def _plan(self, group: Group) -> dict[Any, list[Tensor]]:
-        """The parameters to step, by what can be stepped in one call."""
-        plan: dict[Any, list[Tensor]] = {}
+    def _plan(self, group: Group) -> dict["Kind | None", list[Tensor]]:
+        """The parameters to step by what is stepped in one call; None is the element-wise path."""
+        plan: dict[Kind | None, list[Tensor]] = {}
         for param, _, path in routing.routed(group):
             if param.grad is None:
                 continue
             if param.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            key: Any = "elementwise"
+            kind = None
             if path != "elementwise" and param.numel():
-                key = path, routing.sides(param, path), param.dtype, param.device
-            plan.setdefault(key, []).append(param)
+                kind = Kind(path, routing.sides(param, path), param.dtype, param.device)
+            plan.setdefault(kind, []).append(param)
         return plan
 
-    def _elementwise_state(self, param: Tensor, group: Group) -> State:
-        if not self.state[param]:
-            self.state[param].update(elementwise.init(param, group))
-        return self.state[param]
+    def _init_states(self, params: list[Tensor], kind: "Kind | None", group: Group) -> None:
+        fresh = [param for param in params if not self.state.get(param)]
+        if kind is None:
+            for param in fresh:
+                self.state[param] = elementwise.init(param, group)
+        elif fresh:
+            counts = [len(routing.matrices(param, kind.path)) for param in fresh]
+            like = torch.empty(
+                sum(counts), *kind.sides, dtype=state_dtype(fresh[0]), device=kind.device
+            )
+            whole = self._init_matrices(like, group)
+            states: list[State] = [
+                {"step": torch.zeros((), dtype=scalar_dtype(), device="cpu")} for _ in fresh
+            ]
+            for key, tensor in whole.items():
+                distribute(tensor, states, key, counts)
+            self.state.update(zip(fresh, states, strict=True))
 
     def _step_matrices(self, params: list[Tensor], path: routing.Path, group: Group) -> None:
         dtype = state_dtype(params[0])
@@ -153,18 +178,13 @@ class MemoryOptimizer(Optimizer):
         if group["maximize"]:
             grad = -grad
         states = [self.state[param] for param in params]
-        fresh = [(s, count) for s, count in zip(states, counts, strict=True) if not s]
-        if fresh:
-            like = grad[: sum(count for _, count in fresh)]
-            for key, whole in self._init_matrices(like, group).items():
-                distribute(whole, [s for s, _ in fresh], key, [count for _, count in fresh])
-            for state, _ in fresh:
-                state["step"] = torch.zeros((), dtype=scalar_dtype())
         steps = [state["step"] for state in states]
         keys = [key for key in states[0] if key != "step"]
-        with stacked(states, keys, group["differentiable"]) as whole_state:
-            whole_state["step"] = torch.stack(steps).repeat_interleave(torch.tensor(counts)) + 1
-            update = self._read_update(whole_state, grad, group)
+        with stacked(states, keys, group["differentiable"]) as whole:
+            whole["step"] = torch.stack(steps).repeat_interleave(torch.tensor(counts)) + 1
+            update = self._read_update(whole, grad, group)
+            if unknown := whole.keys() - {*keys, "step"}:
+                raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
         torch._foreach_add_(steps, 1)
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         decay = 1 - lr * group["weight_decay"]
@@ -180,6 +200,9 @@ class MemoryOptimizer(Optimizer):
         for group in self.param_groups:  # flags that an older version did not have
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        for kept in self.state.values():  # older versions of torch had a number here
+            if isinstance(kept, dict) and isinstance(kept.get("step"), int | float):
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=scalar_dtype(), device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with every memory object replaced by its ``repr``: plain data and tensors."""
@@ -212,14 +235,14 @@ class MemoryOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:
             ids = [i for group in incoming["param_groups"] for i in group["params"]]
-            params = [param for group in self.param_groups for param in group["params"]]
-            for index, param in zip(ids, params, strict=True):
-                for key, value in incoming["state"].get(index, {}).items():
+            for index, (group, param, path) in zip(ids, self._routed(), strict=True):
+                given = incoming["state"].get(index, {})
+                expected = self._expected_state(param, path, group) if given else {}
+                for key, value in given.items():
                     if isinstance(value, Tensor):
-                        cast = self.state[param][key]
-                        dtype = state_dtype(param) if value.is_floating_point() else value.dtype
-                        dtype = cast.dtype if key == "step" else dtype
-                        self.state[param][key] = value.detach().to(cast.device, dtype, copy=True)
+                        like = expected[key] if key != "step" else self.state[param][key]
+                        device = "cpu" if key == "step" and not group["fused"] else param.device
+                        self.state[param][key] = value.detach().to(device, like.dtype, copy=True)
 
         hooks = (
             self.register_load_state_dict_pre_hook(adopt),
@@ -232,41 +255,41 @@ class MemoryOptimizer(Optimizer):
                 hook.remove()
 
     def _check_incoming(self, given: dict[str, Any]) -> None:
-        for mine, group in zip(self.param_groups, given["param_groups"], strict=False):
-            theirs = group.get("memory")
-            if theirs is not None and _describe(mine["memory"]) != _describe(theirs):
+        for mine, theirs in zip(self.param_groups, given["param_groups"], strict=False):
+            saved, own = theirs.get("memory"), mine.get("memory")
+            if saved is not None and _describe(own) != _describe(saved):
                 raise ValueError(
-                    f"the checkpoint's memory is {_describe(theirs)}, the optimizer's "
-                    f"{_describe(mine['memory'])}: make the optimizer with the checkpoint's"
+                    f"the checkpoint's memory is {_describe(saved)}, the optimizer's "
+                    f"{_describe(own)}: make the optimizer with the checkpoint's"
                 )
-            theirs = {**self.defaults, **group, "params": mine["params"]}
-            if "param_names" in mine and "param_names" not in group:
-                theirs["param_names"] = mine["param_names"]
-            theirs["memory"] = mine["memory"]
-            if len(group["params"]) != len(mine["params"]):
+            if len(theirs["params"]) != len(mine["params"]):
                 continue  # torch's own check is next, and has the better words
+            group = {**mine, **theirs, "params": mine["params"], "memory": own}
             for index, (param, name, path) in zip(
-                group["params"], routing.routed(theirs), strict=True
+                theirs["params"], routing.routed(group), strict=True
             ):
-                state = given["state"].get(index)
-                if state:
-                    self._check_state(state, param, path, theirs, name or f"number {index}")
+                if state := given["state"].get(index):
+                    expected = self._expected_state(param, path, group)
+                    found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
+                    if found != {k: tuple(v.shape) for k, v in expected.items()}:
+                        raise ValueError(
+                            f"the checkpoint's state of parameter {name or f'number {index}'} does "
+                            f"not fit its {path} path: expected {_shapes(expected)}, "
+                            f"found {_shapes(state)}"
+                        )
 
-    def _check_state(
-        self, state: State, param: Tensor, path: routing.Path, group: Group, name: str
-    ) -> None:
+    def _expected_state(self, param: Tensor, path: routing.Path, group: Group) -> dict[str, Tensor]:
+        """What a fresh state of ``param`` looks like, on the meta device."""
+        like = torch.empty(param.shape, dtype=state_dtype(param), device="meta")
+        scalar = torch.empty((), device="meta")
         if path == "elementwise" or not param.numel():
-            expected = {"step": (), "exp_avg": param.shape, "exp_avg_sq": param.shape}
-        else:
-            like = routing.matrices(torch.empty(param.shape, device="meta"), path)
-            fresh = self._init_matrices(like, group)
-            expected = {"step": (), **{key: value.shape for key, value in fresh.items()}}
-        found = {key: getattr(value, "shape", ()) for key, value in state.items()}
-        if {k: tuple(v) for k, v in found.items()} != {k: tuple(v) for k, v in expected.items()}:
-            raise ValueError(
-                f"the checkpoint's state of parameter {name} does not fit its {path} path: "
-                f"expected {_shapes(expected)}, found {_shapes(found)}"
-            )
+            return {"step": scalar, "exp_avg": like, "exp_avg_sq": like}
+        return {"step": scalar, **self._init_matrices(routing.matrices(like, path), group)}
+
+    def _routed(self) -> Iterator[tuple[Group, Tensor, routing.Path]]:
+        for group in self.param_groups:
+            for param, _, path in routing.routed(group):
+                yield group, param, path
 
 
 def _describe(value: Any) -> str:
@@ -279,4 +302,4 @@ def _describe(value: Any) -> str:
 
 
 def _shapes(state: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {tuple(shape)}" for key, shape in state.items()) or "nothing"
+    return ", ".join(f"{key} {tuple(getattr(v, 'shape', ()))}" for key, v in state.items())

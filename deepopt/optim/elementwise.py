@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from deepopt._compat import adam, check_fused, scalar_dtype
-
-State = dict[str, Any]
+from deepopt.optim.stacking import State
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

@@ -1,11 +1,12 @@
 """Which parameter takes which path through an optimizer.
 
 - ``matrix``: the parameter is one matrix, its first dimension by all others (a convolution is
-  out x in·k·k).
+  out x in·k·k, a transposed one in x out·k·k, a grouped one a single matrix over all groups).
 - ``stack``: a stack of matrices in its last two dimensions (heads, experts).
 - ``elementwise``: anything else, by torch's AdamW.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ _HEADS = re.compile(
     r"(^|\.)(lm_head|head|classifier|embed_out|unembed|logits|score|output_projection)(\.weight)?$"
     r"|^(fc|output|out)(\.weight)?$"
 )
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)(?=\.)")
 _HIDDEN_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
 _TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -39,13 +41,19 @@ def matrices(tensor: Tensor, path: Path) -> Tensor:
 
 def route(param: Tensor, name: str = "") -> Path:
     """The path of a parameter of which only the shape and perhaps the name is known."""
-    if param.is_complex() or param.ndim < 2 or _TABLES.search(name) or _HEADS.search(name):
+    if param.is_complex() or param.ndim < 2 or _is_named_for_adamw(name):
         return "elementwise"
     # Kernels are shorter than matrices: (8, 64, 64) are eight experts, (64, 64, 3) is a Conv1d.
     path: Path = "stack" if param.ndim == 3 and min(param.shape[1:]) >= SMALLEST_SIDE else "matrix"
     short, long = sorted(sides(param, path))
     is_table = long > WIDEST_ASPECT * short or (path == "stack" and len(param) == 1)
     return "elementwise" if short < SMALLEST_SIDE or is_table else path
+
+
+@functools.cache
+def _is_named_for_adamw(name: str) -> bool:
+    name = _WRAPPERS.sub("", name).lstrip(".")
+    return bool(_TABLES.search(name) or _HEADS.search(name))
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -56,7 +64,7 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     - Embeddings, the output head, norms, biases, and whatever has a side under 16:
       ``elementwise``. A head is a linear layer that shares its weight with an embedding or is
       called like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the
-      last linear layer if it is as tall as an embedding or no other linear layer has its shape.
+      last of several linear layers if it is as tall as an embedding or no other has its shape.
 
     A shared parameter is listed once, and is ``elementwise`` if any of its uses is.
 
@@ -104,13 +112,18 @@ def _route_owned(param: Tensor, name: str, module: nn.Module, heads: set[nn.Modu
 
 def _heads(model: nn.Module) -> set[nn.Module]:
     tables = [m.weight for m in model.modules() if isinstance(m, _TABLE_MODULES)]
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    inner = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    linears = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m not in inner
+    ]
     heads: set[nn.Module] = {
         m
         for name, m in linears
-        if any(m.weight is table for table in tables) or _HEADS.search(name)
+        if any(m.weight is table for table in tables) or _HEADS.search(_WRAPPERS.sub("", name))
     }
-    if not heads and linears:
+    if not heads and len(linears) > 1:
         # The layers of a stack share their shapes; a head has its own, or the vocabulary's height.
         last = linears[-1][1]
         alike = sum(m.weight.shape == last.weight.shape for _, m in linears)

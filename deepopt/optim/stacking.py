@@ -18,7 +18,7 @@ State = dict[str, Any]
 
 def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int]) -> None:
     """Make ``state[key]`` of every state a view of its part of ``whole``."""
-    for state, part in zip(states, whole.split(list(counts)), strict=True):
+    for state, part in zip(states, whole.contiguous().split(list(counts)), strict=True):
         state[key] = part
 
 
@@ -52,6 +52,12 @@ def stacked(
             apart.add(key)
     new = dict(old)
     yield new
+    for key in keys:
+        if new[key].shape != old[key].shape or new[key].dtype != old[key].dtype:
+            raise ValueError(
+                f"state {key!r} was {tuple(old[key].shape)} of {old[key].dtype} and cannot become "
+                f"{tuple(new[key].shape)} of {new[key].dtype}: keep what init made"
+            )
     for key in keys:
         if differentiable:
             distribute(new[key], states, key, counts)

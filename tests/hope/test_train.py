@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deepopt.hope import HopeConfig, checkpoint
+from deepopt.hope import HopeConfig, checkpoint, report
 from deepopt.hope import train as training
 from deepopt.hope.train import TrainConfig, Trainer, main, train
 
@@ -224,7 +226,7 @@ def test_comparison_starts_both_from_the_same_weights_and_resumes(config, monkey
         k: second[k] for k in ("loss", "grad_norm")
     }
     assert metrics(runs[0])[-1] != metrics(runs[1])[-1]
-    assert (config.out / "loss.png").exists()
+    assert (config.out / "comparison.png").exists()
     assert "DeepMomentum: " in (output := capsys.readouterr().out)
     assert "AdamW: " in output
 
@@ -299,7 +301,7 @@ def test_nothing_to_resume_and_damaged_checkpoints_are_named(config, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--optimizer=adamx"], "optimizer='adamx' is unknown; choose one of"),
+        (["--optimizer=adamx"], "optimizer='adamx' is unknown or not for this; choose one of"),
         (["--optimizer=lbfgs"], "optimizer='lbfgs' is unknown"),
         (["--memory=none"], "Invalid memory: 'none'"),
         (["--optimizer=sgd", "--memory=delta"], "memory='delta': SGD has none"),
@@ -375,3 +377,28 @@ def test_checkpoint_refuses_what_is_not_data(tmp_path):
     with pytest.raises(TypeError, match="cannot hold /a/0, a object"):
         checkpoint.save(tmp_path / "c", {"a": [object()]})
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_must_not_become_part_of_its_own_text(config):
+    inside = dataclasses.replace(config, data=config.data.parent)
+    with pytest.raises(ValueError, match="lies inside data"):
+        training.Trainer(inside)
+
+
+def test_progress_shows_loss_bits_and_speed(config, capsys):
+    train(dataclasses.replace(config, quiet=False))
+    shown = capsys.readouterr().err
+    assert re.search(r"DeepMomentum step \d+/14: held out: loss \d\.\d+, \d\.\d+ bits/byte", shown)
+
+
+def test_a_bar_on_a_terminal_shows_loss_bits_and_speed(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    with report.Progress("AdamW", 3, 5, tokens_per_step=100, quiet=False) as progress:
+        progress.show(2.0)
+        progress.show_validation(1.0)
+        progress.show(1.5)
+    shown = terminal.getvalue()
+    assert re.search(r"AdamW: 100%.*5/5 .*loss 1\.500, 2\.164 bits/byte, [\d,]+ tokens/s", shown)
+    assert "step 4: held out: loss 1.000, 1.443 bits/byte" in shown

@@ -69,6 +69,11 @@ def test_an_encoder_without_a_head_has_none():
     assert paths(model)["layers.1.linear2.weight"] == "matrix"
 
 
+@pytest.mark.parametrize("model", [nn.MultiheadAttention(64, 4), nn.Linear(64, 64)])
+def test_a_layer_alone_has_no_head(model):
+    assert {path for name, path in paths(model).items() if "weight" in name} == {"matrix"}
+
+
 def test_recurrent_weights_are_matrices():
     found = paths(nn.LSTM(32, 32))
     assert found["weight_ih_l0"] == found["weight_hh_l0"] == "matrix"
@@ -94,6 +99,8 @@ def test_recurrent_weights_are_matrices():
         ((512, 64), "fc.weight", "elementwise"),
         ((512, 64), "blocks.0.mlp.fc.weight", "matrix"),
         ((64, 64), "multihead.attention.weight", "matrix"),
+        ((512, 64), "module._orig_mod.fc.weight", "elementwise"),
+        ((64, 64), "module.blocks.0.fc.weight", "matrix"),
     ],
 )
 def test_without_a_module_shape_and_name_decide(shape, name, path):

@@ -1,0 +1,59 @@
+"""The optimizers that the training command can name, and how they share a model."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import deepopt
+
+
+def optimizers_by_name() -> dict[str, type[Optimizer]]:
+    """The optimizers that ``--optimizer`` can name; deepopt's win over torch's of the same name."""
+    return {
+        name: value
+        for module in (torch.optim, deepopt)
+        for name, value in vars(module).items()
+        if inspect.isclass(value)
+        and issubclass(value, Optimizer)
+        # Those without it need a closure or sparse gradients, or have no use for our options.
+        and "weight_decay" in inspect.signature(value).parameters
+    }
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the optimizer of that name, in any case."""
+    known = optimizers_by_name()
+    for candidate, cls in known.items():
+        if candidate.lower() == name.lower():
+            return cls
+    raise ValueError(
+        f"optimizer={name!r} is unknown or not for this; choose one of {', '.join(sorted(known))}"
+    )
+
+
+def build_optimizers(
+    model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None
+) -> list[Optimizer]:
+    """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two."""
+    cls = optimizer_class(name)
+    groups = deepopt.param_groups(model)
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if memory is not None:
+        if "memory" not in inspect.signature(cls).parameters:
+            raise ValueError(f"memory={memory!r}: {cls.__name__} has none; leave it out")
+        options["memory"] = memory
+    if cls is not torch.optim.Muon:
+        return [cls(groups, **options)]
+
+    # torch's Muon takes nothing but two-dimensional matrices; AdamW has the rest.
+    matrices: list[Any] = []
+    rest: list[Any] = []
+    for group in groups:
+        for name, param in group["params"]:
+            is_matrix = group["path"] == "matrix" and param.ndim == 2
+            (matrices if is_matrix else rest).append((name, param))
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+    return [muon, torch.optim.AdamW(rest, **options)]
