@@ -43,7 +43,11 @@ class Memory(Protocol):
         ...
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        """The momentum, shape (B, m, n), right after ``write`` of the same ``grad``."""
+        """The momentum, shape (B, m, n), right after ``write`` of the same ``grad``.
+
+        Its direction is orthogonalised; its norm, if it is in the gradient's units as an average
+        of gradients is, sets the size of the step.
+        """
         ...
 
 

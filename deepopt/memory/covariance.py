@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepopt.memory.linear import Linear
-from deepopt.ops import inverse_power
+from deepopt.ops import frobenius, inverse_power
 
 LINEAR = Linear()
 
@@ -27,8 +27,9 @@ class Covariance:
         \text{read} &= L_t^{-p}\, \hat M_t \quad (m \le n,\ \texttt{sides="short"}),
         \qquad L_t^{-p}\, \hat M_t\, R_t^{-p} \quad (\texttt{sides="both"})
 
-    with :math:`\hat M_t` the look-ahead of :class:`Linear`. The powers are computed at the first
-    write and every ``refresh`` writes after it, from eigenvalues damped relative to the largest.
+    with :math:`\hat M_t` the look-ahead of :class:`Linear`, whose norm the result keeps. The powers
+    are computed at the first write and every ``refresh`` writes after it, from eigenvalues damped
+    relative to the largest.
 
     Args:
         power: p > 0; None becomes 1/2 for one side and 1/4 for each of both, so that the powers
@@ -116,7 +117,9 @@ class Covariance:
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = LINEAR.read(state, grad, retention)
+        before = frobenius(momentum)
         for side in self._sides(grad):
             root = state[f"root_{side}"]
             momentum = root @ momentum if side == "left" else momentum @ root
-        return momentum
+        after = frobenius(momentum).clamp_min(torch.finfo(grad.dtype).tiny)
+        return momentum * (before / after)[:, None, None]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepopt.ops import frobenius, running_root
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -32,7 +34,10 @@ class Delta:
     Args:
         rate: eta of the erase term, in [0, 1] (default: 0.3).
 
-    State: 1 float per parameter and 1 per matrix.
+    Read: the momentum, enlarged by :math:`1 + \varepsilon/(1-\beta)` with :math:`\varepsilon` the
+    running share of it that a write erases, so that it is an average of gradients in size too.
+
+    State: 1 float per parameter and 2 per matrix.
 
     Raises:
         ValueError: a rate outside [0, 1].
@@ -45,7 +50,8 @@ class Delta:
             raise ValueError(f"Invalid rate: {self.rate}; it must be in [0, 1]")
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        return {"momentum": torch.zeros_like(like), "norm": like.new_zeros(like.shape[0])}
+        scalars = {key: like.new_zeros(like.shape[0]) for key in ("norm", "erasure")}
+        return {"momentum": torch.zeros_like(like), **scalars}
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         momentum, info = state["momentum"], torch.finfo(grad.dtype)
@@ -56,13 +62,14 @@ class Delta:
         wide = grad.shape[-2] <= grad.shape[-1]
         gram = keys @ keys.mT if wide else keys.mT @ keys
         norm = (torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale).clamp_max(info.max)
-        larger = torch.maximum(state["norm"], norm).clamp_min(info.tiny)
-        relative = (state["norm"] / larger).square().lerp((norm / larger).square(), 0.1)
-        state["norm"] = average = relative.sqrt() * larger
+        state["norm"] = average = running_root(state["norm"], norm, 0.1)
         ratio = (scale / torch.maximum(average, norm).clamp_min(info.tiny)).square()
         erased = (momentum @ keys.mT) @ keys if wide else momentum @ gram
         erased = erased * (self.rate * ratio)[:, None, None]
+        share = frobenius(erased) / frobenius(momentum).clamp_min(info.tiny)
+        state["erasure"] = state["erasure"].lerp(share, 0.1)
         state["momentum"] = retention * momentum - erased + (1 - retention) * grad
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        return state["momentum"]
+        # What is erased leaves the average too small: with it, retention is beta - erasure.
+        return state["momentum"] * (1 + state["erasure"] / (1 - retention))[:, None, None]

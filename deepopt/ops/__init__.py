@@ -2,6 +2,15 @@
 
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
-from deepopt.ops.row_norm import normalize_rows, rms_gain
+from deepopt.ops.step_size import adam_ratio, frobenius, normalize_rows, rms_gain, running_root
 
-__all__ = ["inverse_power", "newton_schulz", "normalize_rows", "polar_express", "rms_gain"]
+__all__ = [
+    "adam_ratio",
+    "frobenius",
+    "inverse_power",
+    "newton_schulz",
+    "normalize_rows",
+    "polar_express",
+    "rms_gain",
+    "running_root",
+]

@@ -10,13 +10,16 @@ from torch.optim.optimizer import ParamsT
 from deepopt import memory as memories
 from deepopt._compat import multiplies_bfloat16_faster
 from deepopt.memory import Memory
-from deepopt.ops import newton_schulz, normalize_rows, polar_express, rms_gain
+from deepopt.ops import (
+    adam_ratio,
+    frobenius,
+    newton_schulz,
+    normalize_rows,
+    polar_express,
+    rms_gain,
+    running_root,
+)
 from deepopt.optim.base import Group, MemoryOptimizer
-
-ADAMW_RMS = 0.2
-"""Root mean square of AdamW's update in the noise-dominated regime, measured at beta1 = 0.9 to
-0.95; updates of this size make AdamW's learning rate and weight decay carry over (Moonlight,
-arXiv 2502.16982)."""
 
 
 class DeepMomentum(MemoryOptimizer):
@@ -31,10 +34,15 @@ class DeepMomentum(MemoryOptimizer):
         \hat v_t = v_t / (1-\beta_2^{t_i}) \quad (t_i: \text{steps that moved row } i) \\
         \hat O_{t} &= O_t / \sqrt{\hat v_t} \cdot \|O_t\|_F / \|O_t / \sqrt{\hat v_t}\|_F \\
         c_t &= \text{clip}(\sqrt{\min(m,n)} / \|\hat O_t\|_F,\ 1,\ \texttt{rms_cap}) \\
-        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma \cdot 0.2\sqrt{\max(m,n)}\; c_t\, \hat O_t
+        s_t &= \beta_2 s_{t-1} + (1-\beta_2)\,\|G_t\|_F^2, \qquad
+        r_t = \min\Big(1,\ \frac{\|\text{read}(M_t)\|_F\,/\,(1-\beta_1^t)}
+        {\sqrt{s_t/(1-\beta_2^t)}}\Big) \\
+        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
     Embeddings, output heads, norms, biases and tiny matrices take torch's AdamW, bit for bit.
-    Updates have AdamW's root mean square, so that its ``lr`` and ``weight_decay`` carry over.
+    An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
+    AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
+    they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay`` carry over.
 
     Args:
         params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
@@ -49,6 +57,9 @@ class DeepMomentum(MemoryOptimizer):
             ``deepopt.memory.Memory`` (default: "covariance").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
+        update_rms: None for AdamW's own root mean square, r_t; a positive number fixes it, for
+            example at 0.2 as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does
+            (default: None).
         rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
             root mean square; 1 never enlarges (default: 1.5).
         ns_steps: steps of Newton-Schulz (default: 5).
@@ -65,8 +76,8 @@ class DeepMomentum(MemoryOptimizer):
             their parameter's are put in order first (default: None).
 
     State per parameter: on the matrix path that of the memory (``deepopt.memory``: 1 float for
-    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance") plus 2/n for the rows; 2 on the
-    element-wise path. Float32 for narrower parameters.
+    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance") plus 2/n for the rows and 1 per
+    matrix; 2 on the element-wise path. Float32 for narrower parameters.
 
     Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's.
 
@@ -89,6 +100,7 @@ class DeepMomentum(MemoryOptimizer):
         *,
         memory: str | Memory = "covariance",
         row_norm: bool = True,
+        update_rms: float | None = None,
         rms_cap: float = 1.5,
         ns_steps: int = 5,
         ns_coefficients: Sequence[float] | None = None,
@@ -106,6 +118,7 @@ class DeepMomentum(MemoryOptimizer):
             "weight_decay": weight_decay,
             "memory": memory,
             "row_norm": row_norm,
+            "update_rms": update_rms,
             "rms_cap": rms_cap,
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
@@ -121,6 +134,10 @@ class DeepMomentum(MemoryOptimizer):
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         memories.resolve(group["memory"])
+        if group["update_rms"] is not None and not group["update_rms"] > 0.0:
+            raise ValueError(
+                f"Invalid update_rms: {group['update_rms']}; it must be positive, or None"
+            )
         if not group["rms_cap"] >= 1.0:
             raise ValueError(f"Invalid rms_cap: {group['rms_cap']}; it must be at least 1")
         if not 1 <= group["ns_steps"] < 100 or group["ns_steps"] != int(group["ns_steps"]):
@@ -134,9 +151,11 @@ class DeepMomentum(MemoryOptimizer):
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         state = dict(memories.resolve(group["memory"]).init(like))
-        reserved = {"step", "row_moment", "row_weight"} & state.keys()
+        reserved = {"step", "grad_norm", "row_moment", "row_weight"} & state.keys()
         if reserved:
             raise ValueError(f"Invalid memory: its state must not use the names {reserved}")
+        if group["update_rms"] is None:
+            state["grad_norm"] = like.new_zeros(len(like))
         if group["row_norm"]:
             state["row_moment"] = like.new_zeros(like.shape[:2])
             state["row_weight"] = like.new_zeros(like.shape[:2])
@@ -157,8 +176,14 @@ class DeepMomentum(MemoryOptimizer):
             update, state["row_moment"], state["row_weight"] = normalize_rows(
                 update, state["row_moment"], state["row_weight"], group["betas"][1]
             )
-        scale = ADAMW_RMS * max(grad.shape[-2:]) ** 0.5
-        return update * (scale * rms_gain(update, group["rms_cap"]))
+        scale = max(grad.shape[-2:]) ** 0.5 * rms_gain(update, group["rms_cap"])
+        if group["update_rms"] is not None:
+            return update * (scale * group["update_rms"])
+        state["grad_norm"] = running_root(
+            state["grad_norm"], frobenius(grad), 1 - group["betas"][1]
+        )
+        ratio = adam_ratio(momentum, state["grad_norm"], state["step"], group["betas"])
+        return update * (scale * ratio[:, None, None])
 
 
 def _products_dtype(grad: Tensor) -> torch.dtype:

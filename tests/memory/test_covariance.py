@@ -35,7 +35,26 @@ def test_reading_multiplies_by_the_powers_of_the_running_gram_matrices(rows, col
     if sides == "both" or rows > columns:
         expected = expected @ inverse_power(right, 0.3, 1e-4)
     _, found = run(memory, grads)
+    size = torch.linalg.matrix_norm(linear.read(state, grads[-1], RETENTION), keepdim=True)
+    expected = expected * size / torch.linalg.matrix_norm(expected, keepdim=True)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e34])
+def test_the_scale_of_the_gradients_does_not_matter(scale):
+    grads = list(torch.randn(6, 2, 4, 9, generator=torch.Generator().manual_seed(0)))
+    _, expected = run(Covariance(refresh=1), grads)
+    _, found = run(Covariance(refresh=1), [grad * scale for grad in grads])
+    torch.testing.assert_close(found / scale, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_one_huge_gradient_is_forgotten():
+    grads = list(torch.randn(200, 1, 4, 9, generator=torch.Generator().manual_seed(0)))
+    grads[0] *= 1e30
+    state, found = run(Covariance(refresh=1, retention=0.5), grads)
+    assert found.isfinite().all()
+    assert state["gram_left"].isfinite().all()
+    assert state["scale"] < 10
 
 
 def test_powers_are_refreshed_at_the_first_write_and_every_few_after_it():

@@ -1,7 +1,48 @@
-"""What follows the orthogonalisation: row normalisation and the correction of the update's RMS."""
+"""How far an orthogonalised update goes: as a whole, and row by row."""
 
 import torch
 from torch import Tensor
+
+
+def frobenius(matrices: Tensor) -> Tensor:
+    """Frobenius norm of every matrix, shape (B,), also where squares leave the range of floats."""
+    info = torch.finfo(matrices.dtype)
+    scale = matrices.detach().abs().amax((-2, -1)).clamp_min(info.tiny)
+    norm = torch.linalg.matrix_norm(matrices / scale[:, None, None])
+    return (norm * scale).clamp_max(info.max)
+
+
+def running_root(root: Tensor, value: Tensor, share: float | Tensor) -> Tensor:
+    """The root of the running mean of squares, sqrt((1 - share) root² + share value²), safely."""
+    larger = torch.maximum(root, value).detach().clamp_min(torch.finfo(root.dtype).tiny)
+    return ((root / larger).square().lerp((value / larger).square(), share)).sqrt() * larger
+
+
+def adam_ratio(
+    momentum: Tensor,
+    grad_norm: Tensor,
+    step: Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+) -> Tensor:
+    """The root mean square that AdamW's update would have, of each matrix as a whole.
+
+    AdamW divides the averaged gradient by the root of the averaged squared gradient: about 1 where
+    gradients agree, sqrt((1 - beta1) / (1 + beta1)) where they are noise, and towards 0 once they
+    stop. An orthogonalised update has lost that size; this restores it.
+
+    Args:
+        momentum: averages of the gradient, in its units, shape (B, m, n).
+        grad_norm: running roots of the mean squared Frobenius norm of the gradient, shape (B,).
+        step: gradients in the averages so far, shape (B,), for their bias corrections.
+        betas: retentions of the two averages.
+
+    Returns:
+        Shape (B,), between 0 and 1.
+    """
+    first, second = ((1 - beta**step).to(grad_norm.device, grad_norm.dtype) for beta in betas)
+    tiny = torch.finfo(grad_norm.dtype).tiny
+    ratio = frobenius(momentum) / first / (grad_norm / second.sqrt()).clamp_min(tiny)
+    return ratio.clamp_max(1.0)
 
 
 def normalize_rows(

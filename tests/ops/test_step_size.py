@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from deepopt.ops import normalize_rows, rms_gain
+from deepopt.ops import adam_ratio, frobenius, normalize_rows, rms_gain, running_root
 
 
 def fresh(*shape):
@@ -61,3 +61,23 @@ def test_gain_is_one_for_semi_orthogonal_matrices_and_capped_for_low_rank(shape)
     assert rms_gain(rank_one, 1.5).unique().tolist() == [1.5]
     torch.testing.assert_close(rms_gain(rank_one, 10.0), torch.full((shape[0], 1, 1), 2.0))
     assert rms_gain(2 * orthogonal, 1.5).unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 1e36])
+def test_norms_are_right_where_squares_are_not_floats(scale):
+    matrices = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.matrix_norm(matrices.double() * scale)
+    torch.testing.assert_close(frobenius(matrices * scale).double(), exact, rtol=1e-5, atol=0)
+    root = running_root(frobenius(matrices * scale), 2 * frobenius(matrices * scale), 0.25)
+    torch.testing.assert_close(root.double(), exact * 1.75**0.5, rtol=1e-5, atol=0)
+    assert frobenius(torch.zeros(1, 2, 2)).item() == 0.0
+    assert running_root(torch.zeros(1), torch.zeros(1), 0.1).item() == 0.0
+
+
+def test_the_ratio_of_equal_gradients_is_one_from_the_first_step_on():
+    grad, momentum, norm = torch.randn(1, 4, 5), torch.zeros(1, 4, 5), torch.zeros(1)
+    for step in range(1, 6):
+        momentum = momentum.lerp(grad, 0.1)
+        norm = running_root(norm, frobenius(grad), 0.001)
+        ratio = adam_ratio(momentum, norm, torch.tensor([float(step)]), (0.9, 0.999))
+        torch.testing.assert_close(ratio, torch.ones(1), rtol=1e-3, atol=0)
