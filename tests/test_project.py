@@ -1,5 +1,6 @@
 """What the files around the package promise about it."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -10,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import deepopt
 
@@ -51,7 +53,7 @@ def test_make_commands_of_the_documents_exist():
 
 
 @pytest.fixture
-def setup_module(monkeypatch):
+def build_script(monkeypatch):
     spec = importlib.util.spec_from_file_location("deepopt_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,21 +61,21 @@ def setup_module(monkeypatch):
 
 
 def test_build_without_torch_falls_back_unless_extensions_are_demanded(
-    setup_module, monkeypatch, capsys
+    build_script, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert setup_module.compiled("auto") == {}
+    assert build_script.compiled("auto") == {}
     assert capsys.readouterr().err.count("\n") == 1
-    assert setup_module.compiled("0") == {}
+    assert build_script.compiled("0") == {}
     assert not capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"DEEPOPT_EXT=1 needs torch.*--no-build-isolation"):
-        setup_module.compiled("1")
+        build_script.compiled("1")
 
 
-def test_unknown_extension_mode_is_refused(setup_module, monkeypatch):
+def test_unknown_extension_mode_is_refused(build_script, monkeypatch):
     monkeypatch.setenv("DEEPOPT_EXT", "yes")
     with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
-        setup_module.extension_mode()
+        build_script.extension_mode()
 
 
 @pytest.mark.parametrize("mode", ["auto", "1"])
@@ -88,3 +90,27 @@ def test_source_that_does_not_compile_is_left_out_unless_demanded(tmp_path, mode
     assert (done.returncode == 0) == (mode == "auto"), done.stderr
     assert ("deepopt: deepopt._C_cpu not built" in done.stderr) == (mode == "auto")
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_python_code_of_the_readme_runs():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Linear(64, 4)
+    )
+    names = {
+        "torch": torch,
+        "dataclass": dataclasses.dataclass,
+        "model": model,
+        "extra": torch.nn.Parameter(torch.randn(32, 32)),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    for _ in range(5):
+        loss = model(torch.randn(16, 32)).square().mean()
+        names["optimizer"].zero_grad()
+        loss.backward()
+        names["optimizer"].step()
+    assert loss.isfinite()
+    assert len(deepopt.DeepMomentum(names["groups"]).param_groups) == 3

@@ -30,6 +30,10 @@ def generate(
 
     Returns:
         prompt and continuation, (batch, tokens + length).
+
+    Raises:
+        ValueError: an argument out of range.
+        FloatingPointError: the logits are not finite.
     """
     if length < 0:
         raise ValueError(f"length={length}: must be at least 0, the number of tokens to add")
@@ -50,6 +54,8 @@ def _draw(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token per row of logits (batch, vocab_size); (batch, 1)."""
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its memories have diverged")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None and top_k < logits.shape[-1]:

@@ -34,6 +34,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
     )
 
 
+def has_memory(name: str) -> bool:
+    """Whether the optimizer of that name has a memory to choose."""
+    return "memory" in inspect.signature(optimizer_class(name)).parameters
+
+
 def build_optimizers(
     model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None
 ) -> list[Optimizer]:
@@ -42,7 +47,7 @@ def build_optimizers(
     groups = deepopt.param_groups(model)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if memory is not None:
-        if "memory" not in inspect.signature(cls).parameters:
+        if not has_memory(name):
             raise ValueError(f"memory={memory!r}: {cls.__name__} has none; leave it out")
         options["memory"] = memory
     if cls is not torch.optim.Muon:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import ChunkedUpdates, Hope, HopeConfig, generate
-from deepopt.hope.optimizers import build_optimizers, optimizer_class
+from deepopt.hope.optimizers import build_optimizers, has_memory, optimizer_class
 
 try:
     from deepopt.hope import checkpoint
@@ -94,13 +94,16 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: give one of them")
         if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"warmup={self.warmup}: must be below steps={self.steps}")
+            raise ValueError(
+                f"warmup={self.warmup}: must be at least 0 and below steps={self.steps}"
+            )
         if self.model.vocab_size != 256:
             raise ValueError(f"vocab_size={self.model.vocab_size}: must be 256, tokens are bytes")
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"device={self.device!r}: cannot be used here ({error})") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={self.device!r}: cannot be used here ({reason})") from error
 
     def trajectory(self, corpus: Corpus) -> dict[str, Any]:
         """The options that decide every weight: a resumed run must agree in all of them."""
@@ -186,8 +189,9 @@ class Trainer:
         if config.resume:
             self._load()
         elif found and not config.overwrite:
+            go_on = "go on with --resume, " if "checkpoint.safetensors" in found else ""
             raise ValueError(
-                f"out={config.out} holds a run already ({', '.join(found)}); go on with --resume, "
+                f"out={config.out} holds a run already ({', '.join(found)}); {go_on}"
                 "discard it with --overwrite, or choose another --out"
             )
 
@@ -303,7 +307,12 @@ class Trainer:
         prompt_len = min(prompt_len, self.config.seq_len)
         ((tokens, _),) = evaluation_batches(self.corpus.val, prompts, prompt_len, prompts)
         tokens = tokens.to(self.config.device)
-        continued = generate(model, tokens, length, temperature=0.8, top_k=50, generator=generator)
+        try:
+            continued = generate(
+                model, tokens, length, temperature=0.8, top_k=50, generator=generator
+            )
+        except FloatingPointError as error:
+            return f"no samples: {error}\n"
         texts = []
         for row in continued.tolist():
             prompt, text = (
@@ -450,7 +459,10 @@ def configurations(arguments: argparse.Namespace) -> list[TrainConfig]:
     configs = []
     for name in names:
         out = config.out / name.lower()
-        memory = config.memory if name == names[0] else None
+        # A memory is for the first of the two that has one; the run's own optimizer, if none has,
+        # says that it has none.
+        owner = next(filter(has_memory, names), names[0])
+        memory = config.memory if name == owner else None
         # A run that had not begun when the comparison was interrupted begins now.
         resume = config.resume and (out / "checkpoint.safetensors").exists()
         configs.append(
@@ -481,8 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser()
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            parser.error(f"threads={arguments.threads}: must be at least 1")
+        if not 1 <= arguments.threads <= (most := 4 * (os.cpu_count() or 1)):
+            parser.error(f"threads={arguments.threads}: must be from 1 to {most}")
         torch.set_num_threads(arguments.threads)
     try:
         trainers = [Trainer(config) for config in configurations(arguments)]
@@ -509,11 +521,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"stopped: cannot write to {arguments.out}: {error}; the last checkpoint is kept; "
-            f"make room and {how_to_resume}",
-            file=sys.stderr,
-        )
+        saved = any((t.config.out / "checkpoint.safetensors").is_file() for t in trainers)
+        kept = f"; the last checkpoint is kept: make room and {how_to_resume}" if saved else ""
+        print(f"stopped: cannot write to {arguments.out}: {error}{kept}", file=sys.stderr)
         return 1
     return 0
 

@@ -163,6 +163,12 @@ class MemoryOptimizer(Optimizer):
                 sum(counts), *kind.sides, dtype=state_dtype(fresh[0]), device=kind.device
             )
             whole = self._init_matrices(like, group)
+            for key, tensor in whole.items():
+                if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
+                    raise ValueError(
+                        f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
+                        f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
+                    )
             states: list[State] = [
                 {"step": torch.zeros((), dtype=scalar_dtype(), device="cpu")} for _ in fresh
             ]

@@ -140,14 +140,13 @@ class DeepMomentum(MemoryOptimizer):
             )
         if not group["rms_cap"] >= 1.0:
             raise ValueError(f"Invalid rms_cap: {group['rms_cap']}; it must be at least 1")
-        if not 1 <= group["ns_steps"] < 100 or group["ns_steps"] != int(group["ns_steps"]):
+        if not isinstance(group["ns_steps"], int) or not 1 <= group["ns_steps"] < 100:
             raise ValueError(
                 f"Invalid ns_steps: {group['ns_steps']}; it must be a whole number from 1 to 99"
             )
-        if group["ns_coefficients"] is not None and len(group["ns_coefficients"]) != 3:
-            raise ValueError(
-                f"Invalid ns_coefficients: {group['ns_coefficients']}; give (a, b, c) or None"
-            )
+        abc = group["ns_coefficients"]
+        if abc is not None and [isinstance(x, int | float) for x in abc] != [True] * 3:
+            raise ValueError(f"Invalid ns_coefficients: {abc}; give three numbers or None")
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         state = dict(memories.resolve(group["memory"]).init(like))
@@ -165,6 +164,11 @@ class DeepMomentum(MemoryOptimizer):
         memory, retention = memories.resolve(group["memory"]), group["betas"][0]
         memory.write(state, grad, retention)
         momentum = memory.read(state, grad, retention)
+        if momentum.shape != grad.shape:
+            raise ValueError(
+                f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
+                f"{tuple(grad.shape)}; it must return one momentum per gradient"
+            )
         coefficients = group["ns_coefficients"]
         steps = group["ns_steps"]
         update = newton_schulz(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 Path = Literal["matrix", "stack", "elementwise"]
 PATHS: tuple[str, ...] = ("auto", "matrix", "stack", "elementwise")
@@ -24,11 +25,19 @@ WIDEST_ASPECT = 16
 
 _TABLES = re.compile(r"(^|[._])(embed\w*|emb|wte|wpe|pos|positions?|positional|table)([._]|$)")
 _HEADS = re.compile(
-    r"(^|\.)(lm_head|head|classifier|embed_out|unembed|logits|score|output_projection)(\.weight)?$"
-    r"|^(fc|output|out)(\.weight)?$"
+    r"(^|\.)(lm_head|head|classifier|embed_out|unembed|logits|output_projection)(\.weight)?$"
+    r"|^(fc|output|out|score)(\.weight)?$"
 )
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)(?=\.)")
 _HIDDEN_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+_ADAMW_MODULES = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
 _TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -62,8 +71,8 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     - Weights of linear, convolutional, recurrent and attention layers: ``matrix``.
     - Parameters of more than two dimensions that a module of another type owns: ``stack``.
     - Embeddings, the output head, norms, biases, and whatever has a side under 16:
-      ``elementwise``. A head is a linear layer that shares its weight with an embedding or is
-      called like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the
+      ``elementwise``. A head is a layer that shares its weight with an embedding or is called
+      like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the
       last of several linear layers if it is as tall as an embedding or no other has its shape.
 
     A shared parameter is listed once, and is ``elementwise`` if any of its uses is.
@@ -84,7 +93,11 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     heads = _heads(model)
     owners: dict[Tensor, list[Path]] = {}
     for module_name, module in model.named_modules():
-        for name, param in module.named_parameters(module_name, recurse=False):
+        if isinstance(module, ParametrizationList):  # it holds the weight of the layer around it
+            module = model.get_submodule(module_name.split(".parametrizations.")[0])
+        for name, param in model.get_submodule(module_name).named_parameters(
+            module_name, recurse=False
+        ):
             owners.setdefault(param, []).append(_route_owned(param, name, module, heads))
     paths = {param: "elementwise" if "elementwise" in p else p[0] for param, p in owners.items()}
     if not paths:
@@ -100,7 +113,7 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _route_owned(param: Tensor, name: str, module: nn.Module, heads: set[nn.Module]) -> Path:
-    if isinstance(module, _TABLE_MODULES) or module in heads or param.is_complex():
+    if isinstance(module, _ADAMW_MODULES) or module in heads or param.is_complex():
         return "elementwise"
     if isinstance(module, (*_HIDDEN_MODULES, nn.MultiheadAttention)):
         small = param.ndim < 2 or min(sides(param, "matrix")) < SMALLEST_SIDE
@@ -120,8 +133,9 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     ]
     heads: set[nn.Module] = {
         m
-        for name, m in linears
-        if any(m.weight is table for table in tables) or _HEADS.search(_WRAPPERS.sub("", name))
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+        and (any(m.weight is table for table in tables) or _HEADS.search(_WRAPPERS.sub("", name)))
     }
     if not heads and len(linears) > 1:
         # The layers of a stack share their shapes; a head has its own, or the vocabulary's height.

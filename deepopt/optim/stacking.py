@@ -53,10 +53,10 @@ def stacked(
     new = dict(old)
     yield new
     for key in keys:
-        if new[key].shape != old[key].shape or new[key].dtype != old[key].dtype:
+        if _kind(new[key]) != _kind(old[key]):
             raise ValueError(
-                f"state {key!r} was {tuple(old[key].shape)} of {old[key].dtype} and cannot become "
-                f"{tuple(new[key].shape)} of {new[key].dtype}: keep what init made"
+                f"state {key!r} was a tensor of {_kind(old[key])} and cannot become one of "
+                f"{_kind(new[key])}: keep what init made"
             )
     for key in keys:
         if differentiable:
@@ -66,6 +66,10 @@ def stacked(
                 state[key].copy_(part)
         elif new[key] is not old[key]:
             old[key].copy_(new[key])
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    return (*value.shape, value.dtype) if isinstance(value, Tensor) else (type(value),)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

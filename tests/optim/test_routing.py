@@ -69,6 +69,29 @@ def test_an_encoder_without_a_head_has_none():
     assert paths(model)["layers.1.linear2.weight"] == "matrix"
 
 
+def test_norms_of_several_dimensions_and_heads_of_convolutions_are_elementwise():
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm((4, 32, 32))
+            self.body = nn.Conv2d(64, 64, 3)
+            self.head = nn.Conv2d(64, 21, 1)
+
+    found = paths(Segmenter())
+    assert found["norm.weight"] == found["norm.bias"] == found["head.weight"] == "elementwise"
+    assert found["body.weight"] == "matrix"
+
+
+def test_a_parametrized_weight_is_routed_like_a_plain_one():
+    model = nn.Sequential(nn.Conv1d(64, 64, 17), nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer in model:
+        nn.utils.parametrizations.weight_norm(layer)
+    found = paths(model)
+    for index in range(3):
+        assert found[f"{index}.parametrizations.weight.original1"] == "matrix"
+        assert found[f"{index}.parametrizations.weight.original0"] == "elementwise"
+
+
 @pytest.mark.parametrize("model", [nn.MultiheadAttention(64, 4), nn.Linear(64, 64)])
 def test_a_layer_alone_has_no_head(model):
     assert {path for name, path in paths(model).items() if "weight" in name} == {"matrix"}
