@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import deepopt
+from deepopt import memory as memories
 from deepopt.memory import BUILT_IN, Covariance
-
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 
 @pytest.fixture(params=BUILT_IN)
@@ -38,6 +37,10 @@ def run(model, optimizer, steps, first=0, scheduler=None):
     return [param.detach().clone() for param in model.parameters()]
 
 
+def moved(model, before):
+    return all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def assert_same(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -55,7 +58,9 @@ def through_disk(state):
 def test_training_resumes_from_disk_bit_for_bit(memory, dtype, seen):
     model = make_model(dtype)
     optimizer = deepopt.DeepMomentum(model.parameters(), memory=memory)
+    before = [p.detach().clone() for p in model.parameters()]
     run(model, optimizer, seen)
+    assert moved(model, before)
     saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     expected = run(model, optimizer, 12, first=seen)
 
@@ -279,8 +284,11 @@ def test_a_rate_of_zero_moves_nothing_and_makes_all_state(memory, lr):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_a_tensor_rate_is_the_same_as_a_float(memory, shape):
     model, other = make_model(), make_model()
-    found = run(model, deepopt.DeepMomentum(model.parameters(), torch.full(shape, 3e-3)), 4)
-    expected = run(other, deepopt.DeepMomentum(other.parameters(), 3e-3), 4)
+    tensor, number = torch.full(shape, 3e-3), 3e-3
+    before = [p.detach().clone() for p in model.parameters()]
+    found = run(model, deepopt.DeepMomentum(model.parameters(), tensor, memory=memory), 4)
+    expected = run(other, deepopt.DeepMomentum(other.parameters(), number, memory=memory), 4)
+    assert moved(model, before)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -306,7 +314,9 @@ def test_closures_are_run_with_gradients_and_their_loss_is_returned():
         loss.backward()
         return loss
 
+    before = [p.detach().clone() for p in model.parameters()]
     assert isinstance(optimizer.step(closure), torch.Tensor)
+    assert moved(model, before)
     assert optimizer.step() is None
 
 
@@ -322,11 +332,30 @@ def test_schedulers_drive_the_rate_and_the_momentum(make):
     model = make_model()
     optimizer = deepopt.DeepMomentum(deepopt.param_groups(model))
     scheduler = make(optimizer)
-    seen = set()
+    twin = make_model()
+    manual = deepopt.DeepMomentum(deepopt.param_groups(twin))
     for step in range(5):
-        run(model, optimizer, 1, first=step, scheduler=scheduler)
-        seen.add((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
-    assert len(seen) == 5
+        for theirs, ours in zip(optimizer.param_groups, manual.param_groups, strict=True):
+            ours.update(lr=theirs["lr"], betas=theirs["betas"])
+        expected = run(twin, manual, 1, first=step)
+        assert_same(run(model, optimizer, 1, first=step, scheduler=scheduler), expected)
+    assert optimizer.param_groups[0]["lr"] != optimizer.defaults["lr"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", 1e-2), ("betas", (0.5, 0.9))])
+def test_a_value_that_changes_in_mid_run_counts_from_then_on(memory, key, value):
+    def final(change):
+        param = nn.Parameter(torch.zeros(24, 32))
+        optimizer = deepopt.DeepMomentum([param], memory=memory)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(4):
+            if step == 2 and change:
+                optimizer.param_groups[0][key] = value
+            param.grad = torch.randn(24, 32, generator=generator)
+            optimizer.step()
+        return param.detach()
+
+    assert (final(True) - final(False)).norm() > 0.05 * final(False).norm()
 
 
 def test_a_sparse_gradient_is_refused_before_any_parameter_moves():
@@ -351,6 +380,10 @@ def test_grad_scaler_skips_a_step_with_infinite_gradients():
     scaler.update()
     assert_same([p.detach() for p in model.parameters()], before)
     assert not optimizer.state
+    optimizer.zero_grad()
+    scaler.scale(model(torch.ones(2, 16)).mean()).backward()
+    scaler.step(optimizer)
+    assert moved(model, before)
 
 
 def test_empty_and_scalar_parameters_are_stepped():
@@ -380,3 +413,54 @@ def test_one_optimizer_per_parameter_equals_one_for_all(memory):
             optimizer.step()
     for ours, theirs in zip(split.parameters(), expected, strict=True):
         torch.testing.assert_close(ours.detach(), theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_a_memory_that_fails_leaves_the_optimizer_as_it_was():
+    class Failing(Covariance):
+        def write(self, state, grad, retention):
+            super().write(state, grad, retention)
+            if state["step"][0] == 2:
+                raise ArithmeticError("on purpose")
+
+    param = nn.Parameter(torch.zeros(24, 32))
+    optimizer = deepopt.DeepMomentum([param], memory=Failing())
+    param.grad = torch.randn(24, 32)
+    optimizer.step()
+    before = copy.deepcopy((param.detach(), dict(optimizer.state[param])))
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        optimizer.step()
+    assert torch.equal(param, before[0])
+    for key, value in before[1].items():
+        assert torch.equal(optimizer.state[param][key], value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            {"init": lambda self, like: {"momentum": torch.zeros_like(like), "n": 0}},
+            "state 'n' must",
+        ),
+        ({"init": lambda self, like: {"momentum": torch.zeros(5)}}, "leading size 1"),
+        ({"read": lambda self, state, grad, retention: grad.mT}, r"read \(1, 32, 24\)"),
+        (
+            {"write": lambda self, state, grad, retention: state.update(momentum=grad[:, :1])},
+            "cannot become one of",
+        ),
+        (
+            {"write": lambda self, state, grad, retention: state.update(more=grad)},
+            "not made by init",
+        ),
+    ],
+)
+def test_a_memory_that_breaks_its_promises_is_named_and_can_be_replaced(broken, message):
+    bad = type("Bad", (type(memories.resolve("linear")),), broken)()
+    param = nn.Parameter(torch.zeros(24, 32))
+    optimizer = deepopt.DeepMomentum([param], memory=bad)
+    param.grad = torch.randn(24, 32)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert not param.any()
+    optimizer.param_groups[0]["memory"] = "linear"
+    optimizer.step()
+    assert param.all()
