@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -59,6 +60,29 @@ def test_a_run_trains_the_model_it_names_and_reports_what_it_depends_on(monkeypa
     assert 7.5 < found["val_bits_per_byte"] <= 8.1
     assert found["seq_len"] == 16
     assert len(found["data_sha256"]) == 64
+
+
+def test_the_command_runs_sweeps_and_swaps_and_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    tiny = swap.TransformerConfig(dim=16, layers=1, heads=2)
+    monkeypatch.setitem(swap.CONFIGS, "Transformer", tiny)
+    monkeypatch.setattr(
+        swap, "TrainConfig", lambda **k: TrainConfig(**k, seq_len=16, eval_windows=2, warmup=1)
+    )
+    monkeypatch.setattr(swap, "LEARNING_RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(swap, "CHALLENGERS", (("DeepMomentum", "linear"),))
+    monkeypatch.setattr(swap, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    command = ["--out", str(tmp_path), "--models", "Transformer", "--steps", "2"]
+    assert swap.main(command) == 0
+    lines = (tmp_path / "swap.jsonl").read_text().splitlines()
+    assert len(lines) == 2 + 1 + 2  # the sweep, AdamW's second seed, the challenger
+    assert "| DeepMomentum, linear |" in (tmp_path / "swap.md").read_text()
+
+    capsys.readouterr()
+    (tmp_path / "swap.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert swap.main(command) == 0
+    assert capsys.readouterr().out.count("bits/byte") == 1
 
 
 def test_lines_of_another_setting_and_torn_lines_do_not_count(results, monkeypatch):

@@ -12,6 +12,7 @@ from deepopt.hope.memory import (
     GENERATORS,
     Gates,
     MemoryState,
+    generate,
     self_modifying,
     self_modifying_reference,
 )
@@ -85,3 +86,29 @@ def test_chunk_parallel_form_equals_token_by_token_form(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     for a, b in zip(gradients(fast, leaves), gradients(slow, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", [self_modifying, self_modifying_reference])
+def test_anchors_are_the_running_weights_at_the_end_of_the_last_full_chunk(form: Any) -> None:
+    """Eq 90: after 10 tokens in chunks of 4 the anchor is the state after token 8."""
+    (z, q, generators, memory, gates), _ = inputs(10, True)
+
+    def run(tokens: int) -> tuple[MemoryState, MemoryState]:
+        chunks = {"memory_chunk": 4, "projection_chunk": 4}
+        return form(z[..., :tokens], q[..., :tokens], generators, memory, gates, **chunks)[1:]
+
+    for after_10, after_8 in zip(run(10), run(8), strict=True):
+        torch.testing.assert_close(after_10.anchor_w2, after_8.w2[..., :DIM])
+        torch.testing.assert_close(after_10.anchor_w1, after_8.w1[..., :DIM, :])
+        assert not torch.allclose(after_10.anchor_w2, after_10.w2[..., :DIM])
+
+
+def test_keys_and_values_have_norm_one() -> None:
+    (z, _, generators, _, gates), _ = inputs(5, False)
+    made = generate(z, generators.anchor_w2, generators.anchor_w1, gates)
+    for columns in (made.key, made.value):
+        norms = columns.norm(dim=-2)
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-4, atol=1e-4)
+    assert (made.log_alpha < 0).all()
+    assert (made.eta > 0).all()
+    assert (made.eta < gates.max_eta).all()

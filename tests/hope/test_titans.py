@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepopt.hope import HopeConfig, SelfModifyingTitans
+from deepopt.hope import Hope, HopeConfig, SelfModifyingTitans, titans
+from deepopt.hope.memory import self_modifying, self_modifying_reference
 
 
 @pytest.fixture(params=[True, False], ids=["momentum", "plain"])
@@ -80,3 +81,47 @@ def test_memories_write_and_forget() -> None:
     _, end = layer(text(9).float(), start)
     assert not torch.equal(start.memory.w1, end.memory.w1)
     assert not torch.equal(start.generators.w2, end.generators.w2)
+
+
+def test_queries_have_norm_one(layer: SelfModifyingTitans, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(z: Tensor, q: Tensor, *rest: object, **options: object) -> object:
+        seen.append(q)
+        return self_modifying(z, q, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(titans, "self_modifying", spy)
+    layer(text(5))
+    norms = seen[0].norm(dim=-2)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-3, atol=1e-3)
+
+
+def test_a_whole_model_gives_the_same_with_the_token_by_token_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    config = HopeConfig(
+        vocab_size=7, dim=8, layers=2, heads=2, memory_chunk=4, projection_chunk=6, cms_chunks=(8,)
+    )
+    model = Hope(config).double()
+    model.head.weight.data.normal_()
+    tokens = torch.randint(0, 7, (2, 15))
+
+    def run() -> list[Tensor]:
+        out = model(tokens, tokens)
+        assert out.loss is not None
+        return [out.logits, *torch.autograd.grad(out.loss, list(model.parameters()))]
+
+    fast = run()
+    monkeypatch.setattr(titans, "self_modifying", self_modifying_reference)
+    for a, b in zip(fast, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_a_model_in_bfloat16_runs() -> None:
+    model = Hope(HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, cms_chunks=(8,))).bfloat16()
+    tokens = torch.randint(0, 7, (1, 9))
+    loss = model(tokens, tokens).loss
+    assert loss is not None
+    loss.backward()
+    assert loss.isfinite()
