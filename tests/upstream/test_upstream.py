@@ -1,7 +1,7 @@
 """torch's own device-generic optimizer tests, over deepopt's optimizers.
 
 They are not in torch's wheel. DEEPOPT_TORCH_TESTS is the path of ``test/test_optim.py`` of a
-checkout of torch, of the release that is installed or near it.
+checkout of torch, of the release that is installed or near it; they need ``expecttest``.
 """
 
 import os
