@@ -187,7 +187,8 @@ class MemoryOptimizer(Optimizer):
         steps = [state["step"] for state in states]
         keys = [key for key in states[0] if key != "step"]
         with stacked(states, keys, group["differentiable"]) as whole:
-            whole["step"] = torch.stack(steps).repeat_interleave(torch.tensor(counts)) + 1
+            repeats = torch.tensor(counts, device="cpu")
+            whole["step"] = torch.stack(steps).repeat_interleave(repeats) + 1
             update = self._read_update(whole, grad, group)
             if unknown := whole.keys() - {*keys, "step"}:
                 raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
@@ -246,9 +247,12 @@ class MemoryOptimizer(Optimizer):
                 expected = self._expected_state(param, path, group) if given else {}
                 for key, value in given.items():
                     if isinstance(value, Tensor):
-                        like = expected[key] if key != "step" else self.state[param][key]
-                        device = "cpu" if key == "step" and not group["fused"] else param.device
-                        self.state[param][key] = value.detach().to(device, like.dtype, copy=True)
+                        dtype, device = expected[key].dtype, param.device
+                        if key == "step":  # torch put it where a fused step wants it
+                            dtype = self.state[param][key].dtype
+                            fused = group["fused"] and path == "elementwise"
+                            device = param.device if fused else torch.device("cpu")
+                        self.state[param][key] = value.detach().to(device, dtype, copy=True)
 
         hooks = (
             self.register_load_state_dict_pre_hook(adopt),
