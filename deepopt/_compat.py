@@ -4,7 +4,10 @@ They move between minor releases: whatever a release lacks gets its fallback in 
 no other file knows torch versions apart.
 """
 
+import sys
+
 import torch
+from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
@@ -13,10 +16,17 @@ from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_d
 __all__ = [
     "adam",
     "check_fused",
+    "is_distributed",
     "multiplies_bfloat16_faster",
     "scalar_dtype",
     "use_grad_for_differentiable",
 ]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, as under FSDP2 and tensor parallelism."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def multiplies_bfloat16_faster(device: torch.device) -> bool:

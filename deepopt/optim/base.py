@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from deepopt import memory
-from deepopt._compat import scalar_dtype, use_grad_for_differentiable
+from deepopt._compat import is_distributed, scalar_dtype, use_grad_for_differentiable
 from deepopt.optim import elementwise, routing
 from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.stacking import State, distribute, stacked
@@ -119,7 +119,7 @@ class MemoryOptimizer(Optimizer):
             closure: evaluates the model anew and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a sparse gradient; no parameter has moved then.
+            RuntimeError: a sparse gradient, or a distributed matrix; no parameter has moved then.
         """
         loss = None
         if closure is not None:
@@ -148,6 +148,11 @@ class MemoryOptimizer(Optimizer):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             kind = None
             if path != "elementwise" and param.numel():
+                if is_distributed(param):
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support DTensor parameters as matrices "
+                        "(FSDP2, tensor parallel); give their group path='elementwise'"
+                    )
                 kind = Kind(path, routing.sides(param, path), param.dtype, param.device)
             plan.setdefault(kind, []).append(param)
         return plan

@@ -369,6 +369,30 @@ def test_a_sparse_gradient_is_refused_before_any_parameter_moves():
     assert torch.equal(dense, before)
 
 
+def test_distributed_matrices_are_refused_and_their_elements_stepped(tmp_path):
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+
+        def sharded(tensor):
+            return distributed.distribute_tensor(tensor, mesh, [distributed.Shard(0)])
+
+        plain = nn.Parameter(torch.randn(32, 32))
+        param = nn.Parameter(sharded(plain.detach().clone()))
+        plain.grad = torch.randn(32, 32)
+        param.grad = sharded(plain.grad)
+        with pytest.raises(RuntimeError, match=r"DTensor .* path='elementwise'"):
+            deepopt.DeepMomentum([param]).step()
+        for each in (plain, param):
+            deepopt.DeepMomentum([each], path="elementwise").step()
+        torch.testing.assert_close(param.full_tensor(), plain)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_grad_scaler_skips_a_step_with_infinite_gradients():
     model = make_model()
     optimizer = deepopt.DeepMomentum(model.parameters())
