@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import ChunkedUpdates, Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, has_memory, optimizer_class
+from deepopt.memory import BUILT_IN
 
 try:
     from deepopt.hope import checkpoint
@@ -411,7 +413,7 @@ def argument_parser() -> argparse.ArgumentParser:
     option("out", "directory for everything the run writes")
     option("optimizer", "of deepopt or torch.optim")
     parser.add_argument("--compare", metavar="NAME", help="train with this optimizer as well")
-    option("memory", "DeepMomentum's memory (its default)")
+    option("memory", f"DeepMomentum's memory: {', '.join(BUILT_IN)} (its default)")
     option("lr", "peak of the learning rate")
     option("weight_decay", "the optimizer's, of all parameters")
     option("steps", "optimizer steps")
@@ -432,6 +434,8 @@ def argument_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", action="store_true", help=help)
 
     sizes = parser.add_argument_group("model", "see deepopt.hope.HopeConfig")
+    document = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", HopeConfig.__doc__ or "", re.MULTILINE)
+    described = {name: " ".join(text.split()).split(". ")[0] for name, text in document}
     for size in dataclasses.fields(HopeConfig):
         if size.name == "vocab_size":  # bytes
             continue
@@ -441,7 +445,8 @@ def argument_parser() -> argparse.ArgumentParser:
         elif isinstance(size.default, tuple):
             kind["nargs"] = "+"
         flag = "--" + size.name.replace("_", "-")
-        sizes.add_argument(flag, default=size.default, help=f"({size.default})", **kind)
+        text = described[size.name].rstrip(".").replace("%", "%%")
+        sizes.add_argument(flag, default=size.default, help=f"{text} ({size.default})", **kind)
     return parser
 
 
