@@ -9,7 +9,8 @@
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -65,7 +66,9 @@ def _is_named_for_adamw(name: str) -> bool:
     return bool(_TABLES.search(name) or _HEADS.search(name))
 
 
-def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, overrides: Mapping[str, Path] | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups of ``model``, routed by the type of the module that owns each parameter.
 
     - Weights of linear, convolutional, recurrent and attention layers: ``matrix``.
@@ -79,6 +82,9 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Args:
         model: any module.
+        overrides: paths by name or by shell pattern of names, ``{"blocks.*.gate.weight":
+            "elementwise"}``, before the rules above; of several that match the last one counts
+            (default: None).
 
     Returns:
         At most three groups ``{"params": [(name, parameter), ...], "path": path}``, to which
@@ -86,7 +92,7 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: ``model`` has no parameters.
+        ValueError: ``model`` has no parameters, or an override matches none of them or is no path.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
@@ -99,9 +105,17 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
             module_name, recurse=False
         ):
             owners.setdefault(param, []).append(_route_owned(param, name, module, heads))
-    paths = {param: "elementwise" if "elementwise" in p else p[0] for param, p in owners.items()}
+    paths: dict[Tensor, Path] = {
+        param: "elementwise" if "elementwise" in p else p[0] for param, p in owners.items()
+    }
     if not paths:
         raise ValueError("model has no parameters")
+    for pattern, path in (overrides or {}).items():
+        chosen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not chosen or path not in PATHS[1:]:
+            wrong = f"{path!r} is none of {PATHS[1:]}" if chosen else "it matches no parameter"
+            raise ValueError(f"Invalid overrides: {pattern!r}: {wrong}")
+        paths.update(dict.fromkeys(chosen, path))
     groups: list[dict[str, Any]] = [
         {
             "params": [(name, p) for name, p in model.named_parameters() if paths[p] == path],

@@ -134,6 +134,28 @@ def test_complex_parameters_are_never_matrices():
     assert route(torch.empty(64, 64, dtype=torch.complex64)) == "elementwise"
 
 
+def test_overrides_by_name_and_by_pattern_come_before_the_rules():
+    model = LanguageModel(tied=False)
+    overrides = {"*.weight": "elementwise", "up.weight": "matrix", "tokens.weight": "matrix"}
+    found = {
+        name: group["path"]
+        for group in deepopt.param_groups(model, overrides)
+        for name, _ in group["params"]
+    }
+    assert found["up.weight"] == found["tokens.weight"] == "matrix"
+    assert found["down.weight"] == "elementwise"
+    assert found["experts"] == "stack"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"dwon.weight": "matrix"}, "matches no parameter"), ({"down.weight": "auto"}, "is none of")],
+)
+def test_overrides_that_do_nothing_or_are_no_path_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=f"Invalid overrides: .*{message}"):
+        deepopt.param_groups(LanguageModel(tied=False), overrides)
+
+
 def test_what_is_no_module_or_has_no_parameters_is_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, but is list"):
         deepopt.param_groups([])
