@@ -54,7 +54,7 @@ class DeepMomentum(MemoryOptimizer):
         eps: AdamW's term in the denominator (default: 1e-8).
         weight_decay: decoupled weight decay, lambda (default: 1e-2).
         memory: "linear", "covariance", "delta", or an object with the interface of
-            ``deepopt.memory.Memory`` (default: "covariance").
+            ``deepopt.memory.Memory`` (default: "delta").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
         update_rms: None for AdamW's own root mean square, r_t; a positive number fixes it, for
@@ -98,7 +98,7 @@ class DeepMomentum(MemoryOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        memory: str | Memory = "covariance",
+        memory: str | Memory = "delta",
         row_norm: bool = True,
         update_rms: float | None = None,
         rms_cap: float = 1.5,

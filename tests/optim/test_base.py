@@ -144,7 +144,7 @@ def test_foreign_checkpoints_are_refused_and_change_nothing():
         run(model, optimizer, 1)
         return optimizer
 
-    optimizer = trained(deepopt.DeepMomentum, make_model())
+    optimizer = trained(lambda p: deepopt.DeepMomentum(p, memory="covariance"), make_model())
     refuses(optimizer, trained(torch.optim.AdamW, make_model()).state_dict(), "expected step")
     delta = trained(lambda p: deepopt.DeepMomentum(p, memory="delta"), make_model())
     refuses(optimizer, delta.state_dict(), r"memory is Delta\(rate=0.3\).*make the optimizer with")
