@@ -498,7 +498,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser()
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
-        if not 1 <= arguments.threads <= (most := 4 * (os.cpu_count() or 1)):
+        most = 4 * (os.cpu_count() or 1)
+        if not 1 <= arguments.threads <= most:
             parser.error(f"threads={arguments.threads}: must be from 1 to {most}")
         torch.set_num_threads(arguments.threads)
     try:
