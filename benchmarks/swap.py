@@ -112,7 +112,7 @@ def execute(run: Run) -> Line:
         try:
             outcome: Line = dataclasses.asdict(trainer.run())
         except FloatingPointError as error:
-            outcome = {"diverged": str(error)}
+            outcome = {"diverged": str(error).split(";")[0]}
     return {**dataclasses.asdict(run), **setting(run), **outcome}
 
 
