@@ -50,7 +50,7 @@ class DeepMomentum(MemoryOptimizer):
             any argument below.
         lr: learning rate, gamma; a float or a 1-element tensor (default: 1e-3).
         betas: retention of the momentum, and of the second moment: of entries on the element-wise
-            path, of rows on the matrix path (default: (0.9, 0.999)).
+            path, of rows and of the whole gradient on the matrix path (default: (0.9, 0.999)).
         eps: AdamW's term in the denominator (default: 1e-8).
         weight_decay: decoupled weight decay, lambda (default: 1e-2).
         memory: "linear", "covariance", "delta", or an object with the interface of
