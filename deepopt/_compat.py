@@ -8,19 +8,33 @@ import sys
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
+from torch.optim import Optimizer
 from torch.optim.adam import adam
 from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
+from torch.optim.optimizer import _get_capturable_supported_devices as capturable_devices
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
 from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
 
 __all__ = [
     "adam",
+    "capturable_devices",
     "check_fused",
+    "disable_dynamo",
+    "graph_capture_health_check",
     "is_distributed",
     "multiplies_bfloat16_faster",
     "scalar_dtype",
     "use_grad_for_differentiable",
 ]
+
+
+def graph_capture_health_check(optimizer: Optimizer) -> None:
+    """Raise, as torch's optimizers do, where a graph is captured without ``capturable=True``."""
+    name = "_accelerator_graph_capture_health_check"  # torch 2.12 and before: another name
+    if not hasattr(optimizer, name):
+        name = "_cuda_graph_capture_health_check"
+    getattr(optimizer, name)()
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -4,8 +4,8 @@ A class says in :meth:`MemoryOptimizer._init_matrices` and :meth:`MemoryOptimize
 its memory keeps and what step it reads from it; groups, flags, state and checkpoints are done here.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from deepopt import memory
-from deepopt._compat import is_distributed, scalar_dtype, use_grad_for_differentiable
+from deepopt._compat import (
+    capturable_devices,
+    disable_dynamo,
+    graph_capture_health_check,
+    is_distributed,
+    scalar_dtype,
+    use_grad_for_differentiable,
+)
 from deepopt.optim import elementwise, routing
 from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.stacking import State, distribute, stacked
@@ -30,12 +37,24 @@ class Kind(NamedTuple):
     device: torch.device
 
 
+class Bucket(NamedTuple):
+    """What is stepped in one call: matrices of one kind, or (kind None) the element-wise path."""
+
+    kind: Kind | None
+    group: Group
+    params: list[Tensor]
+    grads: list[Tensor]
+
+
 class MemoryOptimizer(Optimizer):
     """An optimizer that steps matrices in batches of one shape and the rest by torch's AdamW.
 
     State of a matrix parameter: ``step``, and the tensors of :meth:`_init_matrices` with a leading
     dimension, the number of matrices in the parameter. State of any other: that of AdamW.
     """
+
+    _least_dims: ClassVar[dict[str, int]] = {"matrix": 2, "stack": 3}
+    """Dimensions that a path asks of a parameter; at 0, a vector is a matrix of one column."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)  # before anything else: torch's order, and its messages
@@ -48,7 +67,7 @@ class MemoryOptimizer(Optimizer):
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if isinstance(lr, Tensor) and group["foreach"]:
+        if isinstance(lr, Tensor) and group["foreach"] and not group["capturable"]:
             raise ValueError(
                 "lr as a Tensor is not supported for capturable=False and foreach=True"
             )
@@ -68,8 +87,6 @@ class MemoryOptimizer(Optimizer):
         if group["differentiable"] and (group["fused"] or group["foreach"]):
             flag = "fused" if group["fused"] else "foreach"
             raise RuntimeError(f"`{flag}` does not support `differentiable`")
-        if group["capturable"]:
-            raise RuntimeError(f"{type(self).__name__} does not support capturable=True")
         if group["path"] not in routing.PATHS:
             raise ValueError(f"Invalid path: {group['path']!r}; choose from {routing.PATHS}")
 
@@ -80,6 +97,10 @@ class MemoryOptimizer(Optimizer):
     def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
         """Write ``grad`` (B, m, n) into ``state`` and return what ``lr`` multiplies."""
         raise NotImplementedError
+
+    def _gradient(self, param: Tensor, group: Group) -> Tensor | None:
+        """What ``param`` is stepped with; None lets it rest. Must not write to ``param.grad``."""
+        return param.grad
 
     # -- groups ------------------------------------------------------------------------------
 
@@ -94,9 +115,10 @@ class MemoryOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            needed = {"matrix": 2, "stack": 3}.get(group["path"], 0)
+            needed = self._least_dims.get(group["path"], 0)
+            matrices = group["path"] in self._least_dims
             for param, name, _ in routing.routed(group):
-                if param.ndim < needed or (needed and param.is_complex()):
+                if param.ndim < needed or (matrices and param.is_complex()):
                     raise ValueError(
                         f"Invalid path: {group['path']!r} for parameter {name or '(unnamed)'} of "
                         f"shape {tuple(param.shape)} and {param.dtype}; it needs real matrices of "
@@ -111,41 +133,56 @@ class MemoryOptimizer(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------
 
+    @disable_dynamo
     @use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
+
+        In a compiled training step it is a graph break and runs eagerly: what it depends on, the
+        learning rate above all, can change without a recompilation.
 
         Args:
             closure: evaluates the model anew and returns the loss, which is returned.
 
         Raises:
             RuntimeError: a sparse gradient, or a distributed matrix; no parameter has moved then.
+            AssertionError: ``capturable=True`` with parameters on a device without graphs.
         """
+        graph_capture_health_check(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # A GradScaler that leaves unscaling and skipping to the step sets these around it.
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         # All that can be wrong with a parameter or a gradient shows before any parameter moves.
-        plans = [(group, self._plan(group)) for group in self.param_groups]
-        for group, plan in plans:
-            for kind, params in plan.items():
-                self._init_states(params, kind, group)
-        for group, plan in plans:
-            for kind, params in plan.items():
-                if kind is None:
-                    elementwise.step(params, [self.state[param] for param in params], group)
-                else:
-                    self._step_matrices(params, kind.path, group)
+        buckets = []
+        for group in self.param_groups:
+            pairs = [(param, self._gradient(param, group)) for param in group["params"]]
+            if scale is not None:
+                pairs = [(p, g if g is None else g / scale.to(g.device)) for p, g in pairs]
+            buckets += self._buckets(group, [grad for _, grad in pairs])
+        self._step_buckets(buckets, self.state, found_inf)
         return loss
 
-    def _plan(self, group: Group) -> dict["Kind | None", list[Tensor]]:
-        """The parameters to step by what is stepped in one call; None is the element-wise path."""
-        plan: dict[Kind | None, list[Tensor]] = {}
-        for param, _, path in routing.routed(group):
-            if param.grad is None:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(self.defaults["fused"])
+
+    def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> Iterator[Bucket]:
+        """The parameters of a group that have gradients, by what is stepped in one call."""
+        buckets: dict[Kind | None, Bucket] = {}
+        for (param, _, path), grad in zip(routing.routed(group), grads, strict=True):
+            if grad is None:
                 continue
-            if param.grad.is_sparse:
+            if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if group["capturable"] and param.device.type not in capturable_devices():
+                raise AssertionError(
+                    "If capturable=True, params and state_steps must be on supported devices: "
+                    f"{capturable_devices()}."
+                )
             kind = None
             if path != "elementwise" and param.numel():
                 if is_distributed(param):
@@ -154,14 +191,31 @@ class MemoryOptimizer(Optimizer):
                         "(FSDP2, tensor parallel); give their group path='elementwise'"
                     )
                 kind = Kind(path, routing.sides(param, path), param.dtype, param.device)
-            plan.setdefault(kind, []).append(param)
-        return plan
+            bucket = buckets.setdefault(kind, Bucket(kind, group, [], []))
+            bucket.params.append(param)
+            bucket.grads.append(grad)
+        yield from buckets.values()
 
-    def _init_states(self, params: list[Tensor], kind: "Kind | None", group: Group) -> None:
-        fresh = [param for param in params if not self.state.get(param)]
+    def _step_buckets(
+        self, buckets: Sequence[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None = None
+    ) -> None:
+        """Step all parameters in place; where ``found_inf`` is 1 nothing changes."""
+        for bucket in buckets:
+            self._init_states(bucket, states)
+        for bucket in buckets:
+            own = [states[param] for param in bucket.params]
+            found = None if found_inf is None else found_inf.to(bucket.params[0].device)
+            if bucket.kind is None:
+                elementwise.step(bucket.params, bucket.grads, own, bucket.group, found)
+            else:
+                self._step_matrices(bucket, bucket.kind.path, own, found)
+
+    def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> None:
+        kind, group = bucket.kind, bucket.group
+        fresh = [param for param in bucket.params if not states.get(param)]
         if kind is None:
             for param in fresh:
-                self.state[param] = elementwise.init(param, group)
+                states[param] = elementwise.init(param, group)
         elif fresh:
             counts = [len(routing.matrices(param, kind.path)) for param in fresh]
             like = torch.empty(
@@ -174,36 +228,53 @@ class MemoryOptimizer(Optimizer):
                         f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
                         f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
                     )
-            states: list[State] = [
-                {"step": torch.zeros((), dtype=scalar_dtype(), device="cpu")} for _ in fresh
+            device = kind.device if group["capturable"] else "cpu"
+            made: list[State] = [
+                {"step": torch.zeros((), dtype=scalar_dtype(), device=device)} for _ in fresh
             ]
             for key, tensor in whole.items():
-                distribute(tensor, states, key, counts)
-            self.state.update(zip(fresh, states, strict=True))
+                distribute(tensor, made, key, counts)
+            states.update(zip(fresh, made, strict=True))
 
-    def _step_matrices(self, params: list[Tensor], path: routing.Path, group: Group) -> None:
+    def _step_matrices(
+        self, bucket: Bucket, path: routing.Path, states: list[State], found_inf: Tensor | None
+    ) -> None:
+        group, params = bucket.group, bucket.params
         dtype = state_dtype(params[0])
-        grads = [routing.matrices(param.grad, path) for param in params if param.grad is not None]
+        grads = [routing.matrices(grad, path) for grad in bucket.grads]
         counts = [len(grad) for grad in grads]
         grad = torch.cat(grads).to(dtype)
         if group["maximize"]:
             grad = -grad
-        states = [self.state[param] for param in params]
+        skip = None if found_inf is None else found_inf.squeeze() > 0
+        if skip is not None:
+            grad = torch.where(skip, torch.zeros_like(grad), grad)
         steps = [state["step"] for state in states]
         keys = [key for key in states[0] if key != "step"]
         with stacked(states, keys, group["differentiable"]) as whole:
-            repeats = torch.tensor(counts, device="cpu")
-            whole["step"] = torch.stack(steps).repeat_interleave(repeats) + 1
+            before = dict(whole)
+            repeated = [
+                step for step, count in zip(steps, counts, strict=True) for _ in range(count)
+            ]
+            whole["step"] = torch.stack(repeated) + 1
             update = self._read_update(whole, grad, group)
             if unknown := whole.keys() - {*keys, "step"}:
                 raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
-        torch._foreach_add_(steps, 1)
+            if skip is not None:
+                for key in keys:
+                    whole[key] = torch.where(skip, before[key], whole[key])
+        taken: float | Tensor = 1.0
+        if skip is not None:
+            taken = 1 - skip.to(steps[0].device, steps[0].dtype)
+        for step in steps:
+            step += taken
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         decay = 1 - lr * group["weight_decay"]
         for param, part in zip(params, (update * lr).split(counts), strict=True):
             # Autograd keeps the factors of a product: not the tensor that is written to next.
             wide = param.to(dtype, copy=group["differentiable"])
-            param.copy_(wide * decay - part.view(param.shape))
+            new = wide * decay - part.view(param.shape)
+            param.copy_(new if skip is None else torch.where(skip, wide, new))
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -256,7 +327,8 @@ class MemoryOptimizer(Optimizer):
                         if key == "step":  # torch put it where a fused step wants it
                             dtype = self.state[param][key].dtype
                             fused = group["fused"] and path == "elementwise"
-                            device = param.device if fused else torch.device("cpu")
+                            on_device = fused or group["capturable"]
+                            device = param.device if on_device else torch.device("cpu")
                         self.state[param][key] = value.detach().to(device, dtype, copy=True)
 
         hooks = (

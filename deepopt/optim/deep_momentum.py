@@ -69,7 +69,8 @@ class DeepMomentum(MemoryOptimizer):
             "elementwise" force a path, as ``deepopt.param_groups`` does (default: "auto").
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend instead of descending (default: False).
-        capturable: accepted for AdamW's sake, only as False (default: False).
+        capturable: keep step counts on the device, so that the step can be captured in a CUDA
+            graph, where lr must be a tensor to change (default: False).
         differentiable: let autograd run through the step, to optimize what it depends on;
             parameters must not be leaves then (default: False).
         fused: torch's flag for the element-wise path; tensors whose memory order differs from

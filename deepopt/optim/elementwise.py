@@ -20,37 +20,44 @@ def init(param: Tensor, group: dict[str, Any]) -> State:
     """The state that AdamW keeps for ``param``, in float32 for narrower parameters."""
     if group["fused"]:
         check_fused(param)
-    step_device = param.device if group["fused"] else torch.device("cpu")
+    on_device = group["fused"] or group["capturable"]
+    device = param.device if on_device else torch.device("cpu")
     return {
-        "step": torch.zeros((), dtype=scalar_dtype(bool(group["fused"])), device=step_device),
+        "step": torch.zeros((), dtype=scalar_dtype(bool(group["fused"])), device=device),
         "exp_avg": torch.zeros_like(param, dtype=state_dtype(param)),
         "exp_avg_sq": torch.zeros_like(param, dtype=state_dtype(param)),
     }
 
 
-def step(params: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+def step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    found_inf: Tensor | None = None,
+) -> None:
     """One step of AdamW, bit for bit torch's where the state has the parameter's dtype.
 
-    Narrower parameters are stepped in float32 and rounded once.
+    Narrower parameters are stepped in float32 and rounded once. Where ``found_inf`` is 1, nothing
+    changes.
     """
-    fusible: dict[bool, list[tuple[Tensor, State]]] = {True: [], False: []}
-    for param, state in zip(params, states, strict=True):
-        # torch's fused CPU kernel walks through all tensors in the parameter's memory order.
-        same_order = state["exp_avg"].stride() == param.stride()
-        fusible[bool(group["fused"]) and same_order].append((param, state))
-    for fused, chosen in fusible.items():
-        if chosen:
-            _adamw([param for param, _ in chosen], [state for _, state in chosen], group, fused)
-
-
-def _adamw(params: list[Tensor], states: list[State], group: dict[str, Any], fused: bool) -> None:
+    fused = bool(group["fused"])
+    if found_inf is not None and not fused:
+        if found_inf.item():  # torch's other implementations leave the skipping to the caller
+            return
+        found_inf = None
     wide = [param.to(state_dtype(param)) for param in params]
-    grads = [param.grad for param in params if param.grad is not None]
-    for index, (param, grad) in enumerate(zip(wide, grads, strict=True)):
-        if grad.dtype != param.dtype:
-            grads[index] = grad.to(param.dtype)
-        if fused and grad.stride() != param.stride():
-            grads[index] = torch.empty_like(param).copy_(grad)
+    grads = list(grads)
+    for index, (param, state) in enumerate(zip(wide, states, strict=True)):
+        if grads[index].dtype != param.dtype:
+            grads[index] = grads[index].to(param.dtype)
+        if fused:
+            # torch's fused CPU kernel walks through all tensors in the parameter's memory order.
+            if grads[index].stride() != param.stride():
+                grads[index] = torch.empty_like(param).copy_(grads[index])
+            for key in ("exp_avg", "exp_avg_sq"):
+                if state[key].stride() != param.stride():
+                    state[key] = torch.empty_like(param).copy_(state[key])
     beta1, beta2 = group["betas"]
     adam(
         wide,
@@ -59,9 +66,11 @@ def _adamw(params: list[Tensor], states: list[State], group: dict[str, Any], fus
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
-        foreach=False if group["fused"] else group["foreach"],
-        fused=fused if group["fused"] else group["fused"],
+        foreach=False if fused else group["foreach"],
+        fused=group["fused"],
+        capturable=group["capturable"],
         differentiable=group["differentiable"],
+        found_inf=found_inf,
         has_complex=any(param.is_complex() for param in params),
         decoupled_weight_decay=True,
         amsgrad=False,

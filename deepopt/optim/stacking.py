@@ -79,10 +79,11 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:
-    storage, offset = parts[0].untyped_storage().data_ptr(), parts[0].storage_offset()
+    # The storage's identity, not its address: fake tensors have none.
+    storage, offset = parts[0].untyped_storage()._cdata, parts[0].storage_offset()
     for part in parts:
         if (
-            part.untyped_storage().data_ptr() != storage
+            part.untyped_storage()._cdata != storage
             or part.storage_offset() != offset
             or not part.is_contiguous()
         ):

@@ -335,12 +335,6 @@ def test_fused_and_foreach_exclude_each_other():
         deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], fused=True, foreach=True)
 
 
-def test_capturable_is_refused():
-    deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], capturable=False)
-    with pytest.raises(RuntimeError, match="DeepMomentum does not support capturable=True"):
-        deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], capturable=True)
-
-
 def differentiable_run(memory, lr, decay, beta, start, grads):
     """Parameters, one on each path, after two steps, as a function of everything."""
     params = [start.clone(), start[0].clone()]

@@ -1,0 +1,78 @@
+"""Optimizers as pure functions, for those who write their own loops or differentiate through them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from deepopt.optim.base import MemoryOptimizer
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+States: TypeAlias = dict[str, dict[str, Tensor]]
+
+
+class Functional(NamedTuple):
+    """An optimizer without hidden state; see :func:`functional`."""
+
+    init: Callable[[Tensors], States]
+    update: Callable[[Mapping[str, Tensor | None], States, Tensors], tuple[dict[str, Tensor], States]]
+
+
+def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
+    """``optimizer`` as two pure functions, which write into none of their arguments::
+
+        init, update = deepopt.functional(deepopt.DeepMomentum, lr=1e-3)
+        params = dict(model.named_parameters())
+        state = init(params)
+        grads = torch.func.grad(loss)(params, batch)
+        params, state = update(grads, state, params)
+
+    Autograd runs through ``update``, to gradients, state, parameters and tensor hyper-parameters.
+
+    Args:
+        optimizer: a class of this package.
+        options: its arguments; ``path`` forces a path for all parameters. Routing goes by the
+            names in ``params`` as it does for ``model.named_parameters()``.
+
+    Returns:
+        ``init(params)``, the state before the first step, and ``update(grads, state, params)``,
+        the new parameters and the new state. All are dicts by name; a parameter whose gradient is
+        missing or None stays as it is.
+
+    Raises:
+        ValueError: an option out of range, or a gradient for an unknown name.
+    """
+    flags = {"differentiable": True, "foreach": None, "fused": None, **options}
+
+    def make(params: Tensors) -> MemoryOptimizer:
+        return optimizer(list(params.items()), **flags)
+
+    make({"": torch.zeros(1)})  # bad options show here
+
+    def init(params: Tensors) -> States:
+        stepped = make({name: param.detach() for name, param in params.items()})
+        group = stepped.param_groups[0]
+        states: dict[Tensor, Any] = {}
+        for bucket in stepped._buckets(group, group["params"]):
+            stepped._init_states(bucket, states)
+        return dict(zip(params, (states[param] for param in group["params"]), strict=True))
+
+    def update(
+        grads: Mapping[str, Tensor | None], state: States, params: Tensors
+    ) -> tuple[dict[str, Tensor], States]:
+        if unknown := grads.keys() - params.keys():
+            raise ValueError(f"Invalid grads: {sorted(unknown)} are not among params")
+        new = {name: param.clone() for name, param in params.items()}
+        stepped = make(new)
+        states: dict[Tensor, Any] = {
+            param: {**state[name], "step": state[name]["step"].clone()}
+            for name, param in new.items()
+        }
+        with torch.enable_grad():
+            group = stepped.param_groups[0]
+            buckets = list(stepped._buckets(group, [grads.get(name) for name in new]))
+            stepped._step_buckets(buckets, states)
+        return new, {name: states[param] for name, param in new.items()}
+
+    return Functional(init, update)
