@@ -9,10 +9,18 @@ import importlib
 from types import ModuleType
 
 from deepopt import memory
-from deepopt.optim import DeepMomentum, param_groups
+from deepopt.optim import DeepMomentum, functional, optimizers, param_groups
 
 __version__ = "0.1.0"
-__all__ = ["DeepMomentum", "__version__", "hope", "memory", "param_groups"]
+__all__ = [
+    "DeepMomentum",
+    "__version__",
+    "functional",
+    "hope",
+    "memory",
+    "optimizers",
+    "param_groups",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -23,7 +23,8 @@ class Memory(Protocol):
     one call serves every parameter of that shape; row b of a result may depend on row b of the
     arguments only. ``retention`` is the optimizer's ``betas[0]``, an argument because schedulers
     change it. Hyper-parameters of the memory's own are attributes and are not checkpointed:
-    a frozen dataclass gives it the ``repr`` by which a checkpoint recognises it.
+    a frozen dataclass gives it the ``repr`` by which a checkpoint recognises it. A memory that
+    looks at values of tensors on the host says so by a class attribute ``capturable = False``.
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A linear memory read through the memory of the gradient's covariance (Eqs 106-111)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Covariance:
     Raises:
         ValueError: an argument outside its range.
     """
+
+    capturable: ClassVar[bool] = False  # which rows are due is decided on the host
 
     power: float | None = None
     sides: Literal["short", "both"] = "short"

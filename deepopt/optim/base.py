@@ -157,7 +157,7 @@ class MemoryOptimizer(Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         # All that can be wrong with a parameter or a gradient shows before any parameter moves.
-        buckets = []
+        buckets: list[Bucket] = []
         for group in self.param_groups:
             pairs = [(param, self._gradient(param, group)) for param in group["params"]]
             if scale is not None:

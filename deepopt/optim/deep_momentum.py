@@ -134,7 +134,12 @@ class DeepMomentum(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        memories.resolve(group["memory"])
+        memory = memories.resolve(group["memory"])
+        if group["capturable"] and not getattr(memory, "capturable", True):
+            raise RuntimeError(
+                f"memory {type(memory).__name__} does not support capturable=True: it decides on "
+                "the host when to refresh; choose another memory"
+            )
         if group["update_rms"] is not None and not group["update_rms"] > 0.0:
             raise ValueError(
                 f"Invalid update_rms: {group['update_rms']}; it must be positive, or None"

@@ -16,7 +16,9 @@ class Functional(NamedTuple):
     """An optimizer without hidden state; see :func:`functional`."""
 
     init: Callable[[Tensors], States]
-    update: Callable[[Mapping[str, Tensor | None], States, Tensors], tuple[dict[str, Tensor], States]]
+    update: Callable[
+        [Mapping[str, Tensor | None], States, Tensors], tuple[dict[str, Tensor], States]
+    ]
 
 
 def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:

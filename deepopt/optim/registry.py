@@ -1,0 +1,123 @@
+"""Every optimizer of the package: what it is, what it costs, and how the contract tests call it.
+
+An entry here is the only step that puts a class under the whole contract (``tests/optim/
+test_contract.py`` and ``tests/upstream``) and into the tables that users see.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import tensor
+from torch.optim import Optimizer
+
+from deepopt.memory import Covariance
+from deepopt.optim.deep_momentum import DeepMomentum
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer.
+
+    Args:
+        cls: the class.
+        equations: of the paper, that it implements.
+        update: the rule in a few words.
+        state: floats per parameter of an m x n matrix, r = min(m, n), R = max(m, n).
+        cost: FLOPs of a step for an m x n matrix beyond a few per parameter.
+        options: constructor arguments that the contract is tested with.
+        literal: the same, of forms that the paper prints but that need not descend.
+        errors: constructor arguments that are refused, with the error and its message.
+    """
+
+    cls: type[Optimizer]
+    equations: str
+    update: str
+    state: str
+    cost: str
+    options: tuple[Options, ...] = ({},)
+    literal: tuple[Options, ...] = ()
+    errors: tuple[tuple[Options, type[Exception], str], ...] = field(default=())
+
+
+# What every class refuses, in torch's words.
+COMMON_ERRORS: tuple[tuple[Options, type[Exception], str], ...] = (
+    ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+    ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
+    ({"lr": tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
+    (
+        {"lr": tensor(1.0), "foreach": True},
+        ValueError,
+        "lr as a Tensor is not supported for capturable=False and foreach=True",
+    ),
+    ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
+    ({"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1: -0.1"),
+    ({"betas": (0.9,)}, ValueError, "Invalid betas: (0.9,); two values are needed"),
+    ({"eps": -1}, ValueError, "Invalid epsilon value: -1"),
+    ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
+    ({"path": "rows"}, ValueError, "Invalid path: 'rows'"),
+    (
+        {"fused": True, "foreach": True},
+        RuntimeError,
+        "`fused` and `foreach` cannot be `True` together.",
+    ),
+    (
+        {"fused": True, "differentiable": True},
+        RuntimeError,
+        "`fused` does not support `differentiable`",
+    ),
+)
+
+REGISTRY: dict[str, Entry] = {
+    "deep_momentum": Entry(
+        DeepMomentum,
+        equations="33-52",
+        update="memory write, read, Newton-Schulz, rows normalised, AdamW's size",
+        state="1 (linear, delta), 1 + 2r/R (covariance)",
+        cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 4 r²R (covariance)",
+        options=(
+            {},
+            {"memory": "linear", "lr": 3e-3, "betas": (0.8, 0.9)},
+            {"memory": "covariance", "weight_decay": 0.1},
+            {"memory": Covariance(sides="both", refresh=2)},
+            {"row_norm": False, "ns_steps": 3, "maximize": True},
+            {"update_rms": 0.2, "rms_cap": 1.0, "ns_coefficients": (3.4445, -4.7750, 2.0315)},
+            {"path": "elementwise", "eps": 1e-6},
+        ),
+        errors=(
+            ({"memory": "quadratic"}, ValueError, "Invalid memory: 'quadratic'"),
+            ({"memory": object()}, TypeError, "is no Memory object"),
+            ({"update_rms": 0.0}, ValueError, "Invalid update_rms: 0.0"),
+            ({"rms_cap": 0.5}, ValueError, "Invalid rms_cap: 0.5"),
+            ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
+            ({"ns_coefficients": (1.0,)}, ValueError, "Invalid ns_coefficients: (1.0,)"),
+            (
+                {"memory": "covariance", "capturable": True},
+                RuntimeError,
+                "memory Covariance does not support capturable=True",
+            ),
+        ),
+    ),
+}
+
+
+class Table(dict[str, Entry]):
+    """Optimizers by name, shown as a table."""
+
+    def __str__(self) -> str:
+        rows = [("name", "class", "equations", "state: floats per parameter", "cost: FLOPs")]
+        rows += [(n, e.cls.__name__, e.equations, e.state, e.cost) for n, e in self.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def optimizers() -> Table:
+    """Every optimizer of the package by name, with equations, state and cost; ``print`` shows it."""
+    return Table(REGISTRY)
