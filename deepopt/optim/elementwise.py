@@ -48,6 +48,8 @@ def step(
         found_inf = None
     wide = [param.to(state_dtype(param)) for param in params]
     grads = list(grads)
+    if fused:  # nothing can be laid out like a tensor with gaps: it is stepped in a dense copy
+        wide = [w if torch.empty_like(w).stride() == w.stride() else w.contiguous() for w in wide]
     for index, (param, state) in enumerate(zip(wide, states, strict=True)):
         if grads[index].dtype != param.dtype:
             grads[index] = grads[index].to(param.dtype)

@@ -1,4 +1,4 @@
-"""Optimizers as pure functions, for those who write their own loops or differentiate through them."""
+"""Optimizers as pure functions, for loops of one's own and for derivatives through them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -68,7 +68,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         new = {name: param.clone() for name, param in params.items()}
         stepped = make(new)
         states: dict[Tensor, Any] = {
-            param: {**state[name], "step": state[name]["step"].clone()}
+            param: {key: value.clone() for key, value in state[name].items()}
             for name, param in new.items()
         }
         with torch.enable_grad():

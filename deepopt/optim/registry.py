@@ -119,5 +119,5 @@ class Table(dict[str, Entry]):
 
 
 def optimizers() -> Table:
-    """Every optimizer of the package by name, with equations, state and cost; ``print`` shows it."""
+    """Every optimizer of the package by name; printed, a table of equations, state and cost."""
     return Table(REGISTRY)

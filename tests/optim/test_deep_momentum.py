@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import BUILT_IN, Covariance, Linear
+from deepopt.memory import BUILT_IN, Linear
 from deepopt.optim import deep_momentum
 
 MUON = (3.4445, -4.7750, 2.0315)
@@ -299,102 +299,6 @@ def test_a_memory_that_takes_the_optimizers_own_names_is_refused():
     param.grad = torch.randn(32, 32)
     with pytest.raises(ValueError, match=r"must not use the names \{'step'\}"):
         deepopt.DeepMomentum([param], memory=Greedy()).step()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
-        ({"lr": float("nan")}, "Invalid learning rate: nan"),
-        ({"lr": torch.tensor([1.0, 2.0])}, "Tensor lr must be 1-element"),
-        ({"lr": torch.tensor(1.0), "foreach": True}, "lr as a Tensor is not supported"),
-        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
-        ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
-        ({"betas": (0.9,)}, "Invalid betas"),
-        ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
-        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
-        ({"memory": "quadratic"}, "Invalid memory: 'quadratic'"),
-        ({"update_rms": 0.0}, "Invalid update_rms: 0.0"),
-        ({"rms_cap": 0.5}, "Invalid rms_cap: 0.5"),
-        ({"ns_steps": 0}, "Invalid ns_steps: 0"),
-        ({"ns_coefficients": (1.0,)}, "Invalid ns_coefficients"),
-        ({"path": "rows"}, "Invalid path: 'rows'"),
-    ],
-)
-def test_bad_arguments_are_refused_by_name_before_anything_else(arguments, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        deepopt.DeepMomentum(None, **arguments)
-    optimizer = deepopt.DeepMomentum([nn.Parameter(torch.randn(3))])
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(3))], **arguments})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_fused_and_foreach_exclude_each_other():
-    with pytest.raises(RuntimeError, match="cannot be `True` together"):
-        deepopt.DeepMomentum([nn.Parameter(torch.randn(3))], fused=True, foreach=True)
-
-
-def differentiable_run(memory, lr, decay, beta, start, grads):
-    """Parameters, one on each path, after two steps, as a function of everything."""
-    params = [start.clone(), start[0].clone()]
-    optimizer = deepopt.DeepMomentum(
-        [{"params": params[:1], "path": "matrix"}, {"params": params[1:]}],
-        lr=lr,
-        betas=(beta, 0.99),
-        weight_decay=decay,
-        memory=memory,
-        differentiable=True,
-    )
-    for grad in grads:
-        params[0].grad, params[1].grad = grad, grad[0]
-        optimizer.step()
-    return params[0].sum() + params[1].square().sum()
-
-
-@pytest.mark.parametrize("memory", [*BUILT_IN, Covariance(sides="both", refresh=1)], ids=str)
-def test_the_step_is_differentiable_in_parameters_and_gradients(memory):
-    generator = torch.Generator().manual_seed(0)
-    start, *grads = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator)
-    inputs = [tensor.clone().requires_grad_() for tensor in (start, *grads)]
-    assert torch.autograd.gradcheck(
-        lambda start, *grads: differentiable_run(memory, 0.1, 0.1, 0.9, start, grads), inputs
-    )
-
-
-@pytest.mark.parametrize("memory", BUILT_IN)
-def test_the_step_is_differentiable_in_the_learning_rate(memory):
-    generator = torch.Generator().manual_seed(0)
-    start, *grads = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator)
-    start.requires_grad_()
-    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda lr: differentiable_run(memory, lr, 0.1, 0.9, start, grads), [lr]
-    )
-
-
-@pytest.mark.parametrize("memory", BUILT_IN)
-def test_a_learning_rate_is_learned_through_ten_steps(memory):
-    """Optimizing the optimizer: from a rate far too small, by gradient descent on the outcome."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randn(16, 24, generator=generator, dtype=torch.float64)
-    log_lr = torch.tensor(-7.0, dtype=torch.float64, requires_grad=True)
-    outer = torch.optim.Adam([log_lr], lr=0.5)
-    losses = []
-    for _ in range(15):
-        weight = torch.zeros_like(target).requires_grad_().clone()
-        inner = deepopt.DeepMomentum(
-            [weight], lr=log_lr.exp(), weight_decay=0, memory=memory, differentiable=True
-        )
-        for _ in range(10):
-            weight.grad = weight - target
-            inner.step()
-        loss = (weight - target).square().mean()
-        outer.zero_grad()
-        loss.backward()
-        outer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(
