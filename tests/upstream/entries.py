@@ -4,6 +4,7 @@ A pytest plugin: it must be imported before the upstream test file, which reads 
 optimizers when it is imported itself.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def errors_of(entry: Entry) -> Any:
                 upstream.ErrorOptimizerInput(
                     upstream.OptimizerInput(params=[param], kwargs=dict(kwargs), desc=message),
                     error_type=kind,
-                    error_regex=message,
+                    error_regex=re.escape(message),
                 )
                 for kwargs, kind, message in (*COMMON_ERRORS, *entry.errors)
             ]
