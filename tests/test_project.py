@@ -114,3 +114,13 @@ def test_the_python_code_of_the_readme_runs():
         names["optimizer"].step()
     assert loss.isfinite()
     assert len(deepopt.DeepMomentum(names["groups"]).param_groups) == 3
+
+
+def test_every_test_that_the_contract_page_names_exists():
+    page = (ROOT / "docs" / "contract.md").read_text()
+    named = set(re.findall(r"`((?:[\w/]+\.py::)?test_\w+)`", page))
+    assert len(named) > 30
+    for each in named:
+        file, _, test = each.rpartition("::")
+        (path,) = (ROOT / "tests").rglob(file or "test_contract.py")
+        assert f"def {test}(" in path.read_text(), each
