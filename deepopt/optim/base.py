@@ -55,6 +55,8 @@ class MemoryOptimizer(Optimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 2, "stack": 3}
     """Dimensions that a path asks of a parameter; at 0, a vector is a matrix of one column."""
+    _objects: ClassVar[tuple[str, ...]] = ("memory",)
+    """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)  # before anything else: torch's order, and its messages
@@ -288,17 +290,16 @@ class MemoryOptimizer(Optimizer):
                 kept["step"] = torch.tensor(float(kept["step"]), dtype=scalar_dtype(), device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with every memory object replaced by its ``repr``: plain data and tensors."""
+        """torch's, with objects such as memories replaced by their ``repr``: plain data."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
-            if "memory" in group:
-                group["memory"] = _describe(group["memory"])
+            group.update({key: _describe(group[key]) for key in self._objects if key in group})
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but state keeps its precision and shares no storage with ``state_dict``.
 
-        Memory objects are not loaded: those the optimizer was made with stay.
+        Objects such as memories are not loaded: those the optimizer was made with stay.
 
         Raises:
             ValueError: the groups, the memory or the state are not those of this optimizer, which
@@ -312,8 +313,7 @@ class MemoryOptimizer(Optimizer):
             incoming.update(given)
             groups = [dict(group) for group in given["param_groups"]]
             for mine, group in zip(self.param_groups, groups, strict=False):
-                if "memory" in mine:
-                    group["memory"] = mine["memory"]
+                group.update({key: mine[key] for key in self._objects if key in mine})
             return {**given, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
@@ -343,15 +343,17 @@ class MemoryOptimizer(Optimizer):
 
     def _check_incoming(self, given: dict[str, Any]) -> None:
         for mine, theirs in zip(self.param_groups, given["param_groups"], strict=False):
-            saved, own = theirs.get("memory"), mine.get("memory")
-            if saved is not None and _describe(own) != _describe(saved):
-                raise ValueError(
-                    f"the checkpoint's memory is {_describe(saved)}, the optimizer's "
-                    f"{_describe(own)}: make the optimizer with the checkpoint's"
-                )
+            own = {key: mine[key] for key in self._objects if key in mine}
+            for key, value in own.items():
+                saved = theirs.get(key)
+                if saved is not None and _describe(value) != _describe(saved):
+                    raise ValueError(
+                        f"the checkpoint's {key} is {_describe(saved)}, the optimizer's "
+                        f"{_describe(value)}: make the optimizer with the checkpoint's"
+                    )
             if len(theirs["params"]) != len(mine["params"]):
                 continue  # torch's own check is next, and has the better words
-            group = {**mine, **theirs, "params": mine["params"], "memory": own}
+            group = {**mine, **theirs, "params": mine["params"], **own}
             for index, (param, name, path) in zip(
                 theirs["params"], routing.routed(group), strict=True
             ):
@@ -380,11 +382,13 @@ class MemoryOptimizer(Optimizer):
 
 
 def _describe(value: Any) -> str:
-    """A memory as plain text: its name, its ``repr``, or its class if it has no ``repr``."""
+    """An object as plain text: its name, its ``repr``, or its class if it has no ``repr``."""
     if isinstance(value, str):
         if value not in memory.BUILT_IN:
             return value
         value = memory.resolve(value)
+    if hasattr(value, "__qualname__"):  # functions: the address in their repr means nothing
+        return f"{value.__module__}.{value.__qualname__}"
     return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 

@@ -45,7 +45,7 @@ _TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 def matrices(tensor: Tensor, path: Path) -> Tensor:
     """``tensor`` as a batch of matrices (B, m, n), a view where its strides allow one."""
     if path == "matrix":
-        return tensor.reshape(1, tensor.shape[0], -1)
+        return tensor.reshape(1, math.prod(tensor.shape[:1]), -1)  # 1 row for a scalar
     return tensor.reshape(-1, *tensor.shape[-2:])
 
 
@@ -184,4 +184,4 @@ def sides(param: Tensor, path: Path) -> tuple[int, int]:
     """Rows and columns of the matrices that :func:`matrices` would make of ``param``."""
     if path == "stack":
         return param.shape[-2], param.shape[-1]
-    return param.shape[0], math.prod(param.shape[1:])
+    return math.prod(param.shape[:1]), math.prod(param.shape[1:])
