@@ -1,20 +1,23 @@
-"""Which parameter takes which path through an optimizer.
+"""Which parameter takes which path through an optimizer, by shape, name and group.
 
 - ``matrix``: the parameter is one matrix, its first dimension by all others (a convolution is
   out x in·k·k, a transposed one in x out·k·k, a grouped one a single matrix over all groups).
 - ``stack``: a stack of matrices in its last two dimensions (heads, experts).
 - ``elementwise``: anything else, by torch's AdamW.
+
+A matrix that holds several, one below the other, is cut into ``split`` equal ones along its rows.
+What modules tell of their parameters is in ``modules.py``.
 """
 
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 Path = Literal["matrix", "stack", "elementwise"]
 PATHS: tuple[str, ...] = ("auto", "matrix", "stack", "elementwise")
@@ -26,162 +29,212 @@ WIDEST_ASPECT = 16
 
 _TABLES = re.compile(r"(^|[._])(embed\w*|emb|wte|wpe|pos|positions?|positional|table)([._]|$)")
 _HEADS = re.compile(
-    r"(^|\.)(lm_head|head|classifier|embed_out|unembed|logits|output_projection)(\.weight)?$"
-    r"|^(fc|output|out|score)(\.weight)?$"
+    r"(^|\.)(lm_head|head|head\.fc|classifier|embed_out|unembed|logits|output_projection)"
+    r"(\.weight)?$|^(fc|output|out|score)(\.weight)?$"
 )
-_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)(?=\.)")
-_HIDDEN_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
-_ADAMW_MODULES = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
+_FUSED = {
+    3: re.compile(r"(^|[._])(\w*qkv\w*|c_attn|query_key_value|in_proj(_weight)?)(\.weight)?$"),
+    2: re.compile(r"(^|[._])(gate_up_proj|w12)(\.weight)?$"),
+}
+_LORA = re.compile(r"(^|\.)lora[._](embedding_)?([ab]|down|up)(\.|$).*", re.IGNORECASE)
+_WRAPPERS = re.compile(
+    r"(^base_model\.model|(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+    r"|base_layer|original_module|modules_to_save\.\w+))(?=\.|$)"
 )
-_TABLE_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
 
-def matrices(tensor: Tensor, path: Path) -> Tensor:
-    """``tensor`` as a batch of matrices (B, m, n), a view where its strides allow one."""
-    if path == "matrix":
-        return tensor.reshape(1, math.prod(tensor.shape[:1]), -1)  # 1 row for a scalar
-    return tensor.reshape(-1, *tensor.shape[-2:])
+class Route(NamedTuple):
+    """Where a parameter goes, and why.
 
-
-def route(param: Tensor, name: str = "") -> Path:
-    """The path of a parameter of which only the shape and perhaps the name is known."""
-    if param.is_complex() or param.ndim < 2 or _is_named_for_adamw(name):
-        return "elementwise"
-    # Kernels are shorter than matrices: (8, 64, 64) are eight experts, (64, 64, 3) is a Conv1d.
-    path: Path = "stack" if param.ndim == 3 and min(param.shape[1:]) >= SMALLEST_SIDE else "matrix"
-    short, long = sorted(sides(param, path))
-    is_table = long > WIDEST_ASPECT * short or (path == "stack" and len(param) == 1)
-    return "elementwise" if short < SMALLEST_SIDE or is_table else path
-
-
-@functools.cache
-def _is_named_for_adamw(name: str) -> bool:
-    name = _WRAPPERS.sub("", name).lstrip(".")
-    return bool(_TABLES.search(name) or _HEADS.search(name))
-
-
-def param_groups(
-    model: nn.Module, overrides: Mapping[str, Path] | None = None
-) -> list[dict[str, Any]]:
-    """Parameter groups of ``model``, routed by the type of the module that owns each parameter.
-
-    - Weights of linear, convolutional, recurrent and attention layers: ``matrix``.
-    - Parameters of more than two dimensions that a module of another type owns: ``stack``.
-    - Embeddings, the output head, norms, biases, and whatever has a side under 16:
-      ``elementwise``. A head is a layer that shares its weight with an embedding or is called
-      like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the
-      last of several linear layers if it is as tall as an embedding or no other has its shape.
-
-    A shared parameter is listed once, and is ``elementwise`` if any of its uses is.
-
-    Args:
-        model: any module.
-        overrides: paths by name or by shell pattern of names, ``{"blocks.*.gate.weight":
-            "elementwise"}``, before the rules above; of several that match the last one counts
-            (default: None).
-
-    Returns:
-        At most three groups ``{"params": [(name, parameter), ...], "path": path}``, to which
-        per-group values (``lr``, ``weight_decay``, ...) can be added before the optimizer is made.
-
-    Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        ValueError: ``model`` has no parameters, or an override matches none of them or is no path.
+    Attributes:
+        path: its path.
+        split: number of matrices that each of its matrices is cut into.
+        reason: in a few words.
+        doubt: "embedding" for an embedding whose rows are taken for a matrix's, "small" and "wide"
+            for a matrix that its shape alone sends to the element-wise path, or "".
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
-    heads = _heads(model)
-    owners: dict[Tensor, list[Path]] = {}
-    for module_name, module in model.named_modules():
-        if isinstance(module, ParametrizationList):  # it holds the weight of the layer around it
-            module = model.get_submodule(module_name.split(".parametrizations.")[0])
-        for name, param in model.get_submodule(module_name).named_parameters(
-            module_name, recurse=False
-        ):
-            owners.setdefault(param, []).append(_route_owned(param, name, module, heads))
-    paths: dict[Tensor, Path] = {
-        param: "elementwise" if "elementwise" in p else p[0] for param, p in owners.items()
-    }
-    if not paths:
-        raise ValueError("model has no parameters")
-    for pattern, path in (overrides or {}).items():
-        chosen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
-        if not chosen or path not in PATHS[1:]:
-            wrong = f"{path!r} is none of {PATHS[1:]}" if chosen else "it matches no parameter"
-            raise ValueError(f"Invalid overrides: {pattern!r}: {wrong}")
-        paths.update(dict.fromkeys(chosen, path))
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [(name, p) for name, p in model.named_parameters() if paths[p] == path],
-            "path": path,
-        }
-        for path in ("matrix", "stack", "elementwise")
-    ]
-    return [group for group in groups if group["params"]]
+
+    path: Path
+    split: int = 1
+    reason: str = ""
+    doubt: str = ""
+
+    @property
+    def label(self) -> str:
+        """``path``, and ``/split`` where there is one: "matrix/3"."""
+        return f"{self.path}/{self.split}" if self.split > 1 else self.path
 
 
-def _route_owned(param: Tensor, name: str, module: nn.Module, heads: set[nn.Module]) -> Path:
-    if isinstance(module, _ADAMW_MODULES) or module in heads or param.is_complex():
-        return "elementwise"
-    if isinstance(module, (*_HIDDEN_MODULES, nn.MultiheadAttention)):
-        small = param.ndim < 2 or min(sides(param, "matrix")) < SMALLEST_SIDE
-        return "elementwise" if small else "matrix"
-    if param.ndim > 2 and not _TABLES.search(name) and math.prod(param.shape[:-2]) > 1:
-        return "elementwise" if min(param.shape[-2:]) < SMALLEST_SIDE else "stack"
-    return route(param, name) if param.ndim == 2 else "elementwise"
-
-
-def _heads(model: nn.Module) -> set[nn.Module]:
-    tables = [m.weight for m in model.modules() if isinstance(m, _TABLE_MODULES)]
-    inner = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    linears = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m not in inner
-    ]
-    heads: set[nn.Module] = {
-        m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
-        and (any(m.weight is table for table in tables) or _HEADS.search(_WRAPPERS.sub("", name)))
-    }
-    if not heads and len(linears) > 1:
-        # The layers of a stack share their shapes; a head has its own, or the vocabulary's height.
-        last = linears[-1][1]
-        alike = sum(m.weight.shape == last.weight.shape for _, m in linears)
-        if alike == 1 or any(len(table) == last.out_features for table in tables):
-            heads = {last}
-    return heads
-
-
-def describe(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The routing of an optimizer's groups, a line for each group, path and shape."""
-    for index, group in enumerate(groups):
-        lines: dict[tuple[Path, tuple[int, ...]], list[str]] = {}
-        for param, name, path in routed(group):
-            lines.setdefault((path, tuple(param.shape)), []).append(name)
-        for (path, shape), names in lines.items():
-            known = [name for name in names if name]
-            shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
-            size = " x ".join(map(str, shape)) or "scalar"
-            yield f"group {index}  {path:<11}  {len(names):>4} of {size:<18}  {shown}".rstrip()
-
-
-def routed(group: dict[str, Any]) -> Iterator[tuple[Tensor, str, Path]]:
-    """Every parameter of a group with its name (or "") and its path."""
-    names = group.get("param_names") or [""] * len(group["params"])
-    for param, name in zip(group["params"], names, strict=True):
-        yield param, name, route(param, name) if group["path"] == "auto" else group["path"]
-
-
-def sides(param: Tensor, path: Path) -> tuple[int, int]:
+def sides(param: Tensor, path: Path, split: int = 1) -> tuple[int, int]:
     """Rows and columns of the matrices that :func:`matrices` would make of ``param``."""
     if path == "stack":
-        return param.shape[-2], param.shape[-1]
-    return math.prod(param.shape[:1]), math.prod(param.shape[1:])
+        return param.shape[-2] // split, param.shape[-1]
+    return math.prod(param.shape[:1]) // split, math.prod(param.shape[1:])  # a scalar: 1 x 1
+
+
+def matrices(tensor: Tensor, path: Path, split: int = 1) -> Tensor:
+    """``tensor`` as a batch of matrices (B, m, n), a view where its strides allow one."""
+    return tensor.reshape(-1, *sides(tensor, path, split))
+
+
+# -- by shape and name -----------------------------------------------------------------------
+
+
+def route(param: Tensor, name: str = "", split: int = 1) -> Route:
+    """The route of a parameter of which only the shape and perhaps the name is known."""
+    return _route_shape(param.shape, param.is_complex(), name, split)
+
+
+@functools.lru_cache(2**16)  # an optimizer asks at every step
+def _route_shape(shape: torch.Size, is_complex: bool, name: str, split: int) -> Route:
+    param = torch.empty(shape, device="meta", dtype=torch.cfloat if is_complex else torch.float)
+    if vector := no_matrix(param):
+        return vector
+    for is_named, reason in (
+        (is_named_like_a_table, "named like a table"),
+        (is_named_like_a_head, "named like a head"),
+    ):
+        if is_named(name):
+            return Route("elementwise", 1, reason)
+    # Kernels are shorter than matrices: (8, 64, 64) are eight experts, (64, 64, 3) is a Conv1d.
+    path: Path = "stack" if len(shape) == 3 and min(shape[1:]) >= SMALLEST_SIDE else "matrix"
+    is_factor = is_lora_factor(name)
+    reason = "LoRA factor" if is_factor else "by shape"
+    found = unless_small(param, name, Route(path, split, reason))
+    if found.path == "elementwise" or is_factor:
+        return found
+    short, long = sorted(sides(param, path))
+    if path == "stack" and len(param) == 1:
+        return Route("elementwise", 1, "a stack of one, like a table", "wide")
+    if long > WIDEST_ASPECT * short:
+        return Route("elementwise", 1, f"aspect over {WIDEST_ASPECT}, like a table", "wide")
+    return found._replace(reason=found.reason + fusion_hint(name, param, split))
+
+
+def no_matrix(param: Tensor) -> Route | None:
+    """The route of what can be no matrix on any path, or None."""
+    if param.ndim < 2:
+        return Route("elementwise", 1, "vector" if param.ndim else "scalar")
+    return Route("elementwise", 1, "complex") if param.is_complex() else None
+
+
+def unless_small(param: Tensor, name: str, wanted: Route) -> Route:
+    """``wanted``, or the element-wise path if its matrices have a short side."""
+    check_rows(param, name, wanted.path, wanted.split)
+    if min(sides(param, wanted.path, wanted.split)) >= SMALLEST_SIDE:
+        return wanted
+    after = f" after split={wanted.split}" if wanted.split > 1 else ""
+    return Route("elementwise", 1, f"side under {SMALLEST_SIDE}{after}", "small")
+
+
+def fusion_hint(name: str, param: Tensor, split: int) -> str:
+    """A question, not a rule: names do not tell how a fused matrix lies in memory."""
+    for parts, names in _FUSED.items():
+        if split == 1 and param.ndim == 2 and len(param) % parts == 0 and names.search(name):
+            return f"; fused? see split={parts}"
+    return ""
+
+
+# -- names -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(2**16)
+def is_named_like_a_table(name: str) -> bool:
+    """Whether a parameter is called like an embedding (``wte``, ``pos_embed``, ...)."""
+    return bool(_TABLES.search(name) or _TABLES.search(_plain(name)))
+
+
+@functools.lru_cache(2**16)
+def is_named_like_a_head(name: str) -> bool:
+    """Whether a module or parameter is called like an output layer (``lm_head``, ...)."""
+    return bool(_HEADS.search(_plain(name)))
+
+
+def is_lora_factor(name: str) -> bool:
+    """Whether a module or parameter is called like a factor of a low-rank update."""
+    return bool(_LORA.search(name))
+
+
+def unwrapped(name: str) -> str:
+    """``name`` without what DDP, FSDP, ``torch.compile`` and PEFT put into it."""
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def _plain(name: str) -> str:
+    """``name`` unwrapped; that of a LoRA factor is that of the weight it adapts."""
+    return _LORA.sub("", unwrapped(name))
+
+
+# -- of an optimizer's groups ----------------------------------------------------------------
+
+
+def routed(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Route]]:
+    """Every parameter of an optimizer's group with its name (or "") and its route."""
+    params, path, split = group["params"], group["path"], group.get("split", 1)
+    names = group.get("param_names") or [""] * len(params)
+    reasons = group.get("reasons")
+    if reasons is None or len(reasons) != len(params):  # not, or no longer, from param_groups
+        reasons = [""] * len(params)
+    for param, name, reason in zip(params, names, reasons, strict=True):
+        if path == "auto":
+            yield param, name, route(param, name, split)
+            continue
+        doubt = ""
+        if not reason:
+            reason = "path of the group"
+            is_table = param.ndim == 2 and is_named_like_a_table(name)
+            doubt = "embedding" if is_table and path != "elementwise" else ""
+        yield param, name, Route(path, 1 if path == "elementwise" else split, reason, doubt)
+
+
+def check_group(group: Mapping[str, Any], least_dims: Mapping[str, int]) -> None:
+    """Raise ValueError for the first parameter that a group's path or split does not fit.
+
+    Args:
+        group: of an optimizer.
+        least_dims: dimensions that the paths ask of a parameter.
+    """
+    check_split(group.get("split", 1))
+    names = group.get("param_names") or [""] * len(group["params"])
+    for param, name in zip(group["params"], names, strict=True):
+        check_initialized(param, name)
+    needed, forced = least_dims.get(group["path"], 0), group["path"] in least_dims
+    for param, name, found in routed(group):
+        if param.ndim < needed or (forced and param.is_complex()):
+            raise ValueError(
+                f"Invalid path: {group['path']!r} for {_who(param, name)} and {param.dtype}; it "
+                f"needs real matrices of at least {needed} dimensions, use path='auto' or "
+                "'elementwise'"
+            )
+        check_rows(param, name, found.path, found.split)
+
+
+def check_split(split: Any) -> None:
+    """Raise ValueError unless ``split`` is a number of matrices."""
+    if not isinstance(split, int) or isinstance(split, bool) or split < 1:
+        raise ValueError(
+            f"Invalid split: {split!r}; it must be a whole number of at least 1, the number of "
+            "equal matrices that lie one below the other in a parameter"
+        )
+
+
+def check_rows(param: Tensor, name: str, path: Path, split: int) -> None:
+    """Raise ValueError unless ``split`` divides the rows of ``param``."""
+    if split > 1 and (rows := sides(param, path)[0]) % split:
+        raise ValueError(
+            f"Invalid split: {split} for {_who(param, name)}: its {rows} rows cannot be cut into "
+            f"{split} equal matrices; give a divisor of {rows}, or leave split out"
+        )
+
+
+def _who(param: Tensor, name: str) -> str:
+    return f"parameter {name or '(unnamed)'} of shape {tuple(param.shape)}"
+
+
+def check_initialized(param: Any, name: str) -> None:
+    """Raise ValueError for a parameter of a lazy module that has not run yet."""
+    if is_lazy(param):
+        raise ValueError(
+            f"Invalid params: {name or '(unnamed)'} of a lazy module has no shape yet; run the "
+            "model once on an example, then make the groups or the optimizer"
+        )

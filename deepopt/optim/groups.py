@@ -1,0 +1,251 @@
+"""Parameter groups: made from a model, shown as a table, doubted in a warning."""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepopt.optim.modules import route_model
+from deepopt.optim.routing import (
+    PATHS,
+    Path,
+    Route,
+    check_group,
+    routed,
+    sides,
+)
+
+FEWEST_FLOATS = 10_000
+"""With fewer floats in matrices a model is a toy, and its routing not worth a warning."""
+MOST_TABLES = 4
+"""As many parameters of a table's shape are believed to be tables."""
+
+
+def param_groups(
+    model: nn.Module,
+    overrides: Mapping[str, Path] | None = None,
+    split: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups of ``model``, routed by the type of the module that owns each parameter.
+
+    - Weights of linear, convolutional, recurrent and attention layers: ``matrix``.
+    - Parameters of more than two dimensions that a module of another type owns: ``stack``.
+    - Embeddings, the output head, norms, biases, and whatever has a side under 16:
+      ``elementwise``. A head is a layer that shares its weight with an embedding or is called
+      like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the last
+      linear layer among several layers if it is as tall as an embedding or no other linear layer
+      has its shape.
+    - The fused q, k, v of ``nn.MultiheadAttention`` are split into 3 matrices, the gates of
+      ``nn.LSTM`` into 4 and of ``nn.GRU`` into 3. Nothing else is split unless ``split`` says so.
+
+    A shared parameter is listed once, and is ``elementwise`` if any of its uses is. One warning
+    tells of an embedding that is overridden to be a matrix, or of a model of at least 10,000
+    floats in matrices most of which their shapes alone send to the element-wise path.
+    ``print(deepopt.routing_table(groups))`` shows every decision and its reason, and
+    ``docs/routing.md`` has the rules in full.
+
+    Args:
+        model: any module.
+        overrides: paths by name or by shell pattern of names, ``{"blocks.*.gate.weight":
+            "elementwise"}``, before the rules above; of several that match the last one counts
+            (default: None).
+        split: the number of equal matrices that lie one below the other (along dim 0; in a stack
+            along dim -2) in a parameter, by name or pattern: 3 for a fused q, k, v, 3 * heads for
+            one matrix per head; parameters that match and are no matrices, such as biases, stay
+            whole; of several that match the last one counts (default: None).
+
+    Returns:
+        One group ``{"params": [(name, parameter), ...], "path": path, "split": split, "reasons":
+        [...]}`` per path and split, to which per-group values (``lr``, ``weight_decay``, ...) can
+        be added before the optimizer, of this package or another, is made.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: ``model`` has no parameters or some without a shape (lazy modules), an override
+            or a split matches none of them or is no path or number, or a split does not divide the
+            rows.
+    """
+    routes = route_model(model, overrides or {}, split or {})
+    warn_of_doubts([(param, name, found) for name, param, found in routes], stacklevel=3)
+    return _grouped(routes)
+
+
+def _grouped(routes: Sequence[tuple[str, Tensor, Route]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[int, int], dict[str, Any]] = {}
+    for name, param, (path, split, reason, _) in routes:
+        group = groups.setdefault(
+            (PATHS.index(path), split),
+            {"params": [], "path": path, "split": split, "reasons": []},
+        )
+        group["params"].append((name, param))
+        group["reasons"].append(reason)
+    return [groups[key] for key in sorted(groups)]
+
+
+def labels(group: Mapping[str, Any]) -> list[str]:
+    """The decision as plain data, one word per parameter: "matrix", "matrix/3", "elementwise"."""
+    return [found.label for _, _, found in routed(group)]
+
+
+# -- a table ---------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A parameter in a :class:`RoutingTable`.
+
+    Attributes:
+        name: its name, or "".
+        shape: its shape.
+        path: its path.
+        split: matrices that each of its matrices is cut into.
+        matrices: count, rows and columns of its matrices; None on the element-wise path.
+        reason: why, in a few words.
+        frozen: whether it asks for no gradient at present.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    split: int
+    matrices: tuple[int, int, int] | None
+    reason: str
+    frozen: bool
+
+
+class RoutingTable(tuple[Row, ...]):
+    """Rows, one per parameter; as text an aligned table."""
+
+    def __str__(self) -> str:
+        cells = [("name", "shape", "path", "split", "matrices", "reason")]
+        for row in self:
+            cells.append(
+                (
+                    row.name or "(unnamed)",
+                    _times(row.shape),
+                    row.path,
+                    str(row.split) if row.split > 1 else "",
+                    _times(row.matrices) if row.matrices else "",
+                    row.reason + (" (frozen)" if row.frozen else ""),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        in_matrices = [row for row in self if row.matrices]
+        rest = [row for row in self if not row.matrices]
+        return "\n".join(
+            [*lines, f"as matrices: {_total(in_matrices)}; element-wise: {_total(rest)}"]
+        )
+
+    __repr__ = __str__
+
+
+def routing_table(source: nn.Module | Optimizer | Iterable[dict[str, Any]]) -> RoutingTable:
+    """Where every parameter goes and why; ``print`` shows it as a table.
+
+    Args:
+        source: a model, routed as by ``deepopt.param_groups(model)``; or groups, those of
+            ``param_groups`` or of your own; or an optimizer of this package.
+
+    Returns:
+        a tuple of rows with the fields ``name``, ``shape``, ``path``, ``split``, ``matrices``
+        (count, rows, columns), ``reason`` and ``frozen``, in the order of the groups.
+
+    Raises:
+        TypeError, ValueError: as ``param_groups``, and as optimizers do for a path or a split that
+            does not fit a parameter.
+    """
+    if isinstance(source, nn.Module):
+        source = _grouped(route_model(source, {}, {}))
+    groups = source.param_groups if isinstance(source, Optimizer) else source
+    return RoutingTable(row for group in groups for row in _rows(_as_in_an_optimizer(group)))
+
+
+def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
+    check_group(group, {"stack": 3})
+    for param, name, (path, split, reason, _) in routed(group):
+        cut = None
+        if path != "elementwise":
+            rows, columns = sides(param, path, split)
+            cut = (param.numel() // max(rows * columns, 1), rows, columns)
+        shape = tuple(param.shape)
+        yield Row(name, shape, path, split, cut, reason, not param.requires_grad)
+
+
+def _as_in_an_optimizer(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group before or after ``add_param_group``, in the form it has after."""
+    params = group["params"]
+    named = [params] if isinstance(params, Tensor) else list(params)
+    names = group.get("param_names") or [p[0] if isinstance(p, tuple) else "" for p in named]
+    bare = [p[1] if isinstance(p, tuple) else p for p in named]
+    return {"path": "auto", **group, "params": bare, "param_names": names}
+
+
+def describe(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The routing of an optimizer's groups, a line for each group, path and shape."""
+    for index, group in enumerate(groups):
+        lines: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for param, name, found in routed(group):
+            lines.setdefault((found.label, tuple(param.shape)), []).append(name)
+        for (label, shape), names in lines.items():
+            known = [name for name in names if name]
+            shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+            line = f"group {index}  {label:<11}  {len(names):>4} of {_times(shape):<18}  {shown}"
+            yield line.rstrip()
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _total(rows: Sequence[Row]) -> str:
+    floats = sum(math.prod(row.shape) for row in rows)
+    return f"{len(rows):,} parameters, {floats:,} floats"
+
+
+# -- doubts ----------------------------------------------------------------------------------
+
+
+def warn_of_groups(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
+    """:func:`warn_of_doubts` about an optimizer's groups, but for those of :func:`param_groups`."""
+    own = (group for group in groups if "reasons" not in group)
+    warn_of_doubts([row for group in own for row in routed(group)], stacklevel + 1)
+
+
+def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int) -> None:
+    """Warn once of embeddings taken for matrices, once of a model that is mostly element-wise.
+
+    Frozen parameters do not count, nor do up to four that are element-wise for their aspect: they
+    are most likely the tables that they are taken for.
+    """
+    routes = [row for row in routes if row[0].requires_grad]
+    if embeddings := [name for _, name, found in routes if found.doubt == "embedding"]:
+        warnings.warn(
+            f"{_some(embeddings)} looks like an embedding and is on the path of matrices: a step "
+            "that is orthogonal as a whole moves the rows of all tokens, seen or not. Use "
+            "'elementwise' for it, in overrides of deepopt.param_groups or as its group's path",
+            stacklevel=stacklevel,
+        )
+    wide = [row for row in routes if row[2].doubt == "wide"]
+    odd = [row for row in routes if row[2].doubt == "small"]
+    odd += wide if len(wide) > MOST_TABLES else []
+    lost = sum(param.numel() for param, _, _ in odd)
+    total = lost + sum(p.numel() for p, _, found in routes if found.path != "elementwise")
+    if total >= FEWEST_FLOATS and lost > total / 2:
+        shown = [f"{name} {_times(p.shape)} ({found.reason})" for p, name, found in odd]
+        warnings.warn(
+            f"{lost / total:.0%} of the floats in matrices take the element-wise path, which is "
+            f"AdamW: {_some(shown)}. deepopt.routing_table shows every parameter's reason; "
+            "widen the layers, or name a path in overrides of deepopt.param_groups",
+            stacklevel=stacklevel,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    first = names[0].strip() or "an unnamed parameter"
+    return first + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
