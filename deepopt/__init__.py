@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 
 from deepopt import memory
-from deepopt.optim import DeepMomentum, functional, optimizers, param_groups
+from deepopt.optim import DeepMomentum, functional, optimizers, param_groups, routing_table
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "memory",
     "optimizers",
     "param_groups",
+    "routing_table",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.functional import functional
+from deepopt.optim.groups import param_groups, routing_table
 from deepopt.optim.registry import optimizers
-from deepopt.optim.routing import param_groups
 
-__all__ = ["DeepMomentum", "functional", "optimizers", "param_groups"]
+__all__ = ["DeepMomentum", "functional", "optimizers", "param_groups", "routing_table"]

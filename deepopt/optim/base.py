@@ -21,7 +21,7 @@ from deepopt._compat import (
     scalar_dtype,
     use_grad_for_differentiable,
 )
-from deepopt.optim import elementwise, routing
+from deepopt.optim import elementwise, groups, routing
 from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.stacking import State, distribute, stacked
 
@@ -32,6 +32,7 @@ class Kind(NamedTuple):
     """What matrices must share to be stepped in one call."""
 
     path: routing.Path
+    split: int
     sides: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
@@ -60,7 +61,9 @@ class MemoryOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)  # before anything else: torch's order, and its messages
-        super().__init__(params, defaults)
+        super().__init__(params, {"split": 1, **defaults})
+        if self._least_dims["matrix"]:  # a rule for vectors too has nothing against embeddings
+            groups.warn_of_groups(self.param_groups, stacklevel=4)
 
     # -- for the subclasses ------------------------------------------------------------------
 
@@ -110,28 +113,22 @@ class MemoryOptimizer(Optimizer):
         """torch's, which fills in the defaults, and then the same checks as in the constructor.
 
         Raises:
-            ValueError: a value out of range, or a path that does not fit a parameter's shape;
-                the optimizer is unchanged then.
+            ValueError: a value out of range, or a path or split that does not fit a parameter's
+                shape; the optimizer is unchanged then.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            needed = self._least_dims.get(group["path"], 0)
-            matrices = group["path"] in self._least_dims
-            for param, name, _ in routing.routed(group):
-                if param.ndim < needed or (matrices and param.is_complex()):
-                    raise ValueError(
-                        f"Invalid path: {group['path']!r} for parameter {name or '(unnamed)'} of "
-                        f"shape {tuple(param.shape)} and {param.dtype}; it needs real matrices of "
-                        f"at least {needed} dimensions, use path='auto' or 'elementwise'"
-                    )
+            routing.check_group(group, self._least_dims)
         except Exception:
             self.param_groups.pop()
             raise
 
     def __repr__(self) -> str:
-        return "\n".join([super().__repr__(), "Routing:", *routing.describe(self.param_groups)])
+        told = ("    param_names: ", "    reasons: ")  # by the routing, or too long
+        lines = [line for line in super().__repr__().splitlines() if not line.startswith(told)]
+        return "\n".join([*lines, "Routing:", *groups.describe(self.param_groups)])
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -175,7 +172,7 @@ class MemoryOptimizer(Optimizer):
     def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> Iterator[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call."""
         buckets: dict[Kind | None, Bucket] = {}
-        for (param, _, path), grad in zip(routing.routed(group), grads, strict=True):
+        for (param, _, route), grad in zip(routing.routed(group), grads, strict=True):
             if grad is None:
                 continue
             if grad.is_sparse:
@@ -186,13 +183,15 @@ class MemoryOptimizer(Optimizer):
                     f"{capturable_devices()}."
                 )
             kind = None
-            if path != "elementwise" and param.numel():
+            if route.path != "elementwise" and param.numel():
                 if is_distributed(param):
                     raise RuntimeError(
                         f"{type(self).__name__} does not support DTensor parameters as matrices "
                         "(FSDP2, tensor parallel); give their group path='elementwise'"
                     )
-                kind = Kind(path, routing.sides(param, path), param.dtype, param.device)
+                path, split = route.path, route.split
+                sides = routing.sides(param, path, split)
+                kind = Kind(path, split, sides, param.dtype, param.device)
             bucket = buckets.setdefault(kind, Bucket(kind, group, [], []))
             bucket.params.append(param)
             bucket.grads.append(grad)
@@ -210,7 +209,7 @@ class MemoryOptimizer(Optimizer):
             if bucket.kind is None:
                 elementwise.step(bucket.params, bucket.grads, own, bucket.group, found)
             else:
-                self._step_matrices(bucket, bucket.kind.path, own, found)
+                self._step_matrices(bucket, bucket.kind, own, found)
 
     def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> None:
         kind, group = bucket.kind, bucket.group
@@ -219,7 +218,7 @@ class MemoryOptimizer(Optimizer):
             for param in fresh:
                 states[param] = elementwise.init(param, group)
         elif fresh:
-            counts = [len(routing.matrices(param, kind.path)) for param in fresh]
+            counts = [len(routing.matrices(param, kind.path, kind.split)) for param in fresh]
             like = torch.empty(
                 sum(counts), *kind.sides, dtype=state_dtype(fresh[0]), device=kind.device
             )
@@ -239,11 +238,11 @@ class MemoryOptimizer(Optimizer):
             states.update(zip(fresh, made, strict=True))
 
     def _step_matrices(
-        self, bucket: Bucket, path: routing.Path, states: list[State], found_inf: Tensor | None
+        self, bucket: Bucket, kind: Kind, states: list[State], found_inf: Tensor | None
     ) -> None:
         group, params = bucket.group, bucket.params
         dtype = state_dtype(params[0])
-        grads = [routing.matrices(grad, path) for grad in bucket.grads]
+        grads = [routing.matrices(grad, kind.path, kind.split) for grad in bucket.grads]
         counts = [len(grad) for grad in grads]
         grad = torch.cat(grads).to(dtype)
         if group["maximize"]:
@@ -314,19 +313,20 @@ class MemoryOptimizer(Optimizer):
             groups = [dict(group) for group in given["param_groups"]]
             for mine, group in zip(self.param_groups, groups, strict=False):
                 group.update({key: mine[key] for key in self._objects if key in mine})
+                group.setdefault("split", mine["split"])  # from before there were splits
             return {**given, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
             ids = [i for group in incoming["param_groups"] for i in group["params"]]
-            for index, (group, param, path) in zip(ids, self._routed(), strict=True):
+            for index, (group, param, route) in zip(ids, self._routed(), strict=True):
                 given = incoming["state"].get(index, {})
-                expected = self._expected_state(param, path, group) if given else {}
+                expected = self._expected_state(param, route, group) if given else {}
                 for key, value in given.items():
                     if isinstance(value, Tensor):
                         dtype, device = expected[key].dtype, param.device
                         if key == "step":  # torch put it where a fused step wants it
                             dtype = self.state[param][key].dtype
-                            fused = group["fused"] and path == "elementwise"
+                            fused = group["fused"] and route.path == "elementwise"
                             on_device = fused or group["capturable"]
                             device = param.device if on_device else torch.device("cpu")
                         self.state[param][key] = value.detach().to(device, dtype, copy=True)
@@ -354,31 +354,35 @@ class MemoryOptimizer(Optimizer):
             if len(theirs["params"]) != len(mine["params"]):
                 continue  # torch's own check is next, and has the better words
             group = {**mine, **theirs, "params": mine["params"], **own}
-            for index, (param, name, path) in zip(
+            routing.check_group(group, self._least_dims)
+            for index, (param, name, route) in zip(
                 theirs["params"], routing.routed(group), strict=True
             ):
                 if state := given["state"].get(index):
-                    expected = self._expected_state(param, path, group)
+                    expected = self._expected_state(param, route, group)
                     found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
                     if found != {k: tuple(v.shape) for k, v in expected.items()}:
                         raise ValueError(
                             f"the checkpoint's state of parameter {name or f'number {index}'} does "
-                            f"not fit its {path} path: expected {_shapes(expected)}, "
+                            f"not fit its {route.label} path: expected {_shapes(expected)}, "
                             f"found {_shapes(state)}"
                         )
 
-    def _expected_state(self, param: Tensor, path: routing.Path, group: Group) -> dict[str, Tensor]:
+    def _expected_state(
+        self, param: Tensor, route: routing.Route, group: Group
+    ) -> dict[str, Tensor]:
         """What a fresh state of ``param`` looks like, on the meta device."""
         like = torch.empty(param.shape, dtype=state_dtype(param), device="meta")
         scalar = torch.empty((), device="meta")
-        if path == "elementwise" or not param.numel():
+        if route.path == "elementwise" or not param.numel():
             return {"step": scalar, "exp_avg": like, "exp_avg_sq": like}
-        return {"step": scalar, **self._init_matrices(routing.matrices(like, path), group)}
+        rows = routing.matrices(like, route.path, route.split)
+        return {"step": scalar, **self._init_matrices(rows, group)}
 
-    def _routed(self) -> Iterator[tuple[Group, Tensor, routing.Path]]:
+    def _routed(self) -> Iterator[tuple[Group, Tensor, routing.Route]]:
         for group in self.param_groups:
-            for param, _, path in routing.routed(group):
-                yield group, param, path
+            for param, _, route in routing.routed(group):
+                yield group, param, route
 
 
 def _describe(value: Any) -> str:
