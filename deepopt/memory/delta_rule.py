@@ -1,0 +1,111 @@
+"""The paper's delta momentum: as printed, as derived, and solved implicitly (Eqs 48-49).
+
+:class:`deepopt.memory.Delta` is another settlement of the same equations, made for an orthogonal
+read-out: its keys are normalised and its momentum is an average.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.preconditioned import Preconditioned
+from deepopt.ops import frobenius
+
+Rule = Literal["implicit", "derived", "literal"]
+RULES: tuple[Rule, ...] = ("implicit", "derived", "literal")
+
+
+@dataclass(frozen=True)
+class DeltaRule(Preconditioned):
+    r"""Momentum that recalls :math:`-P` for the gradient as a key, and forgets what it recalled.
+
+    The inner objective is :math:`\frac12\|m G_t^\top + P_t\|^2`. With :math:`B = -m/\eta`, the
+    momentum in units of the step, and the inner learning rate :math:`\eta`:
+
+    .. math::
+        \texttt{implicit:}\quad B_t &= (\alpha B_{t-1} + P_t G_t)(I + \eta\, G_t^\top G_t)^{-1} \\
+        \texttt{derived:}\quad B_t &= B_{t-1}(\alpha I - \eta\, G_t^\top G_t) + P_t G_t \\
+        \texttt{literal:}\quad B_t &= B_{t-1}(\alpha I - G_t^\top G_t) + P_t G_t
+
+    ``derived`` is a gradient step and the decay. It grows without bound where
+    :math:`\eta\|G\|_2^2 > 1+\alpha` stays true, and ``literal``, whose erase term the paper prints
+    without its rate, where :math:`\|G\|_2^2 > 1+\alpha` does. ``implicit`` is the proximal step
+    from :math:`\alpha B_{t-1}`: it contracts for every gradient, and for P = I
+
+    .. math:: \|B_t\|_2 \le \alpha \|B_{t-1}\|_2 + \frac{1}{2\sqrt\eta}
+        \le \frac{1}{2\sqrt\eta\,(1-\alpha)}.
+
+    P stands to the left, so it may act before or after the factor on the right. It acts after it,
+    on :math:`G_t (I + \eta\,G_t^\top G_t)^{-1}`: this is what keeps the bound in floating point,
+    and for every P that keeps norms (with a factor :math:`\sqrt{\text{rank}}`).
+
+    A vector of n is a matrix of one column: :math:`G^\top G` is then the number
+    :math:`\|G\|^2`, "gradient-dependent weight decay" in the paper's words, and the momentum of a
+    steady gradient comes to :math:`P G / (1-\alpha+\eta\|G\|^2)` under all rules (1 in the place of
+    :math:`\eta` under ``literal``), if it comes to rest at all.
+
+    Args:
+        preconditioner: P (default: the identity).
+        rule: of the three above (default: "implicit").
+        rate: eta, at least 0; not used by ``literal`` (default: 1e-2).
+
+    State: 1 float per parameter and the preconditioner's.
+
+    Cost per m x n matrix, with r and R its short and its long side: 4 r²R FLOPs; ``implicit``
+    6 r²R + r³/3 and r²R more for the triangular systems, in float64 where the device has it.
+    """
+
+    rule: Rule = "implicit"
+    rate: float | Tensor = 1e-2
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        self.preconditioner.write(state, grad)
+        momentum = state["momentum"]
+        if self.rule == "implicit":
+            momentum, grad = _proximal(momentum, grad, self.rate)
+            momentum = retention * momentum
+        else:
+            rate = self.rate if self.rule == "derived" else 1.0
+            momentum = retention * momentum - rate * _recalled(momentum, grad)
+        state["momentum"] = momentum + self.preconditioner.read(state, grad)
+
+
+def _recalled(momentum: Tensor, grad: Tensor) -> Tensor:
+    """``momentum gradᵀ grad``, by way of the short side."""
+    if grad.shape[-2] <= grad.shape[-1]:
+        return (momentum @ grad.mT) @ grad
+    return momentum @ (grad.mT @ grad)
+
+
+def _proximal(momentum: Tensor, grad: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``momentum`` and ``grad``, each times (I + rate gradᵀ grad)⁻¹.
+
+    With A = I + rate grad gradᵀ on the side of the rows, grad (…)⁻¹ = A⁻¹ grad, and Woodbury's
+    identity makes the other product momentum - rate (momentum gradᵀ) A⁻¹ grad, so that one system
+    serves both. It is solved on the short side, for the gradient divided by its norm: a product
+    that is small because the gradient is large comes out of the solution as such, and not as the
+    difference of two large ones.
+
+    Where rate ‖grad‖² goes beyond 1/(16 r eps), 10¹² for r = 256, what the system adds to its
+    diagonal would be lost in rounding and is held there. Directions of the gradient that are
+    10⁻⁶ of it are resolved too weakly then, and the bounds hold all the same.
+    """
+    dtype = grad.dtype if grad.device.type == "mps" else torch.float64
+    eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
+    wide, size = grad.shape[-2] <= grad.shape[-1], min(grad.shape[-2:])
+    # Only a unit of measurement, so that derivatives need not pass through it.
+    norm = frobenius(grad.detach()).clamp_min(torch.finfo(grad.dtype).tiny)
+    norm = norm.to(dtype)[:, None, None]
+    keys, old = grad.to(dtype) / norm, momentum.to(dtype)
+    strength = (rate * norm * norm).clamp_max(largest)
+    unit = strength.detach().clamp_min(1.0)
+    short = keys if wide else keys.mT
+    added = (1 / unit).clamp_min(16 * size * eps) * torch.eye(size, dtype=dtype, device=keys.device)
+    factor = torch.linalg.cholesky_ex(added + strength / unit * (short @ short.mT)).L
+    solved = torch.cholesky_solve(short, factor)
+    solved = solved if wide else solved.mT
+    recalled = (old @ keys.mT) @ solved if wide else old @ (keys.mT @ solved)
+    new = old - strength / unit * recalled
+    return new.to(grad.dtype), (norm / unit * solved).to(grad.dtype)

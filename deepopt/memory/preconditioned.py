@@ -1,0 +1,40 @@
+"""Heavy-ball momentum of a preconditioned gradient (Eqs 33-34 and 46-47)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.preconditioner import Identity, Preconditioner
+
+IDENTITY = Identity()
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    r"""Sum of preconditioned gradients that fades by the retention.
+
+    Write: one gradient step of rate 1 on :math:`\langle B, P_t G_t\rangle`, taken downwards, and a
+    decay. This is the paper's momentum in units of the step, :math:`B = -m/\eta`,
+
+    .. math:: B_t = \alpha B_{t-1} + P_t G_t.
+
+    Read: :math:`B_t`, which for a steady gradient is :math:`1/(1-\alpha)` times as large.
+
+    Args:
+        preconditioner: P (default: the identity).
+
+    State: 1 float per parameter and the preconditioner's.
+    """
+
+    preconditioner: Preconditioner = IDENTITY
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(like), **self.preconditioner.init(like)}
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        self.preconditioner.write(state, grad)
+        state["momentum"] = retention * state["momentum"] + self.preconditioner.read(state, grad)
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        return state["momentum"]

@@ -1,0 +1,183 @@
+"""Preconditioners: the P of P g, which is written into a momentum in the gradient's place (Eq 47).
+
+The paper's P is a matrix of rows x rows: it acts from the left. No choice of it is given. The
+built-in ones are inverse roots of the running Gram matrix of the gradient's rows, L = E G Gᵀ, in
+the manner of the paper's Appendix B. They turn a gradient and keep its Frobenius norm, so that a
+learning rate that suits the plain gradient suits the preconditioned one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.covariance import Covariance
+from deepopt.ops import frobenius, running_root
+
+DAMPING = 1e-6
+"""Smallest eigenvalue of L that counts, relative to the largest."""
+
+
+class Preconditioner(Protocol):
+    """A running estimate of P for matrices (B, m, n); its state has the form of a memory's."""
+
+    def init(self, like: Tensor) -> dict[str, Tensor]: ...
+
+    def write(self, state: dict[str, Tensor], grad: Tensor) -> None: ...
+
+    def read(self, state: dict[str, Tensor], matrices: Tensor) -> Tensor:
+        """P times ``matrices``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """P = I. State: none."""
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def write(self, state: dict[str, Tensor], grad: Tensor) -> None:
+        pass
+
+    def read(self, state: dict[str, Tensor], matrices: Tensor) -> Tensor:
+        return matrices
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    r"""The diagonal of L: rows divided by the root of their running mean square.
+
+    .. math::
+        \ell_t = \rho\,\ell_{t-1} + (1-\rho)\,\text{diag}(G_t G_t^\top), \qquad
+        P X = \frac{\|X\|_F}{\|D X\|_F} D X, \quad
+        D = \text{diag}\big(\ell_t / \max_i \ell_{t,i} + 10^{-6}\big)^{-1/2}
+
+    A bias correction would be a factor common to all rows, and there is none. The rows of a vector
+    are its entries.
+
+    Args:
+        retention: rho, in [0, 1) (default: 0.999).
+
+    State: 1/n floats per parameter of an m x n matrix.
+    """
+
+    retention: float = 0.999
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {"row_root": like.new_zeros(like.shape[:2])}
+
+    def write(self, state: dict[str, Tensor], grad: Tensor) -> None:
+        rows = frobenius(grad.reshape(-1, 1, grad.shape[-1])).view(grad.shape[:2])
+        state["row_root"] = running_root(state["row_root"], rows, 1 - self.retention)
+
+    def read(self, state: dict[str, Tensor], matrices: Tensor) -> Tensor:
+        tiny = torch.finfo(matrices.dtype).tiny
+        largest = state["row_root"].amax(-1, keepdim=True).clamp_min(tiny)
+        gains = ((state["row_root"] / largest).square() + DAMPING).rsqrt()
+        turned = (gains / gains.amax(-1, keepdim=True))[..., None] * matrices
+        ratio = frobenius(matrices) / frobenius(turned).clamp_min(tiny)
+        return turned * ratio[:, None, None]
+
+
+@dataclass(frozen=True)
+class LeftGram:
+    r"""The whole of L: the covariance memory of the gradient's rows, read at one matrix.
+
+    .. math::
+        L_t = \rho L_{t-1} + (1-\rho)\, G_t G_t^\top, \qquad
+        P X = \frac{\|X\|_F}{\|L_t^{-1/2} X\|_F} L_t^{-1/2} X
+
+    with eigenvalues damped by 1e-6 of the largest, and the root computed anew every ten writes. A
+    matrix of more rows than columns has the :class:`Diagonal` of L: all of L would be larger than
+    the matrix itself.
+
+    Args:
+        retention: rho, in [0, 1) (default: 0.999).
+
+    State: 2m/n floats per parameter of an m x n matrix with m <= n and 1 per matrix, else 1/n.
+    """
+
+    capturable: ClassVar[bool] = False  # as Covariance's
+
+    retention: float = 0.999
+
+    def _kept(self, like: Tensor) -> "Diagonal | Covariance":
+        if like.shape[-2] > like.shape[-1]:
+            return Diagonal(self.retention)
+        return Covariance(power=0.5, retention=self.retention, damping=DAMPING)
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        state = self._kept(like).init(like)
+        state.pop("momentum", None)
+        return state
+
+    def write(self, state: dict[str, Tensor], grad: Tensor) -> None:
+        kept = self._kept(grad)
+        if isinstance(kept, Diagonal):
+            kept.write(state, grad)
+            return
+        # With nothing retained of its momentum, the memory's momentum is the matrix at hand.
+        written = state | {"momentum": grad}
+        kept.write(written, grad, 0.0)
+        del written["momentum"]
+        state.update(written)
+
+    def read(self, state: dict[str, Tensor], matrices: Tensor) -> Tensor:
+        kept = self._kept(matrices)
+        if isinstance(kept, Diagonal):
+            return kept.read(state, matrices)
+        return kept.read(state | {"momentum": matrices}, matrices, 0.0)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A function of matrices (B, m, n) that returns P times each. State: none."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def write(self, state: dict[str, Tensor], grad: Tensor) -> None:
+        pass
+
+    def read(self, state: dict[str, Tensor], matrices: Tensor) -> Tensor:
+        product = self.function(matrices)
+        if product.shape != matrices.shape:
+            raise ValueError(
+                f"Invalid preconditioner: {self.function} made {tuple(product.shape)} of "
+                f"{tuple(matrices.shape)}; it must keep the shape"
+            )
+        return product
+
+
+BUILT_IN = ("identity", "diagonal", "left_gram")
+
+
+def resolve(preconditioner: Any, retention: float) -> Preconditioner:
+    """The preconditioner behind a name or a function; ``retention`` is that of its statistics.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: something else that cannot be called.
+    """
+    if preconditioner == "identity":
+        return Identity()
+    if preconditioner == "diagonal":
+        return Diagonal(retention)
+    if preconditioner == "left_gram":
+        return LeftGram(retention)
+    if isinstance(preconditioner, str):
+        names = ", ".join(map(repr, BUILT_IN))
+        raise ValueError(
+            f"Invalid preconditioner: {preconditioner!r}; choose {names} or pass a function"
+        )
+    if not callable(preconditioner):
+        raise TypeError(
+            f"Invalid preconditioner: {preconditioner!r} cannot be called; it must take matrices "
+            "(B, m, n) and return P times each"
+        )
+    return Applied(preconditioner)
