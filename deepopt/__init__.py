@@ -9,11 +9,21 @@ import importlib
 from types import ModuleType
 
 from deepopt import memory
-from deepopt.optim import DeepMomentum, functional, optimizers, param_groups, routing_table
+from deepopt.optim import (
+    DeepMomentum,
+    DeltaMomentum,
+    PreconditionedMomentum,
+    functional,
+    optimizers,
+    param_groups,
+    routing_table,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "DeepMomentum",
+    "DeltaMomentum",
+    "PreconditionedMomentum",
     "__version__",
     "functional",
     "hope",

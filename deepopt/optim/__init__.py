@@ -1,8 +1,18 @@
 """One file per ``torch.optim.Optimizer``; ``base.py`` owns what torch asks of all of them."""
 
 from deepopt.optim.deep_momentum import DeepMomentum
+from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.functional import functional
 from deepopt.optim.groups import param_groups, routing_table
+from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 from deepopt.optim.registry import optimizers
 
-__all__ = ["DeepMomentum", "functional", "optimizers", "param_groups", "routing_table"]
+__all__ = [
+    "DeepMomentum",
+    "DeltaMomentum",
+    "PreconditionedMomentum",
+    "functional",
+    "optimizers",
+    "param_groups",
+    "routing_table",
+]

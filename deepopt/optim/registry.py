@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import tensor
+from torch.nn.functional import softsign
 from torch.optim import Optimizer
 
 from deepopt.memory import Covariance
 from deepopt.optim.deep_momentum import DeepMomentum
+from deepopt.optim.delta_momentum import DeltaMomentum
+from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 
 Options = dict[str, Any]
 
@@ -69,6 +72,17 @@ COMMON_ERRORS: tuple[tuple[Options, type[Exception], str], ...] = (
     ),
 )
 
+# What every class with a preconditioner refuses.
+PRECONDITIONER_ERRORS: tuple[tuple[Options, type[Exception], str], ...] = (
+    ({"preconditioner": "gram"}, ValueError, "Invalid preconditioner: 'gram'; choose 'identity'"),
+    ({"preconditioner": 3}, TypeError, "Invalid preconditioner: 3 cannot be called"),
+    (
+        {"preconditioner": "left_gram", "capturable": True},
+        RuntimeError,
+        "preconditioner='left_gram' does not support capturable=True",
+    ),
+)
+
 REGISTRY: dict[str, Entry] = {
     "deep_momentum": Entry(
         DeepMomentum,
@@ -96,6 +110,48 @@ REGISTRY: dict[str, Entry] = {
                 {"memory": "covariance", "capturable": True},
                 RuntimeError,
                 "memory Covariance does not support capturable=True",
+            ),
+        ),
+    ),
+    "preconditioned_momentum": Entry(
+        PreconditionedMomentum,
+        equations="33-34, 46-47",
+        update="heavy ball of a preconditioned gradient; SGD with momentum for P = I",
+        state="1, 1 + 1/n (diagonal), 1 + 2m/n (left_gram, m <= n)",
+        cost="0, 4 m²n and 10 m³ every 10 steps (left_gram, m <= n)",
+        options=(
+            {},
+            {"preconditioner": "diagonal", "betas": (0.8, 0.9)},
+            {"preconditioner": "left_gram", "weight_decay": 0.1, "maximize": True},
+            {"preconditioner": softsign, "lr": 3e-2},
+            {"path": "auto", "lr": 3e-3, "weight_decay": 0.1},
+        ),
+        errors=PRECONDITIONER_ERRORS,
+    ),
+    "delta_momentum": Entry(
+        DeltaMomentum,
+        equations="48-49",
+        update="momentum that forgets what the present gradient recalls",
+        state="1, and the preconditioner's as preconditioned_momentum",
+        cost="8 r²R + r³/3 (implicit), 4 r²R (derived, literal), and the preconditioner's",
+        options=(
+            {},
+            {"rule": "derived", "weight_decay": 0.1, "maximize": True},
+            {"inner_lr": 0.3, "betas": (0.8, 0.9)},
+            {"preconditioner": "diagonal", "inner_lr": 0.1},
+            {"preconditioner": "left_gram", "weight_decay": 0.1},
+            {"rule": "derived", "inner_lr": 0.0, "preconditioner": softsign},
+            {"path": "auto", "lr": 3e-3},
+        ),
+        literal=({"rule": "literal"}, {"rule": "literal", "preconditioner": "diagonal"}),
+        errors=(
+            *PRECONDITIONER_ERRORS,
+            ({"rule": "explicit"}, ValueError, "Invalid rule: 'explicit'; choose from"),
+            ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1; it must be at least 0"),
+            (
+                {"rule": "literal", "inner_lr": 0.1},
+                ValueError,
+                "Invalid inner_lr: 0.1; rule='literal' has none",
             ),
         ),
     ),
