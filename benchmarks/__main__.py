@@ -2,9 +2,9 @@
 
 import sys
 
-from benchmarks import swap
+from benchmarks import fig4, swap
 
-BENCHMARKS = {"swap": swap}
+BENCHMARKS = {"fig4": fig4, "swap": swap}
 
 
 def main() -> int:
