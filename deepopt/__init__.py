@@ -17,6 +17,11 @@ from deepopt.optim import (
     optimizers,
     param_groups,
     routing_table,
+    DeltaGradientDescent,
+    capture_inputs,
+    functional,
+    optimizers,
+    param_groups,
 )
 
 __version__ = "0.1.0"
@@ -24,7 +29,9 @@ __all__ = [
     "DeepMomentum",
     "DeltaMomentum",
     "PreconditionedMomentum",
+    "DeltaGradientDescent",
     "__version__",
+    "capture_inputs",
     "functional",
     "hope",
     "memory",

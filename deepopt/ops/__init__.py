@@ -2,6 +2,7 @@
 
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
+from deepopt.ops.ridge import ridge
 from deepopt.ops.step_size import adam_ratio, frobenius, normalize_rows, rms_gain, running_root
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "newton_schulz",
     "normalize_rows",
     "polar_express",
+    "ridge",
     "rms_gain",
     "running_root",
 ]

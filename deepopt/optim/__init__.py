@@ -1,7 +1,9 @@
 """One file per ``torch.optim.Optimizer``; ``base.py`` owns what torch asks of all of them."""
 
+from deepopt.optim.capture import InputCapture, capture_inputs
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_momentum import DeltaMomentum
+from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.functional import functional
 from deepopt.optim.groups import param_groups, routing_table
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
@@ -15,4 +17,10 @@ __all__ = [
     "optimizers",
     "param_groups",
     "routing_table",
+    "DeltaGradientDescent",
+    "InputCapture",
+    "capture_inputs",
+    "functional",
+    "optimizers",
+    "param_groups",
 ]

@@ -103,9 +103,14 @@ class MemoryOptimizer(Optimizer):
         """Write ``grad`` (B, m, n) into ``state`` and return what ``lr`` multiplies."""
         raise NotImplementedError
 
-    def _gradient(self, param: Tensor, group: Group) -> Tensor | None:
-        """What ``param`` is stepped with; None lets it rest. Must not write to ``param.grad``."""
-        return param.grad
+    def _gradient(
+        self, param: Tensor, grad: Tensor | None, path: routing.Path, group: Group
+    ) -> Tensor | None:
+        """What ``param`` is stepped with, from its unscaled gradient, which must not be written to.
+
+        None lets the parameter rest.
+        """
+        return grad
 
     # -- groups ------------------------------------------------------------------------------
 
@@ -158,10 +163,13 @@ class MemoryOptimizer(Optimizer):
         # All that can be wrong with a parameter or a gradient shows before any parameter moves.
         buckets: list[Bucket] = []
         for group in self.param_groups:
-            pairs = [(param, self._gradient(param, group)) for param in group["params"]]
-            if scale is not None:
-                pairs = [(p, g if g is None else g / scale.to(g.device)) for p, g in pairs]
-            buckets += self._buckets(group, [grad for _, grad in pairs])
+            grads = []
+            for param, _, path in routing.routed(group):
+                grad = param.grad
+                if grad is not None and scale is not None:
+                    grad = grad / scale.to(grad.device)
+                grads.append(self._gradient(param, grad, path, group))
+            buckets += self._buckets(group, grads)
         self._step_buckets(buckets, self.state, found_inf)
         return loss
 

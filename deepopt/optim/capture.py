@@ -1,0 +1,207 @@
+"""Layer inputs, for optimizers whose rule needs more than the gradient (Eqs 54-57)."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass
+class _Sample:
+    """A bounded sample of a parameter's inputs since the last step.
+
+    Attributes:
+        limit: rows that are kept at most.
+        groups: of the convolution.
+        process_group: of the replicas whose rows count too.
+        rows: (groups, r, n), or None.
+        keys: (r,); of more than ``limit`` rows those with the smallest keys are kept.
+    """
+
+    limit: int
+    groups: int
+    process_group: Any = None
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+
+    def add(self, rows: Tensor, keys: Tensor) -> None:
+        if self.rows is not None and self.keys is not None:
+            rows, keys = torch.cat([self.rows, rows], 1), torch.cat([self.keys, keys])
+        if len(keys) > self.limit:
+            kept = _smallest(keys, self.limit)
+            rows, keys = rows[:, kept], keys[kept]
+        self.rows, self.keys = rows, keys
+
+
+# Beside the parameters, not in them: what is here is neither copied nor saved with a model, and
+# goes when its parameter goes.
+_samples: Any = WeakTensorKeyDictionary()
+
+
+class InputCapture:
+    """Hooks that record layer inputs until they are removed; made by :func:`capture_inputs`."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Record no more. What has been recorded still counts at the next step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> "InputCapture":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def capture_inputs(model: nn.Module, rows: int = 512) -> InputCapture:
+    """Record what the linear and convolutional layers of ``model`` see, for the optimizer's step.
+
+    For ``DeltaGradientDescent``, which uses up at a step what was recorded since the last one::
+
+        capture = deepopt.capture_inputs(model)     # or: with deepopt.capture_inputs(model): ...
+        optimizer = deepopt.DeltaGradientDescent(model.parameters())
+        ...                                         # train as always
+        capture.remove()
+
+    An input counts when the backward pass goes through its layer: forward passes without one
+    (evaluation, ``no_grad``) leave no trace, a checkpointed one counts once, and what several
+    passes accumulate before a step is averaged, as their gradients are. A layer that is used twice
+    and layers that share a weight put their inputs together.
+
+    Args:
+        model: its ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d`` are recorded, with every
+            position of a sequence or an image as a row of inputs (a convolution's patch). Modules
+            that use a layer's weight without calling the layer escape, as do weights that are
+            computed from others (parametrizations), transposed convolutions, recurrent layers and
+            embeddings. Replicas average what they see: give the ``DistributedDataParallel``
+            module, not the one inside, or they drift apart; but the one inside for a
+            ``ZeroRedundancyOptimizer``, where each parameter has one owner.
+        rows: of more rows than this since the last step an evenly spread sample is kept
+            (default: 512).
+
+    Memory: ``rows`` rows of floats per layer until the step, and as many per forward pass until
+    its backward pass; never the whole input.
+
+    Under ``torch.compile`` each recorded layer is a graph break. Record before the first compiled
+    call: code that is compiled already does not see the hooks.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: ``rows`` is less than 1, or there is no layer to record.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+    if not rows >= 1:
+        raise ValueError(f"Invalid rows: {rows}; at least 1 is needed")
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    if not layers:
+        names = ", ".join(layer.__name__ for layer in LAYERS)
+        raise ValueError(f"model has no layer to record; it needs one of {names}")
+    replicas = model.process_group if isinstance(model, DistributedDataParallel) else None
+    for layer in layers:
+        if isinstance(weight := layer._parameters.get("weight"), nn.Parameter):
+            _samples[weight] = _Sample(rows, _groups(layer), replicas)
+    watch = functools.partial(_watch, rows)
+    return InputCapture([x.register_forward_hook(watch, with_kwargs=True) for x in layers])
+
+
+def take_inputs(param: Tensor) -> Tensor | None:
+    """What ``param`` has seen since it was last asked, scaled such that mean x xᵀ = XᵀX.
+
+    Returns:
+        X of shape (groups, r, n), or None if nothing was recorded. A collective operation for
+        parameters that were recorded through ``DistributedDataParallel``.
+    """
+    sample = _samples.get(param)
+    if sample is None:
+        return None
+    rows, keys = sample.rows, sample.keys
+    sample.rows = sample.keys = None
+    if sample.process_group is None:
+        return None if rows is None else rows / rows.shape[1] ** 0.5
+    return _average(param, sample, rows, keys)
+
+
+def _average(param: Tensor, sample: _Sample, rows: Tensor | None, keys: Tensor | None) -> Tensor:
+    """The rows of all replicas, one share of the limit from each, zeros where one has fewer."""
+    world = sample.process_group.size()
+    share = -(-sample.limit // world)
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    own = param.new_zeros(sample.groups, share, math.prod(param.shape[1:]), dtype=dtype)
+    if rows is not None and keys is not None:
+        kept = _smallest(keys, min(share, len(keys)))
+        own[:, : len(kept)] = rows[:, kept].to(dtype) / (len(kept) * world) ** 0.5
+    everyone = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(everyone, own, group=sample.process_group)
+    return torch.cat(everyone, 1)
+
+
+@torch.compiler.disable
+def _watch(
+    limit: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    # Elsewhere (functional_call, replicas, parametrizations) the weight is no parameter to step.
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+        return
+    if not output.requires_grad or not output.numel():
+        return
+    rows, keys = _rows(layer, (args[0] if args else kwargs["input"]).detach(), limit)
+
+    def count(_: Tensor) -> None:
+        if weight not in _samples:  # a copy of the model that was recorded
+            _samples[weight] = _Sample(limit, _groups(layer))
+        _samples[weight].add(rows, keys)
+
+    output.register_hook(count)
+
+
+def _groups(layer: nn.Module) -> int:
+    return getattr(layer, "groups", 1)
+
+
+def _rows(layer: nn.Module, inputs: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """At most ``limit`` of the inputs of a layer, (groups, r, n), and their keys (r,)."""
+    if isinstance(layer, nn.Linear):
+        inputs = torch.atleast_2d(inputs)
+        lead = inputs.shape[:-1]
+    else:
+        inputs = _patches(layer, inputs)
+        lead = inputs.shape[: inputs.ndim // 2]
+    # Multiples of the golden ratio, modulo 1: any stretch of them is spread evenly, and no period
+    # of sequences or images falls in with theirs.
+    keys = torch.arange(math.prod(lead), device=inputs.device) * 2654435769 % 2**32
+    picks = _smallest(keys, min(limit, len(keys)))
+    chosen = inputs[torch.unravel_index(picks, lead)]
+    return chosen.reshape(len(picks), _groups(layer), -1).transpose(0, 1), keys[picks]
+
+
+def _smallest(keys: Tensor, count: int) -> Tensor:
+    return keys.topk(count, largest=False, sorted=False).indices
+
+
+def _patches(layer: Any, inputs: Tensor) -> Tensor:
+    """What a convolution multiplies its kernel with, (N, *positions, channels, *kernel): a view."""
+    dims = len(layer.kernel_size)
+    if inputs.ndim == dims + 1:
+        inputs = inputs.unsqueeze(0)
+    if any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode)
+    for dim in range(dims):
+        span = (layer.kernel_size[dim] - 1) * layer.dilation[dim] + 1
+        inputs = inputs.unfold(2 + dim, span, layer.stride[dim])[..., :: layer.dilation[dim]]
+    return inputs.movedim(1, dims + 1)

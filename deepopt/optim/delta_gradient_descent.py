@@ -1,0 +1,190 @@
+"""DeltaGradientDescent: gradient descent that erases what the present inputs recall."""
+
+import warnings
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from deepopt.ops import ridge
+from deepopt.optim import routing
+from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.capture import take_inputs
+from deepopt.optim.elementwise import state_dtype
+
+RULES = ("implicit", "scalar", "literal")
+
+
+class DeltaGradientDescent(MemoryOptimizer):
+    r"""Gradient descent with a delta rule on the weights (Eqs 54-57).
+
+    A linear layer's weight W is an associative memory that maps inputs x to their local errors.
+    Plain gradient descent stores them one by one; here W is regressed on them (Eq 56), so that a
+    write also erases what W recalled at the same inputs. With G the gradient of the loss, C the
+    mean of :math:`x x^\top` over the inputs of the step and d the ``decay_scale``:
+
+    .. math::
+        W_{t+1} &= \text{argmin}_W\ \langle W, G\rangle
+        + \frac d2\, \text{mean}_x \|W x\|^2 + \frac1{2\gamma} \|W - W_t\|^2 \\
+        &= (W_t - \gamma G)\,(I + \gamma d\, C)^{-1}
+        \qquad\text{(rule="implicit")} \\
+        W_{t+1} &= W_t\,(I - \gamma' d\, C) - \gamma' G, \qquad
+        \gamma' = \frac{\gamma}{1 + \gamma d\ \text{mean}\|x\|^2}
+        \qquad\text{(rule="scalar")} \\
+        W_{t+1} &= W_t\,(I - \gamma' d\, C) - \gamma' G, \qquad
+        \gamma' = \frac{\gamma}{1 + \gamma}
+        \qquad\text{(rule="literal", Eq 57)}
+
+    For one input and d = 1 the first two are Eq 56's exact solution for every :math:`\|x\|`; the
+    third, as printed, is so for :math:`\|x\| = 1` alone, and diverges where
+    :math:`\gamma' d\, \lambda_{\max}(C) > 2`. The first two are stable for every rate; "implicit"
+    shortens the step only along the inputs, "scalar" everywhere, and solves no linear system.
+
+    **Not the loss's minimum.** With d = 1 the fixed point for :math:`\frac12\|Wx - t\|^2` is
+    :math:`Wx = t/2`, in general :math:`t/(1+d)`: as printed it is the rule of a memory that has to
+    forget (Hope uses it so). To train by, d is small, and the erasure is a weight decay of size d
+    that knows the inputs: strong along the directions they take, none where they never go.
+
+    The gradient holds no inputs: ``deepopt.capture_inputs(model)`` records them. A parameter
+    without (an embedding, say) and every vector is stepped by plain gradient descent
+    :math:`W - \gamma G`.
+
+    Args:
+        params: as in ``DeepMomentum``; with ``deepopt.param_groups(model)`` embeddings, heads,
+            norms and biases take torch's AdamW, for which a learning rate of their own is due.
+        lr: learning rate, gamma; a float or a 1-element tensor. It is of the size of torch SGD's,
+            which is not AdamW's (default: 1e-3).
+        betas: AdamW's, on the element-wise path; the rule itself has no momentum
+            (default: (0.9, 0.999)).
+        eps: AdamW's, on the element-wise path (default: 1e-8).
+        weight_decay: decoupled weight decay besides the erasure (default: 0).
+        rule: "implicit", "scalar" or "literal", as above (default: "implicit").
+        decay_scale: d, at least 0; None for 1 with "literal", the paper's value, and for 0.01
+            otherwise (default: None).
+        path: "matrix" steps every parameter by this rule; "auto", "stack" and "elementwise" as
+            in ``DeepMomentum`` (default: "matrix").
+        foreach: torch's flag for the element-wise path (default: None).
+        maximize: ascend; the erasure stays one (default: False).
+        capturable: allow the step in a graph; the inputs must be recorded in the same graph
+            (default: False).
+        differentiable: let autograd run through the step (default: False).
+        fused: torch's flag for the element-wise path, and GradScaler's (default: None).
+
+    State per parameter: 0 floats (2 on the element-wise path); the recorded inputs besides, at most
+    ``rows`` per layer.
+
+    Cost per m x n matrix and r rows: 4rmn FLOPs, and for "implicit" 2rmn and 2s²R + s³/3 in
+    float64, with s and R the shorter and the longer of r and n.
+
+    Warns:
+        UserWarning: once per optimizer, if a parameter of two or more dimensions has no inputs.
+
+    Raises:
+        ValueError: an argument out of range, named with its value.
+        RuntimeError: sparse gradients, or flags that exclude each other.
+
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, Eqs 54-57 and App. C.
+    """
+
+    _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
+    _warned = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rule: Literal["implicit", "scalar", "literal"] = "implicit",
+        decay_scale: float | None = None,
+        path: str = "matrix",
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rule": rule,
+            "decay_scale": decay_scale,
+            "path": path,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["rule"] not in RULES:
+            raise ValueError(f"Invalid rule: {group['rule']!r}; choose from {RULES}")
+        scale = group["decay_scale"]
+        if scale is not None and not 0.0 <= scale < float("inf"):
+            raise ValueError(
+                f"Invalid decay_scale: {scale}; it must be a number from 0 on, or None"
+            )
+
+    def _gradient(
+        self, param: Tensor, grad: Tensor | None, path: routing.Path, group: Group
+    ) -> Tensor | None:
+        if grad is None or grad.is_sparse or path == "elementwise" or param.ndim < 2:
+            return grad
+        scale = group["decay_scale"]
+        if scale is None:
+            scale = 1.0 if group["rule"] == "literal" else 0.01
+        inputs = take_inputs(param)
+        if inputs is None:
+            if scale and not self._warned:
+                self._warned = True
+                warnings.warn(_advice(param, group), stacklevel=2)
+            return grad
+        # base steps against what is returned here, and negates it first to ascend.
+        ascend, lr = group["maximize"], group["lr"]
+        step = _toward_regression(
+            -grad if ascend else grad, param, inputs, lr, scale, group["rule"]
+        )
+        return -step if ascend else step
+
+    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
+        return {}
+
+    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
+        return grad
+
+
+def _toward_regression(
+    grad: Tensor, param: Tensor, inputs: Tensor, lr: float | Tensor, scale: float, rule: str
+) -> Tensor:
+    """What ``lr`` multiplies: (W_t - W_{t+1}) / lr."""
+    dtype = state_dtype(param)
+    rows = inputs.to(dtype)
+    shape = (len(rows), -1, rows.shape[-1])  # a convolution's groups have inputs of their own
+    weight, descent = param.to(dtype).reshape(shape), grad.to(dtype).reshape(shape)
+    rate = lr.to(param.device).squeeze() if isinstance(lr, Tensor) else lr
+    step = descent + scale * ((weight @ rows.mT) @ rows)
+    if rule == "implicit":
+        step = ridge(step, rows, rate * scale)
+    elif rule == "scalar":
+        step = step / (1 + rate * scale * rows.square().sum((-2, -1), keepdim=True))
+    else:
+        step = step / (1 + rate)
+    return step.reshape(param.shape)
+
+
+def _advice(param: Tensor, group: Group) -> str:
+    names = group.get("param_names", [])
+    own = [n for p, n in zip(group["params"], names, strict=False) if p is param]
+    name = "".join(own) or "(unnamed)"
+    return (
+        f"DeltaGradientDescent has no inputs for parameter {name} of shape {tuple(param.shape)}: "
+        "it is stepped by plain gradient descent, and so is every other without; record them by "
+        "deepopt.capture_inputs(model) before the forward pass, or give decay_scale=0"
+    )
