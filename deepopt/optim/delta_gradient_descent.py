@@ -141,10 +141,10 @@ class DeltaGradientDescent(MemoryOptimizer):
         if scale is None:
             scale = 1.0 if group["rule"] == "literal" else 0.01
         inputs = take_inputs(param)
-        if inputs is None:
-            if scale and not self._warned:
-                self._warned = True
-                warnings.warn(_advice(param, group), stacklevel=2)
+        if inputs is None and scale and not self._warned:
+            self._warned = True
+            warnings.warn(_advice(param, group), stacklevel=2)
+        if inputs is None or not scale:
             return grad
         # base steps against what is returned here, and negates it first to ascend.
         ascend, lr = group["maximize"], group["lr"]
