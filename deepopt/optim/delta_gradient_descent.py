@@ -184,7 +184,7 @@ def _advice(param: Tensor, group: Group) -> str:
     own = [n for p, n in zip(group["params"], names, strict=False) if p is param]
     name = "".join(own) or "(unnamed)"
     return (
-        f"DeltaGradientDescent has no inputs for parameter {name} of shape {tuple(param.shape)}: "
+        f"DeltaGradientDescent has captured no inputs for parameter {name} of shape {tuple(param.shape)}: "
         "it is stepped by plain gradient descent, and so is every other without; record them by "
         "deepopt.capture_inputs(model) before the forward pass, or give decay_scale=0"
     )

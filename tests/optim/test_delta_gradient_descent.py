@@ -120,6 +120,20 @@ def test_the_printed_rule_diverges_on_long_inputs():
     assert module.weight.norm() > 100 * before
 
 
+@pytest.mark.parametrize(("alpha", "lr"), [(1.0, 0.2), (0.9, 0.4)])
+def test_with_a_decay_it_is_the_linear_memory_of_hope(alpha, lr):
+    """Eqs 88 and 93: a key is erased and regressed on, Mk -> (alpha - 2 eta) Mk + eta v."""
+    module, value = layer(), torch.randn(1, 3, dtype=torch.float64)
+    key = F.normalize(torch.randn(1, 5, dtype=torch.float64))
+    before, eta = module.weight.detach().clone(), lr / (1 + lr)
+    step(module, key, value, lr=lr, rule="literal", weight_decay=(1 - alpha) / lr)
+    printed = before @ (alpha * torch.eye(5).double() - eta * key.mT @ key)
+    printed -= eta * (before @ key.mT - value.mT) @ key
+    torch.testing.assert_close(module.weight.detach(), printed)
+    recalled = (alpha - 2 * eta) * before @ key.mT + eta * value.mT
+    torch.testing.assert_close(module.weight.detach() @ key.mT, recalled)
+
+
 def test_without_erasure_it_is_gradient_descent_and_asks_for_no_inputs():
     module, other = layer(), layer()
     other.load_state_dict(module.state_dict())
