@@ -46,8 +46,8 @@ class DeltaGradientDescent(MemoryOptimizer):
     that knows the inputs: strong along the directions they take, none where they never go.
 
     The gradient holds no inputs: ``deepopt.capture_inputs(model)`` records them. A parameter
-    without (an embedding, say) and every vector is stepped by plain gradient descent
-    :math:`W - \gamma G`.
+    without (an embedding, say, or all of them in ``deepopt.functional``) and every vector is
+    stepped by plain gradient descent :math:`W - \gamma G`.
 
     Args:
         params: as in ``DeepMomentum``; with ``deepopt.param_groups(model)`` embeddings, heads,
@@ -59,7 +59,7 @@ class DeltaGradientDescent(MemoryOptimizer):
         eps: AdamW's, on the element-wise path (default: 1e-8).
         weight_decay: decoupled weight decay besides the erasure (default: 0).
         rule: "implicit", "scalar" or "literal", as above (default: "implicit").
-        decay_scale: d, at least 0; None for 1 with "literal", the paper's value, and for 0.01
+        decay_scale: d, at least 0; None for 1 with "literal", the paper's value, and for 1e-3
             otherwise (default: None).
         path: "matrix" steps every parameter by this rule; "auto", "stack" and "elementwise" as
             in ``DeepMomentum`` (default: "matrix").
@@ -73,8 +73,8 @@ class DeltaGradientDescent(MemoryOptimizer):
     State per parameter: 0 floats (2 on the element-wise path); the recorded inputs besides, at most
     ``rows`` per layer.
 
-    Cost per m x n matrix and r rows: 4rmn FLOPs, and for "implicit" 2rmn and 2s²R + s³/3 in
-    float64, with s and R the shorter and the longer of r and n.
+    Cost per m x n matrix and r rows, s and S the smaller and the larger of r and n: 4rmn FLOPs, and
+    for "implicit" at most as many again and 2s²(S + m) + s³/3 in float64.
 
     Warns:
         UserWarning: once per optimizer, if a parameter of two or more dimensions has no inputs.
@@ -139,7 +139,7 @@ class DeltaGradientDescent(MemoryOptimizer):
             return grad
         scale = group["decay_scale"]
         if scale is None:
-            scale = 1.0 if group["rule"] == "literal" else 0.01
+            scale = 1.0 if group["rule"] == "literal" else 1e-3
         inputs = take_inputs(param)
         if inputs is None and scale and not self._warned:
             self._warned = True
@@ -184,7 +184,7 @@ def _advice(param: Tensor, group: Group) -> str:
     own = [n for p, n in zip(group["params"], names, strict=False) if p is param]
     name = "".join(own) or "(unnamed)"
     return (
-        f"DeltaGradientDescent has captured no inputs for parameter {name} of shape {tuple(param.shape)}: "
-        "it is stepped by plain gradient descent, and so is every other without; record them by "
+        f"DeltaGradientDescent has captured no inputs for parameter {name} of shape "
+        f"{tuple(param.shape)}: it is stepped by plain gradient descent, and so is every other without; record them by "
         "deepopt.capture_inputs(model) before the forward pass, or give decay_scale=0"
     )
