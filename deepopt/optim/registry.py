@@ -15,6 +15,7 @@ from deepopt.memory import Covariance
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
+from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 
 Options = dict[str, Any]
 
@@ -153,6 +154,22 @@ REGISTRY: dict[str, Entry] = {
                 ValueError,
                 "Invalid inner_lr: 0.1; rule='literal' has none",
             ),
+    "delta_gradient_descent": Entry(
+        DeltaGradientDescent,
+        equations="54-57",
+        update="gradient descent that erases what the weight recalls at its inputs (implicit)",
+        state="0, and the captured rows",
+        cost="8 k r R, and 2 s² (S + m) + s³/3 in float64; s, S = min, max of n and k rows",
+        options=(
+            {},
+            {"rule": "scalar", "decay_scale": 0.1, "maximize": True},
+            {"decay_scale": 0.0, "lr": 0.1, "weight_decay": 0.1},
+            {"path": "auto", "betas": (0.8, 0.9), "eps": 1e-6},
+        ),
+        literal=({"rule": "literal"},),
+        errors=(
+            ({"rule": "exact"}, ValueError, "Invalid rule: 'exact'"),
+            ({"decay_scale": -0.5}, ValueError, "Invalid decay_scale: -0.5"),
         ),
     ),
 }

@@ -531,6 +531,8 @@ def test_a_value_that_changes_in_mid_run_counts_from_then_on(cls, key, value):
             if step == 2 and change:
                 optimizer.param_groups[0][key] = value
             feed(optimizer, [param], [grads])
+        if key == "betas" and set(optimizer.state[param]) == {"step"}:
+            pytest.skip("an optimizer that keeps no averages has no use for betas")
         return param.detach()
 
     assert (final(True) - final(False)).norm() > 0.02 * final(False).norm()
@@ -704,9 +706,10 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
     halved = {i: {"step": state["step"]} for i, state in own["state"].items()}
     groups = own["param_groups"]
     fewer = [{**groups[0], "params": [0]}]
+    incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all there is
     for given in (
         {**own, "state": adagrad.state_dict()["state"]},
-        {**own, "state": halved},
+        *([{**own, "state": halved}] if incomplete else []),
         {**own, "param_groups": fewer},
         {**own, "param_groups": groups * 2},
     ):
