@@ -185,6 +185,7 @@ def _advice(param: Tensor, group: Group) -> str:
     name = "".join(own) or "(unnamed)"
     return (
         f"DeltaGradientDescent has captured no inputs for parameter {name} of shape "
-        f"{tuple(param.shape)}: it is stepped by plain gradient descent, and so is every other without; record them by "
-        "deepopt.capture_inputs(model) before the forward pass, or give decay_scale=0"
+        f"{tuple(param.shape)}: it is stepped by plain gradient descent, and so is every other "
+        "without; record them by deepopt.capture_inputs(model) before the forward pass, or give "
+        "decay_scale=0"
     )
