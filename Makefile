@@ -7,14 +7,19 @@ ARGS   ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/installed
+# Tests beside the suite: they take packages or processes of their own.
+INTEGRATION := $(wildcard tests/integration tests/distributed)
 
-.PHONY: train test lint format clean
+.PHONY: train test test-integration lint format clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(INTEGRATION)) $(ARGS)
+
+test-integration: $(STAMP)-trainers
+	$(BIN)/python -m pytest $(INTEGRATION) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -43,3 +48,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 	$(BIN)/python -m pip install --disable-pip-version-check 'setuptools>=77' wheel ninja
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev,hope]'
 	echo '$(TORCH)' > '$@'
+
+$(STAMP)-trainers: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[trainers]' \
+		$(foreach package,$(TORCH),'$(package)')
+	touch '$@'

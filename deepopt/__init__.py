@@ -23,6 +23,7 @@ from deepopt.optim import (
     optimizers,
     param_groups,
 )
+from deepopt.optim import DeepMomentum, create_optimizer, functional, optimizers, param_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "DeltaGradientDescent",
     "__version__",
     "capture_inputs",
+    "create_optimizer",
     "functional",
     "hope",
     "memory",

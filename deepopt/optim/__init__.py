@@ -4,6 +4,7 @@ from deepopt.optim.capture import InputCapture, capture_inputs
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
+from deepopt.optim.factory import create_optimizer
 from deepopt.optim.functional import functional
 from deepopt.optim.groups import param_groups, routing_table
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
@@ -24,3 +25,4 @@ __all__ = [
     "optimizers",
     "param_groups",
 ]
+__all__ = ["DeepMomentum", "create_optimizer", "functional", "optimizers", "param_groups"]

@@ -1,0 +1,204 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import deepopt
+from deepopt.optim.registry import REGISTRY
+
+
+class Encoder(nn.Module):
+    def __init__(self, depth=2):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 5, 32))
+        self.embed = nn.Linear(24, 32)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 4)
+
+
+class TimmEncoder(Encoder):
+    """timm's protocol, as its vision transformers have it."""
+
+    def group_matcher(self, coarse=False):
+        return {
+            "stem": r"^position|^embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def no_weight_decay(self):
+        return {"position"}
+
+
+class Compiled(nn.Module):
+    """Names and attributes as those of a model that went through ``torch.compile``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+        self.group_matcher = model.group_matcher
+        self.no_weight_decay = model.no_weight_decay
+
+
+def by_name(optimizer, key):
+    return {name: group[key] for group in optimizer.param_groups for name in group["param_names"]}
+
+
+@pytest.mark.parametrize("key", REGISTRY)
+def test_every_optimizer_is_made_by_its_name_in_any_case(key):
+    cls = REGISTRY[key].cls
+    for name in (key, key.upper(), cls.__name__, cls.__name__.lower()):
+        optimizer = deepopt.create_optimizer(Encoder(), name, lr=0.5, weight_decay=0.25)
+        assert type(optimizer) is cls
+        assert optimizer.defaults["lr"] == 0.5
+        assert optimizer.defaults["weight_decay"] == 0.25
+
+
+def test_an_unknown_name_is_answered_by_those_there_are():
+    with pytest.raises(ValueError, match=r"Invalid name: 'adamw'; choose from .*deep_momentum"):
+        deepopt.create_optimizer(Encoder(), "adamw")
+
+
+def test_what_is_not_given_is_the_defaults_and_unknown_options_are_refused():
+    optimizer = deepopt.create_optimizer(Encoder(), "deep_momentum", memory="linear")
+    expected = deepopt.DeepMomentum(Encoder().parameters(), memory="linear").defaults
+    assert optimizer.defaults == expected
+    with pytest.raises(TypeError, match="nesterov"):
+        deepopt.create_optimizer(Encoder(), "deep_momentum", nesterov=True)
+
+
+def test_a_module_is_routed_as_param_groups_does():
+    model = Encoder()
+    model.embed.weight.requires_grad_(False)
+    optimizer = deepopt.create_optimizer(model, "deep_momentum", layer_decay=0.5)
+    expected = {
+        name: group["path"] for group in deepopt.param_groups(model) for name, _ in group["params"]
+    }
+    assert by_name(optimizer, "path") == expected
+
+
+def test_a_path_among_the_options_replaces_the_routing():
+    optimizer = deepopt.create_optimizer(Encoder(), "deep_momentum", path="elementwise")
+    assert set(by_name(optimizer, "path").values()) == {"elementwise"}
+
+
+def test_everything_but_a_module_goes_to_the_optimizer_as_it_is():
+    model = Encoder()
+    given = [
+        {"params": [model.head.bias], "lr": 0.1},
+        {"params": [model.norm.weight], "path": "elementwise"},
+    ]
+    for params, lengths in (
+        (model.parameters(), [len(list(model.parameters()))]),
+        (model.named_parameters(), [len(list(model.parameters()))]),
+        (given, [1, 1]),
+    ):
+        optimizer = deepopt.create_optimizer(params, "deep_momentum", lr=0.5, weight_decay=0.1)
+        assert [len(group["params"]) for group in optimizer.param_groups] == lengths
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+
+
+@pytest.mark.parametrize("cls", [Encoder, TimmEncoder])
+def test_vectors_and_biases_and_what_the_model_names_do_not_decay(cls):
+    model = cls()
+    decay = by_name(
+        deepopt.create_optimizer(model, "deep_momentum", weight_decay=0.1), "weight_decay"
+    )
+    for name, param in model.named_parameters():
+        exempt = param.ndim <= 1 or (cls is TimmEncoder and name == "position")
+        assert decay[name] == (0.0 if exempt else 0.1), name
+    everything = deepopt.create_optimizer(
+        model, "deep_momentum", weight_decay=0.1, filter_bias_and_bn=False
+    )
+    assert set(by_name(everything, "weight_decay").values()) == {0.1}
+
+
+def test_a_bias_of_more_dimensions_does_not_decay():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(3, 20, 20))
+    model.bias = nn.Parameter(torch.zeros(3, 20))
+    optimizer = deepopt.create_optimizer(model, "deep_momentum", weight_decay=0.1)
+    assert by_name(optimizer, "weight_decay") == {"weight": 0.1, "bias": 0.0}
+
+
+def test_rates_fall_by_layer_from_the_head_to_the_embeddings():
+    rates = by_name(
+        deepopt.create_optimizer(Encoder(), "deep_momentum", lr=1.0, layer_decay=0.5), "lr"
+    )
+    assert rates["head.weight"] == rates["head.bias"] == rates["norm.weight"] == 1.0
+    assert rates["blocks.1.1.weight"] == rates["blocks.1.0.bias"] == 0.5
+    assert rates["blocks.0.1.weight"] == 0.25
+    assert rates["position"] == rates["embed.bias"] == 0.125
+
+
+def test_a_models_own_layers_come_first():
+    rates = by_name(
+        deepopt.create_optimizer(TimmEncoder(), "deep_momentum", lr=1.0, layer_decay=0.5), "lr"
+    )
+    assert rates["head.weight"] == 1.0
+    assert rates["norm.weight"] == rates["blocks.1.1.weight"] == 0.5
+    assert rates["blocks.0.1.weight"] == 0.25
+    assert rates["position"] == rates["embed.weight"] == 0.125
+
+
+def test_a_matcher_can_be_a_function_and_a_model_can_be_wrapped():
+    model = TimmEncoder()
+    expected = by_name(deepopt.create_optimizer(model, "deep_momentum", layer_decay=0.5), "lr")
+    wrapped = Compiled(model)
+    rates = by_name(deepopt.create_optimizer(wrapped, "deep_momentum", layer_decay=0.5), "lr")
+    assert {name.removeprefix("_orig_mod."): rate for name, rate in rates.items()} == expected
+
+    def place(name):
+        return (1, int(name.split(".")[1])) if "blocks" in name else 2 * name.startswith("head")
+
+    model.group_matcher = lambda coarse=False: place
+    rates = by_name(deepopt.create_optimizer(model, "deep_momentum", lr=1.0, layer_decay=0.5), "lr")
+    assert rates["head.weight"] == 1.0
+    assert rates["blocks.1.1.weight"] == 0.5
+    assert rates["blocks.0.1.weight"] == 0.25
+    assert rates["embed.weight"] == rates["norm.weight"] == 0.125
+
+
+def test_the_stacks_of_a_model_with_several_are_counted_in_order():
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20)]),
+            "bridge": nn.Linear(20, 20),
+            "decoder": nn.ModuleList([nn.Linear(20, 20)]),
+        }
+    )
+    rates = by_name(deepopt.create_optimizer(model, "deep_momentum", lr=1.0, layer_decay=0.5), "lr")
+    assert rates["decoder.0.weight"] == 1.0
+    assert rates["encoder.1.weight"] == rates["bridge.weight"] == 0.5
+    assert rates["encoder.0.weight"] == 0.25
+
+
+def test_schedulers_keep_the_ratios_and_a_factor_of_one_keeps_the_rate():
+    optimizer = deepopt.create_optimizer(Encoder(), "deep_momentum", lr=1.0, layer_decay=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    before = by_name(optimizer, "lr")
+    optimizer.step()
+    scheduler.step()
+    assert by_name(optimizer, "lr") == {name: rate / 2 for name, rate in before.items()}
+    optimizer = deepopt.create_optimizer(
+        Encoder(), "deep_momentum", lr=torch.tensor(0.5), layer_decay=1.0
+    )
+    assert {float(rate) for rate in by_name(optimizer, "lr").values()} == {0.5}
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan")])
+def test_a_layer_decay_out_of_range_is_refused(value):
+    message = re.escape(f"Invalid layer_decay: {value}; it must be above 0 and at most 1")
+    with pytest.raises(ValueError, match=message):
+        deepopt.create_optimizer(Encoder(), "deep_momentum", layer_decay=value)
+
+
+def test_layers_that_cannot_be_found_are_named():
+    with pytest.raises(ValueError, match="layer_decay finds no layers"):
+        deepopt.create_optimizer(nn.Linear(20, 20), "deep_momentum", layer_decay=0.5)
+    with pytest.raises(ValueError, match="give the module itself"):
+        deepopt.create_optimizer(Encoder().parameters(), "deep_momentum", layer_decay=0.5)
