@@ -11,26 +11,23 @@ from types import ModuleType
 from deepopt import memory
 from deepopt.optim import (
     DeepMomentum,
+    DeltaGradientDescent,
     DeltaMomentum,
     PreconditionedMomentum,
+    capture_inputs,
+    create_optimizer,
     functional,
     optimizers,
     param_groups,
     routing_table,
-    DeltaGradientDescent,
-    capture_inputs,
-    functional,
-    optimizers,
-    param_groups,
 )
-from deepopt.optim import DeepMomentum, create_optimizer, functional, optimizers, param_groups
 
 __version__ = "0.1.0"
 __all__ = [
     "DeepMomentum",
+    "DeltaGradientDescent",
     "DeltaMomentum",
     "PreconditionedMomentum",
-    "DeltaGradientDescent",
     "__version__",
     "capture_inputs",
     "create_optimizer",

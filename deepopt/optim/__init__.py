@@ -1,9 +1,9 @@
 """One file per ``torch.optim.Optimizer``; ``base.py`` owns what torch asks of all of them."""
 
-from deepopt.optim.capture import InputCapture, capture_inputs
+from deepopt.optim.capture import capture_inputs
 from deepopt.optim.deep_momentum import DeepMomentum
-from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
+from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.factory import create_optimizer
 from deepopt.optim.functional import functional
 from deepopt.optim.groups import param_groups, routing_table
@@ -12,17 +12,13 @@ from deepopt.optim.registry import optimizers
 
 __all__ = [
     "DeepMomentum",
+    "DeltaGradientDescent",
     "DeltaMomentum",
     "PreconditionedMomentum",
+    "capture_inputs",
+    "create_optimizer",
     "functional",
     "optimizers",
     "param_groups",
     "routing_table",
-    "DeltaGradientDescent",
-    "InputCapture",
-    "capture_inputs",
-    "functional",
-    "optimizers",
-    "param_groups",
 ]
-__all__ = ["DeepMomentum", "create_optimizer", "functional", "optimizers", "param_groups"]

@@ -164,11 +164,11 @@ class MemoryOptimizer(Optimizer):
         buckets: list[Bucket] = []
         for group in self.param_groups:
             grads = []
-            for param, _, path in routing.routed(group):
+            for param, _, route in routing.routed(group):
                 grad = param.grad
                 if grad is not None and scale is not None:
                     grad = grad / scale.to(grad.device)
-                grads.append(self._gradient(param, grad, path, group))
+                grads.append(self._gradient(param, grad, route.path, group))
             buckets += self._buckets(group, grads)
         self._step_buckets(buckets, self.state, found_inf)
         return loss

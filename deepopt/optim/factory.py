@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deepopt.optim import routing
+from deepopt.optim.groups import param_groups
 from deepopt.optim.registry import REGISTRY
+from deepopt.optim.routing import unwrapped
 
 _MERGES_WITH_PREVIOUS = 99999
 """A timm matcher's last number for parameters that belong to the layer before, as a final norm."""
@@ -76,17 +77,19 @@ def create_optimizer(
     model = model_or_params
     layers = {} if layer_decay is None else _layers(model)
     undecayed = _undecayed(model) if filter_bias_and_bn else set()
-    routed: list[dict[str, Any]] = routing.param_groups(model)
+    routed: list[dict[str, Any]] = param_groups(model)
     if "path" in options:
         routed = [{"params": list(model.named_parameters())}]
     groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
     for index, group in enumerate(routed):
-        for param_name, param in group["params"]:
+        reasons = group.pop("reasons", [""] * len(group["params"]))
+        for (param_name, param), reason in zip(group["params"], reasons, strict=True):
             exempt = param_name in undecayed
             place = (index, layers.get(param_name, 0), exempt)
             own = {"weight_decay": 0.0} if exempt else {}
-            chosen = groups.setdefault(place, {**group, **own, "params": []})
+            chosen = groups.setdefault(place, {**group, **own, "params": [], "reasons": []})
             chosen["params"].append((param_name, param))
+            chosen["reasons"].append(reason)
     order = sorted(groups)  # the routing's, and within it from the bottom layer to the top
     optimizer = cls([groups[place] for place in order], **options)
     if layer_decay is not None:
@@ -109,7 +112,7 @@ def _undecayed(model: nn.Module) -> set[str]:
     return {
         name
         for name, param in model.named_parameters()
-        if param.ndim <= 1 or name.split(".")[-1] == "bias" or _unwrapped(name) in listed
+        if param.ndim <= 1 or name.split(".")[-1] == "bias" or unwrapped(name) in listed
     }
 
 
@@ -162,7 +165,7 @@ def _matched(names: list[str], matcher: Any) -> dict[str, int]:
                 return (order, *captured, *(further or ()))
         return (float("inf"),)
 
-    places = {name: place(_unwrapped(name)) for name in names}
+    places = {name: place(unwrapped(name)) for name in names}
     layer_of: dict[tuple[float, ...], int] = {}
     layer = -1
     for key in sorted(set(places.values())):
@@ -170,7 +173,3 @@ def _matched(names: list[str], matcher: Any) -> dict[str, int]:
             layer += 1
         layer_of[key] = layer
     return {name: layer_of[key] for name, key in places.items()}
-
-
-def _unwrapped(name: str) -> str:
-    return routing._WRAPPERS.sub("", name).lstrip(".")

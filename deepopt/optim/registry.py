@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from deepopt.memory import Covariance
 from deepopt.optim.deep_momentum import DeepMomentum
+from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
-from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 
 Options = dict[str, Any]
 
@@ -154,6 +154,8 @@ REGISTRY: dict[str, Entry] = {
                 ValueError,
                 "Invalid inner_lr: 0.1; rule='literal' has none",
             ),
+        ),
+    ),
     "delta_gradient_descent": Entry(
         DeltaGradientDescent,
         equations="54-57",
