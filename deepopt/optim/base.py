@@ -297,8 +297,12 @@ class MemoryOptimizer(Optimizer):
                 kept["step"] = torch.tensor(float(kept["step"]), dtype=scalar_dtype(), device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with objects such as memories replaced by their ``repr``: plain data."""
+        """torch's, with objects such as memories replaced by their ``repr``: plain data.
+
+        Beside it, as a record, ``routing``: for every group the paths of its parameters in order.
+        """
         saved = super().state_dict()
+        saved["routing"] = [groups.labels(group) for group in self.param_groups]
         for group in saved["param_groups"]:
             group.update({key: _describe(group[key]) for key in self._objects if key in group})
         return saved
@@ -318,11 +322,11 @@ class MemoryOptimizer(Optimizer):
         def adopt(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             self._check_incoming(given)
             incoming.update(given)
-            groups = [dict(group) for group in given["param_groups"]]
-            for mine, group in zip(self.param_groups, groups, strict=False):
+            adopted = [dict(group) for group in given["param_groups"]]
+            for mine, group in zip(self.param_groups, adopted, strict=False):
                 group.update({key: mine[key] for key in self._objects if key in mine})
                 group.setdefault("split", mine["split"])  # from before there were splits
-            return {**given, "param_groups": groups}
+            return {**given, "param_groups": adopted}
 
         def restore(_: Optimizer) -> None:
             ids = [i for group in incoming["param_groups"] for i in group["params"]]

@@ -171,10 +171,10 @@ def _plain(name: str) -> str:
 def routed(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Route]]:
     """Every parameter of an optimizer's group with its name (or "") and its route."""
     params, path, split = group["params"], group["path"], group.get("split", 1)
-    names = group.get("param_names") or [""] * len(params)
     reasons = group.get("reasons")
     if reasons is None or len(reasons) != len(params):  # not, or no longer, from param_groups
         reasons = [""] * len(params)
+    names = _names(group)
     for param, name, reason in zip(params, names, reasons, strict=True):
         if path == "auto":
             yield param, name, route(param, name, split)
@@ -187,6 +187,13 @@ def routed(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Route]]:
         yield param, name, Route(path, 1 if path == "elementwise" else split, reason, doubt)
 
 
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters, empty where it has none for each."""
+    names = group.get("param_names") or []
+    unnamed = len(names) != len(group["params"])  # ZeroRedundancyOptimizer deals out params alone
+    return [""] * len(group["params"]) if unnamed else list(names)
+
+
 def check_group(group: Mapping[str, Any], least_dims: Mapping[str, int]) -> None:
     """Raise ValueError for the first parameter that a group's path or split does not fit.
 
@@ -195,8 +202,7 @@ def check_group(group: Mapping[str, Any], least_dims: Mapping[str, int]) -> None
         least_dims: dimensions that the paths ask of a parameter.
     """
     check_split(group.get("split", 1))
-    names = group.get("param_names") or [""] * len(group["params"])
-    for param, name in zip(group["params"], names, strict=True):
+    for param, name in zip(group["params"], _names(group), strict=True):
         check_initialized(param, name)
     needed, forced = least_dims.get(group["path"], 0), group["path"] in least_dims
     for param, name, found in routed(group):

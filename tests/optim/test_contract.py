@@ -676,6 +676,8 @@ def test_a_saved_state_holds_plain_data_and_tensors_alone(cls, options):
     run(model, optimizer, 1)
     saved = through_disk(optimizer.state_dict())
     assert saved["param_groups"][0]["param_names"][0] == "0.weight"
+    assert [len(paths) for paths in saved["routing"]] == [6]
+    assert set(saved["routing"][0]) <= {"matrix", "elementwise"}
     for state in saved["state"].values():
         assert {type(value) for value in state.values()} == {torch.Tensor}
 
