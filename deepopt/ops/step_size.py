@@ -14,8 +14,10 @@ def frobenius(matrices: Tensor) -> Tensor:
 
 def running_root(root: Tensor, value: Tensor, share: float | Tensor) -> Tensor:
     """The root of the running mean of squares, sqrt((1 - share) root² + share value²), safely."""
-    larger = torch.maximum(root, value).detach().clamp_min(torch.finfo(root.dtype).tiny)
-    return ((root / larger).square().lerp((value / larger).square(), share)).sqrt() * larger
+    tiny = torch.finfo(root.dtype).tiny
+    larger = torch.maximum(root, value).detach().clamp_min(tiny)
+    mean = (root / larger).square().lerp((value / larger).square(), share)
+    return mean.clamp_min(tiny).sqrt() * larger  # the slope of a root is infinite at zero
 
 
 def adam_ratio(

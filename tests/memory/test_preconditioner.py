@@ -95,3 +95,12 @@ def test_unknown_names_and_other_objects_are_refused():
         resolve("gram", 0.9)
     with pytest.raises(TypeError, match="Invalid preconditioner: 3 cannot be called"):
         resolve(3, 0.9)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_derivatives_are_finite_where_a_row_is_silent(name):
+    grad = torch.randn(1, 4, 6, dtype=torch.float64)
+    grad[:, 1] = 0
+    grad.requires_grad_()
+    read(resolve(name, 0.9), [grad]).sum().backward()
+    assert grad.grad.isfinite().all()
