@@ -1,0 +1,312 @@
+"""Continuum: any optimizer, with an update frequency for every parameter group (Eqs 70 and 71)."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deepopt.optim.base import Group
+from deepopt.optim.elementwise import state_dtype
+
+REDUCTIONS = ("mean", "sum")
+PARTIAL = ("step", "discard")
+PENDING = "pending_grad"
+
+
+class Continuum(Optimizer):
+    r"""Continuum memory system: parameters that learn at different frequencies (Eqs 70 and 71).
+
+    A parameter group with a ``chunk`` of C learns at every C-th step only, from all the gradients
+    of its chunk; in between it rests, so that what it knows outlasts what the faster groups forget:
+
+    .. math::
+        \theta_{i+1} = \begin{cases}
+        \theta_i + u\Big(\frac1C \sum_{t=i-C+1}^{i} \nabla L_t\Big) & i \equiv 0 \pmod C \\
+        \theta_i & \text{otherwise}\end{cases}
+
+    with u the update of the wrapped optimizer; without 1/C for ``reduce="sum"``, where with SGD at
+    a constant rate it is Eq 71 as printed, but for the sum's one term too many. All that belongs
+    to an update happens once per chunk: weight decay, step counts, momenta, and the learning rate
+    is that of the chunk's last step. Schedulers go on counting every step::
+
+        optimizer = Continuum(
+            torch.optim.AdamW([
+                {"params": model.fast.parameters()},
+                {"params": model.slow.parameters(), "chunk": 16},
+            ])
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Where every chunk is 1 this is the wrapped optimizer, bit for bit.
+
+    Args:
+        optimizer: any torch optimizer whose ``step`` does without a closure. It lives on inside:
+            ``param_groups``, ``defaults`` and ``state`` are its own.
+        chunk: C of the groups that bring none, in calls of ``step`` (default: 1).
+        reduce: "mean" or "sum" over the chunk, likewise. With the mean a slow group takes rarer
+            steps, not larger ones, also with an optimizer that is not scale-invariant
+            (default: "mean").
+
+    The groups also have ``pending_steps``, the steps of the chunk that has begun. A step in which a
+    parameter has no gradient counts as a gradient of zero; if it had none in the whole chunk, it
+    has none. Gradients are left as the backward pass made them. ``torch.amp.GradScaler`` unscales
+    before ``step``, and a step that it skips is none of the chunk's. Whoever changes gradients
+    between accumulation and update, as clipping by the norm of what is applied does, uses
+    :meth:`due` in the place of ``step``.
+
+    State per parameter: that of the wrapped optimizer, and 1 float while a chunk of more than one
+    step is under way (float32 for narrower parameters), the sum of its gradients in ``pending``;
+    checkpoints have both, so that training goes on bit for bit in mid-chunk.
+
+    Cost: one addition per parameter and step.
+
+    Raises:
+        TypeError: ``optimizer`` is none, or its ``step`` needs a closure.
+        ValueError: a ``chunk`` or ``reduce`` out of range, named with its value.
+
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, section 7.1.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, chunk: int = 1, *, reduce: Literal["mean", "sum"] = "mean"
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer object")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"Invalid optimizer: {type(optimizer).__name__} evaluates the model by a closure "
+                "at every step, so that it has no gradients to wait for"
+            )
+        own = {"chunk": chunk, "reduce": reduce, "pending_steps": 0}
+        for group in ({}, *optimizer.param_groups):
+            _check({**own, **group})
+        self.optimizer = optimizer
+        self.pending: dict[Tensor, Tensor] = {}
+        # Not Optimizer.__init__, which makes groups of its own: only hooks and profiling.
+        super().__setstate__({})
+        self.defaults.update(own)
+        for group in self.param_groups:
+            for key, value in own.items():
+                group.setdefault(key, value)
+
+    # What torch, schedulers and scalers look at is the wrapped optimizer's.
+
+    @property
+    def param_groups(self) -> list[Group]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def add_param_group(self, param_group: Group) -> None:
+        """The wrapped optimizer's, after a check of ``chunk`` and ``reduce``."""
+        _check({**self.defaults, **param_group})
+        self.optimizer.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.optimizer!r}"
+
+    # -- the step ----------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the groups whose chunk ends; the gradients of the others wait.
+
+        Args:
+            closure: evaluates the model anew and returns the loss, which is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self.due() as groups:
+            if groups:
+                self.optimizer.step()
+        return loss
+
+    @contextmanager
+    def due(self) -> Iterator[list[Group]]:
+        """``step`` with something before the update, once per step in its place::
+
+            with optimizer.due():
+                clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.optimizer.step()
+
+        Inside, a parameter whose chunk ends has the chunk's gradient, and one whose chunk does
+        not end has none, which every optimizer skips. Afterwards ``.grad`` is what it was. After an
+        exception nothing has been counted, and the step can be tried again.
+
+        Yields:
+            The groups whose chunk ends.
+        """
+        pending, counts, grads = dict(self.pending), [], {}
+        due = []
+        for group in self.param_groups:
+            count = group["pending_steps"] + 1
+            ends = count >= group["chunk"]
+            counts.append((group, 0 if ends else count))
+            if ends:
+                due.append(group)
+            if ends and count == 1:
+                continue
+            for param in group["params"]:
+                total = _plus(pending.pop(param, None), param, group)
+                grads[param] = _reduced(total, param, group, count) if ends else None
+                if not ends and total is not None:
+                    pending[param] = total
+        with _swapped(grads):
+            yield due
+        self.pending = pending
+        for group, count in counts:
+            group["pending_steps"] = count
+
+    def flush(self, partial: Literal["step", "discard"]) -> None:
+        """End all chunks that are under way, at the end of training for example.
+
+        Args:
+            partial: "step" updates from what there is, its mean being over the steps so far, and
+                groups that wait for nothing rest; "discard" forgets it.
+
+        Raises:
+            ValueError: another ``partial``.
+        """
+        if partial not in PARTIAL:
+            raise ValueError(f"Invalid partial: {partial!r}; choose from {PARTIAL}")
+        waiting = [group for group in self.param_groups if group["pending_steps"]]
+        if partial == "step" and waiting:
+            params = [param for group in self.param_groups for param in group["params"]]
+            grads: dict[Tensor, Tensor | None] = dict.fromkeys(params)
+            for group in waiting:
+                for param in group["params"]:
+                    total = self.pending.get(param)
+                    grads[param] = _reduced(total, param, group, group["pending_steps"])
+            with _swapped(grads):
+                self.optimizer.step()
+        self.pending = {}
+        for group in waiting:
+            group["pending_steps"] = 0
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "pending": self.pending}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's; a parameter that waits has its ``pending_grad`` there too."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        saved = self.optimizer.state_dict()
+        state = dict(saved["state"])
+        for index, param in self._indexed(saved).items():
+            if param in self.pending:
+                state[index] = {**state.get(index, {}), PENDING: self.pending[param]}
+        saved = {**saved, "state": state}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, saved)
+            saved = saved if replaced is None else replaced
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The wrapped optimizer's, and what waits; it may be a checkpoint of that optimizer alone.
+
+        Raises:
+            ValueError: what the wrapped optimizer refuses, or a pending gradient that does not fit
+                its parameter; nothing has changed then.
+        """
+        given = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, given)
+            given = given if replaced is None else replaced
+        params, state, pending = self._indexed(given), {}, {}
+        for index, kept in given["state"].items():
+            if isinstance(kept, dict) and PENDING in kept:
+                kept = dict(kept)
+                grad, param = kept.pop(PENDING), params.get(index)
+                if param is not None and grad.shape != param.shape:
+                    raise ValueError(
+                        f"the checkpoint's pending gradient of parameter number {index} has shape "
+                        f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"
+                    )
+                if param is not None:
+                    pending[param] = grad.detach().to(param.device, state_dtype(param), copy=True)
+                if not kept:  # its optimizer has not stepped it yet
+                    continue
+            state[index] = kept
+        groups = [dict(group) for group in given["param_groups"]]
+        for mine, group in zip(self.param_groups, groups, strict=False):
+            for key, value in (("chunk", mine["chunk"]), ("reduce", mine["reduce"])):
+                group.setdefault(key, value)
+            group.setdefault("pending_steps", 0)
+            _check(group)
+        self.optimizer.load_state_dict({**given, "state": state, "param_groups": groups})
+        self.pending = pending
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _indexed(self, saved: Mapping[str, Any]) -> dict[Any, Tensor]:
+        """Parameters by their index in a state dict: by position, as torch does."""
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        return dict(zip(indices, params, strict=False))  # torch itself refuses other lengths
+
+
+def _check(group: Group) -> None:
+    chunk, reduce = group["chunk"], group["reduce"]
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(
+            f"Invalid chunk: {chunk!r}; it must be a whole number of steps, at least 1"
+        )
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"Invalid reduce: {reduce!r}; choose from {REDUCTIONS}")
+
+
+def _plus(pending: Tensor | None, param: Tensor, group: Group) -> Tensor | None:
+    """A new tensor, or ``pending`` itself: it is never written into, as ``param.grad`` may be."""
+    if param.grad is None:
+        return pending
+    grad = param.grad if group.get("differentiable") else param.grad.detach()
+    if pending is None:
+        return grad.to(state_dtype(param), copy=True)
+    return pending + grad
+
+
+def _reduced(total: Tensor | None, param: Tensor, group: Group, count: int) -> Tensor | None:
+    if total is None:
+        return None
+    return (total / count if group["reduce"] == "mean" else total).to(param.dtype)
+
+
+@contextmanager
+def _swapped(grads: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
+    """Other gradients inside, the present ones afterwards."""
+    own = {param: param.grad for param in grads}
+    try:
+        for param, grad in grads.items():
+            param.grad = grad
+        yield
+    finally:
+        for param, grad in own.items():
+            param.grad = grad
