@@ -1,6 +1,6 @@
 """Hope: self-modifying Titans with a continuum memory system (arXiv 2512.24695)."""
 
-from deepopt.hope.cms import CMS, ChunkedUpdates
+from deepopt.hope.cms import CMS, chunk_groups
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import generate
 from deepopt.hope.model import Hope, HopeOutput
@@ -8,10 +8,10 @@ from deepopt.hope.titans import SelfModifyingTitans
 
 __all__ = [
     "CMS",
-    "ChunkedUpdates",
     "Hope",
     "HopeConfig",
     "HopeOutput",
     "SelfModifyingTitans",
+    "chunk_groups",
     "generate",
 ]

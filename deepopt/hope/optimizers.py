@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import deepopt
+from deepopt.hope.cms import chunk_groups
+from deepopt.optim.continuum import Continuum
 
 
 def optimizers_by_name() -> dict[str, type[Optimizer]]:
@@ -40,25 +42,27 @@ def has_memory(name: str) -> bool:
 
 
 def build_optimizers(
-    model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None
-) -> list[Optimizer]:
+    model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None, seq_len: int
+) -> list[Continuum]:
     """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two."""
     cls = optimizer_class(name)
-    groups = deepopt.param_groups(model)
+    groups = chunk_groups(model, deepopt.param_groups(model), seq_len)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if memory is not None:
         if not has_memory(name):
             raise ValueError(f"memory={memory!r}: {cls.__name__} has none; leave it out")
         options["memory"] = memory
     if cls is not torch.optim.Muon:
-        return [cls(groups, **options)]
+        return [Continuum(cls(groups, **options))]
 
     # torch's Muon takes nothing but two-dimensional matrices; AdamW has the rest.
-    matrices: list[Any] = []
-    rest: list[Any] = []
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
     for group in groups:
-        for name, param in group["params"]:
-            is_matrix = group["path"] == "matrix" and param.ndim == 2
-            (matrices if is_matrix else rest).append((name, param))
+        is_matrix = [group["path"] == "matrix" and param.ndim == 2 for _, param in group["params"]]
+        for flag, chosen in ((True, matrices), (False, rest)):
+            params = [p for p, is_ in zip(group["params"], is_matrix, strict=True) if is_ == flag]
+            if params:
+                chosen.append({"params": params, "chunk": group["chunk"]})
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
-    return [muon, torch.optim.AdamW(rest, **options)]
+    return [Continuum(muon), Continuum(torch.optim.AdamW(rest, **options))]

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
-from deepopt.hope import ChunkedUpdates, Hope, HopeConfig, generate
+from deepopt.hope import Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, has_memory, optimizer_class
 from deepopt.memory import BUILT_IN
 
@@ -179,9 +179,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = (build_model() if build_model else Hope(config.model)).to(config.device)
         self.optimizers = build_optimizers(
-            self.model, config.optimizer, config.lr, config.weight_decay, config.memory
+            self.model,
+            config.optimizer,
+            config.lr,
+            config.weight_decay,
+            config.memory,
+            config.seq_len,
         )
-        self.updates = ChunkedUpdates(self.model, config.seq_len)
         self.step = 0
         self.rng_state = torch.get_rng_state()
         self.model_seconds: list[float] = []
@@ -269,12 +273,14 @@ class Trainer:
         self._check_finite("loss", loss)
         loss.backward()
         model_seconds = time.process_time() - began
-        with self.updates.step():
+        with ExitStack() as chunks:  # what is clipped is what is applied
+            for optimizer in self.optimizers:
+                chunks.enter_context(optimizer.due())
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
             self._check_finite("norm of the gradient", norm)
             began = time.process_time()
             for optimizer in self.optimizers:
-                optimizer.step()
+                optimizer.optimizer.step()
             optimizer_seconds = time.process_time() - began
 
         self.step += 1
@@ -339,7 +345,6 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "updates": self.updates.state_dict(),
             "rng_state": torch.get_rng_state(),
         }
         checkpoint.save(self._path("checkpoint.safetensors"), state)
@@ -363,7 +368,6 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.updates.load_state_dict(state["updates"])
         self.rng_state = state["rng_state"]
 
     def _result(self, val_loss: float) -> TrainResult:

@@ -150,7 +150,8 @@ def test_stopped_run_goes_on_bit_for_bit(config, tmp_path, name):
     with pytest.raises(KeyboardInterrupt):
         Trainer(broken).run(StopAfter(7))
     assert saved_step(broken.out) == 7
-    assert checkpoint.load(broken.out / "checkpoint.safetensors")["updates"]["pending"]
+    saved = checkpoint.load(broken.out / "checkpoint.safetensors")
+    assert any("pending_grad" in s for o in saved["optimizers"] for s in o["state"].values())
     torch.manual_seed(123)
     train(dataclasses.replace(broken, resume=True))
     assert_same_run(whole.out, broken.out)
