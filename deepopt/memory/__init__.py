@@ -11,8 +11,9 @@ from torch import Tensor
 from deepopt.memory.covariance import Covariance
 from deepopt.memory.delta import Delta
 from deepopt.memory.linear import Linear
+from deepopt.memory.multi_scale import MultiScale
 
-__all__ = ["BUILT_IN", "Covariance", "Delta", "Linear", "Memory", "resolve"]
+__all__ = ["BUILT_IN", "Covariance", "Delta", "Linear", "Memory", "MultiScale", "resolve"]
 
 
 @runtime_checkable

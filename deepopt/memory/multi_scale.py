@@ -1,0 +1,164 @@
+"""Momenta at two time scales: the memories of M3 (Alg. 1, Eq 75)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.linear import Linear
+from deepopt.ops import frobenius
+
+LINEAR = Linear()
+
+FARTHEST = 4
+"""The slow momentum's horizon is at most a share 1/FARTHEST of the run so far."""
+
+
+@dataclass(frozen=True)
+class MultiScale:
+    r"""A fast momentum, written at every step, and a slow one, written once per chunk.
+
+    With f = ``slow_chunk``, k the chunks that have ended and :math:`t = kf + 1, \dots, (k+1)f`:
+
+    .. math::
+        M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1-\beta_1)\, G_t \\
+        M^{(2)}_{k+1} &= \beta_{3,k} M^{(2)}_k + (1-\beta_{3,k})\, \frac1f \sum_{t} G_t, \qquad
+        \beta_{3,k} = \min\Big(\beta_3, \frac{k}{k+4}\Big) \\
+        \alpha_k &= \alpha \min\Big(1, \frac{kf}{\texttt{ramp}}\Big)
+
+    so that the slow momentum averages about the last quarter of the run until that is longer than
+    1/(1 - beta3) chunks, and speaks up as the run grows (AdEMAMix, arXiv 2409.03137, ramps both
+    too).
+
+    The gate multiplies :math:`\alpha_k` by
+    :math:`\max(0, a^{(2)}_t) / \max(a^{(1)}_t, a^{(2)}_t)`, where :math:`a^{(i)}` is the running
+    mean, of retention beta1, of the cosine between the gradient and :math:`M^{(i)}` as it was
+    before: where the slow momentum foresees gradients less well than the fast one does, as after a
+    change of task, it loses its say in proportion.
+
+    Read: :math:`\hat M^{(1)} + \alpha_k M^{(2)} \|\hat M^{(1)}\|_F / \|M^{(2)}\|_F` with the
+    look-ahead :math:`\hat M^{(1)}` of :class:`Linear`, scaled back to its norm.
+
+    The chunk's sum is not kept apart: its terms go into :math:`M^{(2)}` as they come, the decay
+    comes with the first of them, and the sum is whole when the chunk ends.
+
+    Args:
+        slow_chunk: f, writes per chunk, at least 1 (default: 10).
+        beta3: largest retention of the slow momentum per chunk, in [0, 1) (default: 0.99).
+        alpha: weight of the slow momentum beside the fast one's 1 (default: 0.5).
+        ramp: writes until the weight is alpha; in the first chunk it is 0 in any case
+            (default: 2000).
+        gate: multiply the weight by the ratio above (default: False).
+
+    State: 2 floats per parameter, and 2 per matrix with the gate.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    slow_chunk: int = 10
+    beta3: float = 0.99
+    alpha: float = 0.5
+    ramp: int = 2000
+    gate: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.slow_chunk, int) or self.slow_chunk < 1:
+            raise ValueError(
+                f"Invalid slow_chunk: {self.slow_chunk}; it must be a whole number of steps, "
+                "at least 1"
+            )
+        if not 0.0 <= self.beta3 < 1.0:
+            raise ValueError(f"Invalid beta3: {self.beta3}; it must be in [0, 1)")
+        if not 0.0 <= self.alpha < float("inf"):
+            raise ValueError(f"Invalid alpha: {self.alpha}; it must be finite and at least 0")
+        if not self.ramp >= 0:
+            raise ValueError(f"Invalid ramp: {self.ramp}; it must be a number of steps, at least 0")
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        state = {**LINEAR.init(like), "slow": torch.zeros_like(like)}
+        if self.gate:
+            state["agreement"] = like.new_zeros(len(like), 2)
+        return state
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        if self.gate:
+            cosines = [_cosine(grad, state[key]) for key in ("momentum", "slow")]
+            state["agreement"] = state["agreement"].lerp(torch.stack(cosines, -1), 1 - retention)
+        LINEAR.write(state, grad, retention)
+        step, ended = state["step"].to(grad), self._ended(state, grad)
+        kept = (ended / (ended + FARTHEST)).clamp_max(self.beta3)
+        decay = torch.where((step - 1) % self.slow_chunk == 0, kept, 1.0)
+        share = (1 - kept) / self.slow_chunk
+        state["slow"] = decay[:, None, None] * state["slow"] + share[:, None, None] * grad
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        fast, slow = self.fast(state, grad, retention), state["slow"]
+        tiny = torch.finfo(grad.dtype).tiny
+        slow = slow / frobenius(slow).clamp_min(tiny)[:, None, None]
+        return blend(fast, slow * frobenius(fast)[:, None, None], self.weight(state, grad))
+
+    def fast(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        """The fast momentum alone, shape (B, m, n)."""
+        return LINEAR.read(state, grad, retention)
+
+    def weight(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
+        """The slow momentum's weight beside the fast one's 1, shape (B,)."""
+        steps = self._ended(state, grad) * self.slow_chunk
+        weight = self.alpha * (steps / max(self.ramp, 1)).clamp_max(1.0)
+        if not self.gate:
+            return weight
+        fast, slow = state["agreement"].unbind(-1)
+        best = torch.maximum(fast, slow).clamp_min(torch.finfo(grad.dtype).tiny)
+        return weight * slow.clamp_min(0.0) / best
+
+    def _ended(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
+        """Chunks that were whole before the last write, shape (B,)."""
+        return torch.floor((state["step"].to(grad) - 1) / self.slow_chunk)
+
+
+@dataclass(frozen=True)
+class MultiScaleSums:
+    r"""The memory of Alg. 1 as printed: sums, which forget nothing.
+
+    .. math::
+        M^{(1)} \leftarrow M^{(1)} + \beta_1 G, \qquad V \leftarrow V + \beta_2 G^2, \qquad
+        M^{(2)} \leftarrow M^{(2)} + \beta_3 \sum_{\text{chunk}} G
+
+    with :math:`\beta_1` the ``retention`` of :meth:`write`; the sum over the chunk goes in term by
+    term, so that :math:`M^{(2)}` is Alg. 1's whenever a chunk has just ended. The printed sum has
+    f + 1 terms, of which one belongs to two chunks; here it has the chunk's f.
+
+    Args:
+        beta2: factor of the squares.
+        beta3: factor of the slow sum.
+
+    State: 3 floats per parameter.
+    """
+
+    beta2: float
+    beta3: float
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {key: torch.zeros_like(like) for key in ("momentum", "slow", "squares")}
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        state["momentum"] = state["momentum"] + retention * grad
+        state["squares"] = state["squares"] + self.beta2 * grad.square()
+        state["slow"] = state["slow"] + self.beta3 * grad
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        return state["momentum"]
+
+
+def blend(fast: Tensor, slow: Tensor, weight: Tensor) -> Tensor:
+    """fast + weight slow, at the Frobenius norm of fast; ``weight`` has shape (B,)."""
+    mixed = fast + weight[:, None, None] * slow
+    after = frobenius(mixed).clamp_min(torch.finfo(fast.dtype).tiny)
+    return mixed * (frobenius(fast) / after)[:, None, None]
+
+
+def _cosine(left: Tensor, right: Tensor) -> Tensor:
+    tiny = torch.finfo(left.dtype).tiny
+    left, right = (x / frobenius(x).clamp_min(tiny)[:, None, None] for x in (left, right))
+    return (left * right).sum((-2, -1))

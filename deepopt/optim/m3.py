@@ -1,0 +1,226 @@
+"""M3: momenta at two time scales, each orthogonalised (Alg. 1, Eq 75)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from deepopt.memory import MultiScale
+from deepopt.memory.multi_scale import MultiScaleSums, blend
+from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.deep_momentum import check_output_map, init_output_map, orthogonalize, resize
+
+MIXES = ("post", "pre")
+
+
+class M3(MemoryOptimizer):
+    r"""Multi-scale Momentum Muon: a fast and a slow momentum, mixed into one update (Alg. 1).
+
+    For every hidden matrix W with gradient G, NS the Newton-Schulz map, f = ``slow_chunk``, and
+    k = floor((t - 1) / f) the chunks of f steps that have ended:
+
+    .. math::
+        M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1-\beta_1)\, G_t, \qquad
+        \hat M^{(1)}_t = \beta_1 M^{(1)}_t + (1-\beta_1)\, G_t \\
+        M^{(2)}_k &= \beta_{3,k} M^{(2)}_{k-1} + (1-\beta_{3,k})\,
+        \frac1f \sum_{t=(k-1)f+1}^{kf} G_t, \qquad O^{(2)}_k = \text{NS}(M^{(2)}_k) \\
+        O_t &= \text{NS}(\hat M^{(1)}_t) + \alpha_t\, O^{(2)}_k \quad(\texttt{mix="post"}), \qquad
+        \text{NS}\Big(\hat M^{(1)}_t + \alpha_t \frac{\|\hat M^{(1)}_t\|_F}{\|M^{(2)}\|_F} M^{(2)}
+        \Big) \quad(\texttt{mix="pre"}) \\
+        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
+
+    with :math:`\beta_{3,k} = \min(\beta_3, \frac{k-1}{k+3})`, an average over about the last
+    quarter of the run until :math:`\beta_3` limits it, and
+    :math:`\alpha_t = \alpha \min(1, kf/\texttt{ramp})`, times the gate of
+    :class:`deepopt.memory.MultiScale` where asked for. :math:`\hat O_t` has the norm of
+    :math:`\text{NS}(\hat M^{(1)}_t)` and normalised rows; they, :math:`c_t` and :math:`r_t`, which
+    is taken from :math:`\hat M^{(1)}_t`, are those of :class:`DeepMomentum`, which ``alpha=0``
+    equals with its linear memory, bit for bit. So AdamW's ``lr`` and ``weight_decay`` carry over,
+    and the slow momentum turns an update but never enlarges it. In the first chunk
+    :math:`O^{(2)}` is zero. With ``mix="pre"`` the gradients of the chunk that has not ended count
+    in :math:`M^{(2)}` already. Embeddings, output heads, norms, biases and tiny matrices take
+    torch's AdamW.
+
+    .. warning::
+        ``literal=True`` is Alg. 1 as printed, to show what the paper says and not to train with:
+
+        .. math::
+            M^{(1)}_t &= M^{(1)}_{t-1} + \beta_1 G_t, \qquad V_t = V_{t-1} + \beta_2 G_t^2, \qquad
+            M^{(2)}_k = M^{(2)}_{k-1} + \beta_3 \sum_{t=(k-1)f+1}^{kf} G_t \\
+            W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\,
+            \frac{\text{NS}(M^{(1)}_t) + \alpha\, \text{NS}(M^{(2)}_k)}{\sqrt{V_t} + \epsilon}
+
+        Its sums forget nothing, and Newton-Schulz does not see size, so that :math:`\beta_1` and
+        :math:`\beta_3` have no effect. Dividing an orthogonal matrix by the size of the gradient
+        makes the step inversely proportional to it, and enormous where an entry's gradient has
+        been zero: AdamW's ``lr`` does not carry over. The printed sum over a chunk has f + 1
+        terms, of which one belongs to two chunks; here it has the chunk's f. Eq 75 differs from
+        Alg. 1 in sign and in its factor; Alg. 1 is followed. Weight decay is not printed: give 0.
+
+    Args:
+        params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
+            ``deepopt.param_groups(model)``, the surest routing. A group can have its own value of
+            any argument below.
+        lr: learning rate, gamma; a float or a 1-element tensor (default: 1e-3).
+        betas: retention of the fast momentum, and of the second moments: of entries on the
+            element-wise path, of rows and of the whole gradient on the matrix path
+            (default: (0.9, 0.999)).
+        eps: AdamW's term in the denominator, and that of ``literal`` (default: 1e-8).
+        weight_decay: decoupled weight decay, lambda (default: 1e-2).
+        beta3: largest retention of the slow momentum per chunk, in [0, 1) (default: 0.99).
+        alpha: weight of the slow momentum beside the fast one's 1 (default: 0.5).
+        slow_chunk: steps per chunk, f, at least 1 (default: 10).
+        mix: "post" adds the orthogonalised momenta and keeps the slow one's; "pre"
+            orthogonalises the sum (default: "post").
+        ramp: steps until the slow momentum has its whole weight (default: 2000).
+        gate: lower the slow momentum's weight where it foresees gradients less well than the fast
+            one does: for abrupt changes of the task. Where gradients are mostly noise it costs
+            what the slow momentum gains (default: False).
+        literal: Alg. 1 as printed; ``ramp``, ``gate``, ``row_norm``, ``update_rms`` and ``rms_cap``
+            have no part in it (default: False).
+        row_norm: divide rows by their running root mean square after Newton-Schulz
+            (default: True).
+        update_rms: None for AdamW's own root mean square; a positive number fixes it
+            (default: None).
+        rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
+            root mean square; 1 never enlarges (default: 1.5).
+        ns_steps: steps of Newton-Schulz (default: 5).
+        ns_coefficients: None for the Polar Express coefficients of ``ns_steps`` steps, or one
+            (a, b, c) for all steps (default: None).
+        path: "auto" routes by shape, and by name where names are given; "matrix", "stack" and
+            "elementwise" force a path, as ``deepopt.param_groups`` does (default: "auto").
+        foreach: torch's flag for the element-wise path (default: None).
+        maximize: ascend instead of descending (default: False).
+        capturable: keep step counts on the device, so that the step can be captured in a CUDA
+            graph; "post" then computes the slow read-out at every step (default: False).
+        differentiable: let autograd run through the step, to optimize what it depends on;
+            parameters must not be leaves then (default: False).
+        fused: torch's flag for the element-wise path; tensors whose memory order differs from
+            their parameter's are put in order first (default: None).
+
+    State per parameter: on the matrix path 3 floats for "post", 2 for "pre", each plus 2/n for the
+    rows and 1 per matrix (3 with the gate), and 4 for ``literal``; 2 on the element-wise path.
+    Float32 for narrower parameters.
+
+    Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, for "post" 1 + 1/f times
+    as many on average.
+
+    Raises:
+        ValueError: an argument out of range, named with its value.
+        RuntimeError: sparse gradients, or flags that exclude each other.
+
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, section 7.2, which gives none of
+    the hyper-parameters; there is no official code.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        beta3: float = 0.99,
+        alpha: float = 0.5,
+        slow_chunk: int = 10,
+        mix: Literal["post", "pre"] = "post",
+        ramp: int = 2000,
+        gate: bool = False,
+        literal: bool = False,
+        row_norm: bool = True,
+        update_rms: float | None = None,
+        rms_cap: float = 1.5,
+        ns_steps: int = 5,
+        ns_coefficients: Sequence[float] | None = None,
+        path: str = "auto",
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "beta3": beta3,
+            "alpha": alpha,
+            "slow_chunk": slow_chunk,
+            "mix": mix,
+            "ramp": ramp,
+            "gate": gate,
+            "literal": literal,
+            "row_norm": row_norm,
+            "update_rms": update_rms,
+            "rms_cap": rms_cap,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "path": path,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        _memory(group)
+        if group["mix"] not in MIXES:
+            raise ValueError(f"Invalid mix: {group['mix']!r}; choose from {MIXES}")
+        if group["literal"] and group["mix"] != "post":
+            raise ValueError(
+                f"Invalid mix: {group['mix']!r} with literal=True; Alg. 1 mixes after "
+                "Newton-Schulz, use mix='post'"
+            )
+        check_output_map(group)
+
+    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
+        slow = {"slow_update": torch.zeros_like(like)} if group["mix"] == "post" else {}
+        if group["literal"]:
+            return {**_sums(group).init(like), **slow}
+        return {**_memory(group).init(like), **slow, **init_output_map(like, group)}
+
+    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
+        retention = group["betas"][0]
+        if group["literal"]:
+            sums = _sums(group)
+            sums.write(state, grad, retention)
+            fast = orthogonalize(sums.read(state, grad, retention), group)
+            update = fast + group["alpha"] * self._slow_update(state, group)
+            return update / (state["squares"].sqrt() + group["eps"])
+        memory = _memory(group)
+        memory.write(state, grad, retention)
+        momentum = memory.fast(state, grad, retention)
+        if group["mix"] == "pre":
+            update = orthogonalize(memory.read(state, grad, retention), group)
+        else:
+            weight = memory.weight(state, grad)
+            update = blend(orthogonalize(momentum, group), self._slow_update(state, group), weight)
+        return resize(update, momentum, state, grad, group)
+
+    @staticmethod
+    def _slow_update(state: dict[str, Tensor], group: Group) -> Tensor:
+        """O2 of the chunk before; where a chunk ends, state gets its own, for the next step on."""
+        current, ends = state["slow_update"], state["step"] % group["slow_chunk"] == 0
+        if group["capturable"]:  # a graph cannot depend on which rows are due
+            new = orthogonalize(state["slow"], group)
+            state["slow_update"] = torch.where(ends[:, None, None], new, current)
+        elif len(rows := ends.nonzero().squeeze(-1).to(current.device)):
+            new = orthogonalize(state["slow"][rows], group)
+            state["slow_update"] = current.index_copy(0, rows, new)
+        return current
+
+
+def _memory(group: Group) -> MultiScale:
+    names = ("slow_chunk", "beta3", "alpha", "ramp", "gate")
+    return MultiScale(**{name: group[name] for name in names})
+
+
+def _sums(group: Group) -> MultiScaleSums:
+    return MultiScaleSums(group["betas"][1], group["beta3"])
