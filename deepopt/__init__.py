@@ -10,6 +10,8 @@ from types import ModuleType
 
 from deepopt import memory
 from deepopt.optim import (
+    M3,
+    Continuum,
     DeepMomentum,
     DeltaGradientDescent,
     DeltaMomentum,
@@ -24,6 +26,8 @@ from deepopt.optim import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "M3",
+    "Continuum",
     "DeepMomentum",
     "DeltaGradientDescent",
     "DeltaMomentum",

@@ -1,16 +1,20 @@
 """One file per ``torch.optim.Optimizer``; ``base.py`` owns what torch asks of all of them."""
 
 from deepopt.optim.capture import capture_inputs
+from deepopt.optim.continuum import Continuum
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.delta_momentum import DeltaMomentum
 from deepopt.optim.factory import create_optimizer
 from deepopt.optim.functional import functional
 from deepopt.optim.groups import param_groups, routing_table
+from deepopt.optim.m3 import M3
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 from deepopt.optim.registry import optimizers
 
 __all__ = [
+    "M3",
+    "Continuum",
     "DeepMomentum",
     "DeltaGradientDescent",
     "DeltaMomentum",

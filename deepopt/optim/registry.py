@@ -15,6 +15,7 @@ from deepopt.memory import Covariance
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.delta_momentum import DeltaMomentum
+from deepopt.optim.m3 import M3
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 
 Options = dict[str, Any]
@@ -172,6 +173,34 @@ REGISTRY: dict[str, Entry] = {
         errors=(
             ({"rule": "exact"}, ValueError, "Invalid rule: 'exact'"),
             ({"decay_scale": -0.5}, ValueError, "Invalid decay_scale: -0.5"),
+        ),
+    ),
+    "m3": Entry(
+        M3,
+        equations="75, Alg. 1",
+        update="momenta at two time scales, Newton-Schulz of each (post) or of both (pre), "
+        "rows normalised, AdamW's size",
+        state="3 (post), 2 (pre), 4 (literal)",
+        cost="5 (4 r²R + 2 r³) (1 + 1/f) (post, literal), 5 (4 r²R + 2 r³) (pre)",
+        options=(
+            {"slow_chunk": 2, "ramp": 0},
+            {"slow_chunk": 3, "ramp": 4, "mix": "pre", "lr": 3e-3, "betas": (0.8, 0.9)},
+            {"slow_chunk": 2, "ramp": 0, "gate": True, "alpha": 1.0, "beta3": 0.5},
+            {"slow_chunk": 1, "ramp": 0, "row_norm": False, "update_rms": 0.2, "maximize": True},
+            {"path": "elementwise", "eps": 1e-6},
+        ),
+        literal=({"literal": True, "slow_chunk": 2, "eps": 1.0},),
+        errors=(
+            ({"beta3": 1.0}, ValueError, "Invalid beta3: 1.0"),
+            ({"alpha": -1.0}, ValueError, "Invalid alpha: -1.0"),
+            ({"slow_chunk": 0}, ValueError, "Invalid slow_chunk: 0"),
+            ({"mix": "mid"}, ValueError, "Invalid mix: 'mid'"),
+            ({"mix": "pre", "literal": True}, ValueError, "Invalid mix: 'pre' with literal=True"),
+            ({"ramp": -1}, ValueError, "Invalid ramp: -1"),
+            ({"update_rms": 0.0}, ValueError, "Invalid update_rms: 0.0"),
+            ({"rms_cap": 0.5}, ValueError, "Invalid rms_cap: 0.5"),
+            ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
+            ({"ns_coefficients": (1.0,)}, ValueError, "Invalid ns_coefficients: (1.0,)"),
         ),
     ),
 }
