@@ -12,6 +12,15 @@ from deepopt.hope.cms import chunk_groups
 from deepopt.optim.continuum import Continuum
 
 
+RATES = {
+    "SGD": 250.0,
+    "PreconditionedMomentum": 250.0,
+    "DeltaMomentum": 250.0,
+    "DeltaGradientDescent": 500.0,
+}
+"""Learning rates relative to AdamW's, of optimizers whose updates are as large as the gradient."""
+
+
 def optimizers_by_name() -> dict[str, type[Optimizer]]:
     """The optimizers that ``--optimizer`` can name; deepopt's win over torch's of the same name."""
     return {
@@ -44,14 +53,27 @@ def has_memory(name: str) -> bool:
 def build_optimizers(
     model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None, seq_len: int
 ) -> list[Continuum]:
-    """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two."""
+    """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two.
+
+    ``lr`` is AdamW's. An optimizer of :data:`RATES` takes that multiple of it for what it steps by
+    its own rule, with so much less decay that as much is forgotten per step. A group's rate is its
+    ``initial_lr`` too, as with torch's schedulers.
+    """
     cls = optimizer_class(name)
     groups = chunk_groups(model, deepopt.param_groups(model), seq_len)
+    for group in groups:
+        by_adamw = group["path"] == "elementwise" and not cls.__module__.startswith("torch.")
+        rate = 1.0 if by_adamw else RATES.get(cls.__name__, 1.0)
+        group.update(lr=lr * rate, initial_lr=lr * rate, weight_decay=weight_decay / rate)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if memory is not None:
         if not has_memory(name):
             raise ValueError(f"memory={memory!r}: {cls.__name__} has none; leave it out")
         options["memory"] = memory
+    if cls is torch.optim.SGD:
+        options["momentum"] = 0.9
+    if cls is deepopt.DeltaGradientDescent:
+        deepopt.capture_inputs(model)
     if cls is not torch.optim.Muon:
         return [Continuum(cls(groups, **options))]
 
@@ -63,6 +85,7 @@ def build_optimizers(
         for flag, chosen in ((True, matrices), (False, rest)):
             params = [p for p, is_ in zip(group["params"], is_matrix, strict=True) if is_ == flag]
             if params:
-                chosen.append({"params": params, "chunk": group["chunk"]})
+                own = {key: group[key] for key in ("chunk", "lr", "initial_lr", "weight_decay")}
+                chosen.append({"params": params, **own})
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
     return [Continuum(muon), Continuum(torch.optim.AdamW(rest, **options))]

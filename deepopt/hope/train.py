@@ -52,7 +52,8 @@ class TrainConfig:
         data: a text file or a directory; None for the sources of the Python standard library.
         optimizer: a class of ``deepopt`` or ``torch.optim``, in any case.
         memory: DeepMomentum's memory; None for its default.
-        lr: peak of the learning rate: linear warm-up to it, linear decay to zero at the end.
+        lr: peak of the learning rate: linear warm-up to it, linear decay to zero at the end. It is
+            on AdamW's scale for every optimizer; ``deepopt.hope.optimizers.RATES`` has the others'.
         weight_decay: the optimizer's, of all parameters: decoupled in AdamW, Muon and deepopt's.
         steps: number of optimizer steps.
         batch_size: sequences per step.
@@ -262,7 +263,7 @@ class Trainer:
         factor = lr_factor(self.step, config.steps, config.warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor
+                group["lr"] = group["initial_lr"] * factor
             optimizer.zero_grad()
         tokens, targets = sample_batch(
             self.corpus.train, config.batch_size, config.seq_len, config.seed, self.step
@@ -418,7 +419,7 @@ def argument_parser() -> argparse.ArgumentParser:
     option("optimizer", "of deepopt or torch.optim")
     parser.add_argument("--compare", metavar="NAME", help="train with this optimizer as well")
     option("memory", f"DeepMomentum's memory: {', '.join(BUILT_IN)} (its default)")
-    option("lr", "peak of the learning rate")
+    option("lr", "peak of the learning rate, on AdamW's scale")
     option("weight_decay", "the optimizer's, of all parameters")
     option("steps", "optimizer steps")
     option("batch_size", "sequences per step")
