@@ -27,13 +27,19 @@ data = [{"input_ids": row, "labels": row} for row in (starts + strides * torch.a
 
 def make_model() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(
+        vocab_size=64,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
     )
+    return GPT2LMHeadModel(config)
 
 
-def make_trainer(folder: Path, **optimization: Any) -> Trainer:
-    model = optimization.pop("model", None) or make_model()
+def make_trainer(folder: Path, model: GPT2LMHeadModel, **optimization: Any) -> Trainer:
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -52,16 +58,14 @@ def with_optimizers(folder: Path) -> Trainer:
     model = make_model()
     optimizer = deepopt.create_optimizer(model, "deep_momentum", lr=4e-3, weight_decay=0.1)
     scheduler = get_cosine_schedule_with_warmup(optimizer, STEPS // 10, STEPS)
-    return make_trainer(folder, model=model, optimizers=(optimizer, scheduler))
+    return make_trainer(folder, model, optimizers=(optimizer, scheduler))
 
 
 def with_class(folder: Path) -> Trainer:
     """A class and its arguments; ``params`` take the place of the Trainer's own groups."""
     model = make_model()
     options = {"params": deepopt.param_groups(model), "lr": 4e-3, "weight_decay": 0.1}
-    return make_trainer(
-        folder, model=model, optimizer_cls_and_kwargs=(deepopt.DeepMomentum, options)
-    )
+    return make_trainer(folder, model, optimizer_cls_and_kwargs=(deepopt.DeepMomentum, options))
 
 
 def main() -> None:
