@@ -11,7 +11,6 @@ import deepopt
 from deepopt.hope.cms import chunk_groups
 from deepopt.optim.continuum import Continuum
 
-
 RATES = {
     "SGD": 250.0,
     "PreconditionedMomentum": 250.0,
