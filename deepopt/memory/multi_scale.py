@@ -47,7 +47,7 @@ class MultiScale:
         beta3: largest retention of the slow momentum per chunk, in [0, 1) (default: 0.99).
         alpha: weight of the slow momentum beside the fast one's 1 (default: 0.5).
         ramp: writes until the weight is alpha; in the first chunk it is 0 in any case
-            (default: 2000).
+            (default: 500).
         gate: multiply the weight by the ratio above (default: False).
 
     State: 2 floats per parameter, and 2 per matrix with the gate.
@@ -59,7 +59,7 @@ class MultiScale:
     slow_chunk: int = 10
     beta3: float = 0.99
     alpha: float = 0.5
-    ramp: int = 2000
+    ramp: int = 500
     gate: bool = False
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ class M3(MemoryOptimizer):
         slow_chunk: steps per chunk, f, at least 1 (default: 10).
         mix: "post" adds the orthogonalised momenta and keeps the slow one's; "pre"
             orthogonalises the sum (default: "post").
-        ramp: steps until the slow momentum has its whole weight (default: 2000).
+        ramp: steps until the slow momentum has its whole weight (default: 500).
         gate: lower the slow momentum's weight where it foresees gradients less well than the fast
             one does: for abrupt changes of the task. Where gradients are mostly noise it costs
             what the slow momentum gains (default: False).
@@ -127,7 +127,7 @@ class M3(MemoryOptimizer):
         alpha: float = 0.5,
         slow_chunk: int = 10,
         mix: Literal["post", "pre"] = "post",
-        ramp: int = 2000,
+        ramp: int = 500,
         gate: bool = False,
         literal: bool = False,
         row_norm: bool = True,

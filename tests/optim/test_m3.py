@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import deepopt
+from deepopt.memory import MultiScale
 from deepopt.ops import polar_express
 from deepopt.optim.m3 import M3
 from tests import literal_m3
@@ -150,6 +151,18 @@ def test_fact_5_settled_without_slow_momentum_is_deep_momentums_linear_one_bit_f
         param.grad = grad.clone()
         optimizer.step()
     assert torch.equal(found[-1], param.detach())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_mixed_before_newton_schulz_it_is_deep_momentum_with_a_multi_scale_memory(gate):
+    grads = stream(9, (16, 24)).float()
+    options = {"slow_chunk": 2, "ramp": 4, "gate": gate}
+    param = nn.Parameter(torch.zeros(16, 24))
+    optimizer = deepopt.DeepMomentum([param], memory=MultiScale(**options), path="matrix")
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(path_of(grads, mix="pre", **options)[-1], param.detach())
 
 
 def test_the_slow_momentum_turns_updates_and_does_not_enlarge_them():
