@@ -52,12 +52,7 @@ def stacked(
             apart.add(key)
     new = dict(old)
     yield new
-    for key in keys:
-        if _kind(new[key]) != _kind(old[key]):
-            raise ValueError(
-                f"state {key!r} was a tensor of {_kind(old[key])} and cannot become one of "
-                f"{_kind(new[key])}: keep what init made"
-            )
+    check_kept(old, new)
     for key in keys:
         if differentiable:
             distribute(new[key], states, key, counts)
@@ -66,6 +61,16 @@ def stacked(
                 state[key].copy_(part)
         elif new[key] is not old[key]:
             old[key].copy_(new[key])
+
+
+def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Raise ValueError where a state tensor's shape or dtype has changed."""
+    for key in old:
+        if _kind(new[key]) != _kind(old[key]):
+            raise ValueError(
+                f"state {key!r} was a tensor of {_kind(old[key])} and cannot become one of "
+                f"{_kind(new[key])}: keep what init made"
+            )
 
 
 def _kind(value: Any) -> tuple[Any, ...]:
