@@ -21,7 +21,7 @@ from deepopt._compat import (
     scalar_dtype,
     use_grad_for_differentiable,
 )
-from deepopt.optim import elementwise, groups, routing
+from deepopt.optim import elementwise, groups, routing, sharding
 from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.stacking import State, distribute, stacked
 
@@ -36,6 +36,10 @@ class Kind(NamedTuple):
     sides: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    mesh: Any = None
+    """Of DTensors."""
+    dealt: bool = False
+    """Whether ranks have pieces of matrices, or several the same ones."""
 
 
 class Bucket(NamedTuple):
@@ -149,7 +153,8 @@ class MemoryOptimizer(Optimizer):
             closure: evaluates the model anew and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a sparse gradient, or a distributed matrix; no parameter has moved then.
+            RuntimeError: a sparse gradient, or a DTensor of partial sums; no parameter has moved
+                then.
             AssertionError: ``capturable=True`` with parameters on a device without graphs.
         """
         graph_capture_health_check(self)
@@ -192,14 +197,15 @@ class MemoryOptimizer(Optimizer):
                 )
             kind = None
             if route.path != "elementwise" and param.numel():
-                if is_distributed(param):
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support DTensor parameters as matrices "
-                        "(FSDP2, tensor parallel); give their group path='elementwise'"
-                    )
                 path, split = route.path, route.split
                 sides = routing.sides(param, path, split)
                 kind = Kind(path, split, sides, param.dtype, param.device)
+                if is_distributed(param):
+                    if group["differentiable"]:
+                        raise RuntimeError("`differentiable` does not support DTensor parameters")
+                    dealt = not sharding.at_home(sharding.spread(param, path, split))
+                    kind = kind._replace(mesh=sharding.mesh(param), dealt=dealt)
+                    grad = sharding.place(grad, param)
             bucket = buckets.setdefault(kind, Bucket(kind, group, [], []))
             bucket.params.append(param)
             bucket.grads.append(grad)
@@ -211,13 +217,20 @@ class MemoryOptimizer(Optimizer):
         """Step all parameters in place; where ``found_inf`` is 1 nothing changes."""
         for bucket in buckets:
             self._init_states(bucket, states)
+        if found_inf is not None and is_distributed(found_inf):
+            found_inf = sharding.whole(found_inf)
+        self._step_dealt([b for b in buckets if b.kind and b.kind.dealt], states, found_inf)
         for bucket in buckets:
             own = [states[param] for param in bucket.params]
             found = None if found_inf is None else found_inf.to(bucket.params[0].device)
             if bucket.kind is None:
                 elementwise.step(bucket.params, bucket.grads, own, bucket.group, found)
-            else:
+            elif bucket.kind.mesh is None:
                 self._step_matrices(bucket, bucket.kind, own, found)
+            elif not bucket.kind.dealt:
+                with sharding.at_hand(bucket.params, bucket.grads, own) as (params, grads, here):
+                    mine = bucket._replace(params=params, grads=grads)
+                    self._step_matrices(mine, bucket.kind, here, found)
 
     def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> None:
         kind, group = bucket.kind, bucket.group
@@ -226,64 +239,112 @@ class MemoryOptimizer(Optimizer):
             for param in fresh:
                 states[param] = elementwise.init(param, group)
         elif fresh:
-            counts = [len(routing.matrices(param, kind.path, kind.split)) for param in fresh]
-            like = torch.empty(
-                sum(counts), *kind.sides, dtype=state_dtype(fresh[0]), device=kind.device
-            )
-            whole = self._init_matrices(like, group)
-            for key, tensor in whole.items():
-                if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
-                    raise ValueError(
-                        f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
-                        f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
-                    )
             device = kind.device if group["capturable"] else "cpu"
             made: list[State] = [
                 {"step": torch.zeros((), dtype=scalar_dtype(), device=device)} for _ in fresh
             ]
-            for key, tensor in whole.items():
-                distribute(tensor, made, key, counts)
+            if kind.mesh is not None:
+                route = routing.Route(kind.path, kind.split)
+                sharding.init(
+                    self._sharded(bucket._replace(params=fresh, grads=fresh), kind, made),
+                    [self._expected_state(param, route, group) for param in fresh],
+                    lambda like: self._make_state(like, group),
+                )
+            else:
+                counts = [len(routing.matrices(param, kind.path, kind.split)) for param in fresh]
+                like = torch.empty(
+                    sum(counts), *kind.sides, dtype=state_dtype(fresh[0]), device=kind.device
+                )
+                for key, tensor in self._make_state(like, group).items():
+                    distribute(tensor, made, key, counts)
             states.update(zip(fresh, made, strict=True))
+
+    def _make_state(self, like: Tensor, group: Group) -> State:
+        whole = self._init_matrices(like, group)
+        for key, tensor in whole.items():
+            if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
+                raise ValueError(
+                    f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
+                    f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
+                )
+        return whole
 
     def _step_matrices(
         self, bucket: Bucket, kind: Kind, states: list[State], found_inf: Tensor | None
     ) -> None:
         group, params = bucket.group, bucket.params
-        dtype = state_dtype(params[0])
         grads = [routing.matrices(grad, kind.path, kind.split) for grad in bucket.grads]
         counts = [len(grad) for grad in grads]
-        grad = torch.cat(grads).to(dtype)
+        if sum(counts):  # a rank of expert parallelism may have none
+            grad = torch.cat(grads).to(state_dtype(params[0]))
+            keys = [key for key in states[0] if key != "step"]
+            with stacked(states, keys, group["differentiable"]) as whole:
+                pairs = zip(states, counts, strict=True)
+                steps = [state["step"] for state, count in pairs for _ in range(count)]
+                whole["step"] = torch.stack(steps) + 1
+                update = self._advance(whole, grad, group, found_inf)
+            parts = update.split(counts)
+        self._count(states, found_inf)
+        for param, part in zip(params, parts if sum(counts) else (), strict=False):
+            self._move(param, part.reshape(param.shape), group, found_inf)
+
+    def _step_dealt(
+        self, buckets: list[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None
+    ) -> None:
+        owns = [[states[param] for param in bucket.params] for bucket in buckets]
+        sharding.step(
+            [
+                self._sharded(bucket, bucket.kind, own)
+                for bucket, own in zip(buckets, owns, strict=True)
+                if bucket.kind
+            ],
+            lambda i, whole, grad: self._advance(whole, grad, buckets[i].group, found_inf),
+            lambda i, piece, update: self._move(piece, update, buckets[i].group, found_inf),
+        )
+        for own in owns:
+            self._count(own, found_inf)
+
+    def _sharded(self, bucket: Bucket, kind: Kind, states: list[State]) -> sharding.Bucket:
+        spreads = [sharding.spread(param, kind.path, kind.split) for param in bucket.params]
+        dtype = state_dtype(bucket.params[0])
+        return sharding.Bucket(kind.sides, dtype, bucket.params, spreads, bucket.grads, states)
+
+    def _advance(
+        self, state: State, grad: Tensor, group: Group, found_inf: Tensor | None
+    ) -> Tensor:
+        """The update of matrices (B, m, n), whose new state is assigned."""
+        before = dict(state)
         if group["maximize"]:
             grad = -grad
-        skip = None if found_inf is None else found_inf.squeeze() > 0
-        if skip is not None:
+        if found_inf is not None:
+            skip = found_inf.to(grad.device).squeeze() > 0
             grad = torch.where(skip, torch.zeros_like(grad), grad)
-        steps = [state["step"] for state in states]
-        keys = [key for key in states[0] if key != "step"]
-        with stacked(states, keys, group["differentiable"]) as whole:
-            before = dict(whole)
-            repeated = [
-                step for step, count in zip(steps, counts, strict=True) for _ in range(count)
-            ]
-            whole["step"] = torch.stack(repeated) + 1
-            update = self._read_update(whole, grad, group)
-            if unknown := whole.keys() - {*keys, "step"}:
-                raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
-            if skip is not None:
-                for key in keys:
-                    whole[key] = torch.where(skip, before[key], whole[key])
-        taken: float | Tensor = 1.0
-        if skip is not None:
-            taken = 1 - skip.to(steps[0].device, steps[0].dtype)
-        for step in steps:
+        update = self._read_update(state, grad, group)
+        if unknown := state.keys() - before.keys():
+            raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
+        if found_inf is not None:
+            for key in before.keys() - {"step"}:
+                state[key] = torch.where(skip, before[key], state[key])
+        return update
+
+    def _count(self, states: list[State], found_inf: Tensor | None) -> None:
+        for state in states:
+            step = state["step"]
+            taken: float | Tensor = 1.0
+            if found_inf is not None:
+                taken = 1 - (found_inf.squeeze() > 0).to(step.device, step.dtype)
             step += taken
+
+    def _move(self, param: Tensor, update: Tensor, group: Group, found_inf: Tensor | None) -> None:
+        """Change a parameter, or a piece of one, by its update."""
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         decay = 1 - lr * group["weight_decay"]
-        for param, part in zip(params, (update * lr).split(counts), strict=True):
-            # Autograd keeps the factors of a product: not the tensor that is written to next.
-            wide = param.to(dtype, copy=group["differentiable"])
-            new = wide * decay - part.view(param.shape)
-            param.copy_(new if skip is None else torch.where(skip, wide, new))
+        # Autograd keeps the factors of a product: not the tensor that is written to next.
+        wide = param.to(state_dtype(param), copy=group["differentiable"])
+        new = wide * decay - update * lr
+        if found_inf is not None:
+            new = torch.where(found_inf.to(param.device).squeeze() > 0, wide, new)
+        param.copy_(new)
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -341,6 +402,9 @@ class MemoryOptimizer(Optimizer):
                             fused = group["fused"] and route.path == "elementwise"
                             on_device = fused or group["capturable"]
                             device = param.device if on_device else torch.device("cpu")
+                        else:
+                            path = route.path if param.numel() else "elementwise"
+                            value = sharding.place(value, param, path, route.split)
                         self.state[param][key] = value.detach().to(device, dtype, copy=True)
 
         hooks = (

@@ -125,7 +125,7 @@ def test_groups_have_their_own_values():
     assert slow.trace() < 0
 
 
-def test_distributed_matrices_are_refused_and_their_elements_stepped(tmp_path):
+def test_a_sharded_parameter_in_a_world_of_one_is_stepped_like_a_plain_one(tmp_path):
     distributed = pytest.importorskip("torch.distributed.tensor")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
@@ -140,11 +140,10 @@ def test_distributed_matrices_are_refused_and_their_elements_stepped(tmp_path):
         param = nn.Parameter(sharded(plain.detach().clone()))
         plain.grad = torch.randn(32, 32)
         param.grad = sharded(plain.grad)
-        with pytest.raises(RuntimeError, match=r"DTensor .* path='elementwise'"):
-            deepopt.DeepMomentum([param]).step()
-        for each in (plain, param):
-            deepopt.DeepMomentum([each], path="elementwise").step()
-        torch.testing.assert_close(param.full_tensor(), plain)
+        for path in ("matrix", "elementwise"):
+            for each in (plain, param):
+                deepopt.DeepMomentum([each], path=path).step()
+            torch.testing.assert_close(param.full_tensor(), plain)
     finally:
         torch.distributed.destroy_process_group()
 
