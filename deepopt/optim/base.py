@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt import memory
 from deepopt._compat import (
     capturable_devices,
+    check_fused,
     disable_dynamo,
     graph_capture_health_check,
     is_distributed,
@@ -235,6 +236,9 @@ class MemoryOptimizer(Optimizer):
     def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> None:
         kind, group = bucket.kind, bucket.group
         fresh = [param for param in bucket.params if not states.get(param)]
+        if group["fused"]:
+            for param in fresh:
+                check_fused(param)
         if kind is None:
             for param in fresh:
                 states[param] = elementwise.init(param, group)

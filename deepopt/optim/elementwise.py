@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepopt._compat import adam, check_fused, scalar_dtype
+from deepopt._compat import adam, scalar_dtype
 from deepopt.optim.stacking import State
 
 
@@ -18,8 +18,6 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def init(param: Tensor, group: dict[str, Any]) -> State:
     """The state that AdamW keeps for ``param``, in float32 for narrower parameters."""
-    if group["fused"]:
-        check_fused(param)
     on_device = group["fused"] or group["capturable"]
     device = param.device if on_device else torch.device("cpu")
     return {
