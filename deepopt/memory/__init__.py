@@ -11,9 +11,21 @@ from torch import Tensor
 from deepopt.memory.covariance import Covariance
 from deepopt.memory.delta import Delta
 from deepopt.memory.linear import Linear
+from deepopt.memory.mlp import MLP
+from deepopt.memory.module import Module
 from deepopt.memory.multi_scale import MultiScale
 
-__all__ = ["BUILT_IN", "Covariance", "Delta", "Linear", "Memory", "MultiScale", "resolve"]
+__all__ = [
+    "BUILT_IN",
+    "MLP",
+    "Covariance",
+    "Delta",
+    "Linear",
+    "Memory",
+    "Module",
+    "MultiScale",
+    "resolve",
+]
 
 
 @runtime_checkable
@@ -53,7 +65,12 @@ class Memory(Protocol):
         ...
 
 
-BUILT_IN: dict[str, type[Memory]] = {"linear": Linear, "covariance": Covariance, "delta": Delta}
+BUILT_IN: dict[str, type[Memory]] = {
+    "linear": Linear,
+    "covariance": Covariance,
+    "delta": Delta,
+    "mlp": MLP,
+}
 
 
 def resolve(memory: Any) -> Memory:

@@ -1,5 +1,11 @@
 """Numeric primitives, batched over a leading dimension of matrices. They import torch alone."""
 
+from deepopt.ops.coordinate_mlp import (
+    coordinate_mlp,
+    coordinate_mlp_gradient,
+    normalized,
+    root_mean_square,
+)
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.ridge import ridge
@@ -7,12 +13,16 @@ from deepopt.ops.step_size import adam_ratio, frobenius, normalize_rows, rms_gai
 
 __all__ = [
     "adam_ratio",
+    "coordinate_mlp",
+    "coordinate_mlp_gradient",
     "frobenius",
     "inverse_power",
     "newton_schulz",
     "normalize_rows",
+    "normalized",
     "polar_express",
     "ridge",
     "rms_gain",
+    "root_mean_square",
     "running_root",
 ]

@@ -1,0 +1,134 @@
+"""The MLP memory: averages of the gradient at several time scales, read out by a small MLP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.linear import Linear
+from deepopt.ops import coordinate_mlp, coordinate_mlp_gradient, normalized, root_mean_square
+
+LINEAR = Linear()
+PHI0_FILE = Path(__file__).with_name("phi0.pt")
+
+
+@dataclass(frozen=True)
+class MLP:
+    r"""A linear memory with a correction that a small MLP reads, entry by entry, from its keys.
+
+    Keys are averages of the gradient at several retentions :math:`\beta_k`, of which the first is
+    the momentum's, each divided by its own root mean square:
+
+    .. math::
+        M^k_t &= \beta_k M^k_{t-1} + (1-\beta_k)\, G_t, \qquad
+        \hat M^k = M^k / \text{rms}(M^k) \\
+        \text{read} &= N_t + a\, \text{rms}(N_t) \tanh f_\varphi(\hat M^1_t, \dots, \hat M^F_t),
+        \qquad N_t = \beta_1 M^1_t + (1-\beta_1)\, G_t
+
+    with f of 8 tanh units without biases (``ops.coordinate_mlp``). N is the read of
+    :class:`Linear`; no entry is moved by more than a times its root mean square, whatever the MLP
+    says, and a read-out of zeros gives :class:`Linear` exactly.
+
+    Before the averages take up a gradient, the MLP can learn from it (``inner_lr`` > 0): one step
+    of gradient descent on the mean square error of what the keys predicted,
+
+    .. math::
+        \varphi_t = \varphi_0 + \rho\, (\varphi_{t-1} - \varphi_0) - \frac{\eta}{s_t^2}
+        \nabla_\varphi \tfrac12 \text{mean} \big(M^1_{t-1} +
+        a\, \text{rms}(M^1_{t-1}) \tanh f_\varphi(\hat M_{t-1}) - G_t\big)^2
+
+    with :math:`s_t` the larger of the root mean squares of :math:`G_t` and :math:`M^1_{t-1}`. It is
+    off by default: single gradients are noise for the most part, and a memory that
+    is taught to predict them chases it.
+
+    All matrices start from the same φ₀, which comes with the package (``phi0.pt``); that is the one
+    MLP that serves them all. What is learned online is each matrix' own, because a parameter's
+    step must not depend on which others are stepped with it. Both are in the state.
+
+    Args:
+        time_scales: retentions of the averages besides the momentum's own, in [0, 1). φ₀ is made
+            for one of them; any other number starts from the zero read-out (default: (0.99,)).
+        authority: a, the largest correction in units of the momentum's root mean square, in
+            [0, 1] (default: 0.3).
+        inner_lr: η, not negative; 0 keeps the MLP as it is (default: 0).
+        inner_retention: ρ, the share of what was learned that is kept, in [0, 1] (default: 0.99).
+
+    State: 1 + len(time_scales) floats per parameter, 2 by default, and 2 · 8 (len(time_scales) + 2)
+    per matrix.
+
+    Cost: about 8 (2 F + 4) FLOPs per parameter for F averages, three times that with learning.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    time_scales: Sequence[float] = (0.99,)
+    authority: float = 0.3
+    inner_lr: float = 0.0
+    inner_retention: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= retention < 1.0 for retention in self.time_scales):
+            raise ValueError(
+                f"Invalid time_scales: {self.time_scales}; retentions must be in [0, 1)"
+            )
+        for name in ("authority", "inner_retention"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"Invalid {name}: {getattr(self, name)}; it must be in [0, 1]")
+        if not 0.0 <= self.inner_lr:
+            raise ValueError(f"Invalid inner_lr: {self.inner_lr}; it must not be negative")
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        phi = initial_weights(1 + len(self.time_scales)).to(like)
+        phi = phi.expand(len(like), *phi.shape)
+        averages = {key: torch.zeros_like(like) for key in self._averages}
+        return {**averages, "phi": phi.clone(), "phi0": phi.clone()}
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        if self.inner_lr > 0:
+            state["phi"] = self._learned(state, grad)
+        kept = (retention, *self.time_scales)
+        for key, share in zip(self._averages, kept, strict=True):
+            state[key] = state[key].lerp(grad, 1 - share)
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        momentum = LINEAR.read(state, grad, retention)
+        correction = torch.tanh(coordinate_mlp(self._keys(state), state["phi"]))
+        return momentum + self.authority * root_mean_square(momentum) * correction
+
+    @property
+    def _averages(self) -> list[str]:
+        return ["momentum", *(f"average_{index}" for index, _ in enumerate(self.time_scales))]
+
+    def _keys(self, state: dict[str, Tensor]) -> list[Tensor]:
+        return [normalized(state[key]) for key in self._averages]
+
+    def _learned(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
+        phi, momentum, keys = state["phi"], state["momentum"], self._keys(state)
+        reach = self.authority * root_mean_square(momentum)
+        unit = torch.maximum(root_mean_square(momentum), root_mean_square(grad))
+        unit = unit.clamp_min(torch.finfo(grad.dtype).tiny)
+        correction = torch.tanh(coordinate_mlp(keys, phi))
+        error = (momentum + reach * correction - grad) / unit
+        slope = error * (reach / unit) * (1 - correction.square()) / grad[0].numel()
+        kept = state["phi0"] + self.inner_retention * (phi - state["phi0"])
+        return kept - self.inner_lr * coordinate_mlp_gradient(keys, phi, slope)
+
+
+def initial_weights(features: int) -> Tensor:
+    """φ₀ for so many features, shape (8, features + 1): that of the package where it fits."""
+    phi0 = torch.tensor(PHI0, dtype=torch.float32, device="cpu")
+    return phi0 if phi0.shape[1] == features + 1 else untrained_weights(features)
+
+
+def untrained_weights(features: int) -> Tensor:
+    """A read-out of zeros behind units whose drive has a root mean square of about 1."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randn(8, features, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.cat([drawn / features**0.5, torch.zeros_like(drawn[:, :1])], 1)
+
+
+# Numbers, read once: a tensor would carry the mode under which it happened to be read.
+PHI0: list[list[float]] = torch.load(PHI0_FILE, weights_only=True, map_location="cpu").tolist()
