@@ -1,0 +1,251 @@
+"""DMGD: gradient descent whose momentum is a module, trained inside the step (Eqs 50-52)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from deepopt.memory.module import Factory, Module, tanh_mlp
+from deepopt.ops import (
+    adam_ratio,
+    frobenius,
+    newton_schulz,
+    normalized,
+    polar_express,
+    rms_gain,
+    running_root,
+)
+from deepopt.optim.base import Group, MemoryOptimizer
+
+_GRANULARITIES = ("coordinate", "row")
+_OBJECTIVES = ("l2", "dot", "literal")
+_OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
+_NS_STEPS = 5
+
+
+class DMGD(MemoryOptimizer):
+    r"""Deep Momentum Gradient Descent: momentum with an MLP, or any module, for a memory.
+
+    For a matrix W with gradient G, a module m with weights θ, and its key and target u, which is G
+    in units of :math:`s_t`:
+
+    .. math::
+        \theta_t &= \theta_0 + \beta_1 (\theta_{t-1} - \theta_0)
+            - \eta\, \nabla_\theta L\big(m_{\theta_{t-1}};\, u\big), \qquad
+            L = \tfrac12 \text{mean}\,(m_\theta(\varphi(u)) + P u)^2 \qquad\text{(Eqs 50, 51)}\\
+        W_t &= (1 - \gamma\lambda)\, W_{t-1}
+            + \gamma\, \sigma\big(s_t\, m_{\theta_t}(\varphi(u))\big) \qquad\text{(Eq 52)}
+
+    The memory is updated first and then read at the same gradient. As printed,
+    (``objective="literal"``) L is the sum of m(G), θ₀ = 0 after the first gradient, s = 1 and
+    nothing is normalised: that target ignores the sign of the gradient, and the rule is not a
+    descent method. It is here to be looked at, with ``lr=1, weight_decay=0``.
+
+    Vectors are matrices of one column, scalars of one entry. All matrices of one shape are trained
+    in one batched call, and each has weights of its own, alike at the start.
+
+    Args:
+        params: as for ``torch.optim.AdamW``, or ``deepopt.param_groups(model)``, with which
+            embeddings, heads, norms and biases take torch's AdamW.
+        lr: learning rate, γ; a float or a 1-element tensor (default: 1e-3).
+        betas: retention of the memory (its weights, and the average in coordinate form) and of
+            the mean squared gradient that sets the size of the step (default: (0.9, 0.999)).
+        eps: AdamW's term in the denominator, on the element-wise path alone (default: 1e-8).
+        weight_decay: decoupled weight decay, λ (default: 1e-2).
+        memory: "mlp", a tanh MLP of ``hidden`` units whose read-out starts at zero; or a callable
+            ``memory(in_features, out_features)`` that returns an ``nn.Module`` without buffers
+            that maps (..., in_features) to (..., out_features), such as ``nn.Linear``
+            (default: "mlp").
+        granularity: "coordinate", one module shared by all entries of a matrix, which corrects the
+            linear momentum -M¹: its features are G and its averages, each of root mean square 1;
+            or "row", one that maps rows to rows and is all the momentum there is
+            (default: "coordinate").
+        hidden: units of "mlp" (default: 8).
+        objective: inner objective L: "l2", as above; "dot", the mean of m(u) ⊙ u; a callable
+            ``(outputs, grad)`` of m(u) and u of one matrix, both (m, n), to a scalar; or
+            "literal" (default: "l2").
+        inner_lr: η. With the retention it makes a ridge regression of penalty
+            :math:`(1-\beta_1)/\eta` on the distance to θ₀. Up to 1 it is stable for "mlp" of any
+            width; another module needs less than :math:`1+\beta_1` over the curvature of L in its
+            weights, ``nn.Linear`` in coordinate form less than 0.6 (default: 1).
+        inner_steps: gradient steps of inner learning for every gradient (default: 1).
+        feature_map: φ, None for the identity, the coefficients (c₁, c₃, ...) of an odd polynomial
+            of the entries, or a callable of (B, m, n) (default: None).
+        preconditioner: P of "l2", a callable of (B, m, n), or None for the identity
+            (default: None).
+        time_scales: retentions of further averages among the features in coordinate form
+            (default: (0.99,)).
+        output_map: σ: "rms", whose step has the root mean square that AdamW's would have as a
+            whole, so that AdamW's ``lr`` carries over; "newton_schulz", an orthogonal matrix of
+            that size; "identity", for which ``lr`` is one of plain gradient descent; a callable of
+            (B, m, n); None is "rms", and "identity" for the literal rule. Under "literal" all are
+            taken without the size (default: None).
+        path: "matrix", "stack", "elementwise" (torch's AdamW) or "auto", as in ``DeepMomentum``
+            (default: "matrix").
+        foreach: torch's flag for the element-wise path (default: None).
+        maximize: ascend instead of descending (default: False).
+        capturable: as in ``DeepMomentum`` (default: False).
+        differentiable: let autograd run through the step (default: False).
+        fused: torch's flag for the element-wise path (default: None).
+
+    State for a matrix m x n, with p the number of the module's weights: coordinate form 2 mn + 2 p
+    (+ 1) floats, 1 mn more for every further time scale, where "mlp" has p = 4 hidden; row form 2 p
+    (+ 1), where "mlp" has p = 2 n hidden, so 4 hidden/m floats per parameter: less than AdamW's 2
+    for hidden < m/2. The literal rule keeps p. Float32 for narrower parameters.
+
+    Cost: of ``inner_steps`` passes of the module forward and backward over the gradient's entries
+    or rows, and one forward; for "mlp" about 50 hidden FLOPs per parameter in either form. Scratch:
+    about 4 hidden floats per entry in coordinate form, for 4 million entries or one matrix at once.
+
+    Raises:
+        ValueError: an argument out of range, or a module that does not fit, named with its remedy;
+            no parameter has moved then.
+        TypeError: a ``memory`` that is no factory.
+        RuntimeError: sparse gradients, or flags that exclude each other.
+
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, section 4.4.
+    """
+
+    _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
+    _objects = ("memory", "objective", "feature_map", "preconditioner", "output_map")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        memory: str | Factory = "mlp",
+        granularity: str = "coordinate",
+        hidden: int = 8,
+        objective: str | Callable[[Tensor, Tensor], Tensor] = "l2",
+        inner_lr: float = 1.0,
+        inner_steps: int = 1,
+        feature_map: Sequence[float] | Callable[[Tensor], Tensor] | None = None,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
+        time_scales: Sequence[float] = (0.99,),
+        output_map: str | Callable[[Tensor], Tensor] | None = None,
+        path: str = "matrix",
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "memory": memory,
+            "granularity": granularity,
+            "hidden": hidden,
+            "objective": objective,
+            "inner_lr": inner_lr,
+            "inner_steps": inner_steps,
+            "feature_map": feature_map,
+            "preconditioner": preconditioner,
+            "time_scales": time_scales,
+            "output_map": output_map,
+            "path": path,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        memory = group["memory"]
+        if isinstance(memory, nn.Module) or not (isinstance(memory, str) or callable(memory)):
+            raise TypeError(
+                f"Invalid memory: {memory!r} is no factory; give 'mlp' or a callable "
+                "(in_features, out_features) -> nn.Module, such as nn.Linear"
+            )
+        if isinstance(memory, str) and memory != "mlp":
+            raise ValueError(
+                f"Invalid memory: {memory!r}; give 'mlp' or a callable "
+                "(in_features, out_features) -> nn.Module"
+            )
+        for key, names in (
+            ("granularity", _GRANULARITIES),
+            ("objective", _OBJECTIVES),
+            ("output_map", (*_OUTPUT_MAPS, None)),
+        ):
+            value = group[key]
+            if value not in names and not (callable(value) and key != "granularity"):
+                also = "" if key == "granularity" else " or a callable"
+                raise ValueError(f"Invalid {key}: {value!r}; choose from {names}{also}")
+        if not 0.0 <= group["inner_lr"]:
+            raise ValueError(f"Invalid inner_lr: {group['inner_lr']}; it must not be negative")
+        for key in ("hidden", "inner_steps"):
+            if not isinstance(group[key], int) or group[key] < 1:
+                raise ValueError(
+                    f"Invalid {key}: {group[key]}; it must be a whole number of at least 1"
+                )
+        if not all(0.0 <= retention < 1.0 for retention in group["time_scales"]):
+            raise ValueError(
+                f"Invalid time_scales: {group['time_scales']}; retentions must be in [0, 1)"
+            )
+        powers = group["feature_map"]
+        if not (powers is None or callable(powers)) and not (
+            isinstance(powers, tuple | list)
+            and powers
+            and all(isinstance(c, int | float) for c in powers)
+        ):
+            raise ValueError(
+                f"Invalid feature_map: {powers!r}; give None, the coefficients (c1, c3, ...) of an "
+                "odd polynomial, or a callable"
+            )
+        if group["preconditioner"] is not None and not callable(group["preconditioner"]):
+            raise ValueError(
+                f"Invalid preconditioner: {group['preconditioner']!r}; give None or a callable"
+            )
+
+    def _memory(self, group: Group) -> Module:
+        factory = tanh_mlp(group["hidden"]) if group["memory"] == "mlp" else group["memory"]
+        options = ("granularity", "objective", "inner_lr", "inner_steps", "feature_map")
+        more = ("preconditioner", "time_scales")
+        return Module(factory, **{key: group[key] for key in (*options, *more)})
+
+    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
+        state = self._memory(group).init(like)
+        if group["objective"] != "literal":
+            state["grad_norm"] = like.new_zeros(len(like))
+        return state
+
+    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
+        memory, betas = self._memory(group), group["betas"]
+        memory.write(state, grad, betas[0])
+        momentum = memory.read(state, grad, betas[0])
+        output_map, literal = group["output_map"], group["objective"] == "literal"
+        if output_map is None:
+            output_map = "identity" if literal else "rms"
+        if not literal:
+            state["grad_norm"] = running_root(state["grad_norm"], frobenius(grad), 1 - betas[1])
+        if callable(output_map):
+            update = -output_map(-momentum)
+            if update.shape != grad.shape:
+                raise ValueError(
+                    f"Invalid output_map: it returned {tuple(update.shape)} for "
+                    f"{tuple(grad.shape)}; it must keep the shape"
+                )
+            return update
+        if output_map == "identity":
+            return momentum
+        if output_map == "rms":
+            update = normalized(momentum)
+        else:
+            update = newton_schulz(momentum, polar_express(_NS_STEPS), grad.dtype)
+            if not literal:
+                update = update * (max(grad.shape[-2:]) ** 0.5 * rms_gain(update, 1.5))
+        if literal:
+            return update
+        # What the memory recalls is no average that starts at zero: it needs no bias correction.
+        ratio = adam_ratio(momentum, state["grad_norm"], state["step"], (0.0, betas[1]))
+        return update * ratio[:, None, None]
