@@ -10,6 +10,7 @@ from types import ModuleType
 
 from deepopt import memory
 from deepopt.optim import (
+    DMGD,
     M3,
     Continuum,
     DeepMomentum,
@@ -26,6 +27,7 @@ from deepopt.optim import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "DMGD",
     "M3",
     "Continuum",
     "DeepMomentum",

@@ -5,6 +5,7 @@ from deepopt.optim.continuum import Continuum
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.delta_momentum import DeltaMomentum
+from deepopt.optim.dmgd import DMGD
 from deepopt.optim.factory import create_optimizer
 from deepopt.optim.functional import functional
 from deepopt.optim.groups import param_groups, routing_table
@@ -13,6 +14,7 @@ from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 from deepopt.optim.registry import optimizers
 
 __all__ = [
+    "DMGD",
     "M3",
     "Continuum",
     "DeepMomentum",

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import tensor
+from torch.nn import Linear
 from torch.nn.functional import softsign
 from torch.optim import Optimizer
 
-from deepopt.memory import Covariance
+from deepopt.memory import MLP, Covariance
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.delta_momentum import DeltaMomentum
+from deepopt.optim.dmgd import DMGD
 from deepopt.optim.m3 import M3
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 
@@ -90,13 +92,15 @@ REGISTRY: dict[str, Entry] = {
         DeepMomentum,
         equations="33-52",
         update="memory write, read, Newton-Schulz, rows normalised, AdamW's size",
-        state="1 (linear, delta), 1 + 2r/R (covariance)",
+        state="1 (linear, delta), 1 + 2r/R (covariance), 2 (mlp)",
         cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 4 r²R (covariance)",
         options=(
             {},
             {"memory": "linear", "lr": 3e-3, "betas": (0.8, 0.9)},
             {"memory": "covariance", "weight_decay": 0.1},
             {"memory": Covariance(sides="both", refresh=2)},
+            {"memory": "mlp"},
+            {"memory": MLP(time_scales=(0.5, 0.99), inner_lr=1.0)},
             {"row_norm": False, "ns_steps": 3, "maximize": True},
             {"update_rms": 0.2, "rms_cap": 1.0, "ns_coefficients": (3.4445, -4.7750, 2.0315)},
             {"path": "elementwise", "eps": 1e-6},
@@ -173,6 +177,44 @@ REGISTRY: dict[str, Entry] = {
         errors=(
             ({"rule": "exact"}, ValueError, "Invalid rule: 'exact'"),
             ({"decay_scale": -0.5}, ValueError, "Invalid decay_scale: -0.5"),
+        ),
+    ),
+    "dmgd": Entry(
+        DMGD,
+        equations="50-52",
+        update="an MLP trained on the gradient inside the step, and read at it",
+        state="2 + 64/mn (coordinate form), 4 hidden/m (row form); 2 per weight of another module",
+        cost="50 hidden mn for each inner step",
+        options=(
+            {},
+            {"granularity": "row", "hidden": 4},
+            {"objective": "dot", "inner_lr": 0.3, "betas": (0.8, 0.95)},
+            {"output_map": "newton_schulz", "time_scales": (0.5, 0.99), "maximize": True},
+            {"output_map": "identity", "inner_steps": 3, "feature_map": (1.0, 0.1)},
+            {"memory": Linear, "inner_lr": 0.3},
+            {"preconditioner": softsign, "feature_map": softsign, "output_map": softsign},
+            {"path": "auto", "eps": 1e-6},
+        ),
+        literal=(
+            {"objective": "literal"},
+            {"objective": "literal", "granularity": "row", "output_map": "newton_schulz"},
+        ),
+        errors=(
+            (
+                {"memory": "linear"},
+                ValueError,
+                "Invalid memory: 'linear'; give 'mlp' or a callable",
+            ),
+            ({"memory": Linear(2, 2)}, TypeError, "is no factory"),
+            ({"granularity": "column"}, ValueError, "Invalid granularity: 'column'"),
+            ({"hidden": 0}, ValueError, "Invalid hidden: 0"),
+            ({"objective": "l1"}, ValueError, "Invalid objective: 'l1'"),
+            ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1"),
+            ({"inner_steps": 0}, ValueError, "Invalid inner_steps: 0"),
+            ({"feature_map": "cubic"}, ValueError, "Invalid feature_map: 'cubic'"),
+            ({"preconditioner": 2.0}, ValueError, "Invalid preconditioner: 2.0"),
+            ({"time_scales": (1.0,)}, ValueError, "Invalid time_scales: (1.0,)"),
+            ({"output_map": "tanh"}, ValueError, "Invalid output_map: 'tanh'"),
         ),
     ),
     "m3": Entry(
