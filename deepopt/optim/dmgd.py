@@ -95,8 +95,9 @@ class DMGD(MemoryOptimizer):
     for hidden < m/2. The literal rule keeps p. Float32 for narrower parameters.
 
     Cost: of ``inner_steps`` passes of the module forward and backward over the gradient's entries
-    or rows, and one forward; for "mlp" about 50 hidden FLOPs per parameter in either form. Scratch:
-    about 4 hidden floats per entry in coordinate form, for 4 million entries or one matrix at once.
+    or rows, and one forward; for "mlp" about 50 hidden FLOPs per parameter in coordinate form and
+    20 hidden in row form. Scratch: about 4 hidden floats per entry in coordinate form, for 4
+    million entries or one matrix at once.
 
     Raises:
         ValueError: an argument out of range, or a module that does not fit, named with its remedy;

@@ -184,7 +184,7 @@ REGISTRY: dict[str, Entry] = {
         equations="50-52",
         update="an MLP trained on the gradient inside the step, and read at it",
         state="2 + 64/mn (coordinate form), 4 hidden/m (row form); 2 per weight of another module",
-        cost="50 hidden mn for each inner step",
+        cost="for each inner step 50 hidden mn (coordinate form), 20 hidden mn (row form)",
         options=(
             {},
             {"granularity": "row", "hidden": 4},
