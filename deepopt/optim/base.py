@@ -382,18 +382,21 @@ class MemoryOptimizer(Optimizer):
                 is unchanged then.
         """
         incoming: dict[str, Any] = {}
+        kept = [{key: g[key] for key in self._objects if key in g} for g in self.param_groups]
 
         # Last of the pre-hooks and first of the post-hooks: what the user's hooks change counts.
         def adopt(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             self._check_incoming(given)
             incoming.update(given)
             adopted = [dict(group) for group in given["param_groups"]]
-            for mine, group in zip(self.param_groups, adopted, strict=False):
-                group.update({key: mine[key] for key in self._objects if key in mine})
+            for mine, objects, group in zip(self.param_groups, kept, adopted, strict=False):
+                group.update(dict.fromkeys(objects))  # torch would make deep copies of them
                 group.setdefault("split", mine["split"])  # from before there were splits
             return {**given, "param_groups": adopted}
 
         def restore(_: Optimizer) -> None:
+            for objects, group in zip(kept, self.param_groups, strict=True):
+                group.update(objects)
             ids = [i for group in incoming["param_groups"] for i in group["params"]]
             for index, (group, param, route) in zip(ids, self._routed(), strict=True):
                 given = incoming["state"].get(index, {})

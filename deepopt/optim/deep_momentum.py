@@ -53,7 +53,7 @@ class DeepMomentum(MemoryOptimizer):
             path, of rows and of the whole gradient on the matrix path (default: (0.9, 0.999)).
         eps: AdamW's term in the denominator (default: 1e-8).
         weight_decay: decoupled weight decay, lambda (default: 1e-2).
-        memory: "linear", "covariance", "delta", or an object with the interface of
+        memory: "linear", "covariance", "delta", "mlp", or an object with the interface of
             ``deepopt.memory.Memory`` (default: "delta").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).

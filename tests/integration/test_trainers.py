@@ -134,10 +134,11 @@ class Signs:
 def test_accelerate_prepares_a_fresh_optimizer_with_any_memory():
     accelerate = pytest.importorskip("accelerate")
     model = nn.Linear(32, 32)
-    optimizer = deepopt.DeepMomentum(model.named_parameters(), memory=Signs(0.2))
+    memory = Signs(0.2)
+    optimizer = deepopt.DeepMomentum(model.named_parameters(), memory=memory)
     prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
     assert prepared.optimizer is optimizer
-    assert optimizer.param_groups[0]["memory"] == Signs(0.2)
+    assert optimizer.param_groups[0]["memory"] is memory
     assert optimizer.param_groups[0]["params"][0] is model.weight
     before = model.weight.detach().clone()
     model(torch.randn(4, 32)).square().sum().backward()
