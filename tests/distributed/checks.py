@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from world import check, main
 
 import deepopt
-from deepopt.optim import deep_momentum, sharding
+from deepopt.optim import deep_momentum, registry, sharding
 
 MEMORIES = ("linear", "covariance", "delta")
 STEPS = 4
@@ -157,6 +157,15 @@ def fsdp_equals_one_process_with_even_uneven_and_empty_shards(folder: Path) -> N
         assert_same(model, reference(*sizes, memory=memory))
 
 
+@check(2)
+def every_registered_class_steps_shards_as_it_steps_whole_parameters(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for entry in registry.REGISTRY.values():
+        for options in entry.options:
+            plain, spread = _pair((33, 20), mesh, [Shard(0)])
+            _step_both(plain, spread, cls=entry.cls, **options)
+
+
 @check(4)
 def ranks_with_empty_shards_take_part(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -183,12 +192,11 @@ def _pair(shape: tuple[int, ...], mesh, placements) -> tuple[nn.Parameter, nn.Pa
 
 
 def _step_both(
-    plain: nn.Parameter, spread: nn.Parameter, split: int = 1, **options
-) -> deepopt.DeepMomentum:
+    plain: nn.Parameter, spread: nn.Parameter, split: int = 1, cls=deepopt.DeepMomentum, **options
+) -> torch.optim.Optimizer:
     """Step both with the same gradients, and compare."""
     optimizers = [
-        deepopt.DeepMomentum([{"params": [p], "split": split}], lr=1e-2, **options)
-        for p in (plain, spread)
+        cls([{"params": [p], "split": split}], **{"lr": 1e-2, **options}) for p in (plain, spread)
     ]
     for step in range(STEPS):
         torch.manual_seed(step)
