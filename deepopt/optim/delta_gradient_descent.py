@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from deepopt._compat import is_distributed
 from deepopt.ops import ridge
 from deepopt.optim import routing
 from deepopt.optim.base import Group, MemoryOptimizer
@@ -146,6 +147,11 @@ class DeltaGradientDescent(MemoryOptimizer):
             warnings.warn(_advice(param, group), stacklevel=2)
         if inputs is None or not scale:
             return grad
+        if is_distributed(param):
+            raise RuntimeError(
+                "DeltaGradientDescent does not support DTensor parameters with captured inputs; "
+                "give decay_scale=0, or do not capture"
+            )
         # base steps against what is returned here, and negates it first to ascend.
         ascend, lr = group["maximize"], group["lr"]
         step = _toward_regression(

@@ -100,10 +100,11 @@ def create_optimizer(
 
 
 def _resolve(name: str) -> Any:
-    classes = {key.replace("_", ""): entry.cls for key, entry in REGISTRY.items()}
+    known = {key: entry.cls for key, entry in REGISTRY.items() if not entry.wraps}
+    classes = {key.replace("_", ""): cls for key, cls in known.items()}
     cls = classes.get(name.replace("_", "").lower())
     if cls is None:
-        raise ValueError(f"Invalid name: {name!r}; choose from {', '.join(REGISTRY)}")
+        raise ValueError(f"Invalid name: {name!r}; choose from {', '.join(known)}")
     return cls
 
 

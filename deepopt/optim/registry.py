@@ -13,6 +13,7 @@ from torch.nn.functional import softsign
 from torch.optim import Optimizer
 
 from deepopt.memory import MLP, Covariance
+from deepopt.optim.continuum import Continuum
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
 from deepopt.optim.delta_momentum import DeltaMomentum
@@ -36,6 +37,7 @@ class Entry:
         options: constructor arguments that the contract is tested with.
         literal: the same, of forms that the paper prints but that need not descend.
         errors: constructor arguments that are refused, with the error and its message.
+        wraps: it takes an optimizer in the place of parameters.
     """
 
     cls: type[Optimizer]
@@ -46,6 +48,7 @@ class Entry:
     options: tuple[Options, ...] = ({},)
     literal: tuple[Options, ...] = ()
     errors: tuple[tuple[Options, type[Exception], str], ...] = field(default=())
+    wraps: bool = False
 
 
 # What every class refuses, in torch's words.
@@ -244,6 +247,20 @@ REGISTRY: dict[str, Entry] = {
             ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
             ({"ns_coefficients": (1.0,)}, ValueError, "Invalid ns_coefficients: (1.0,)"),
         ),
+    ),
+    "continuum": Entry(
+        Continuum,
+        equations="70-71",
+        update="any optimizer, its groups stepped at the end of their chunks",
+        state="the wrapped optimizer's, and 1 in mid-chunk",
+        cost="the wrapped optimizer's, once per chunk",
+        options=({}, {"reduce": "sum", "weight_decay": 0.1}),
+        errors=(
+            ({"chunk": 0}, ValueError, "Invalid chunk: 0"),
+            ({"chunk": 2.0}, ValueError, "Invalid chunk: 2.0"),
+            ({"reduce": "max"}, ValueError, "Invalid reduce: 'max'"),
+        ),
+        wraps=True,
     ),
 }
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import torch
 from deepopt.hope import HopeConfig, checkpoint, report
 from deepopt.hope import train as training
 from deepopt.hope.train import TrainConfig, Trainer, main, train
+from deepopt.optim.registry import REGISTRY
 
 # The slow CMS level learns every fourth step, so that interruptions leave gradients pending.
 MODEL = {"dim": 16, "layers": 1, "heads": 1, "memory_chunk": 8, "projection_chunk": 16}
@@ -403,3 +405,14 @@ def test_a_bar_on_a_terminal_shows_loss_bits_and_speed(monkeypatch):
     shown = terminal.getvalue()
     assert re.search(r"AdamW: 100%.*5/5 .*loss 1\.500, 2\.164 bits/byte, [\d,]+ tokens/s", shown)
     assert "step 4: held out: loss 1.000, 1.443 bits/byte" in shown
+
+
+@pytest.mark.filterwarnings("ignore:DeltaGradientDescent has captured no inputs:UserWarning")
+@pytest.mark.parametrize("name", [e.cls.__name__ for e in REGISTRY.values() if not e.wraps])
+def test_every_optimizer_trains_hope_at_the_default_rate(name, config):
+    run = dataclasses.replace(config, optimizer=name, steps=30, eval_every=30)
+    train(run)
+    losses = [line["loss"] for line in metrics(config.out) if "loss" in line]
+    assert len(losses) == 30
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2

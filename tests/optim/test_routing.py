@@ -748,3 +748,21 @@ def test_the_code_of_the_routing_page_runs_and_prints_what_the_page_shows():
             exec(block, names)
     assert printed.getvalue() == shown
     assert table(names["optimizer"])["extra"].matrices == (3, 32, 32)
+
+
+def test_the_parts_of_a_tall_fused_matrix_are_stepped_as_layers_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(120, 17, generator=generator)
+    fused = nn.Parameter(start.clone())
+    parts = [nn.Parameter(part.clone()) for part in start.chunk(2)]
+    optimizers = [
+        deepopt.DeepMomentum([{"params": [fused], "path": "matrix", "split": 2}]),
+        deepopt.DeepMomentum(parts, path="matrix"),
+    ]
+    for _ in range(3):
+        fused.grad = torch.randn(start.shape, generator=generator)
+        for part, grad in zip(parts, fused.grad.chunk(2), strict=True):
+            part.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(fused.detach(), torch.cat([part.detach() for part in parts]))

@@ -101,5 +101,6 @@ upstream.optim_db[:] = [
             decorators=(COMPLEX,),
         )
         for entry in REGISTRY.values()
+        if not entry.wraps
     ),
 ]
