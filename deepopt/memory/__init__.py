@@ -10,20 +10,27 @@ from torch import Tensor
 
 from deepopt.memory.covariance import Covariance
 from deepopt.memory.delta import Delta
+from deepopt.memory.delta_rule import DeltaRule
+from deepopt.memory.elementwise import Elementwise, OuterProduct
 from deepopt.memory.linear import Linear
 from deepopt.memory.mlp import MLP
 from deepopt.memory.module import Module
 from deepopt.memory.multi_scale import MultiScale
+from deepopt.memory.preconditioned import Preconditioned
 
 __all__ = [
     "BUILT_IN",
     "MLP",
     "Covariance",
     "Delta",
+    "DeltaRule",
+    "Elementwise",
     "Linear",
     "Memory",
     "Module",
     "MultiScale",
+    "OuterProduct",
+    "Preconditioned",
     "resolve",
 ]
 
