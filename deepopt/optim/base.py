@@ -4,6 +4,7 @@ A class says in :meth:`MemoryOptimizer._init_matrices` and :meth:`MemoryOptimize
 its memory keeps and what step it reads from it; groups, flags, state and checkpoints are done here.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deepopt import memory
 from deepopt._compat import (
     capturable_devices,
     check_fused,
@@ -117,6 +117,16 @@ class MemoryOptimizer(Optimizer):
         """
         return grad
 
+    def _describe(self, key: str, value: Any) -> str:
+        """An argument that can be an object, as plain text: what a checkpoint knows it by."""
+        if isinstance(value, str):
+            return value
+        if hasattr(value, "__qualname__"):  # functions
+            return f"{value.__module__}.{value.__qualname__}"
+        if type(value).__repr__ is object.__repr__:
+            return type(value).__name__
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # which no other process would have
+
     # -- groups ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
@@ -173,7 +183,8 @@ class MemoryOptimizer(Optimizer):
             for param, _, route in routing.routed(group):
                 grad = param.grad
                 if grad is not None and scale is not None:
-                    grad = grad / scale.to(grad.device)
+                    # In float32: what loss scaling keeps from underflow must not underflow here.
+                    grad = grad.to(state_dtype(param)) / scale.to(grad.device)
                 grads.append(self._gradient(param, grad, route.path, group))
             buckets += self._buckets(group, grads)
         self._step_buckets(buckets, self.state, found_inf)
@@ -332,10 +343,10 @@ class MemoryOptimizer(Optimizer):
         return update
 
     def _count(self, states: list[State], found_inf: Tensor | None) -> None:
+        taken: float | Tensor = 1.0
         for state in states:
             step = state["step"]
-            taken: float | Tensor = 1.0
-            if found_inf is not None:
+            if found_inf is not None and not isinstance(taken, Tensor):  # one trip to the host
                 taken = 1 - (found_inf.squeeze() > 0).to(step.device, step.dtype)
             step += taken
 
@@ -366,11 +377,19 @@ class MemoryOptimizer(Optimizer):
 
         Beside it, as a record, ``routing``: for every group the paths of its parameters in order.
         """
-        saved = super().state_dict()
-        saved["routing"] = [groups.labels(group) for group in self.param_groups]
-        for group in saved["param_groups"]:
-            group.update({key: _describe(group[key]) for key in self._objects if key in group})
-        return saved
+
+        # First of the post-hooks: the user's see what is saved.
+        def describe(_: Optimizer, saved: dict[str, Any]) -> None:
+            saved["routing"] = [groups.labels(group) for group in self.param_groups]
+            for group in saved["param_groups"]:
+                for key in group.keys() & self._objects:
+                    group[key] = self._describe(key, group[key])
+
+        hook = self.register_state_dict_post_hook(describe, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but state keeps its precision and shares no storage with ``state_dict``.
@@ -429,10 +448,11 @@ class MemoryOptimizer(Optimizer):
             own = {key: mine[key] for key in self._objects if key in mine}
             for key, value in own.items():
                 saved = theirs.get(key)
-                if saved is not None and _describe(value) != _describe(saved):
+                here, there = self._describe(key, value), self._describe(key, saved)
+                if saved is not None and here != there:
                     raise ValueError(
-                        f"the checkpoint's {key} is {_describe(saved)}, the optimizer's "
-                        f"{_describe(value)}: make the optimizer with the checkpoint's"
+                        f"the checkpoint's {key} is {there}, the optimizer's {here}: make the "
+                        "optimizer with the checkpoint's"
                     )
             if len(theirs["params"]) != len(mine["params"]):
                 continue  # torch's own check is next, and has the better words
@@ -466,17 +486,6 @@ class MemoryOptimizer(Optimizer):
         for group in self.param_groups:
             for param, _, route in routing.routed(group):
                 yield group, param, route
-
-
-def _describe(value: Any) -> str:
-    """An object as plain text: its name, its ``repr``, or its class if it has no ``repr``."""
-    if isinstance(value, str):
-        if value not in memory.BUILT_IN:
-            return value
-        value = memory.resolve(value)
-    if hasattr(value, "__qualname__"):  # functions: the address in their repr means nothing
-        return f"{value.__module__}.{value.__qualname__}"
-    return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def _shapes(state: dict[str, Any]) -> str:

@@ -142,6 +142,10 @@ class DeepMomentum(MemoryOptimizer):
             )
         check_output_map(group)
 
+    def _describe(self, key: str, value: Any) -> str:
+        known = key == "memory" and isinstance(value, str) and value in memories.BUILT_IN
+        return super()._describe(key, memories.resolve(value) if known else value)
+
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         state = dict(memories.resolve(group["memory"]).init(like))
         reserved = {"step", "grad_norm", "row_moment", "row_weight"} & state.keys()

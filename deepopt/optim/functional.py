@@ -28,7 +28,8 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         params = dict(model.named_parameters())
         state = init(params)
         grads = torch.func.grad(loss)(params, batch)
-        params, state = update(grads, state, params)
+        with torch.no_grad():  # without it the graph of all steps is kept
+            params, state = update(grads, state, params)
 
     Autograd runs through ``update``, to gradients, state, parameters and tensor hyper-parameters.
 
@@ -71,10 +72,9 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
             param: {key: value.clone() for key, value in state[name].items()}
             for name, param in new.items()
         }
-        with torch.enable_grad():
-            group = stepped.param_groups[0]
-            buckets = list(stepped._buckets(group, [grads.get(name) for name in new]))
-            stepped._step_buckets(buckets, states)
+        group = stepped.param_groups[0]
+        buckets = list(stepped._buckets(group, [grads.get(name) for name in new]))
+        stepped._step_buckets(buckets, states)
         return new, {name: states[param] for name, param in new.items()}
 
     return Functional(init, update)

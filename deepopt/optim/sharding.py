@@ -182,7 +182,7 @@ def deal(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
                         [
                             position
                             for position in order
-                            if overlap(pieces[position][:leading], where)
+                            if overlap(pieces[position][:leading], where) is not None
                         ]
                         if leading
                         else order
@@ -196,7 +196,7 @@ def deal(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
 
 
 def overlap(one: Box, other: Box) -> Box | None:
-    """What two boxes share, or None."""
+    """What two boxes share, or None; of scalars, whose box is empty, (), it is ()."""
     shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return None if any(start >= stop for start, stop in shared) else shared
 
@@ -441,7 +441,9 @@ class _Round:
         for matrix in self.matrices:
             for _, tensor, layout, box in self._tensors(matrix):
                 held = boxes(layout)[self.me]
-                if sends(layout, self.me, matrix.owner) and (piece := overlap(held, box)):
+                if sends(layout, self.me, matrix.owner) and (
+                    (piece := overlap(held, box)) is not None
+                ):
                     outgoing[matrix.owner].append(local(tensor)[within(piece, held)])
         incoming: defaultdict[int, list[Tensor]] = defaultdict(list)
         for order, matrix in enumerate(self.mine):
@@ -452,7 +454,9 @@ class _Round:
                         size, dtype=tensor.dtype, device=self.mesh.device_type
                     )
                 for position, held in enumerate(boxes(layout)):
-                    if sends(layout, position, self.me) and (piece := overlap(held, box)):
+                    if sends(layout, position, self.me) and (
+                        (piece := overlap(held, box)) is not None
+                    ):
                         incoming[position].append(self.whole[key][order][within(piece, box)])
         self.exchange = _Exchange(self.mesh, outgoing, incoming)
 
@@ -478,14 +482,14 @@ class _Round:
             for key, _, layout, box in self._tensors(matrix, with_update):
                 tensor = new[key][order].reshape(extent(box))
                 for position, held in enumerate(boxes(layout)):
-                    if piece := overlap(held, box):
+                    if (piece := overlap(held, box)) is not None:
                         outgoing[position].append(tensor[within(piece, box)])
         incoming: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.updates: list[tuple[Tensor, Tensor]] = []
         for matrix in self.matrices:
             for key, tensor, layout, box in self._tensors(matrix, with_update):
                 held = boxes(layout)[self.me]
-                if piece := overlap(held, box):
+                if (piece := overlap(held, box)) is not None:
                     if key == _GRAD:
                         tensor = self.bucket.params[matrix.number]
                     target = local(tensor)[within(piece, held)]

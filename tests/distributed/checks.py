@@ -162,8 +162,9 @@ def every_registered_class_steps_shards_as_it_steps_whole_parameters(folder: Pat
     mesh = init_device_mesh("cpu", (2,))
     for entry in registry.REGISTRY.values():
         for options in () if entry.wraps else entry.options:
-            plain, spread = _pair((33, 20), mesh, [Shard(0)])
-            _step_both(plain, spread, cls=entry.cls, **options)
+            for shape in ((33, 20), (20, 33), (7,), ()):
+                plain, spread = _pair(shape, mesh, [Shard(0) if shape else Replicate()])
+                _step_both(plain, spread, cls=entry.cls, **options)
 
 
 @check(4)
