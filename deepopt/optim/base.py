@@ -4,6 +4,7 @@ A class says in :meth:`MemoryOptimizer._init_matrices` and :meth:`MemoryOptimize
 its memory keeps and what step it reads from it; groups, flags, state and checkpoints are done here.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -375,11 +376,13 @@ class MemoryOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with objects such as memories replaced by their ``repr``: plain data.
 
-        Beside it, as a record, ``routing``: for every group the paths of its parameters in order.
+        Beside it, as a record, ``optimizer``, the class, and ``routing``, for every group the
+        paths of its parameters in order.
         """
 
         # First of the post-hooks: the user's see what is saved.
         def describe(_: Optimizer, saved: dict[str, Any]) -> None:
+            saved["optimizer"] = type(self).__name__
             saved["routing"] = [groups.labels(group) for group in self.param_groups]
             for group in saved["param_groups"]:
                 for key in group.keys() & self._objects:
@@ -400,6 +403,11 @@ class MemoryOptimizer(Optimizer):
             ValueError: the groups, the memory or the state are not those of this optimizer, which
                 is unchanged then.
         """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                "Invalid state_dict: it needs the keys 'state' and 'param_groups', as "
+                "optimizer.state_dict() has them; is this the model's?"
+            )
         incoming: dict[str, Any] = {}
         kept = [{key: g[key] for key in self._objects if key in g} for g in self.param_groups]
 
@@ -444,7 +452,18 @@ class MemoryOptimizer(Optimizer):
                 hook.remove()
 
     def _check_incoming(self, given: dict[str, Any]) -> None:
+        """Raise ValueError unless ``given`` can be this optimizer's, whole and step by step."""
+        if (saved_by := given.get("optimizer", type(self).__name__)) != type(self).__name__:
+            raise ValueError(
+                f"the checkpoint is of {saved_by}, the optimizer a {type(self).__name__}: make the "
+                "optimizer with the checkpoint's class"
+            )
         for mine, theirs in zip(self.param_groups, given["param_groups"], strict=False):
+            if "path" not in theirs and not given["state"]:
+                raise ValueError(
+                    f"the checkpoint is not of {type(self).__name__}: it has neither state nor the "
+                    "arguments of its groups; begin with a fresh optimizer"
+                )
             own = {key: mine[key] for key in self._objects if key in mine}
             for key, value in own.items():
                 saved = theirs.get(key)
@@ -456,19 +475,32 @@ class MemoryOptimizer(Optimizer):
                     )
             if len(theirs["params"]) != len(mine["params"]):
                 continue  # torch's own check is next, and has the better words
+            names, saved_names = mine.get("param_names"), theirs.get("param_names")
+            if names and saved_names and names != saved_names and set(names) == set(saved_names):
+                raise ValueError(
+                    "the checkpoint has the same parameters in another order, and torch gives them "
+                    f"their state by position: begin with {saved_names[0]!r}, as it does"
+                )
             group = {**mine, **theirs, "params": mine["params"], **own}
+            self._check_group(group)
             routing.check_group(group, self._least_dims)
             for index, (param, name, route) in zip(
                 theirs["params"], routing.routed(group), strict=True
             ):
                 if state := given["state"].get(index):
                     expected = self._expected_state(param, route, group)
+                    if not 0 <= float(state.get("step", 0.0)) < math.inf:
+                        raise ValueError(
+                            f"the checkpoint's step of parameter {name or f'number {index}'} is "
+                            f"{state['step']}; it must be the number of its steps"
+                        )
                     found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
                     if found != {k: tuple(v.shape) for k, v in expected.items()}:
                         raise ValueError(
                             f"the checkpoint's state of parameter {name or f'number {index}'} does "
                             f"not fit its {route.label} path: expected {_shapes(expected)}, "
-                            f"found {_shapes(state)}"
+                            f"found {_shapes(state)}; make the optimizer with the "
+                            "checkpoint's class, arguments and groups"
                         )
 
     def _expected_state(

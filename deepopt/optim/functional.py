@@ -44,14 +44,18 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         missing or None stays as it is.
 
     Raises:
-        ValueError: an option out of range, or a gradient for an unknown name.
+        TypeError: a class of another package, or a wrapper.
+        ValueError: an option out of range, a gradient for an unknown name, or a parameter that
+            ``init`` has not seen.
     """
     flags = {"differentiable": True, "foreach": None, "fused": None, **options}
 
     def make(params: Tensors) -> MemoryOptimizer:
         return optimizer(list(params.items()), **flags)
 
-    make({"": torch.zeros(1)})  # bad options show here
+    if not (isinstance(optimizer, type) and issubclass(optimizer, MemoryOptimizer)):
+        raise TypeError(f"Invalid optimizer: {optimizer!r}; choose a class of deepopt.optimizers()")
+    make({"": torch.zeros(1, 1, 1)})  # bad options show here
 
     def init(params: Tensors) -> States:
         stepped = make({name: param.detach() for name, param in params.items()})
@@ -66,6 +70,8 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
     ) -> tuple[dict[str, Tensor], States]:
         if unknown := grads.keys() - params.keys():
             raise ValueError(f"Invalid grads: {sorted(unknown)} are not among params")
+        if missing := params.keys() - state.keys():
+            raise ValueError(f"Invalid state: it lacks {sorted(missing)}; begin with init(params)")
         new = {name: param.clone() for name, param in params.items()}
         stepped = make(new)
         states: dict[Tensor, Any] = {

@@ -716,18 +716,41 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
     halved = {i: {"step": state["step"]} for i, state in own["state"].items()}
     groups = own["param_groups"]
     fewer = [{**groups[0], "params": [0]}]
+    reasons = "expected step|doesn.t match|different number|of Other|neither state|Invalid|is -5"
     incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all there is
     for given in (
         {**own, "state": adagrad.state_dict()["state"]},
         *([{**own, "state": halved}] if incomplete else []),
         {**own, "param_groups": fewer},
         {**own, "param_groups": groups * 2},
+        {**own, "optimizer": "Other"},
+        {
+            "state": {},
+            "param_groups": torch.optim.SGD(other.parameters()).state_dict()["param_groups"],
+        },
+        {**own, "param_groups": [{**groups[0], "lr": -1.0}]},
+        {**own, "param_groups": [{**groups[0], "path": "rows"}]},
+        {**own, "state": {**own["state"], 0: {**own["state"][0], "step": torch.tensor(-5.0)}}},
+        other.state_dict(),
+        [],
     ):
         before = states(optimizer)
-        with pytest.raises(ValueError, match=r"expected step|doesn.t match|different number"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected step|doesn.t match|different number|of Other|neither state|Invalid|is -5",
+        ):
             optimizer.load_state_dict(given)
         assert_same(states(optimizer), before)
         assert optimizer.state_dict()["param_groups"] == groups
+
+
+@every_class
+def test_a_checkpoint_of_the_same_parameters_in_another_order_is_refused(cls):
+    params = [(name, nn.Parameter(torch.ones(20, 24))) for name in ("a", "b")]
+    optimizer, other = cls(params), cls(params[::-1])
+    feed(optimizer, [param for _, param in params], gradient_stream([(20, 24)] * 2, 1))
+    with pytest.raises(ValueError, match="same parameters in another order"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 @every
