@@ -717,7 +717,7 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
     groups = own["param_groups"]
     fewer = [{**groups[0], "params": [0]}]
     reasons = "expected step|doesn.t match|different number|of Other|neither state|Invalid|is -5"
-    incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all there is
+    incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all
     for given in (
         {**own, "state": adagrad.state_dict()["state"]},
         *([{**own, "state": halved}] if incomplete else []),
@@ -735,10 +735,7 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
         [],
     ):
         before = states(optimizer)
-        with pytest.raises(
-            ValueError,
-            match=r"expected step|doesn.t match|different number|of Other|neither state|Invalid|is -5",
-        ):
+        with pytest.raises(ValueError, match=reasons):
             optimizer.load_state_dict(given)
         assert_same(states(optimizer), before)
         assert optimizer.state_dict()["param_groups"] == groups
