@@ -7,11 +7,10 @@ read-out: its keys are normalised and its momentum is an average.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from deepopt.memory.preconditioned import Preconditioned
-from deepopt.ops import frobenius
+from deepopt.ops import ridge
 
 Rule = Literal["implicit", "derived", "literal"]
 RULES: tuple[Rule, ...] = ("implicit", "derived", "literal")
@@ -54,7 +53,7 @@ class DeltaRule(Preconditioned):
     State: 1 float per parameter and the preconditioner's.
 
     Cost per m x n matrix, with r and R its short and its long side: 4 r²R FLOPs; ``implicit``
-    6 r²R + r³/3 and r²R more for the triangular systems, in float64 where the device has it.
+    8 r²R + r³/3, two of the eight for the triangular systems, in float64 where the device has it.
     """
 
     rule: Rule = "implicit"
@@ -64,7 +63,7 @@ class DeltaRule(Preconditioned):
         self.preconditioner.write(state, grad)
         momentum = state["momentum"]
         if self.rule == "implicit":
-            momentum, grad = _proximal(momentum, grad, self.rate)
+            momentum, grad = ridge(momentum, grad, self.rate)
             momentum = retention * momentum
         else:
             rate = self.rate if self.rule == "derived" else 1.0
@@ -77,35 +76,3 @@ def _recalled(momentum: Tensor, grad: Tensor) -> Tensor:
     if grad.shape[-2] <= grad.shape[-1]:
         return (momentum @ grad.mT) @ grad
     return momentum @ (grad.mT @ grad)
-
-
-def _proximal(momentum: Tensor, grad: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``momentum`` and ``grad``, each times (I + rate gradᵀ grad)⁻¹.
-
-    With A = I + rate grad gradᵀ on the side of the rows, grad (…)⁻¹ = A⁻¹ grad, and Woodbury's
-    identity makes the other product momentum - rate (momentum gradᵀ) A⁻¹ grad, so that one system
-    serves both. It is solved on the short side, for the gradient divided by its norm: a product
-    that is small because the gradient is large comes out of the solution as such, and not as the
-    difference of two large ones.
-
-    Where rate ‖grad‖² goes beyond 1/(16 r eps), 10¹² for r = 256, what the system adds to its
-    diagonal would be lost in rounding and is held there. Directions of the gradient that are
-    10⁻⁶ of it are resolved too weakly then, and the bounds hold all the same.
-    """
-    dtype = grad.dtype if grad.device.type == "mps" else torch.float64
-    eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
-    wide, size = grad.shape[-2] <= grad.shape[-1], min(grad.shape[-2:])
-    # Only a unit of measurement, so that derivatives need not pass through it.
-    norm = frobenius(grad.detach()).clamp_min(torch.finfo(grad.dtype).tiny)
-    norm = norm.to(dtype)[:, None, None]
-    keys, old = grad.to(dtype) / norm, momentum.to(dtype)
-    strength = (rate * norm * norm).clamp_max(largest)
-    unit = strength.detach().clamp_min(1.0)
-    short = keys if wide else keys.mT
-    added = (1 / unit).clamp_min(16 * size * eps) * torch.eye(size, dtype=dtype, device=keys.device)
-    factor = torch.linalg.cholesky_ex(added + strength / unit * (short @ short.mT)).L
-    solved = torch.cholesky_solve(short, factor)
-    solved = solved if wide else solved.mT
-    recalled = (old @ keys.mT) @ solved if wide else old @ (keys.mT @ solved)
-    new = old - strength / unit * recalled
-    return new.to(grad.dtype), (norm / unit * solved).to(grad.dtype)
