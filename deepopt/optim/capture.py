@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from deepopt._compat import is_distributed
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -101,46 +103,64 @@ def capture_inputs(model: nn.Module, rows: int = 512) -> InputCapture:
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: ``rows`` is less than 1, or there is no layer to record.
+        RuntimeError: the weight of such a layer is a DTensor. If FSDP2 or tensor parallelism comes
+            after the capture, ``DeltaGradientDescent`` says so at its first step.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
     if not rows >= 1:
         raise ValueError(f"Invalid rows: {rows}; at least 1 is needed")
-    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     if not layers:
         names = ", ".join(layer.__name__ for layer in LAYERS)
         raise ValueError(f"model has no layer to record; it needs one of {names}")
     replicas = model.process_group if isinstance(model, DistributedDataParallel) else None
-    for layer in layers:
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if weight is not None and is_distributed(weight):
+            raise RuntimeError(
+                "capture_inputs does not support DTensor parameters (FSDP2, tensor parallelism), "
+                f"but the weight of layer {name!r} is one: give a part of the model that has none, "
+                "or replicate it by DistributedDataParallel"
+            )
+    for layer in layers.values():
         if isinstance(weight := layer._parameters.get("weight"), nn.Parameter):
             _samples[weight] = _Sample(rows, _groups(layer), replicas)
     watch = functools.partial(_watch, rows)
-    return InputCapture([x.register_forward_hook(watch, with_kwargs=True) for x in layers])
+    return InputCapture([x.register_forward_hook(watch, with_kwargs=True) for x in layers.values()])
 
 
-def take_inputs(param: Tensor) -> Tensor | None:
-    """What ``param`` has seen since it was last asked, scaled such that mean x xᵀ = XᵀX.
+def seen_inputs(param: Tensor) -> Tensor | None:
+    """What ``param`` has seen since it was last forgotten, scaled such that mean x xᵀ = XᵀX.
 
     Returns:
-        X of shape (groups, r, n), or None if nothing was recorded. A collective operation for
-        parameters that were recorded through ``DistributedDataParallel``.
+        X of shape (groups, r, n), at least float32, or None if nothing was recorded. A collective
+        operation for parameters that were recorded through ``DistributedDataParallel``.
     """
     sample = _samples.get(param)
     if sample is None:
         return None
-    rows, keys = sample.rows, sample.keys
-    sample.rows = sample.keys = None
-    if sample.process_group is None:
-        return None if rows is None else rows / rows.shape[1] ** 0.5
-    return _average(param, sample, rows, keys)
+    if sample.process_group is not None:
+        return _average(param, sample)
+    rows = sample.rows
+    if rows is None:
+        return None
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) / rows.shape[1] ** 0.5
 
 
-def _average(param: Tensor, sample: _Sample, rows: Tensor | None, keys: Tensor | None) -> Tensor:
+def forget_inputs(param: Tensor) -> None:
+    """A step has used them."""
+    if (sample := _samples.get(param)) is not None:
+        sample.rows = sample.keys = None
+
+
+def _average(param: Tensor, sample: _Sample) -> Tensor:
     """The rows of all replicas, one share of the limit from each, zeros where one has fewer."""
     world = sample.process_group.size()
     share = -(-sample.limit // world)
     dtype = torch.promote_types(param.dtype, torch.float32)
     own = param.new_zeros(sample.groups, share, math.prod(param.shape[1:]), dtype=dtype)
+    rows, keys = sample.rows, sample.keys
     if rows is not None and keys is not None:
         kept = _smallest(keys, min(share, len(keys)))
         own[:, : len(kept)] = rows[:, kept].to(dtype) / (len(kept) * world) ** 0.5
@@ -156,6 +176,8 @@ def _watch(
     # Elsewhere (functional_call, replicas, parametrizations) the weight is no parameter to step.
     weight = layer._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+        return
+    if is_distributed(weight):  # since it was recorded
         return
     if not output.requires_grad or not output.numel():
         return

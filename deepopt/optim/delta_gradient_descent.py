@@ -1,6 +1,7 @@
 """DeltaGradientDescent: gradient descent that erases what the present inputs recall."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 from deepopt._compat import is_distributed
 from deepopt.ops.ridge import ridge, widened
 from deepopt.optim import routing
-from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.capture import take_inputs
+from deepopt.optim.base import Bucket, Group, MemoryOptimizer
+from deepopt.optim.capture import forget_inputs, seen_inputs
 from deepopt.optim.elementwise import state_dtype
 
 RULES = ("implicit", "scalar", "literal")
@@ -39,7 +40,9 @@ class DeltaGradientDescent(MemoryOptimizer):
     For one input and d = 1 the first two are Eq 56's exact solution for every :math:`\|x\|`; the
     third, as printed, is so for :math:`\|x\| = 1` alone, and diverges where
     :math:`\gamma' d\, \lambda_{\max}(C) > 2`. The first two are stable for every rate; "implicit"
-    shortens the step only along the inputs, "scalar" everywhere, and solves no linear system.
+    shortens the step only along the inputs, "scalar" everywhere, and solves no linear system. What
+    the gradient lost in rounding lies across them too: there "implicit" leaves it, times gamma, as
+    plain gradient descent does.
 
     **Not the loss's minimum.** With d = 1 the fixed point for :math:`\frac12\|Wx - t\|^2` is
     :math:`Wx = t/2`, in general :math:`t/(1+d)`: as printed it is the rule of a memory that has to
@@ -78,7 +81,8 @@ class DeltaGradientDescent(MemoryOptimizer):
     "implicit" at most 8rmn + 6s²S + s³/3, in float64 where the device has it.
 
     Warns:
-        UserWarning: once per optimizer, if a parameter of two or more dimensions has no inputs.
+        UserWarning: once per optimizer, if a parameter of two or more dimensions has no inputs, as
+            DTensors never have.
 
     Raises:
         ValueError: an argument out of range, named with its value.
@@ -136,28 +140,33 @@ class DeltaGradientDescent(MemoryOptimizer):
     def _gradient(
         self, param: Tensor, grad: Tensor | None, path: routing.Path, group: Group
     ) -> Tensor | None:
-        if grad is None or grad.is_sparse or path == "elementwise" or param.ndim < 2:
+        if grad is None or grad.is_sparse or path == "elementwise":
+            return grad
+        if param.ndim < 2 or not param.numel():
             return grad
         scale = group["decay_scale"]
         if scale is None:
             scale = 1.0 if group["rule"] == "literal" else 1e-3
-        inputs = take_inputs(param)
+        inputs = seen_inputs(param)
         if inputs is None and scale and not self._warned:
             self._warned = True
             warnings.warn(_advice(param, group), stacklevel=2)
         if inputs is None or not scale:
             return grad
-        if is_distributed(param):
-            raise RuntimeError(
-                "DeltaGradientDescent does not support DTensor parameters with captured inputs; "
-                "give decay_scale=0, or do not capture"
-            )
         # base steps against what is returned here, and negates it first to ascend.
         ascend, lr = group["maximize"], group["lr"]
         step = _toward_regression(
             -grad if ascend else grad, param, inputs, lr, scale, group["rule"]
         )
         return -step if ascend else step
+
+    def _step_buckets(
+        self, buckets: Sequence[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None = None
+    ) -> None:
+        super()._step_buckets(buckets, states, found_inf)
+        for bucket in buckets:  # now, and not where they are read: a refused step uses up nothing
+            for param in bucket.params:
+                forget_inputs(param)
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         return {}
@@ -190,9 +199,15 @@ def _advice(param: Tensor, group: Group) -> str:
     names = group.get("param_names", [])
     own = [n for p, n in zip(group["params"], names, strict=False) if p is param]
     name = "".join(own) or "(unnamed)"
+    if is_distributed(param):
+        remedy = (
+            "those of DTensors (FSDP2, tensor parallelism) cannot be captured: replicate the model "
+            "by DistributedDataParallel"
+        )
+    else:
+        remedy = "record them by deepopt.capture_inputs(model) before the forward pass"
     return (
         f"DeltaGradientDescent has captured no inputs for parameter {name} of shape "
         f"{tuple(param.shape)}: it is stepped by plain gradient descent, and so is every other "
-        "without; record them by deepopt.capture_inputs(model) before the forward pass, or give "
-        "decay_scale=0"
+        f"without; {remedy}, or give decay_scale=0"
     )

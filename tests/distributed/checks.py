@@ -29,6 +29,7 @@ from world import check, main
 
 import deepopt
 from deepopt.optim import deep_momentum, registry, sharding
+from deepopt.optim.capture import forget_inputs, seen_inputs
 
 MEMORIES = ("linear", "covariance", "delta")
 STEPS = 4
@@ -284,6 +285,41 @@ def any_placements_of_a_stack_equal_one_process(folder: Path) -> None:
     ):
         plain, spread = _pair((5, 20, 17), mesh, placements)
         _step_both(plain, spread, path="stack")
+
+
+# -- layer inputs ----------------------------------------------------------------------------------
+
+
+@check(2)
+def replicas_average_the_inputs_that_they_see(folder: Path) -> None:
+    size, rank = ranks()
+    model = network(5, 4, 3)
+    inputs = torch.randn(3 * size, 5, dtype=torch.float64)
+    replica = DistributedDataParallel(model)
+    with deepopt.capture_inputs(replica):
+        replica(inputs.chunk(size)[rank]).sum().backward()
+    rows = seen_inputs(model[0].weight)
+    torch.testing.assert_close((rows.mT @ rows)[0], inputs.mT @ inputs / len(inputs))
+    assert seen_inputs(model[2].weight).any()
+    forget_inputs(model[2].weight)
+    assert not seen_inputs(model[2].weight).any()
+
+
+@check(2)
+def inputs_of_shards_are_refused_or_said_to_be_missed(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    for shard in fsdp, lambda model, mesh: parallelize_module(model, mesh, plan):
+        with pytest.raises(RuntimeError, match=r"DTensor parameters .* layer '0' is one"):
+            deepopt.capture_inputs(shard(network(40, 34, 18), mesh))
+        model, expected = network(40, 34, 18), network(40, 34, 18)
+        with deepopt.capture_inputs(model):
+            shard(model, mesh)
+            optimizer = deepopt.DeltaGradientDescent(model.parameters(), lr=1e-2)
+            with pytest.warns(UserWarning, match=r"DTensors .* cannot be captured"):
+                train(model, optimizer)
+        train(expected, torch.optim.SGD(expected.parameters(), lr=1e-2))
+        assert_same(model, expected)
 
 
 # -- the dealing -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import deepopt
 from deepopt import DeltaGradientDescent, capture_inputs
+from deepopt.optim.capture import seen_inputs
 from tests.literal_dgd import exact_dgd, literal_dgd
 
 
@@ -251,6 +252,36 @@ def test_the_elementwise_path_is_adamw_with_inputs_and_without(path):
             module(inputs).square().mean().backward()
             optimizer.step()
     assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_a_refused_step_uses_up_no_inputs():
+    model, inputs = (
+        nn.Sequential(layer(), nn.Embedding(3, 4, sparse=True)),
+        torch.randn(6, 5).double(),
+    )
+    expected = copy.deepcopy(model[0])
+    with capture_inputs(model):
+        loss = 0.5 * model[0](inputs).square().sum() / 6
+        (loss + model[1](torch.arange(3)).sum()).backward()
+    optimizer = DeltaGradientDescent(model.parameters(), lr=0.1, decay_scale=1.0)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    model[1].weight.grad = None
+    optimizer.step()
+    step(expected, inputs, torch.zeros(6, 3).double(), lr=0.1, decay_scale=1.0)
+    assert seen_inputs(model[0].weight) is None
+    torch.testing.assert_close(model[0].weight, expected.weight)
+
+
+def test_a_layer_without_inputs_is_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that there is nothing to initialise
+        module = nn.Linear(0, 3)
+    optimizer = DeltaGradientDescent(module.parameters(), lr=0.1)
+    with capture_inputs(module):
+        module(torch.ones(2, 0)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(module.bias.detach(), torch.full((3,), -0.2))
 
 
 def train(model, optimizer, steps, first=0):
