@@ -64,6 +64,14 @@ class Continuum(Optimizer):
     step is under way (float32 for narrower parameters), the sum of its gradients in ``pending``;
     checkpoints have both, so that training goes on bit for bit in mid-chunk.
 
+    .. note::
+        In mid-chunk, ``state_dict`` is the way to save. torch's ``get_optimizer_state_dict`` drops
+        what waits under ``flatten_optimizer_state_dict=True``, which loading refuses: ``flush``
+        first. And where the optimizer has no state yet, it takes a step of its own with gradients
+        of zero and a rate of 0, which counts as one of the chunk here: call it between chunks or
+        after the first update, and of an optimizer that has not been stepped,
+        ``flush("discard")`` after it.
+
     Cost: one addition per parameter and step.
 
     Raises:
@@ -233,8 +241,11 @@ class Continuum(Optimizer):
         """The wrapped optimizer's, and what waits; it may be a checkpoint of that optimizer alone.
 
         Raises:
-            ValueError: what the wrapped optimizer refuses, or a pending gradient that does not fit
-                its parameter; nothing has changed then.
+            ValueError: what the wrapped optimizer refuses, a pending gradient that does not fit
+                its parameter, or a group in mid-chunk of which no parameter has a pending gradient
+                although some require gradients: whoever saved it dropped them, or the group had
+                none in the chunk so far, which a checkpoint does not tell apart. Nothing has
+                changed then.
         """
         given = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -256,11 +267,19 @@ class Continuum(Optimizer):
                     continue
             state[index] = kept
         groups = [dict(group) for group in given["param_groups"]]
-        for mine, group in zip(self.param_groups, groups, strict=False):
+        for number, (mine, group) in enumerate(zip(self.param_groups, groups, strict=False)):
             for key, value in (("chunk", mine["chunk"]), ("reduce", mine["reduce"])):
                 group.setdefault(key, value)
             group.setdefault("pending_steps", 0)
             _check(group)
+            learns = any(param.requires_grad for param in mine["params"])
+            if group["pending_steps"] and learns and pending.keys().isdisjoint(mine["params"]):
+                raise ValueError(
+                    f"the checkpoint's group number {number} has pending_steps="
+                    f"{group['pending_steps']} but no {PENDING}, which torch's "
+                    "flatten_optimizer_state_dict=True drops; save without it or after flush(), or "
+                    "set pending_steps to 0 in the checkpoint's group to begin its chunk anew"
+                )
         self.optimizer.load_state_dict({**given, "state": state, "param_groups": groups})
         self.pending = pending
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -275,7 +294,7 @@ class Continuum(Optimizer):
 
 def _check(group: Group) -> None:
     chunk, reduce = group["chunk"], group["reduce"]
-    if not isinstance(chunk, int) or chunk < 1:
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(
             f"Invalid chunk: {chunk!r}; it must be a whole number of steps, at least 1"
         )

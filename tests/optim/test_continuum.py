@@ -7,6 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import deepopt
 from deepopt.optim.continuum import Continuum
@@ -19,6 +24,8 @@ INNER = {
     "deep": lambda groups: deepopt.DeepMomentum(groups, lr=0.01),
     "m3": lambda groups: M3(groups, lr=0.01, ramp=0, slow_chunk=2),
 }
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @pytest.fixture(params=INNER)
@@ -197,6 +204,69 @@ def test_loading_shares_no_storage_and_a_checkpoint_that_does_not_fit_changes_no
         optimizer.load_state_dict(broken)
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
     assert torch.equal(optimizer.state_dict()["state"][2]["pending_grad"], pending)
+
+
+def test_torchs_checkpoint_helpers_keep_what_waits_or_are_refused():
+    model = make_model()
+    optimizer = Continuum(torch.optim.AdamW(groups_of(model)))
+    run(model, optimizer, 6)
+    model.zero_grad()
+    plain = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    weights = copy.deepcopy(model.state_dict())
+    expected = run(model, optimizer, 4, first=6)
+
+    fresh = make_model(seed=1)
+    fresh.load_state_dict(weights)
+    resumed = Continuum(torch.optim.AdamW(groups_of(fresh)))
+    set_optimizer_state_dict(fresh, resumed, plain)
+    assert_same(run(fresh, resumed, 4, first=6), expected)
+    with pytest.raises(ValueError, match="group number 1 has pending_steps=2 but no pending_grad"):
+        set_optimizer_state_dict(fresh, resumed, flat, options=FLAT)
+
+    optimizer.flush("step")
+    fresh.load_state_dict(model.state_dict())
+    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    set_optimizer_state_dict(fresh, resumed, flat, options=FLAT)
+    assert_same(run(fresh, resumed, 5, first=10), run(model, optimizer, 5, first=10))
+
+
+def test_torchs_checkpoint_helpers_step_an_optimizer_without_state_which_flush_takes_back():
+    model = make_model()
+    optimizer = Continuum(torch.optim.AdamW(groups_of(model)))
+    before = snapshot(model)
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.param_groups[1]["pending_steps"] == 1
+    optimizer.flush("discard")
+    assert_same(snapshot(model), before)
+    assert [group["pending_steps"] for group in optimizer.param_groups] == [0, 0]
+    assert not optimizer.pending
+
+
+def test_a_group_in_mid_chunk_that_lost_what_waits_is_refused_and_changes_nothing():
+    model = make_model()
+    optimizer = Continuum(torch.optim.AdamW(groups_of(model)))
+    run(model, optimizer, 2)
+    before = optimizer.state_dict()
+    lost = copy.deepcopy(before)
+    for index in lost["param_groups"][1]["params"]:
+        del lost["state"][index]
+    with pytest.raises(ValueError, match="set pending_steps to 0"):
+        optimizer.load_state_dict(lost)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert len(optimizer.pending) == 2
+    lost["param_groups"][1]["pending_steps"] = 0
+    optimizer.load_state_dict(lost)
+    assert not optimizer.pending
+
+
+def test_a_frozen_group_in_mid_chunk_is_resumed():
+    model = make_model()
+    model[2].requires_grad_(False)
+    optimizer = Continuum(torch.optim.AdamW(groups_of(model)))
+    run(model, optimizer, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[1]["pending_steps"] == 2
 
 
 def test_partial_chunks_are_stepped_or_discarded_as_asked():
@@ -410,6 +480,7 @@ def test_sparse_gradients_wait_as_they_are():
     [
         ({"chunk": 0}, ValueError, "Invalid chunk: 0"),
         ({"chunk": 2.0}, ValueError, "Invalid chunk: 2.0"),
+        ({"chunk": True}, ValueError, "Invalid chunk: True"),
         ({"reduce": "max"}, ValueError, "Invalid reduce: 'max'"),
     ],
 )
