@@ -157,27 +157,41 @@ class Applied:
 BUILT_IN = ("identity", "diagonal", "left_gram")
 
 
-def resolve(preconditioner: Any, retention: float) -> Preconditioner:
-    """The preconditioner behind a name or a function; ``retention`` is that of its statistics.
+def resolve(preconditioner: Any, retention: float, capturable: bool = False) -> Preconditioner:
+    """The preconditioner behind a name or a function.
+
+    Args:
+        preconditioner: one of ``BUILT_IN``, or a function of matrices (B, m, n).
+        retention: of its statistics.
+        capturable: it must not decide anything on the host (default: False).
 
     Raises:
         ValueError: an unknown name.
         TypeError: something else that cannot be called.
+        RuntimeError: one that decides on the host, where that must not be.
     """
-    if preconditioner == "identity":
-        return Identity()
-    if preconditioner == "diagonal":
-        return Diagonal(retention)
-    if preconditioner == "left_gram":
-        return LeftGram(retention)
-    if isinstance(preconditioner, str):
+    if isinstance(preconditioner, str) and preconditioner not in BUILT_IN:
         names = ", ".join(map(repr, BUILT_IN))
         raise ValueError(
             f"Invalid preconditioner: {preconditioner!r}; choose {names} or pass a function"
         )
-    if not callable(preconditioner):
+    if not isinstance(preconditioner, str) and not callable(preconditioner):
         raise TypeError(
             f"Invalid preconditioner: {preconditioner!r} cannot be called; it must take matrices "
             "(B, m, n) and return P times each"
         )
-    return Applied(preconditioner)
+    found: Preconditioner
+    if preconditioner == "identity":
+        found = Identity()
+    elif preconditioner == "diagonal":
+        found = Diagonal(retention)
+    elif preconditioner == "left_gram":
+        found = LeftGram(retention)
+    else:
+        found = Applied(preconditioner)
+    if capturable and not getattr(found, "capturable", True):
+        raise RuntimeError(
+            f"preconditioner={preconditioner!r} does not support capturable=True: it decides on "
+            "the host when to refresh; choose another one"
+        )
+    return found

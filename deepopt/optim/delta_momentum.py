@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.delta_rule import RULES, DeltaRule, Rule
+from deepopt.memory.preconditioner import resolve
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.preconditioned_momentum import preconditioner_of
 
 
 class DeltaMomentum(MemoryOptimizer):
@@ -119,7 +119,6 @@ class DeltaMomentum(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        preconditioner_of(group)
         rule, inner_lr = group["rule"], group["inner_lr"]
         if rule not in RULES:
             raise ValueError(f"Invalid rule: {rule!r}; choose from {RULES}")
@@ -132,11 +131,13 @@ class DeltaMomentum(MemoryOptimizer):
             raise ValueError(
                 f"Invalid inner_lr: {inner_lr}; rule='literal' has none, use rule='derived'"
             )
+        self._memory(group)
 
     def _memory(self, group: Group) -> DeltaRule:
         rate = group["lr"] if group["inner_lr"] is None else group["inner_lr"]
         rate = rate.squeeze() if isinstance(rate, Tensor) else rate
-        return DeltaRule(preconditioner_of(group), group["rule"], rate)
+        preconditioner = resolve(group["preconditioner"], group["betas"][1], group["capturable"])
+        return DeltaRule(preconditioner, group["rule"], rate)
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         return self._memory(group).init(like)

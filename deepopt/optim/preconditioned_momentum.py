@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.preconditioned import Preconditioned
-from deepopt.memory.preconditioner import Preconditioner, resolve
+from deepopt.memory.preconditioner import resolve
 from deepopt.optim.base import Group, MemoryOptimizer
 
 
@@ -117,10 +117,12 @@ class PreconditionedMomentum(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        preconditioner_of(group)
+        self._memory(group)
 
     def _memory(self, group: Group) -> Preconditioned:
-        return Preconditioned(preconditioner_of(group))
+        return Preconditioned(
+            resolve(group["preconditioner"], group["betas"][1], group["capturable"])
+        )
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         return self._memory(group).init(like)
@@ -129,14 +131,3 @@ class PreconditionedMomentum(MemoryOptimizer):
         memory, retention = self._memory(group), group["betas"][0]
         memory.write(state, grad, retention)
         return memory.read(state, grad, retention)
-
-
-def preconditioner_of(group: Group) -> Preconditioner:
-    """The preconditioner of a group, which raises if it cannot be had."""
-    preconditioner = resolve(group["preconditioner"], group["betas"][1])
-    if group["capturable"] and not getattr(preconditioner, "capturable", True):
-        raise RuntimeError(
-            f"preconditioner={group['preconditioner']!r} does not support capturable=True: it "
-            "decides on the host when to refresh; choose another one"
-        )
-    return preconditioner

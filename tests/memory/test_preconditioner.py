@@ -104,3 +104,11 @@ def test_derivatives_are_finite_where_a_row_is_silent(name):
     grad.requires_grad_()
     read(resolve(name, 0.9), [grad]).sum().backward()
     assert grad.grad.isfinite().all()
+
+
+def test_one_that_decides_on_the_host_is_refused_where_that_must_not_be():
+    with pytest.raises(
+        RuntimeError, match="preconditioner='left_gram' does not support capturable"
+    ):
+        resolve("left_gram", 0.9, capturable=True)
+    assert resolve("diagonal", 0.9, capturable=True) == Diagonal(0.9)
