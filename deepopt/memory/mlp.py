@@ -44,7 +44,9 @@ class MLP:
     is taught to predict them chases it.
 
     All matrices start from the same φ₀, which comes with the package (``phi0.pt``); that is the one
-    MLP that serves them all. What is learned online is each matrix' own, because a parameter's
+    MLP that serves them all. The φ₀ that is shipped has a zero read-out: without learning online
+    this memory is :class:`Linear`, at one more float per parameter for every further average, until
+    a trained φ₀ is shipped. What is learned online is each matrix' own, because a parameter's
     step must not depend on which others are stepped with it. Both are in the state.
 
     Args:

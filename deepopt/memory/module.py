@@ -14,6 +14,9 @@ from deepopt.ops import normalized, root_mean_square
 Factory = Callable[[int, int], nn.Module]
 Objective = Callable[[Tensor, Tensor], Tensor]
 
+GRANULARITIES = ("coordinate", "row")
+OBJECTIVES = ("l2", "dot", "literal")
+
 ENTRIES_AT_ONCE = 2**22
 """Matrices are trained together up to this many entries, which bounds the scratch memory."""
 
@@ -91,9 +94,9 @@ class Module:
     coordinate form 1 + len(time_scales) floats per parameter besides.
 
     Raises:
-        ValueError: a module with buffers, without parameters to train, or with outputs of another
-            shape, or an objective that returns no scalar.
-        TypeError: a factory that returns no module.
+        ValueError: an argument out of range; later a module with buffers, without parameters to
+            train, or with outputs of another shape, or an objective that returns no scalar.
+        TypeError: a factory that is none, or that returns no module.
     """
 
     factory: Factory
@@ -104,6 +107,45 @@ class Module:
     feature_map: Sequence[float] | Callable[[Tensor], Tensor] | None = None
     preconditioner: Callable[[Tensor], Tensor] | None = None
     time_scales: Sequence[float] = (0.99,)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factory, nn.Module) or not callable(self.factory):
+            raise TypeError(
+                f"Invalid memory: {self.factory!r} is no factory; give a callable "
+                "(in_features, out_features) -> nn.Module, such as nn.Linear"
+            )
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"Invalid granularity: {self.granularity!r}; choose from {GRANULARITIES}"
+            )
+        if not callable(self.objective) and self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"Invalid objective: {self.objective!r}; choose from {OBJECTIVES} or a callable"
+            )
+        if not 0.0 <= self.inner_lr:
+            raise ValueError(f"Invalid inner_lr: {self.inner_lr}; it must not be negative")
+        if not isinstance(self.inner_steps, int) or self.inner_steps < 1:
+            raise ValueError(
+                f"Invalid inner_steps: {self.inner_steps}; it must be a whole number of at least 1"
+            )
+        powers = self.feature_map
+        if not (powers is None or callable(powers)) and not (
+            isinstance(powers, tuple | list)
+            and powers
+            and all(isinstance(c, int | float) for c in powers)
+        ):
+            raise ValueError(
+                f"Invalid feature_map: {powers!r}; give None, the coefficients (c1, c3, ...) of an "
+                "odd polynomial, or a callable"
+            )
+        if self.preconditioner is not None and not callable(self.preconditioner):
+            raise ValueError(
+                f"Invalid preconditioner: {self.preconditioner!r}; give None or a callable"
+            )
+        if not all(0.0 <= retention < 1.0 for retention in self.time_scales):
+            raise ValueError(
+                f"Invalid time_scales: {self.time_scales}; retentions must be in [0, 1)"
+            )
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         module = _make(self.factory, *self._widths(like), like.device)
@@ -199,8 +241,9 @@ class Module:
             return (outputs + target).square().mean() / 2
         if self.objective == "dot":
             return (outputs * u).mean()
-        if not callable(self.objective):
+        if self.objective == "literal":
             return outputs.sum()
+        assert callable(self.objective)
         loss = self.objective(outputs, u)
         if not isinstance(loss, Tensor) or loss.shape != ():
             raise ValueError(

@@ -3,25 +3,24 @@
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.module import Factory, Module, tanh_mlp
-from deepopt.ops import (
-    adam_ratio,
-    frobenius,
-    newton_schulz,
-    normalized,
-    polar_express,
-    rms_gain,
-    running_root,
-)
+from deepopt.ops import normalized
 from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.output_map import adam_size, init_output_map, orthogonalize, resize
 
-_GRANULARITIES = ("coordinate", "row")
-_OBJECTIVES = ("l2", "dot", "literal")
 _OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
-_NS_STEPS = 5
+
+# DeepMomentum's defaults, without its rows.
+_NEWTON_SCHULZ: Group = {
+    "ns_steps": 5,
+    "ns_coefficients": None,
+    "row_norm": False,
+    "rms_cap": 1.5,
+    "update_rms": None,
+}
 
 
 class DMGD(MemoryOptimizer):
@@ -162,50 +161,21 @@ class DMGD(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        memory = group["memory"]
-        if isinstance(memory, nn.Module) or not (isinstance(memory, str) or callable(memory)):
-            raise TypeError(
-                f"Invalid memory: {memory!r} is no factory; give 'mlp' or a callable "
-                "(in_features, out_features) -> nn.Module, such as nn.Linear"
-            )
-        if isinstance(memory, str) and memory != "mlp":
+        if not isinstance(group["hidden"], int) or group["hidden"] < 1:
             raise ValueError(
-                f"Invalid memory: {memory!r}; give 'mlp' or a callable "
+                f"Invalid hidden: {group['hidden']}; it must be a whole number of at least 1"
+            )
+        if isinstance(group["memory"], str) and group["memory"] != "mlp":
+            raise ValueError(
+                f"Invalid memory: {group['memory']!r}; give 'mlp' or a callable "
                 "(in_features, out_features) -> nn.Module"
             )
-        for key, names in (
-            ("granularity", _GRANULARITIES),
-            ("objective", _OBJECTIVES),
-            ("output_map", (*_OUTPUT_MAPS, None)),
-        ):
-            value = group[key]
-            if value not in names and not (callable(value) and key != "granularity"):
-                also = "" if key == "granularity" else " or a callable"
-                raise ValueError(f"Invalid {key}: {value!r}; choose from {names}{also}")
-        if not 0.0 <= group["inner_lr"]:
-            raise ValueError(f"Invalid inner_lr: {group['inner_lr']}; it must not be negative")
-        for key in ("hidden", "inner_steps"):
-            if not isinstance(group[key], int) or group[key] < 1:
-                raise ValueError(
-                    f"Invalid {key}: {group[key]}; it must be a whole number of at least 1"
-                )
-        if not all(0.0 <= retention < 1.0 for retention in group["time_scales"]):
+        self._memory(group)
+        output_map = group["output_map"]
+        if not (output_map is None or output_map in _OUTPUT_MAPS or callable(output_map)):
             raise ValueError(
-                f"Invalid time_scales: {group['time_scales']}; retentions must be in [0, 1)"
-            )
-        powers = group["feature_map"]
-        if not (powers is None or callable(powers)) and not (
-            isinstance(powers, tuple | list)
-            and powers
-            and all(isinstance(c, int | float) for c in powers)
-        ):
-            raise ValueError(
-                f"Invalid feature_map: {powers!r}; give None, the coefficients (c1, c3, ...) of an "
-                "odd polynomial, or a callable"
-            )
-        if group["preconditioner"] is not None and not callable(group["preconditioner"]):
-            raise ValueError(
-                f"Invalid preconditioner: {group['preconditioner']!r}; give None or a callable"
+                f"Invalid output_map: {output_map!r}; choose from {_OUTPUT_MAPS}, None or a "
+                "callable"
             )
 
     def _memory(self, group: Group) -> Module:
@@ -216,9 +186,9 @@ class DMGD(MemoryOptimizer):
 
     def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
         state = self._memory(group).init(like)
-        if group["objective"] != "literal":
-            state["grad_norm"] = like.new_zeros(len(like))
-        return state
+        if group["objective"] == "literal":
+            return state
+        return {**state, **init_output_map(like, _NEWTON_SCHULZ)}
 
     def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
         memory, betas = self._memory(group), group["betas"]
@@ -227,26 +197,30 @@ class DMGD(MemoryOptimizer):
         output_map, literal = group["output_map"], group["objective"] == "literal"
         if output_map is None:
             output_map = "identity" if literal else "rms"
-        if not literal:
-            state["grad_norm"] = running_root(state["grad_norm"], frobenius(grad), 1 - betas[1])
-        if callable(output_map):
-            update = -output_map(-momentum)
-            if update.shape != grad.shape:
-                raise ValueError(
-                    f"Invalid output_map: it returned {tuple(update.shape)} for "
-                    f"{tuple(grad.shape)}; it must keep the shape"
-                )
-            return update
-        if output_map == "identity":
-            return momentum
-        if output_map == "rms":
-            update = normalized(momentum)
-        else:
-            update = newton_schulz(momentum, polar_express(_NS_STEPS), grad.dtype)
-            if not literal:
-                update = update * (max(grad.shape[-2:]) ** 0.5 * rms_gain(update, 1.5))
+        update = _mapped(momentum, output_map)
         if literal:
             return update
         # What the memory recalls is no average that starts at zero: it needs no bias correction.
-        ratio = adam_ratio(momentum, state["grad_norm"], state["step"], (0.0, betas[1]))
-        return update * ratio[:, None, None]
+        betas = (0.0, betas[1])
+        if output_map == "newton_schulz":
+            return resize(update, momentum, state, grad, {**_NEWTON_SCHULZ, "betas": betas})
+        size = adam_size(momentum, state, grad, betas)
+        return update * size if output_map == "rms" else update
+
+
+def _mapped(momentum: Tensor, output_map: str | Callable[[Tensor], Tensor]) -> Tensor:
+    """The output map without the size; a callable is applied to what the paper calls momentum."""
+    if output_map == "identity":
+        return momentum
+    if output_map == "rms":
+        return normalized(momentum)
+    if output_map == "newton_schulz":
+        return orthogonalize(momentum, _NEWTON_SCHULZ)
+    assert callable(output_map)
+    update = -output_map(-momentum)
+    if update.shape != momentum.shape:
+        raise ValueError(
+            f"Invalid output_map: it returned {tuple(update.shape)} for "
+            f"{tuple(momentum.shape)}; it must keep the shape"
+        )
+    return update

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt.memory import MultiScale
 from deepopt.memory.multi_scale import MultiScaleSums, blend
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.deep_momentum import check_output_map, init_output_map, orthogonalize, resize
+from deepopt.optim.output_map import check_output_map, init_output_map, orthogonalize, resize
 
 MIXES = ("post", "pre")
 

@@ -6,7 +6,6 @@ from torch import nn
 
 import deepopt
 from deepopt.memory import BUILT_IN, Linear
-from deepopt.optim import deep_momentum
 
 MUON = (3.4445, -4.7750, 2.0315)
 
@@ -77,30 +76,6 @@ def test_the_linear_memory_without_row_norm_is_torch_muon_to_rounding(shape, nes
         mine.step()
         torchs.step()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_wide_matrices_are_orthogonalised_in_bfloat16_where_that_is_faster(monkeypatch):
-    def update(faster):
-        monkeypatch.setattr(deep_momentum, "multiplies_bfloat16_faster", lambda device: faster)
-        seen = []
-        orthogonalise = deep_momentum.newton_schulz
-        monkeypatch.setattr(
-            deep_momentum,
-            "newton_schulz",
-            lambda m, c, dtype: seen.append(dtype) or orthogonalise(m, c, dtype),
-        )
-        params = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 96), (32, 96))]
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
-        deepopt.DeepMomentum(params).step()
-        monkeypatch.undo()
-        return params[0].detach(), seen
-
-    exact, dtypes = update(faster=False)
-    assert dtypes == [torch.float32, torch.float32]
-    rounded, dtypes = update(faster=True)
-    assert dtypes == [torch.bfloat16, torch.float32]
-    assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()
 
 
 def test_row_norm_makes_rows_move_equally_far_at_the_groups_own_retention():

@@ -1,8 +1,5 @@
 """DMGD: the printed rule, which is no descent method, and the settled one, which is."""
 
-import copy
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -332,31 +329,6 @@ def test_the_state_is_as_small_as_documented():
         assert sum(kept) == floats
 
 
-@pytest.mark.parametrize("granularity", ["coordinate", "row"])
-def test_it_resumes_bit_for_bit_from_a_checkpoint_without_the_random_generator(granularity):
-    def steps(w, optimizer, seeds):
-        for seed in seeds:
-            w.grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
-            optimizer.step()
-
-    w = nn.Parameter(torch.ones(4, 5))
-    optimizer = DMGD([w], granularity=granularity, inner_lr=0.4)
-    steps(w, optimizer, range(4))
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    torch.manual_seed(1234)
-    v = nn.Parameter(w.detach().clone())
-    resumed = DMGD([v], granularity=granularity, inner_lr=0.4)
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
-    copied = copy.deepcopy(optimizer)
-    u = copied.param_groups[0]["params"][0]
-    for param, own in ((w, optimizer), (v, resumed), (u, copied)):
-        steps(param, own, range(4, 8))
-    assert torch.equal(v, w)
-    assert torch.equal(u, w)
-
-
 def test_making_the_state_leaves_the_random_generator_alone():
     w = nn.Parameter(torch.randn(4, 5))
     before = torch.get_rng_state()
@@ -366,32 +338,9 @@ def test_making_the_state_leaves_the_random_generator_alone():
 
 
 @pytest.mark.parametrize("granularity", ["coordinate", "row"])
-def test_the_step_is_differentiable(granularity):
-    start = torch.randn(3, 4, dtype=torch.float64)
-
-    def after(param, *grads):
-        leaf = nn.Parameter(param.detach())
-        optimizer = DMGD([leaf], 0.1, granularity=granularity, inner_lr=0.3, differentiable=True)
-        optimizer.param_groups[0]["params"][0] = param = param.clone()
-        for grad in grads:
-            param.grad = grad
-            optimizer.step()
-        return param
-
-    grads = torch.randn(2, 3, 4, dtype=torch.float64)
-    inputs = [tensor.requires_grad_() for tensor in (start, *grads)]
-    assert torch.autograd.gradcheck(after, inputs)
-
-
-@pytest.mark.parametrize("granularity", ["coordinate", "row"])
-def test_zero_gradients_move_nothing_and_a_gradient_that_stops_stops_the_parameter(granularity):
+def test_a_gradient_that_stops_stops_the_parameter(granularity):
     w = nn.Parameter(torch.randn(4, 5))
     optimizer = DMGD([w], 0.1, granularity=granularity, weight_decay=0.0, inner_lr=0.5)
-    before = w.detach().clone()
-    for _ in range(3):
-        w.grad = torch.zeros(4, 5)
-        optimizer.step()
-    assert torch.equal(w, before)
     for grad in torch.randn(5, 4, 5):
         w.grad = grad
         optimizer.step()
@@ -450,24 +399,3 @@ def test_a_callable_with_a_wrong_result_is_named(options, message):
     w.grad = torch.ones(4, 5)
     with pytest.raises(ValueError, match=message):
         DMGD([w], **options).step()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"memory": "linear"}, ValueError, "Invalid memory: 'linear'; give 'mlp' or"),
-        ({"memory": nn.Linear(3, 3)}, TypeError, "Invalid memory: .* is no factory"),
-        ({"granularity": "column"}, ValueError, "Invalid granularity: 'column'; choose from"),
-        ({"objective": "l1"}, ValueError, "Invalid objective: 'l1'; choose from"),
-        ({"output_map": "tanh"}, ValueError, "Invalid output_map: 'tanh'; choose from"),
-        ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1"),
-        ({"inner_steps": 0}, ValueError, "Invalid inner_steps: 0"),
-        ({"hidden": 0}, ValueError, "Invalid hidden: 0"),
-        ({"time_scales": (1.0,)}, ValueError, r"Invalid time_scales: \(1.0,\)"),
-        ({"feature_map": "cubic"}, ValueError, "Invalid feature_map: 'cubic'"),
-        ({"preconditioner": 2.0}, ValueError, "Invalid preconditioner: 2.0"),
-    ],
-)
-def test_bad_arguments_are_refused_by_name(options, error, message):
-    with pytest.raises(error, match=message):
-        DMGD([nn.Parameter(torch.zeros(2, 2))], **options)

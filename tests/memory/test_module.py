@@ -1,0 +1,29 @@
+"""Arguments of the module memory; what it computes is tested with DMGD."""
+
+import re
+
+import pytest
+from torch import nn
+
+from deepopt.memory import Module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"factory": "mlp"}, TypeError, "Invalid memory: 'mlp' is no factory"),
+        ({"factory": nn.Linear(2, 2)}, TypeError, "is no factory"),
+        ({"granularity": "rows"}, ValueError, "Invalid granularity: 'rows'; choose from"),
+        ({"objective": "mse"}, ValueError, "Invalid objective: 'mse'; choose from"),
+        ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1"),
+        ({"inner_lr": float("nan")}, ValueError, "Invalid inner_lr: nan"),
+        ({"inner_steps": 0}, ValueError, "Invalid inner_steps: 0"),
+        ({"feature_map": ()}, ValueError, "Invalid feature_map: ()"),
+        ({"feature_map": "cubic"}, ValueError, "Invalid feature_map: 'cubic'"),
+        ({"preconditioner": "identity"}, ValueError, "Invalid preconditioner: 'identity'"),
+        ({"time_scales": (0.5, 1.0)}, ValueError, "Invalid time_scales: (0.5, 1.0)"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Module(**{"factory": nn.Linear, **arguments})

@@ -1,0 +1,40 @@
+"""What every class with an orthogonal update shares."""
+
+import pytest
+import torch
+from torch import nn
+
+import deepopt
+from deepopt.optim import output_map
+from deepopt.optim.dmgd import DMGD
+from deepopt.optim.m3 import M3
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(deepopt.DeepMomentum, {}), (M3, {}), (DMGD, {"output_map": "newton_schulz"})],
+)
+def test_wide_matrices_are_orthogonalised_in_bfloat16_where_that_is_faster(
+    cls, options, monkeypatch
+):
+    def update(faster):
+        monkeypatch.setattr(output_map, "multiplies_bfloat16_faster", lambda device: faster)
+        seen = []
+        orthogonalise = output_map.newton_schulz
+        monkeypatch.setattr(
+            output_map,
+            "newton_schulz",
+            lambda m, c, dtype: seen.append(dtype) or orthogonalise(m, c, dtype),
+        )
+        params = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 96), (32, 96))]
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+        cls(params, **options).step()
+        monkeypatch.undo()
+        return params[0].detach(), seen
+
+    exact, dtypes = update(faster=False)
+    assert dtypes == [torch.float32, torch.float32]
+    rounded, dtypes = update(faster=True)
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()
