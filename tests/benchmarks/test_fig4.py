@@ -21,7 +21,7 @@ SURFACE = Surface(10.0, 0.5, 3.0)
         (Method("derived"), lambda p, **k: DeltaMomentum(p, rule="derived", **k)),
         (Method("implicit", inner=0.1), lambda p, **k: DeltaMomentum(p, inner_lr=1e-6, **k)),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_a_row_of_the_batch_is_the_optimizer_on_that_surface(method, make):
     settings = [(5e-6, 0.5), (1e-5, 0.9)]

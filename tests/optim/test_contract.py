@@ -48,7 +48,7 @@ def label(value):
 
 
 def _short(value):
-    return getattr(value, "__name__", None) or str(value)[:40]
+    return getattr(value, "__name__", None) or re.sub(" at 0x[0-9a-f]+", "", str(value)[:40])
 
 
 every = pytest.mark.parametrize(("cls", "options"), SETTLED + LITERAL, ids=label)
