@@ -241,12 +241,20 @@ class Continuum(Optimizer):
         """The wrapped optimizer's, and what waits; it may be a checkpoint of that optimizer alone.
 
         Raises:
-            ValueError: what the wrapped optimizer refuses, a pending gradient that does not fit
-                its parameter, or a group in mid-chunk of which no parameter has a pending gradient
-                although some require gradients: whoever saved it dropped them, or the group had
-                none in the chunk so far, which a checkpoint does not tell apart. Nothing has
-                changed then.
+            ValueError: no optimizer's state, what the wrapped one refuses, a pending gradient that
+                does not fit its parameter, or a group in mid-chunk of which no parameter has a
+                pending gradient although some require gradients: whoever saved it dropped them, or
+                the group had none in the chunk so far, which a checkpoint does not tell apart.
+                Nothing has changed then.
         """
+        if (
+            not isinstance(state_dict, Mapping)
+            or not {"state", "param_groups"} <= state_dict.keys()
+        ):
+            raise ValueError(
+                "Invalid state_dict: it needs the keys 'state' and 'param_groups', as "
+                "optimizer.state_dict() has them; is this the model's?"
+            )
         given = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, given)

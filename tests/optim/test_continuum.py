@@ -226,7 +226,7 @@ def test_torchs_checkpoint_helpers_keep_what_waits_or_are_refused():
 
     optimizer.flush("step")
     fresh.load_state_dict(model.state_dict())
-    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    flat = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FLAT))
     set_optimizer_state_dict(fresh, resumed, flat, options=FLAT)
     assert_same(run(fresh, resumed, 5, first=10), run(model, optimizer, 5, first=10))
 
