@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deepopt._compat import disable_dynamo
 from deepopt.optim.base import Group
 from deepopt.optim.elementwise import state_dtype
 
@@ -86,6 +87,10 @@ class Continuum(Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer object")
+        if any("pending_steps" in group for group in optimizer.param_groups):
+            raise TypeError(
+                "Invalid optimizer: it has a Continuum already; give its groups a chunk"
+            )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
@@ -140,6 +145,7 @@ class Continuum(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------
 
+    @disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the groups whose chunk ends; the gradients of the others wait.
 

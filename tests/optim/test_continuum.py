@@ -502,5 +502,7 @@ def test_what_is_no_optimizer_or_needs_a_closure_is_refused():
     param = nn.Parameter(torch.zeros(2))
     with pytest.raises(TypeError, match=r"is no torch\.optim\.Optimizer object"):
         Continuum([param])
+    with pytest.raises(TypeError, match="it has a Continuum already"):
+        Continuum(Continuum(torch.optim.SGD([param]), 2), 3)
     with pytest.raises(TypeError, match="LBFGS evaluates the model by a closure"):
         Continuum(torch.optim.LBFGS([param]))
