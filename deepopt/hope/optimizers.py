@@ -16,8 +16,10 @@ RATES = {
     "PreconditionedMomentum": 250.0,
     "DeltaMomentum": 250.0,
     "DeltaGradientDescent": 500.0,
+    "DMGD": 0.5,
 }
-"""Learning rates relative to AdamW's, of optimizers whose updates are as large as the gradient."""
+"""Learning rates relative to AdamW's: of optimizers whose updates are as large as the gradient, and
+of DMGD, whose updates are as large as AdamW's largest (``docs/results/optimizers.md``)."""
 
 
 def optimizers_by_name() -> dict[str, type[Optimizer]]:
