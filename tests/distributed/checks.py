@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from world import check, main
 
 import deepopt
-from deepopt.optim import deep_momentum, registry, sharding
+from deepopt.optim import output_map, registry, sharding
 from deepopt.optim.capture import forget_inputs, seen_inputs
 
 MEMORIES = ("linear", "covariance", "delta")
@@ -329,13 +329,13 @@ def inputs_of_shards_are_refused_or_said_to_be_missed(folder: Path) -> None:
 def counted() -> Iterator[list[int]]:
     """Matrices that went through Newton-Schulz on this process."""
     found: list[int] = []
-    original = deep_momentum.newton_schulz
+    original = output_map.newton_schulz
 
     def counting(x: Tensor, *args: object) -> Tensor:
         found.append(len(x))
         return original(x, *args)
 
-    with replaced(deep_momentum, "newton_schulz", counting):
+    with replaced(output_map, "newton_schulz", counting):
         yield found
 
 
