@@ -4,6 +4,8 @@ TORCH  ?= torch torchvision
 VENV   ?= .venv
 # Passed on: make train ARGS="--steps 100", make test ARGS="-k muon"
 ARGS   ?=
+# Processes of the test suite
+JOBS   ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -16,7 +18,7 @@ train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(INTEGRATION)) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(addprefix --ignore=,$(INTEGRATION)) $(ARGS)
 
 test-integration: $(STAMP)-trainers
 	$(BIN)/python -m pytest $(INTEGRATION) $(ARGS)
