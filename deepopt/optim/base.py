@@ -78,10 +78,7 @@ class MemoryOptimizer(Optimizer):
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if isinstance(lr, Tensor) and group["foreach"] and not group["capturable"]:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True"
-            )
+        _check_foreach(group)
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 <= group["eps"]:
@@ -197,6 +194,7 @@ class MemoryOptimizer(Optimizer):
 
     def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> Iterator[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call."""
+        _check_foreach(group)  # torch would find a rate that became a tensor after matrices moved
         buckets: dict[Kind | None, Bucket] = {}
         for (param, _, route), grad in zip(routing.routed(group), grads, strict=True):
             if grad is None:
@@ -518,6 +516,11 @@ class MemoryOptimizer(Optimizer):
         for group in self.param_groups:
             for param, _, route in routing.routed(group):
                 yield group, param, route
+
+
+def _check_foreach(group: Group) -> None:
+    if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
 
 
 def _shapes(state: dict[str, Any]) -> str:

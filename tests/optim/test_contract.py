@@ -415,6 +415,18 @@ def test_a_sparse_gradient_is_refused_before_any_parameter_moves(cls):
     assert torch.equal(dense, before)
 
 
+@every_class
+def test_a_rate_that_becomes_a_tensor_under_foreach_is_refused_before_any_parameter_moves(cls):
+    model = make_model()
+    optimizer = cls(model.parameters(), foreach=True)
+    run(model, optimizer, 1)
+    before = values(model.parameters())
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    with pytest.raises(ValueError, match="lr as a Tensor is not supported"):
+        run(model, optimizer, 1)
+    assert_same(values(model.parameters()), before)
+
+
 @every
 def test_a_parameter_whose_gradient_is_not_finite_harms_no_other(cls, options):
     def final(value):
