@@ -104,3 +104,17 @@ def test_published_coefficients_are_reproduced():
     for found, expected in zip(polar_express(6), published, strict=False):
         unshrunk = [c * 1.01 ** (2 * i + 1) for i, c in enumerate(found)]
         assert unshrunk == pytest.approx(expected, rel=1e-8)
+
+
+def test_fact_7_muons_quintic_spreads_singular_values_and_leaves_tiny_ones_small():
+    """Five steps of (3.4445, -4.7750, 2.0315), which do not converge to 1 but to around it."""
+    quintic = [(3.4445, -4.7750, 2.0315)] * 5
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(20, 16, 64, dtype=torch.float64, generator=generator)
+    found = torch.linalg.svdvals(newton_schulz(wide, quintic, torch.float64))
+    assert 0.68 < found.min() < 0.8
+    assert 1.05 < found.max() < 1.14
+    square = torch.randn(20, 64, 64, dtype=torch.float64, generator=generator)
+    found = torch.linalg.svdvals(newton_schulz(square, quintic, torch.float64))
+    assert found.min() < 0.5
+    assert found.max() < 1.21
