@@ -177,14 +177,14 @@ class MemoryOptimizer(Optimizer):
         # All that can be wrong with a parameter or a gradient shows before any parameter moves.
         buckets: list[Bucket] = []
         for group in self.param_groups:
-            grads = []
-            for param, _, route in routing.routed(group):
+            routed, grads = list(routing.routed(group)), []
+            for param, _, route in routed:
                 grad = param.grad
                 if grad is not None and scale is not None:
                     # In float32: what loss scaling keeps from underflow must not underflow here.
                     grad = grad.to(state_dtype(param)) / scale.to(grad.device)
                 grads.append(self._gradient(param, grad, route.path, group))
-            buckets += self._buckets(group, grads)
+            buckets += self._buckets(group, routed, grads)
         self._step_buckets(buckets, self.state, found_inf)
         return loss
 
@@ -192,11 +192,19 @@ class MemoryOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(self.defaults["fused"])
 
-    def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> Iterator[Bucket]:
-        """The parameters of a group that have gradients, by what is stepped in one call."""
+    def _buckets(
+        self, group: Group, routed: Sequence[routing.Routed], grads: Sequence[Tensor | None]
+    ) -> list[Bucket]:
+        """The parameters of a group that have gradients, by what is stepped in one call.
+
+        Args:
+            group: of this optimizer.
+            routed: its parameters, as :func:`routing.routed` gives them.
+            grads: what they are stepped with, in the same order.
+        """
         _check_foreach(group)  # torch would find a rate that became a tensor after matrices moved
         buckets: dict[Kind | None, Bucket] = {}
-        for (param, _, route), grad in zip(routing.routed(group), grads, strict=True):
+        for (param, _, route), grad in zip(routed, grads, strict=True):
             if grad is None:
                 continue
             if grad.is_sparse:
@@ -220,7 +228,7 @@ class MemoryOptimizer(Optimizer):
             bucket = buckets.setdefault(kind, Bucket(kind, group, [], []))
             bucket.params.append(param)
             bucket.grads.append(grad)
-        yield from buckets.values()
+        return list(buckets.values())
 
     def _step_buckets(
         self, buckets: Sequence[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None = None

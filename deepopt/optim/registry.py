@@ -4,7 +4,7 @@ An entry here is the only step that puts a class under the whole contract (``tes
 test_contract.py`` and ``tests/upstream``) and into the tables that users see.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import tensor
@@ -47,7 +47,7 @@ class Entry:
     cost: str
     options: tuple[Options, ...] = ({},)
     literal: tuple[Options, ...] = ()
-    errors: tuple[tuple[Options, type[Exception], str], ...] = field(default=())
+    errors: tuple[tuple[Options, type[Exception], str], ...] = ()
     wraps: bool = False
 
 

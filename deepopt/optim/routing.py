@@ -13,7 +13,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -168,7 +168,11 @@ def _plain(name: str) -> str:
 # -- of an optimizer's groups ----------------------------------------------------------------
 
 
-def routed(group: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Route]]:
+Routed: TypeAlias = tuple[Tensor, str, Route]
+"""A parameter, its name (or "") and its route."""
+
+
+def routed(group: Mapping[str, Any]) -> Iterator[Routed]:
     """Every parameter of an optimizer's group with its name (or "") and its route."""
     params, path, split = group["params"], group["path"], group.get("split", 1)
     reasons = group.get("reasons")
