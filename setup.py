@@ -20,8 +20,16 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 # torch's stable ABI of 2.10: one binary serves every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Without the two -fno flags gcc keeps errno and traps for sqrt and does not vectorise it.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
+# Without the two -fno flags gcc keeps errno and traps for sqrt and does not vectorise it. With
+# contraction the bits of a result would depend on how the compiler happened to vectorise it.
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    STABLE_ABI,
+]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", STABLE_ABI]
 
 

@@ -22,6 +22,8 @@ __all__ = [
     "check_fused",
     "disable_dynamo",
     "graph_capture_health_check",
+    "has_kernel",
+    "inside_transform",
     "is_distributed",
     "multiplies_bfloat16_faster",
     "scalar_dtype",
@@ -35,6 +37,16 @@ def graph_capture_health_check(optimizer: Optimizer) -> None:
     if not hasattr(optimizer, name):
         name = "_cuda_graph_capture_health_check"
     getattr(optimizer, name)()
+
+
+def has_kernel(operator: str, dispatch_key: str) -> bool:
+    """Whether a library has a kernel of its own for "namespace::operator" on a device type."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
+
+
+def inside_transform() -> bool:
+    """Whether a ``torch.func`` transform, such as vmap or grad, is looking at operators."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Numeric primitives, batched over a leading dimension of matrices. They import torch alone."""
 
+from deepopt.ops.adamw import adamw_
 from deepopt.ops.coordinate_mlp import (
     coordinate_mlp,
     coordinate_mlp_gradient,
@@ -8,11 +9,14 @@ from deepopt.ops.coordinate_mlp import (
 )
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
+from deepopt.ops.operator import backend, load_extensions
 from deepopt.ops.ridge import ridge
 from deepopt.ops.step_size import adam_ratio, frobenius, normalize_rows, rms_gain, running_root
 
 __all__ = [
     "adam_ratio",
+    "adamw_",
+    "backend",
     "coordinate_mlp",
     "coordinate_mlp_gradient",
     "frobenius",
@@ -26,3 +30,5 @@ __all__ = [
     "root_mean_square",
     "running_root",
 ]
+
+load_extensions()

@@ -1,0 +1,138 @@
+// How a rule runs over lists of tensors: cut into chunks, which the threads share, each chunk one
+// loop over entries that lie one after the other, or a walk by strides where they do not.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+// One function for every level of x86-64, chosen when the library is loaded. Not under the address
+// sanitizer, whose runtime is not there yet when the choice is made.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define DEEPOPT_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
+#else
+#define DEEPOPT_CLONES __attribute__((noinline))
+#endif
+
+namespace deepopt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using bf16 = torch::headeronly::BFloat16;
+using fp16 = torch::headeronly::Half;
+
+constexpr int64_t kChunk = 1 << 15;  // entries: enough to hide a call, few enough to share out
+
+// The same place of N tensors of one shape: where it is, and how far it is to the next entry.
+template <size_t N>
+struct Places {
+  std::array<char*, N> at;
+  std::array<int64_t, N> stride;  // in bytes
+  int64_t count;
+};
+
+// N tensors of one shape, with the dimensions in which they all go on evenly made one.
+template <size_t N>
+class Walk {
+ public:
+  explicit Walk(const std::array<const Tensor*, N>& tensors) {
+    const auto sizes = tensors[0]->sizes();
+    std::array<int64_t, N> width;
+    std::array<const int64_t*, N> strides;
+    for (size_t k = 0; k < N; ++k) {
+      const auto same = tensors[k]->sizes();
+      STD_TORCH_CHECK(std::equal(same.begin(), same.end(), sizes.begin(), sizes.end()),
+                      "deepopt: tensors of one parameter must have its shape");
+      base_[k] = static_cast<char*>(const_cast<void*>(tensors[k]->const_data_ptr()));
+      width[k] = int64_t(tensors[k]->element_size());
+      strides[k] = tensors[k]->strides().data();
+    }
+    std::array<Dim, kMostDims> dims;
+    size_t used = 0;
+    count_ = 1;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      count_ *= sizes[d];
+      if (sizes[d] == 1) continue;
+      STD_TORCH_CHECK(used < kMostDims, "deepopt: a parameter has more than 16 dimensions");
+      dims[used].size = sizes[d];
+      for (size_t k = 0; k < N; ++k) dims[used].stride[k] = strides[k][d] * width[k];
+      ++used;
+    }
+    // In the memory order of the first tensor, the parameter.
+    std::stable_sort(dims.begin(), dims.begin() + used,
+                     [](const Dim& a, const Dim& b) { return a.stride[0] > b.stride[0]; });
+    for (size_t d = 0; d < used; ++d) {
+      if (dims_ && walked_[dims_ - 1].continues(dims[d])) {
+        walked_[dims_ - 1] = Dim{walked_[dims_ - 1].size * dims[d].size, dims[d].stride};
+      } else {
+        walked_[dims_++] = dims[d];
+      }
+    }
+    if (!dims_) walked_[dims_++] = Dim{count_, width};
+  }
+
+  int64_t count() const { return count_; }
+
+  // Calls f with stretches of entries that together are begin ... end of the parameter's order.
+  template <class F>
+  void between(int64_t begin, int64_t end, const F& f) const {
+    const Dim& inner = walked_[dims_ - 1];
+    while (begin < end) {
+      Places<N> places{base_, inner.stride, std::min(end - begin, inner.size - begin % inner.size)};
+      int64_t index = begin;
+      for (size_t d = dims_; d-- > 0;) {
+        const int64_t along = index % walked_[d].size;
+        index /= walked_[d].size;
+        for (size_t k = 0; k < N; ++k) places.at[k] += along * walked_[d].stride[k];
+      }
+      f(places);
+      begin += places.count;
+    }
+  }
+
+ private:
+  static constexpr size_t kMostDims = 16;
+  struct Dim {
+    int64_t size;
+    std::array<int64_t, N> stride;
+
+    bool continues(const Dim& inner) const {
+      for (size_t k = 0; k < N; ++k) {
+        if (stride[k] != inner.size * inner.stride[k]) return false;
+      }
+      return true;
+    }
+  };
+  std::array<char*, N> base_;
+  std::array<Dim, kMostDims> walked_;
+  size_t dims_ = 0;
+  int64_t count_;
+};
+
+// Calls f(tensor, begin, end) for chunks of all tensors, in parallel.
+template <size_t N, class F>
+void for_chunks(const std::vector<Walk<N>>& walks, const F& f) {
+  std::vector<int64_t> first{0};  // chunk of each tensor
+  for (const auto& walk : walks) {
+    first.push_back(first.back() + (walk.count() + kChunk - 1) / kChunk);
+  }
+  torch::stable::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
+    size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (int64_t c = begin; c < end; ++c) {
+      while (c >= first[t + 1]) ++t;
+      const int64_t from = (c - first[t]) * kChunk;
+      f(t, from, std::min(from + kChunk, walks[t].count()));
+    }
+  });
+}
+
+}  // namespace deepopt

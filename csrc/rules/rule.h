@@ -1,0 +1,37 @@
+// What every rule shares: how it is declared, and the numbers it is computed in.
+//
+// A rule is the arithmetic of one entry, or of one row, and nothing else: no loop over tensors, no
+// launch, no allocation. The launchers in csrc/cpu and csrc/cuda call it, and so both compute the
+// same thing. Products and sums are written with fma where torch has one: with contraction off, a
+// rule gives the same bits whatever the compiler vectorises.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define DEEPOPT_RULE __host__ __device__ __forceinline__
+#else
+#define DEEPOPT_RULE inline __attribute__((always_inline))
+#endif
+
+namespace deepopt {
+
+DEEPOPT_RULE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+DEEPOPT_RULE double fma_(double a, double b, double c) { return fma(a, b, c); }
+DEEPOPT_RULE float sqrt_(float a) { return sqrtf(a); }
+DEEPOPT_RULE double sqrt_(double a) { return sqrt(a); }
+
+DEEPOPT_RULE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+DEEPOPT_RULE float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace deepopt

@@ -1,0 +1,28 @@
+"""``python -m deepopt.ops``: what was built, what is used, and why not."""
+
+from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, UNAVAILABLE
+
+NOTES = {"reference": "plain torch, on every device", "compiled": "on request: it compiles first"}
+
+
+def report() -> str:
+    """The backends with their state, and for every operator the backend of each device."""
+    lines = ["backend    available"]
+    for name in BACKENDS:
+        state = "no" if name in UNAVAILABLE else "yes"
+        note = UNAVAILABLE.get(name, NOTES.get(name, ""))
+        lines.append(f"{name:<10} {state:<10} {note}".rstrip())
+    width = max(map(len, OPERATORS))
+    devices = list(PREFERRED)
+    lines += ["", "  ".join([f"{'operator':<{width}}", *(f"on {d:<9}" for d in devices)]).rstrip()]
+    for name, operator in sorted(OPERATORS.items()):
+        used = []
+        for device in devices:
+            there = [b for b in PREFERRED[device] if b in operator.implementations]
+            used.append(next((b for b in there if b not in UNAVAILABLE), "reference"))
+        lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,203 @@
+"""Operators: a function with one reference in plain torch, and backends that agree with it.
+
+``reference`` is the function itself, ``compiled`` is it under ``torch.compile``, ``cpu`` and
+``cuda`` are kernels of the compiled extensions, ``triton`` is Python code over Triton kernels. What
+runs is chosen call by call: the fastest that is there for the device and supports the arguments,
+and the reference otherwise. :func:`backend` and the environment variable ``DEEPOPT_BACKEND`` force
+one, for debugging; ``python -m deepopt.ops`` shows what there is.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepopt._compat import has_kernel, inside_transform
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BACKENDS = ("reference", "compiled", "cpu", "cuda", "triton")
+PREFERRED: dict[str, Sequence[str]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""Backends by device type, best first; ``compiled`` is for those who ask for it: it takes long."""
+
+OPERATORS: dict[str, "Operator[Any, Any]"] = {}
+UNAVAILABLE: dict[str, str] = {}
+"""Why a backend is not there, for those that are not."""
+
+_LIBRARY = torch.library.Library("deepopt", "DEF")
+_forced: str | None = None
+
+
+class Implementation(NamedTuple):
+    """A backend's own code for an operator."""
+
+    run: Callable[..., Any]
+    supports: Callable[..., bool] | None
+
+
+class Operator(Generic[P, R]):
+    """A function that chooses its backend; ``torch.ops.deepopt`` has it under the same name."""
+
+    def __init__(
+        self, reference: Callable[P, R], schema: str, supports: Callable[P, bool] | None
+    ) -> None:
+        functools.update_wrapper(self, reference)
+        self.reference = reference
+        self.name = reference.__name__
+        self.implementations: dict[str, Implementation] = {}
+        self._supports = supports
+        _LIBRARY.define(self.name + schema)
+        _LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.deepopt, self.name).default
+        arguments = self.overload._schema.arguments
+        self._mutated = [
+            i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
+        ]
+        # What only writes returns nothing; of anything else the reference tells shape and dtype.
+        fake = (lambda *args, **kwargs: None) if self._mutated else reference
+        torch.library.register_fake(f"deepopt::{self.name}", fake, lib=_LIBRARY)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        chosen = self.backend_for(*args, **kwargs)
+        if chosen == "reference":
+            return self.reference(*args, **kwargs)
+        if chosen == "compiled":
+            return self._compiled(*args, **kwargs)
+        result = self.implementations[chosen].run(*args, **kwargs)
+        for index in self._mutated:  # autograd must see that what it may have kept has changed
+            torch.autograd.graph.increment_version(args[index])  # type: ignore[arg-type]
+        return result
+
+    def backend(
+        self, name: str, supports: Callable[P, bool] | None = None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorator: the function is backend ``name``, for the arguments that it supports."""
+
+        def add(function: Callable[P, R]) -> Callable[P, R]:
+            self.implementations[name] = Implementation(function, supports)
+            return function
+
+        return add
+
+    def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """The backend that a call with these arguments takes."""
+        if _forced == "reference" or _recorded([*args, *kwargs.values()]):
+            return "reference"
+        if _forced == "compiled":
+            return _forced
+        device = _device([*args, *kwargs.values()])
+        for name in PREFERRED.get(device, ()):
+            found = self.implementations.get(name)
+            if found is None or _forced not in (None, name):
+                continue
+            if found.supports is None or found.supports(*args, **kwargs):
+                return name
+        return "reference"
+
+    def find_kernels(self) -> None:
+        """Take up what the extensions that are loaded have for this operator."""
+        for name in ("cpu", "cuda"):
+            if name not in self.implementations and has_kernel(self.overload.name(), name.upper()):
+                self.implementations[name] = Implementation(self.overload, self._supports)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[P, R]:
+        return torch.compile(self.reference, dynamic=True)
+
+
+def operator(
+    schema: str, supports: Callable[..., bool] | None = None
+) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Decorator: the function is the reference of an operator of its name.
+
+    Args:
+        schema: the rest of it, as ``torch.library`` has it: "(Tensor a) -> Tensor".
+        supports: whether the kernels of the extensions take the arguments (default: always).
+    """
+
+    def define(reference: Callable[P, R]) -> Operator[P, R]:
+        made = OPERATORS[reference.__name__] = Operator(reference, schema, supports)
+        return made
+
+    return define
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Every operator runs on this backend, where it has it and supports the arguments.
+
+    Elsewhere the reference runs. For debugging and comparisons; it holds for all threads.
+
+    Args:
+        name: "reference", "compiled", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that is not there, with the reason.
+    """
+    global _forced
+    check_backend(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raise unless ``name`` is a backend that is there."""
+    if name not in BACKENDS:
+        raise ValueError(f"Invalid {argument}: {name!r}; choose from {', '.join(BACKENDS)}")
+    if name in UNAVAILABLE:
+        raise RuntimeError(
+            f"Invalid {argument}: {name!r} is not available: {UNAVAILABLE[name]}; "
+            "`python -m deepopt.ops` shows what is"
+        )
+
+
+def load_extensions() -> None:
+    """Load the compiled extensions that are there, and obey ``DEEPOPT_BACKEND``."""
+    global _forced
+    package = Path(__file__).resolve().parents[1]
+    for name in ("cpu", "cuda"):
+        built = sorted(package.glob(f"_C_{name}.*so")) + sorted(package.glob(f"_C_{name}.*pyd"))
+        if not built:
+            UNAVAILABLE[name] = f"deepopt._C_{name} was not built with this installation"
+            continue
+        try:
+            torch.ops.load_library(built[0])
+        except OSError as error:  # of another torch, or of one without CUDA
+            UNAVAILABLE[name] = f"{built[0].name} does not load: {error}"
+    if not torch.cuda.is_available():
+        UNAVAILABLE.setdefault("cuda", "torch finds no CUDA device")
+        UNAVAILABLE.setdefault("triton", "torch finds no CUDA device")
+    for found in OPERATORS.values():
+        found.find_kernels()
+    if forced := os.environ.get("DEEPOPT_BACKEND"):
+        check_backend(forced, "DEEPOPT_BACKEND")
+        _forced = forced
+
+
+def _recorded(args: Sequence[Any]) -> bool:
+    """Whether autograd, or a transform such as vmap, has to look into the operator."""
+    if inside_transform():
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+
+
+def _device(args: Sequence[Any]) -> str:
+    return next((tensor.device.type for tensor in _tensors(args)), "cpu")
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from (item for item in arg if isinstance(item, Tensor))

@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deepopt.ops import adamw_, backend
+from deepopt.ops.operator import BACKENDS, OPERATORS, UNAVAILABLE
+
+
+def arguments(**changes):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(5, 7, generator=generator) for _ in range(4)]
+    params, grads, firsts, seconds = ([tensor] for tensor in made)
+    seconds[0].square_()
+    return [params, grads, firsts, seconds, [torch.zeros(())], 1e-3, 0.9, 0.999, 1e-8, 0.1, False]
+
+
+def test_a_forced_backend_holds_inside_the_context_and_no_longer():
+    automatic = adamw_.backend_for(*arguments())
+    with backend("reference"):
+        assert adamw_.backend_for(*arguments()) == "reference"
+        with backend("compiled"):
+            assert adamw_.backend_for(*arguments()) == "compiled"
+        assert adamw_.backend_for(*arguments()) == "reference"
+    assert adamw_.backend_for(*arguments()) == automatic
+
+
+def test_unknown_and_missing_backends_are_refused_with_the_reason():
+    with (
+        pytest.raises(ValueError, match=r"Invalid backend: 'gpu'; choose from reference"),
+        backend("gpu"),
+    ):
+        pass
+    for name in UNAVAILABLE:
+        with (
+            pytest.raises(RuntimeError, match=f"{name!r} is not available: "),
+            backend(name),
+        ):
+            pass
+
+
+def test_the_reference_runs_where_autograd_records_or_a_transform_looks_on():
+    given = arguments()
+    given[0][0].requires_grad_()
+    assert adamw_.backend_for(*given) == "reference"
+    with torch.no_grad():
+        assert adamw_.backend_for(*given) == ("reference" if "cpu" in UNAVAILABLE else "cpu")
+    seen = []
+    torch.vmap(lambda x: seen.append(adamw_.backend_for([x])) or x)(torch.ones(2, 3))
+    assert seen == ["reference"]
+
+
+def test_autograd_notices_what_a_kernel_has_changed():
+    given = arguments()
+    before = given[0][0]._version
+    adamw_(*given)
+    assert given[0][0]._version > before
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_torch_has_every_operator_under_its_name(name):
+    assert getattr(torch.ops.deepopt, name).default is OPERATORS[name].overload
+
+
+def test_the_report_names_every_backend_and_operator():
+    told = subprocess.run(
+        [sys.executable, "-m", "deepopt.ops"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in (*BACKENDS, *OPERATORS):
+        assert any(line.startswith(name) for line in told.splitlines()), name
+
+
+def test_an_environment_variable_forces_a_backend_and_is_checked():
+    code = "from deepopt.ops import operator; print(operator._forced)"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "DEEPOPT_BACKEND": "reference"}
+    )
+    assert run.stdout.strip() == "reference"
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "DEEPOPT_BACKEND": "fast"}
+    )
+    assert "Invalid DEEPOPT_BACKEND: 'fast'" in run.stderr
