@@ -52,31 +52,46 @@ Kernel<float> kernel_for(ScalarType param, ScalarType grad) {
   STD_TORCH_CHECK(false, "deepopt::adamw_: a parameter's or gradient's dtype has no kernel");
 }
 
-double count_up(const Tensor& step) {
-  if (step.scalar_type() == ScalarType::Double) return *step.mutable_data_ptr<double>() += 1;
-  return *step.mutable_data_ptr<float>() += 1;
+// Counts up one number of a tensor of them, and returns it.
+double count_up(const Tensor& steps, int64_t index) {
+  if (steps.scalar_type() == ScalarType::Double) return steps.mutable_data_ptr<double>()[index] += 1;
+  return steps.mutable_data_ptr<float>()[index] += 1;
 }
 
+struct Lists {
+  std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, steps;
+
+  // State of all parameters can be one tensor, which spares a handle for each.
+  bool joined() const { return exp_avgs.size() == 1 && params.size() != 1; }
+};
+
 template <class S, class Select>
-void run(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-         const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-         const std::vector<Tensor>& steps, const std::vector<size_t>& which, double lr,
-         double beta1, double beta2, double eps, double weight_decay, bool maximize,
-         const Select& select) {
-  std::vector<AdamW<S>> rules;
+void run(const Lists& lists, const std::vector<size_t>& which, const std::vector<int64_t>& offsets,
+         const AdamW<S>& alike, double lr, double beta1, double beta2, const Select& select) {
+  const auto& [params, grads, exp_avgs, exp_avg_sqs, steps] = lists;
+  const bool joined = lists.joined();
+  std::vector<AdamW<S>> rules(which.size(), alike);
   std::vector<Walk4> walks;
   std::vector<Kernel<S>> kernels;
-  rules.reserve(which.size());
   walks.reserve(which.size());
   kernels.reserve(which.size());
   for (size_t t : which) {
+    check_same_shape(grads[t], params[t]);
     kernels.push_back(select(params[t].scalar_type(), grads[t].scalar_type()));
-    walks.emplace_back(
-        std::array<const Tensor*, 4>{&params[t], &grads[t], &exp_avgs[t], &exp_avg_sqs[t]});
+    if (joined) {
+      walks.emplace_back(params[t], std::array<View, 4>{View(params[t]), View(grads[t]),
+                                                        View(exp_avgs[0], offsets[t]),
+                                                        View(exp_avg_sqs[0], offsets[t])});
+    } else {
+      check_same_shape(exp_avgs[t], params[t]);
+      check_same_shape(exp_avg_sqs[t], params[t]);
+      walks.emplace_back(params[t], std::array<View, 4>{View(params[t]), View(grads[t]),
+                                                        View(exp_avgs[t]), View(exp_avg_sqs[t])});
+    }
   }
-  for (size_t t : which) {  // nothing can go wrong from here on
-    rules.emplace_back(lr, beta1, beta2, eps, weight_decay, maximize);
-    rules.back().at_step(lr, beta1, beta2, count_up(steps[t]));
+  for (size_t i = 0; i < which.size(); ++i) {  // nothing can go wrong from here on
+    const size_t t = which[i];
+    rules[i].at_step(lr, beta1, beta2, joined ? count_up(steps[0], t) : count_up(steps[t], 0));
   }
   for_chunks(walks, [&](size_t t, int64_t begin, int64_t end) {
     walks[t].between(begin, end, [&](const Places4& at) { kernels[t](at, rules[t]); });
@@ -86,14 +101,38 @@ void run(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
 void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
             std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
             double beta2, double eps, double weight_decay, bool maximize) {
+  const Lists lists{std::move(params), std::move(grads), std::move(exp_avgs),
+                    std::move(exp_avg_sqs), std::move(steps)};
+  const size_t count = lists.params.size(), states = lists.joined() ? 1 : count;
+  STD_TORCH_CHECK(lists.grads.size() == count && lists.exp_avgs.size() == states &&
+                      lists.exp_avg_sqs.size() == states && lists.steps.size() == states,
+                  "deepopt::adamw_: the lists must have one tensor for each parameter");
   std::vector<size_t> narrow, wide;
-  for (size_t t = 0; t < params.size(); ++t) {
-    (params[t].scalar_type() == ScalarType::Double ? wide : narrow).push_back(t);
+  std::vector<int64_t> offsets{0};
+  for (size_t t = 0; t < count; ++t) {
+    const ScalarType dtype = lists.params[t].scalar_type();
+    (dtype == ScalarType::Double ? wide : narrow).push_back(t);
+    offsets.push_back(offsets.back() + lists.params[t].numel());
+    const auto state = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+    const size_t s = lists.joined() ? 0 : t;
+    STD_TORCH_CHECK(lists.exp_avgs[s].scalar_type() == state &&
+                        lists.exp_avg_sqs[s].scalar_type() == state,
+                    "deepopt::adamw_: state must be float32, or float64 for float64 parameters");
   }
-  run<float>(params, grads, exp_avgs, exp_avg_sqs, steps, narrow, lr, beta1, beta2, eps,
-             weight_decay, maximize, kernel_for);
-  run<double>(params, grads, exp_avgs, exp_avg_sqs, steps, wide, lr, beta1, beta2, eps,
-              weight_decay, maximize, [](ScalarType, ScalarType) { return all_double; });
+  if (lists.joined()) {
+    STD_TORCH_CHECK(lists.exp_avgs[0].numel() == offsets.back() &&
+                        lists.exp_avg_sqs[0].numel() == offsets.back() &&
+                        lists.steps[0].numel() == int64_t(count),
+                    "deepopt::adamw_: state in one tensor must have the entries of all parameters");
+  }
+  run<float>(lists, narrow, offsets,
+             AdamW<float>(lr, beta1, beta2, eps, weight_decay, maximize), lr, beta1, beta2,
+             kernel_for);
+  run<double>(lists, wide, offsets, AdamW<double>(lr, beta1, beta2, eps, weight_decay, maximize),
+              lr, beta1, beta2, [](ScalarType param, ScalarType grad) {
+                STD_TORCH_CHECK(grad == param, "deepopt::adamw_: a gradient must be float64, too");
+                return all_double;
+              });
 }
 
 }  // namespace

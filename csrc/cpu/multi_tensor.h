@@ -40,33 +40,55 @@ struct Places {
   int64_t count;
 };
 
+// Where the entries of a tensor are: its own, or its part of one that holds those of many.
+struct View {
+  char* data;
+  int64_t width;           // bytes of an entry
+  const int64_t* strides;  // in entries; null: one entry after the other, in the shape's order
+
+  explicit View(const Tensor& tensor)
+      : data(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
+        width(int64_t(tensor.element_size())),
+        strides(tensor.strides().data()) {}
+  View(const Tensor& whole, int64_t offset) : View(whole) {
+    data += offset * width;
+    strides = nullptr;
+  }
+};
+
+inline void check_same_shape(const Tensor& tensor, const Tensor& param) {
+  const auto sizes = tensor.sizes(), wanted = param.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()),
+                  "deepopt: tensors of one parameter must have its shape");
+}
+
 // N tensors of one shape, with the dimensions in which they all go on evenly made one.
 template <size_t N>
 class Walk {
  public:
-  explicit Walk(const std::array<const Tensor*, N>& tensors) {
-    const auto sizes = tensors[0]->sizes();
-    std::array<int64_t, N> width;
-    std::array<const int64_t*, N> strides;
+  Walk(const Tensor& shaped, const std::array<View, N>& views) {
+    const auto sizes = shaped.sizes();
+    std::array<int64_t, N> dense;  // strides, in bytes, of what has none of its own
     for (size_t k = 0; k < N; ++k) {
-      const auto same = tensors[k]->sizes();
-      STD_TORCH_CHECK(std::equal(same.begin(), same.end(), sizes.begin(), sizes.end()),
-                      "deepopt: tensors of one parameter must have its shape");
-      base_[k] = static_cast<char*>(const_cast<void*>(tensors[k]->const_data_ptr()));
-      width[k] = int64_t(tensors[k]->element_size());
-      strides[k] = tensors[k]->strides().data();
+      base_[k] = views[k].data;
+      dense[k] = views[k].width;
     }
     std::array<Dim, kMostDims> dims;
     size_t used = 0;
     count_ = 1;
-    for (size_t d = 0; d < sizes.size(); ++d) {
+    for (size_t d = sizes.size(); d-- > 0;) {
+      if (sizes[d] != 1) {
+        STD_TORCH_CHECK(used < kMostDims, "deepopt: a parameter has more than 16 dimensions");
+        Dim& dim = dims[used++];
+        dim.size = sizes[d];
+        for (size_t k = 0; k < N; ++k) {
+          dim.stride[k] = views[k].strides ? views[k].strides[d] * views[k].width : dense[k];
+        }
+      }
+      for (size_t k = 0; k < N; ++k) dense[k] *= sizes[d];
       count_ *= sizes[d];
-      if (sizes[d] == 1) continue;
-      STD_TORCH_CHECK(used < kMostDims, "deepopt: a parameter has more than 16 dimensions");
-      dims[used].size = sizes[d];
-      for (size_t k = 0; k < N; ++k) dims[used].stride[k] = strides[k][d] * width[k];
-      ++used;
     }
+    std::reverse(dims.begin(), dims.begin() + used);
     // In the memory order of the first tensor, the parameter.
     std::stable_sort(dims.begin(), dims.begin() + used,
                      [](const Dim& a, const Dim& b) { return a.stride[0] > b.stride[0]; });
@@ -77,7 +99,11 @@ class Walk {
         walked_[dims_++] = dims[d];
       }
     }
-    if (!dims_) walked_[dims_++] = Dim{count_, width};
+    if (!dims_) {
+      walked_[dims_].size = count_;
+      for (size_t k = 0; k < N; ++k) walked_[dims_].stride[k] = views[k].width;
+      ++dims_;
+    }
   }
 
   int64_t count() const { return count_; }

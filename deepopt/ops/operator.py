@@ -56,11 +56,9 @@ class Operator(Generic[P, R]):
         _LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.deepopt, self.name).default
         arguments = self.overload._schema.arguments
-        self._mutated = [
-            i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
-        ]
+        self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
         # What only writes returns nothing; of anything else the reference tells shape and dtype.
-        fake = (lambda *args, **kwargs: None) if self._mutated else reference
+        fake = (lambda *args, **kwargs: None) if self._mutates else reference
         torch.library.register_fake(f"deepopt::{self.name}", fake, lib=_LIBRARY)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -70,8 +68,8 @@ class Operator(Generic[P, R]):
         if chosen == "compiled":
             return self._compiled(*args, **kwargs)
         result = self.implementations[chosen].run(*args, **kwargs)
-        for index in self._mutated:  # autograd must see that what it may have kept has changed
-            torch.autograd.graph.increment_version(args[index])  # type: ignore[arg-type]
+        if self._mutates:  # parameters come first; autograd must see that they have changed
+            torch.autograd.graph.increment_version(args[0])  # type: ignore[arg-type]
         return result
 
     def backend(
@@ -87,11 +85,12 @@ class Operator(Generic[P, R]):
 
     def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The backend that a call with these arguments takes."""
-        if _forced == "reference" or _recorded([*args, *kwargs.values()]):
+        given = [*args, *kwargs.values()]
+        if _forced == "reference" or _recorded(given):
             return "reference"
         if _forced == "compiled":
             return _forced
-        device = _device([*args, *kwargs.values()])
+        device = _device(given)
         for name in PREFERRED.get(device, ()):
             found = self.implementations.get(name)
             if found is None or _forced not in (None, name):
@@ -99,6 +98,11 @@ class Operator(Generic[P, R]):
             if found.supports is None or found.supports(*args, **kwargs):
                 return name
         return "reference"
+
+    def has_backend(self, device: str) -> bool:
+        """Whether tensors of this device type take another backend than the reference."""
+        there = [name for name in PREFERRED.get(device, ()) if name in self.implementations]
+        return _forced != "reference" and any(_forced in (None, name) for name in there)
 
     def find_kernels(self) -> None:
         """Take up what the extensions that are loaded have for this operator."""

@@ -29,6 +29,9 @@ from deepopt.optim.stacking import State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
 
+ENTRIES_AT_ONCE = 2**22
+"""Of matrices that a CPU steps in one call, unless a single one has more."""
+
 
 class Kind(NamedTuple):
     """What matrices must share to be stepped in one call."""
@@ -42,6 +45,11 @@ class Kind(NamedTuple):
     """Of DTensors."""
     dealt: bool = False
     """Whether ranks have pieces of matrices, or several the same ones."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a few matrices at a time are as fast: scratch stays in a CPU's cache then."""
+        return self.mesh is None and self.device.type == "cpu"
 
 
 class Bucket(NamedTuple):
@@ -66,6 +74,7 @@ class MemoryOptimizer(Optimizer):
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._joints: dict[int, elementwise.Joint] = {}
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
         if self._least_dims["matrix"]:  # a rule for vectors too has nothing against embeddings
@@ -177,14 +186,20 @@ class MemoryOptimizer(Optimizer):
         # All that can be wrong with a parameter or a gradient shows before any parameter moves.
         buckets: list[Bucket] = []
         for group in self.param_groups:
-            routed, grads = list(routing.routed(group)), []
-            for param, _, route in routed:
-                grad = param.grad
-                if grad is not None and scale is not None:
-                    # In float32: what loss scaling keeps from underflow must not underflow here.
-                    grad = grad.to(state_dtype(param)) / scale.to(grad.device)
-                grads.append(self._gradient(param, grad, route.path, group))
-            buckets += self._buckets(group, routed, grads)
+            params, routes = group["params"], routing.routes(group)
+            grads = [param.grad for param in params]
+            if scale is not None:
+                # In float32: what loss scaling keeps from underflow must not underflow here.
+                grads = [
+                    None if grad is None else grad.to(state_dtype(param)) / scale.to(grad.device)
+                    for param, grad in zip(params, grads, strict=True)
+                ]
+            if group["path"] != "elementwise":
+                grads = [
+                    self._gradient(param, grad, route.path, group)
+                    for param, grad, route in zip(params, grads, routes, strict=True)
+                ]
+            buckets += self._buckets(group, routes, grads)
         self._step_buckets(buckets, self.state, found_inf)
         return loss
 
@@ -193,18 +208,20 @@ class MemoryOptimizer(Optimizer):
         return bool(self.defaults["fused"])
 
     def _buckets(
-        self, group: Group, routed: Sequence[routing.Routed], grads: Sequence[Tensor | None]
+        self, group: Group, routes: Sequence[routing.Route], grads: Sequence[Tensor | None]
     ) -> list[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call.
 
         Args:
             group: of this optimizer.
-            routed: its parameters, as :func:`routing.routed` gives them.
+            routes: of its parameters, as :func:`routing.routes` gives them.
             grads: what they are stepped with, in the same order.
         """
         _check_foreach(group)  # torch would find a rate that became a tensor after matrices moved
-        buckets: dict[Kind | None, Bucket] = {}
-        for (param, _, route), grad in zip(routed, grads, strict=True):
+        buckets: list[Bucket] = []
+        last: dict[Kind | bool, Bucket] = {}
+        entries: dict[Kind, int] = {}
+        for param, route, grad in zip(group["params"], routes, grads, strict=True):
             if grad is None:
                 continue
             if grad.is_sparse:
@@ -216,34 +233,49 @@ class MemoryOptimizer(Optimizer):
                 )
             kind = None
             if route.path != "elementwise" and param.numel():
-                path, split = route.path, route.split
-                sides = routing.sides(param, path, split)
-                kind = Kind(path, split, sides, param.dtype, param.device)
-                if is_distributed(param):
-                    if group["differentiable"]:
-                        raise RuntimeError("`differentiable` does not support DTensor parameters")
-                    dealt = not sharding.at_home(sharding.spread(param, path, split))
-                    kind = kind._replace(mesh=sharding.mesh(param), dealt=dealt)
-                    grad = sharding.place(grad, param)
-            bucket = buckets.setdefault(kind, Bucket(kind, group, [], []))
+                kind, grad = self._kind(param, grad, route, group)
+                entries[kind] = entries.get(kind, 0) + param.numel()
+                if entries[kind] > ENTRIES_AT_ONCE and kind.in_parts:
+                    last.pop(kind, None)
+                    entries[kind] = param.numel()
+            alike = param.numel() <= elementwise.SMALL if kind is None else kind
+            bucket = last.get(alike)
+            if bucket is None:
+                bucket = last[alike] = Bucket(kind, group, [], [])
+                buckets.append(bucket)
             bucket.params.append(param)
             bucket.grads.append(grad)
-        return list(buckets.values())
+        return buckets
+
+    def _kind(
+        self, param: Tensor, grad: Tensor, route: routing.Route, group: Group
+    ) -> tuple[Kind, Tensor]:
+        """What a parameter of matrices can be stepped with, and its gradient laid out like it."""
+        path, split = route.path, route.split
+        sides = routing.sides(param, path, split)
+        kind = Kind(path, split, sides, param.dtype, param.device)
+        if not is_distributed(param):
+            return kind, grad
+        if group["differentiable"]:
+            raise RuntimeError("`differentiable` does not support DTensor parameters")
+        dealt = not sharding.at_home(sharding.spread(param, path, split))
+        return kind._replace(mesh=sharding.mesh(param), dealt=dealt), sharding.place(grad, param)
 
     def _step_buckets(
         self, buckets: Sequence[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None = None
     ) -> None:
         """Step all parameters in place; where ``found_inf`` is 1 nothing changes."""
-        for bucket in buckets:
-            self._init_states(bucket, states)
+        owns = [self._init_states(bucket, states) for bucket in buckets]
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
-        self._step_dealt([b for b in buckets if b.kind and b.kind.dealt], states, found_inf)
-        for bucket in buckets:
-            own = [states[param] for param in bucket.params]
+        dealt = [(b, own) for b, own in zip(buckets, owns, strict=True) if b.kind and b.kind.dealt]
+        self._step_dealt([b for b, _ in dealt], [own for _, own in dealt], found_inf)
+        for bucket, own in zip(buckets, owns, strict=True):
             found = None if found_inf is None else found_inf.to(bucket.params[0].device)
             if bucket.kind is None:
-                elementwise.step(bucket.params, bucket.grads, own, bucket.group, found)
+                elementwise.step(
+                    bucket.params, bucket.grads, own, bucket.group, self._joints, found
+                )
             elif bucket.kind.mesh is None:
                 self._step_matrices(bucket, bucket.kind, own, found)
             elif not bucket.kind.dealt:
@@ -251,16 +283,20 @@ class MemoryOptimizer(Optimizer):
                     mine = bucket._replace(params=params, grads=grads)
                     self._step_matrices(mine, bucket.kind, here, found)
 
-    def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> None:
+    def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> list[State]:
+        """The states of a bucket's parameters, made where there are none yet."""
         kind, group = bucket.kind, bucket.group
-        fresh = [param for param in bucket.params if not states.get(param)]
+        own: list[Any] = [states.get(param) for param in bucket.params]
+        if all(own):
+            return own
+        fresh = [param for param, state in zip(bucket.params, own, strict=True) if not state]
         if group["fused"]:
             for param in fresh:
                 check_fused(param)
         if kind is None:
             for param in fresh:
                 states[param] = elementwise.init(param, group)
-        elif fresh:
+        else:
             device = kind.device if group["capturable"] else "cpu"
             made: list[State] = [
                 {"step": torch.zeros((), dtype=scalar_dtype(), device=device)} for _ in fresh
@@ -280,6 +316,7 @@ class MemoryOptimizer(Optimizer):
                 for key, tensor in self._make_state(like, group).items():
                     distribute(tensor, made, key, counts)
             states.update(zip(fresh, made, strict=True))
+        return [states[param] for param in bucket.params]
 
     def _make_state(self, like: Tensor, group: Group) -> State:
         whole = self._init_matrices(like, group)
@@ -311,9 +348,8 @@ class MemoryOptimizer(Optimizer):
             self._move(param, part.reshape(param.shape), group, found_inf)
 
     def _step_dealt(
-        self, buckets: list[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None
+        self, buckets: list[Bucket], owns: list[list[State]], found_inf: Tensor | None
     ) -> None:
-        owns = [[states[param] for param in bucket.params] for bucket in buckets]
         sharding.step(
             [
                 self._sharded(bucket, bucket.kind, own)
@@ -372,6 +408,7 @@ class MemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._joints = {}
         for group in self.param_groups:  # flags that an older version did not have
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

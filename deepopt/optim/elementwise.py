@@ -1,12 +1,18 @@
-"""The element-wise path of every optimizer: torch's own AdamW."""
+"""The element-wise path of every optimizer: AdamW, by the kernel if there is one, else torch's."""
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepopt._compat import adam, scalar_dtype
-from deepopt.optim.stacking import State
+from deepopt.ops import adamw_
+from deepopt.optim.stacking import State, owns_storage
+
+KEYS = ("exp_avg", "exp_avg_sq", "step")
+SMALL = 2**14
+"""Entries of a parameter up to which its state is joined with that of others."""
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -32,18 +38,113 @@ def step(
     grads: list[Tensor],
     states: list[State],
     group: dict[str, Any],
+    joints: dict[int, "Joint"],
     found_inf: Tensor | None = None,
 ) -> None:
-    """One step of AdamW, bit for bit torch's where the state has the parameter's dtype.
+    """One step of AdamW; where ``found_inf`` is 1, nothing changes.
 
-    Narrower parameters are stepped in float32 and rounded once. Where ``found_inf`` is 1, nothing
-    changes.
+    With ``foreach`` given it is torch's, bit for bit where the state has the parameter's dtype.
+    Otherwise it is the kernel's, which has the bits of torch's fused one and serves tensors of any
+    strides. Narrower parameters are stepped in float32 and rounded once. What it has joined is in
+    ``joints``, for the steps to come.
     """
     fused = bool(group["fused"])
-    if found_inf is not None and not fused:
+    if found_inf is not None and not (fused and found_inf.device.type != "cpu"):
         if found_inf.item():  # torch's other implementations leave the skipping to the caller
             return
         found_inf = None
+    if found_inf is None and _has_kernel(params, group):
+        _step_by_kernel(params, grads, states, group, joints)
+    else:
+        _step_by_torch(params, grads, states, group, found_inf)
+
+
+def _has_kernel(params: list[Tensor], group: dict[str, Any]) -> bool:
+    if group["foreach"] is not None or group["differentiable"] or group["capturable"]:
+        return False
+    kinds = {(type(param), param.device) for param in params}
+    plain = {kind for kind, _ in kinds} <= {torch.Tensor, torch.nn.Parameter}
+    return plain and len(kinds) == 1 and adamw_.has_backend(params[0].device.type)
+
+
+def _step_by_kernel(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    joints: dict[int, "Joint"],
+) -> None:
+    own: list[list[Tensor]] = [[state[key] for state in states] for key in KEYS]
+    joint = joints.get(id(states[0]))
+    if (joint is None or not joint.is_of(params, own)) and _can_be_joined(params, own):
+        joint = joints[id(states[0])] = Joint.of(params, states, own)
+        own = joint.own
+    if joint is not None and joint.is_of(params, own):
+        own = [[whole] for whole in joint.whole]
+    exp_avgs, exp_avg_sqs, steps = own
+    for index, param in enumerate(params):
+        if param.is_complex():
+            for tensors in (params, grads, exp_avgs, exp_avg_sqs):
+                tensors[index] = torch.view_as_real(tensors[index])
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    eps, weight_decay, maximize = group["eps"], group["weight_decay"], group["maximize"]
+    # fmt: off
+    adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, steps,
+        lr, float(beta1), float(beta2), eps, weight_decay, maximize,
+    )
+    # fmt: on
+
+
+class Joint(NamedTuple):
+    """The state of many small parameters, each of ``KEYS`` one tensor of which theirs are views.
+
+    To hand a small tensor to a kernel costs more than its arithmetic.
+    """
+
+    params: list[Tensor]
+    own: list[list[Tensor]]
+    whole: list[Tensor]
+
+    @classmethod
+    def of(cls, params: list[Tensor], states: list[State], own: list[list[Tensor]]) -> "Joint":
+        """Join the state of ``params``; ``states`` get the views."""
+        whole = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in own]
+        for key, tensors, joined in zip(KEYS, own, whole, strict=True):
+            parts = joined.split([tensor.numel() for tensor in tensors])
+            for state, tensor, part in zip(states, tensors, parts, strict=True):
+                state[key] = part.view(tensor.shape)
+        return cls(list(params), [[state[key] for state in states] for key in KEYS], whole)
+
+    def is_of(self, params: list[Tensor], own: list[list[Tensor]]) -> bool:
+        """Whether parameters and state are still these very tensors."""
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        if self.own[0][0].data_ptr() != self.whole[0].data_ptr():
+            return False
+        return all(all(map(operator.is_, x, y)) for x, y in zip(own, self.own, strict=True))
+
+
+def _can_be_joined(params: list[Tensor], own: list[list[Tensor]]) -> bool:
+    # Views, as of an earlier joint, stay apart: each would keep all of its storage alive.
+    return (
+        len(params) > 1
+        and all(map(owns_storage, [tensor for tensors in own for tensor in tensors]))
+        and all(param.numel() <= SMALL and param.is_contiguous() for param in params)
+        and not any(param.is_complex() for param in params)
+        and all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in own)
+        and all(tensor.is_contiguous() for tensors in own for tensor in tensors)
+    )
+
+
+def _step_by_torch(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+) -> None:
+    fused = bool(group["fused"])
     wide = [param.to(state_dtype(param)) for param in params]
     grads = list(grads)
     if fused:  # nothing can be laid out like a tensor with gaps: it is stepped in a dense copy

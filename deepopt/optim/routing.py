@@ -191,6 +191,14 @@ def routed(group: Mapping[str, Any]) -> Iterator[Routed]:
         yield param, name, Route(path, 1 if path == "elementwise" else split, reason, doubt)
 
 
+def routes(group: Mapping[str, Any]) -> list[Route]:
+    """The routes of a group's parameters, in order, without reasons where its path is given."""
+    path, split = group["path"], group.get("split", 1)
+    if path != "auto":
+        return [Route(path, 1 if path == "elementwise" else split)] * len(group["params"])
+    return [found for _, _, found in routed(group)]
+
+
 def _names(group: Mapping[str, Any]) -> list[str]:
     """The names of a group's parameters, empty where it has none for each."""
     names = group.get("param_names") or []

@@ -45,7 +45,7 @@ def stacked(
             old[key] = _joined(parts)
             continue
         old[key] = torch.cat(parts)
-        if not differentiable and all(map(_owns_storage, parts)):  # as after load_state_dict
+        if not differentiable and all(map(owns_storage, parts)):  # as after load_state_dict
             distribute(old[key], states, key, counts)
         else:
             # Parts of a larger storage stay in it: each of them would keep all of it alive.
@@ -97,5 +97,6 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
     return True
 
 
-def _owns_storage(part: Tensor) -> bool:
+def owns_storage(part: Tensor) -> bool:
+    """Whether there is nothing else in the storage of ``part``."""
     return part.untyped_storage().nbytes() == part.numel() * part.element_size()

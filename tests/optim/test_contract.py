@@ -259,9 +259,9 @@ def test_a_rate_of_zero_moves_nothing_and_makes_all_state(cls, options, lr):
 def test_a_tensor_rate_is_the_same_as_a_float(cls, options, shape):
     model, other = make_model(), make_model()
     before = values(model.parameters())
-    lr = {"lr": torch.full(shape, 3e-3)}
-    found = run(model, cls(model.parameters(), **{**options, **lr}), 4)
-    expected = run(other, cls(other.parameters(), **{**options, "lr": 3e-3}), 4)
+    lr = torch.full(shape, 3e-3)
+    found = run(model, cls(model.parameters(), **{**options, "lr": lr}), 4)
+    expected = run(other, cls(other.parameters(), **{**options, "lr": lr.item()}), 4)
     assert moved(model.parameters(), before)
     assert_near(found, expected)
 
