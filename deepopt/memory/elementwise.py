@@ -81,7 +81,7 @@ class Elementwise:
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         first, second = state["first"], state["second"]
         if self.second_retention is not None:
-            step = state["step"].to(grad.device, grad.dtype)[:, None, None]
+            step = state["step"].to(grad.device, grad.dtype, non_blocking=True)[:, None, None]
             first = first / (1 - retention**step)
             second = second / (1 - self.second_retention**step)
         if self.value == "energy":

@@ -218,7 +218,7 @@ class Module:
         else:
             features, scale = [normalized(grad)], root_mean_square(grad)
         if averages := [state[f"average.{i}"] for i, _ in enumerate(self._retentions(0.0))]:
-            unbias = 1 - retention ** state["step"].to(grad.device, grad.dtype)
+            unbias = 1 - retention ** state["step"].to(grad.device, grad.dtype, non_blocking=True)
             linear = averages[0] / unbias[:, None, None]
             features += map(normalized, averages)
             scale = torch.maximum(scale, root_mean_square(linear))

@@ -86,7 +86,7 @@ class MultiScale:
             cosines = [_cosine(grad, state[key]) for key in ("momentum", "slow")]
             state["agreement"] = state["agreement"].lerp(torch.stack(cosines, -1), 1 - retention)
         LINEAR.write(state, grad, retention)
-        step, ended = state["step"].to(grad), self._ended(state, grad)
+        step, ended = state["step"].to(grad, non_blocking=True), self._ended(state, grad)
         kept = (ended / (ended + FARTHEST)).clamp_max(self.beta3)
         decay = torch.where((step - 1) % self.slow_chunk == 0, kept, 1.0)
         share = (1 - kept) / self.slow_chunk
@@ -114,7 +114,7 @@ class MultiScale:
 
     def _ended(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
         """Chunks that were whole before the last write, shape (B,)."""
-        return torch.floor((state["step"].to(grad) - 1) / self.slow_chunk)
+        return torch.floor((state["step"].to(grad, non_blocking=True) - 1) / self.slow_chunk)
 
 
 @dataclass(frozen=True)

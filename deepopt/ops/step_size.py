@@ -41,7 +41,9 @@ def adam_ratio(
     Returns:
         Shape (B,), between 0 and 1.
     """
-    first, second = ((1 - beta**step).to(grad_norm.device, grad_norm.dtype) for beta in betas)
+    first, second = (  # no host waits for the copy of a step count to the device
+        (1 - beta**step).to(grad_norm.device, grad_norm.dtype, non_blocking=True) for beta in betas
+    )
     tiny = torch.finfo(grad_norm.dtype).tiny
     ratio = frobenius(momentum) / first / (grad_norm / second.sqrt()).clamp_min(tiny)
     return ratio.clamp_max(1.0)

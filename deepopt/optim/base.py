@@ -25,7 +25,7 @@ from deepopt._compat import (
 )
 from deepopt.optim import elementwise, groups, routing, sharding
 from deepopt.optim.elementwise import state_dtype
-from deepopt.optim.stacking import State, distribute, stacked
+from deepopt.optim.stacking import Joints, State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
 
@@ -74,7 +74,7 @@ class MemoryOptimizer(Optimizer):
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._joints: dict[int, elementwise.Joint] = {}
+        self._joints: Joints = {}
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
         if self._least_dims["matrix"]:  # a rule for vectors too has nothing against embeddings
@@ -266,6 +266,7 @@ class MemoryOptimizer(Optimizer):
     ) -> None:
         """Step all parameters in place; where ``found_inf`` is 1 nothing changes."""
         owns = [self._init_states(bucket, states) for bucket in buckets]
+        joined = len(self._joints)
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
         dealt = [(b, own) for b, own in zip(buckets, owns, strict=True) if b.kind and b.kind.dealt]
@@ -282,6 +283,9 @@ class MemoryOptimizer(Optimizer):
                 with sharding.at_hand(bucket.params, bucket.grads, own) as (params, grads, here):
                     mine = bucket._replace(params=params, grads=grads)
                     self._step_matrices(mine, bucket.kind, here, found)
+        if len(self._joints) > joined:  # keep nothing alive that has left the optimizer
+            alive = set(map(id, states.values()))
+            self._joints = {key: j for key, j in self._joints.items() if key in alive}
 
     def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> list[State]:
         """The states of a bucket's parameters, made where there are none yet."""
@@ -337,7 +341,7 @@ class MemoryOptimizer(Optimizer):
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads).to(state_dtype(params[0]))
             keys = [key for key in states[0] if key != "step"]
-            with stacked(states, keys, group["differentiable"]) as whole:
+            with stacked(states, keys, group["differentiable"], self._joints) as whole:
                 pairs = zip(states, counts, strict=True)
                 steps = [state["step"] for state, count in pairs for _ in range(count)]
                 whole["step"] = torch.stack(steps) + 1

@@ -1,14 +1,13 @@
 """The element-wise path of every optimizer: AdamW, by the kernel if there is one, else torch's."""
 
-import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepopt._compat import adam, scalar_dtype
 from deepopt.ops import adamw_
-from deepopt.optim.stacking import State, owns_storage
+from deepopt.optim.stacking import Joint, Joints, State, owns_storage
 
 KEYS = ("exp_avg", "exp_avg_sq", "step")
 SMALL = 2**14
@@ -38,7 +37,7 @@ def step(
     grads: list[Tensor],
     states: list[State],
     group: dict[str, Any],
-    joints: dict[int, "Joint"],
+    joints: Joints,
     found_inf: Tensor | None = None,
 ) -> None:
     """One step of AdamW; where ``found_inf`` is 1, nothing changes.
@@ -72,14 +71,14 @@ def _step_by_kernel(
     grads: list[Tensor],
     states: list[State],
     group: dict[str, Any],
-    joints: dict[int, "Joint"],
+    joints: Joints,
 ) -> None:
     own: list[list[Tensor]] = [[state[key] for state in states] for key in KEYS]
     joint = joints.get(id(states[0]))
-    if (joint is None or not joint.is_of(params, own)) and _can_be_joined(params, own):
-        joint = joints[id(states[0])] = Joint.of(params, states, own)
+    if (joint is None or not joint.is_of(own)) and _can_be_joined(params, own):
+        joint = joints[id(states[0])] = _join(states, own)
         own = joint.own
-    if joint is not None and joint.is_of(params, own):
+    if joint is not None and joint.is_of(own):  # to hand many small tensors over costs the most
         own = [[whole] for whole in joint.whole]
     exp_avgs, exp_avg_sqs, steps = own
     for index, param in enumerate(params):
@@ -96,33 +95,14 @@ def _step_by_kernel(
     # fmt: on
 
 
-class Joint(NamedTuple):
-    """The state of many small parameters, each of ``KEYS`` one tensor of which theirs are views.
-
-    To hand a small tensor to a kernel costs more than its arithmetic.
-    """
-
-    params: list[Tensor]
-    own: list[list[Tensor]]
-    whole: list[Tensor]
-
-    @classmethod
-    def of(cls, params: list[Tensor], states: list[State], own: list[list[Tensor]]) -> "Joint":
-        """Join the state of ``params``; ``states`` get the views."""
-        whole = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in own]
-        for key, tensors, joined in zip(KEYS, own, whole, strict=True):
-            parts = joined.split([tensor.numel() for tensor in tensors])
-            for state, tensor, part in zip(states, tensors, parts, strict=True):
-                state[key] = part.view(tensor.shape)
-        return cls(list(params), [[state[key] for state in states] for key in KEYS], whole)
-
-    def is_of(self, params: list[Tensor], own: list[list[Tensor]]) -> bool:
-        """Whether parameters and state are still these very tensors."""
-        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
-            return False
-        if self.own[0][0].data_ptr() != self.whole[0].data_ptr():
-            return False
-        return all(all(map(operator.is_, x, y)) for x, y in zip(own, self.own, strict=True))
+def _join(states: list[State], own: list[list[Tensor]]) -> Joint:
+    """Join the state under ``KEYS``; ``states`` get the views."""
+    whole = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in own]
+    for key, tensors, joined in zip(KEYS, own, whole, strict=True):
+        parts = joined.split([tensor.numel() for tensor in tensors])
+        for state, tensor, part in zip(states, tensors, parts, strict=True):
+            state[key] = part.view(tensor.shape)
+    return Joint([[state[key] for state in states] for key in KEYS], whole)
 
 
 def _can_be_joined(params: list[Tensor], own: list[list[Tensor]]) -> bool:

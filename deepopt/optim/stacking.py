@@ -6,14 +6,39 @@ parameters that were first stepped together lie one after the other in one stora
 stacking them costs nothing and copies nothing.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 State = dict[str, Any]
+
+
+class Joint(NamedTuple):
+    """State tensors of many parameters and, for every key, the one tensor that they are views of.
+
+    Kept from step to step: to look at every tensor's storage again costs more than small tensors'
+    arithmetic.
+    """
+
+    own: list[list[Tensor]]
+    whole: list[Tensor]
+
+    def is_of(self, own: list[list[Tensor]]) -> bool:
+        """Whether the state still consists of these very tensors."""
+        if len(own) != len(self.own) or own[0][0].data_ptr() != self.whole[0].data_ptr():
+            return False
+        return all(
+            len(these) == len(those) and all(map(operator.is_, these, those))
+            for these, those in zip(own, self.own, strict=True)
+        )
+
+
+Joints = dict[int, Joint]
+"""By the identity of the first parameter's state; whatever is no longer true is not used."""
 
 
 def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int]) -> None:
@@ -24,7 +49,7 @@ def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequenc
 
 @contextmanager
 def stacked(
-    states: Sequence[State], keys: Sequence[str], differentiable: bool
+    states: Sequence[State], keys: Sequence[str], differentiable: bool, joints: Joints
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors under ``keys``, stacked; what is assigned or written to them reaches the states.
 
@@ -35,21 +60,29 @@ def stacked(
         keys: of the tensors.
         differentiable: give the states new tensors, with their history, instead of copying into
             the old ones.
+        joints: what has been found to be stacked already, for the steps to come.
     """
-    counts = [len(state[keys[0]]) for state in states] if keys else []
+    own: list[list[Tensor]] = [[state[key] for state in states] for key in keys]
+    counts = [len(tensor) for tensor in own[0]] if keys else []
     old: dict[str, Tensor] = {}
     apart = set()
-    for key in keys:
-        parts: list[Tensor] = [state[key] for state in states]
-        if not differentiable and _adjacent(parts):
-            old[key] = _joined(parts)
-            continue
-        old[key] = torch.cat(parts)
-        if not differentiable and all(map(owns_storage, parts)):  # as after load_state_dict
-            distribute(old[key], states, key, counts)
-        else:
-            # Parts of a larger storage stay in it: each of them would keep all of it alive.
-            apart.add(key)
+    joint = joints.get(id(states[0]))
+    if joint is not None and keys and not differentiable and joint.is_of(own):
+        old = dict(zip(keys, joint.whole, strict=True))
+    else:
+        for key, parts in zip(keys, own, strict=True):
+            if not differentiable and _adjacent(parts):
+                old[key] = _joined(parts)
+                continue
+            old[key] = torch.cat(parts)
+            if not differentiable and all(map(owns_storage, parts)):  # as after load_state_dict
+                distribute(old[key], states, key, counts)
+            else:
+                # Parts of a larger storage stay in it: each of them would keep all of it alive.
+                apart.add(key)
+        if keys and not differentiable and not apart:
+            own = [[state[key] for state in states] for key in keys]
+            joints[id(states[0])] = Joint(own, list(old.values()))
     new = dict(old)
     yield new
     check_kept(old, new)

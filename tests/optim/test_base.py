@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -209,3 +210,20 @@ def test_a_memory_that_breaks_its_promises_is_named_and_can_be_replaced(broken, 
     optimizer.param_groups[0]["memory"] = "linear"
     optimizer.step()
     assert param.all()
+
+
+def test_state_that_has_left_the_optimizer_is_not_kept_alive():
+    params = [torch.randn(20, 24, requires_grad=True) for _ in range(2)]
+    params += [torch.randn(3, requires_grad=True) for _ in range(2)]
+    optimizer = deepopt.DeepMomentum(params)
+
+    def step():
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return [weakref.ref(t) for state in optimizer.state.values() for t in state.values()]
+
+    old = step()
+    optimizer.state.clear()
+    step()
+    assert [ref() for ref in old] == [None] * len(old)

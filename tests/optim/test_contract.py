@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepopt
 from deepopt.optim import base, registry
@@ -264,6 +265,40 @@ def test_a_tensor_rate_is_the_same_as_a_float(cls, options, shape):
     expected = run(other, cls(other.parameters(), **{**options, "lr": lr.item()}), 4)
     assert moved(model.parameters(), before)
     assert_near(found, expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for a device: copies to it or from it that block."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            blocks = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            if blocks and isinstance(source, torch.Tensor) and source.device != result.device:
+                self.found.append(func)
+        return result
+
+
+@every
+def test_no_step_waits_for_the_device(cls, options):
+    """On the meta device there is nothing to read: a value that the host asks for is an error."""
+    params = [nn.Parameter(torch.empty(s, device="meta")) for s in ((24, 32), (32, 24), (7,))]
+    optimizer = cls(params, **options)
+    for step in range(12):
+        for param in params:
+            param.grad = torch.empty_like(param)
+        if step == 0:
+            optimizer.step()  # makes the state
+            continue
+        with Waits() as waits:
+            optimizer.step()
+        assert not waits.found
 
 
 @every
