@@ -2,9 +2,9 @@
 
 import sys
 
-from benchmarks import fig4, swap
+from benchmarks import fig4, speed, swap
 
-BENCHMARKS = {"fig4": fig4, "swap": swap}
+BENCHMARKS = {"fig4": fig4, "speed": speed, "swap": swap}
 
 
 def main() -> int:
