@@ -570,7 +570,7 @@ LINEAR = Target("exponent of the step time, less 1", lambda line: abs(line["expo
 # -- Overheads -----------------------------------------------------------------------------------
 
 
-def buckets(setting: Setting, count: int = 40, repeats: int = 50) -> Line:
+def buckets(setting: Setting, count: int = 40, repeats: int = 10) -> Line:
     """Python's share in a step of many tiny tensors, each of a shape, and so a bucket, of its own.
 
     The time in torch's operators, and deepopt's, comes from profiles, which lengthen the step. How
@@ -584,7 +584,7 @@ def buckets(setting: Setting, count: int = 40, repeats: int = 50) -> Line:
     for memory in ("linear", "delta", "mlp"):
         optimizer = DeepMomentum(parameters(grads), lr=LR, memory=memory, path="matrix")
         optimizer.step()
-        plain = min(timed(optimizer.step, setting.device)[1] for _ in range(repeats)) * 1e6
+        plain = min(timed(optimizer.step, setting.device)[1] for _ in range(5 * repeats)) * 1e6
         profiles = [profiled(optimizer.step) for _ in range(repeats)]
         whole, own = min(profiles, key=lambda profile: profile[0])
         inside = sum(time for time, _ in own.values())
