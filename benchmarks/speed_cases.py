@@ -224,6 +224,8 @@ def other_muon(params: list[nn.Parameter]) -> Optimizer:
 
 
 def heavyball_muon(params: list[nn.Parameter]) -> Optimizer:
+    if torch.get_num_threads() > 1:
+        raise RuntimeError("timed on one thread alone, because it compiles for minutes")
     return importlib.import_module("heavyball").Muon(params, lr=LR)
 
 
@@ -291,11 +293,8 @@ def matrices(
     return run
 
 
-OURS = {"DeepMomentum": None, "DeepMomentum fused": True}
-
-
-def deep_adamw(lr: float, fused: bool | None) -> Make:
-    return lambda params: DeepMomentum(params, lr=lr, path="elementwise", fused=fused)
+def deep_adamw(lr: float) -> Make:
+    return lambda params: DeepMomentum(params, lr=lr, path="elementwise")
 
 
 def elementwise(
@@ -316,8 +315,7 @@ def elementwise(
             "AdamW default": (lambda p: AdamW(p, lr=LR), torchs),
         }
         chosen = {name: known[name] for name in names}
-        for name, flag in OURS.items():
-            chosen[name] = (deep_adamw(LR, flag), work.adamw(elements, width))
+        chosen["DeepMomentum"] = (deep_adamw(LR), work.adamw(elements, width))
 
         def factory(name: str) -> Callable[[], Contender]:
             make, phases = chosen[name]
@@ -354,7 +352,7 @@ def strides(setting: Setting, shape: Sequence[int] = (64, 32, 3, 3), steps: int 
         "AdamW default": adamw,
         "AdamW foreach": lambda p: AdamW(p, lr=1e-2, foreach=True),
         "AdamW fused": lambda p: AdamW(p, lr=1e-2, fused=True),
-        **{name: deep_adamw(1e-2, flag) for name, flag in OURS.items()},
+        "DeepMomentum": deep_adamw(1e-2),
     }
     details = []
     for name, make in contenders.items():
@@ -525,7 +523,7 @@ def scaling(
         for million in millions[:3] if setting.quick else millions:
             elements = int(million * 1e6)
             shapes: Shapes = [(elements,)]
-            make: Make = lambda p: DeepMomentum(p, lr=LR, path="elementwise")  # noqa: E731
+            make: Make = deep_adamw(LR)
             if optimizer == "delta":
                 shapes = [(side, side)] * max(1, round(elements / side**2))
                 make = lambda p: DeepMomentum(p, lr=LR, memory="delta", path="matrix")  # noqa: E731
@@ -611,31 +609,34 @@ def python_overhead(memory: str) -> Target:
 
 def memory(
     setting: Setting,
-    shapes: Sequence[tuple[int, int]] = ((512, 1024), (1024, 512), (256, 2048), (2048, 256)),
-    count: int = 4,
+    shapes: Sequence[tuple[int, int]] = ((512, 1024), (1024, 512)),
+    count: int = 8,
 ) -> Line:
-    """What a step takes beyond parameters, gradients and state, with one bucket and with several
-    of the same size."""
+    """What a step takes beyond parameters, gradients and state: of matrices that are one bucket, of
+    as many times more of the same shape, and of as many buckets of different shapes."""
     makers = {
-        "DeepMomentum, element-wise": lambda p: DeepMomentum(p, lr=LR, path="elementwise"),
+        "DeepMomentum, element-wise": deep_adamw(LR),
         **{name: made[0] for name, made in matrix_optimizers("cpu").items() if name not in OTHERS},
     }
+    bucket = count * math.prod(shapes[0]) * work.FLOAT
     details = []
     for name, make in makers.items():
-        peaks = []
-        for chosen in [*([shape] for shape in shapes), shapes]:
-            grads = gradients([s for s in chosen for _ in range(count)], torch.float32, "cpu")
-            optimizer = make(parameters(grads))
+
+        def peak(chosen: Shapes, make: Make = make) -> float:
+            optimizer = make(parameters(gradients(chosen, torch.float32, "cpu")))
             optimizer.step()
-            peaks.append(peak_bytes(optimizer.step))
-        bucket = count * math.prod(shapes[0]) * work.FLOAT
+            return peak_bytes(optimizer.step) / bucket
+
+        one = max(peak([shape] * count) for shape in shapes)
+        more, others = peak([shapes[0]] * count * len(shapes)), peak([*shapes] * count)
         details.append(
             {
                 "optimizer": name,
                 "MB of a bucket": bucket / 1e6,
-                "peak with one, in buckets": max(peaks[:-1]) / bucket,
-                f"peak with {len(shapes)}, in buckets": peaks[-1] / bucket,
-                "growth": peaks[-1] / max(peaks[:-1]) if max(peaks[:-1]) else 1.0,
+                "peak of one, in buckets": one,
+                f"of {len(shapes)} times the matrices": more,
+                f"of {len(shapes)} shapes": others,
+                "growth": max(more, others) / max(one, 1e-9),
             }
         )
     return {"details": details}
@@ -667,19 +668,19 @@ MATRIX_TARGETS = (
 CASES: dict[str, Case] = {
     "adamw-large": Case(
         "Element-wise, 4 tensors of 8 M, float32",
-        elementwise([(8 * MILLION,)] * 4, 20.0),
+        elementwise([(8 * MILLION,)] * 4, 12.0),
         [ratio("DeepMomentum", FUSED, 1.05)],
         FUSED,
     ),
     "adamw-huge": Case(
         "Element-wise, one tensor of 100 M, float32",
-        elementwise([(100_000_000,)], 20.0, names=(FUSED, "AdamW foreach")),
+        elementwise([(100_000_000,)], 12.0, names=(FUSED, "AdamW foreach")),
         [ratio("DeepMomentum", FUSED, 1.05)],
         FUSED,
     ),
     "adamw-bf16": Case(
         "Element-wise, 4 tensors of 8 M, bfloat16",
-        elementwise([(8 * MILLION,)] * 4, 20.0, torch.bfloat16),
+        elementwise([(8 * MILLION,)] * 4, 12.0, torch.bfloat16),
         [ratio("DeepMomentum", FUSED, 1 / 1.5)],
         FUSED,
         note="torch keeps bfloat16 averages, 14 bytes per element and step; DeepMomentum keeps "
@@ -703,11 +704,7 @@ CASES: dict[str, Case] = {
         [
             Target(
                 "DeepMomentum: largest error of three steps of 0.01",
-                lambda line: max(
-                    d["largest error"]
-                    for d in line["details"]
-                    if d["contender"].startswith("DeepMomentum")
-                ),
+                lambda line: line["details"][-1]["largest error"],
                 1e-6,
             )
         ],
@@ -715,7 +712,7 @@ CASES: dict[str, Case] = {
     ),
     "gpt2": Case(
         "Matrices of 3 of GPT-2-small's 12 layers",
-        matrices(work.transformer(GPT2[0], 3), 150.0),
+        matrices(work.transformer(GPT2[0], 3), 120.0),
         [
             *MATRIX_TARGETS,
             *(rest(f"DeepMomentum {m}") for m in ("linear", "delta", "covariance")),
@@ -783,7 +780,9 @@ CASES: dict[str, Case] = {
     "memory": Case(
         "Memory of a step beyond parameters, gradients and state",
         memory,
-        [Target("peak with four buckets over peak with one", growth, 1.1)],
+        [Target("peak with two buckets / peak with one, the worst", growth, 1.1)],
         threads=(1,),
+        note="Scratch is to be that of one bucket, whatever the size of the model: torch's "
+        "allocations above what was held before the step, in units of a bucket's float32 entries.",
     ),
 }
