@@ -331,9 +331,9 @@ def plot(path: Path, lines: dict[Run, Line]) -> None:
         ours = [c for c in times if c != case.baseline and math.isfinite(times[c])]
         values = [times[c] / times[case.baseline] for c in ours]
         places = range(len(labels), len(labels) + len(ours))
-        left.barh(places, values, color=f"C{number_of % 10}")
+        left.plot(values, places, "o", color=f"C{number_of % 10}")
         for place, value in zip(places, values, strict=True):
-            left.text(value, place, f" {value:.2f}", va="center", fontsize=6)
+            left.text(value, place, f"   {value:.2f}", va="center", fontsize=6)
         labels += [f"{name}: {contender}" for contender in ours]
     left.set_yticks(range(len(labels)), labels, fontsize=6)
     left.invert_yaxis()
@@ -342,10 +342,12 @@ def plot(path: Path, lines: dict[Run, Line]) -> None:
     left.set(xlabel="CPU time / baseline's (Muon, fused AdamW, reference), one thread")
     for name in ("scaling-elementwise", "scaling-delta"):
         details = lines.get(Run(name, 1), {}).get("details", [])
+        if not details:
+            continue
         sizes, steps = ([d[key] for d in details] for key in ("parameters", "ms"))
         right.loglog(sizes, steps, "o-", label=name)
+        right.legend()
     right.set(xlabel="parameters", ylabel="ms per step, one thread")
-    right.legend()
     figure.savefig(path, dpi=100)
 
 

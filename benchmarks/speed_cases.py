@@ -436,54 +436,42 @@ def farther(line: Line) -> float:
 
 
 def coordinate_mlp(
-    shape: tuple[int, int, int] = (12, 768, 768), seconds: float = 20.0
+    gradient: bool, shape: tuple[int, int, int] = (12, 768, 768), seconds: float = 15.0
 ) -> Callable[[Setting], Line]:
-    """The operators on their kernels against plain torch."""
+    """The operator, or its gradient, on its kernel against plain torch."""
+    count = work.coordinate_mlp_gradient if gradient else work.coordinate_mlp
 
     def run(setting: Setting) -> Line:
-        device, features, units = setting.device, 2, work.HIDDEN
-        count = math.prod(shape)
+        device, features, elements = setting.device, 2, math.prod(shape)
         generator = torch.Generator(device).manual_seed(0)
 
         def drawn(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator, device=device)
 
-        keys = [drawn(*shape) for _ in range(features)]
-        weights, error = drawn(shape[0], units, features + 1), drawn(*shape)
-        calls: dict[str, tuple[Callable[[], Any], Callable[..., Work]]] = {
-            "forward": (lambda: ops.coordinate_mlp(keys, weights), work.coordinate_mlp),
-            "gradient": (
-                lambda: ops.coordinate_mlp_gradient(keys, weights, error),
-                work.coordinate_mlp_gradient,
-            ),
-        }
+        keys, error = [drawn(*shape) for _ in range(features)], drawn(*shape)
+        weights = drawn(shape[0], work.HIDDEN, features + 1)
 
-        def forced(call: Callable[[], Any], backend: str) -> Callable[[], Any]:
+        def forced(backend: str) -> Callable[[], Any]:
             def step() -> None:
                 with ops.backend(backend):
-                    call()
+                    if gradient:
+                        ops.coordinate_mlp_gradient(keys, weights, error)
+                    else:
+                        ops.coordinate_mlp(keys, weights)
 
             return step
 
-        kernels = "cpu" if device == "cpu" else "cuda"
-
-        def factory(what: str, backend: str) -> Callable[[], Contender]:
-            call, counted = calls[what]
-            phases, name = counted(count, features), f"{what}, {backend}"
-            return lambda: Contender(name, forced(call, backend), phases, phases)
-
-        factories = {
-            f"{what}, {backend}": factory(what, backend)
-            for what in calls
-            for backend in ("reference", kernels)
+        phases = count(elements, features)
+        backends = {"reference": "reference", "kernel": "cpu" if device == "cpu" else "cuda"}
+        racers = {
+            name: functools.partial(Contender, name, forced(backend), phases, phases)
+            for name, backend in backends.items()
         }
-        line = race(factories, seconds, setting)
+        line = race(racers, seconds, setting)
         details = []
         for row in line["rows"]:
-            what = row["contender"].split(",")[0]
             for tanh in (1, work.TANH_OPERATIONS):
-                flops = work.total_flops(calls[what][1](count, features, tanh))
-                rate = flops / row[line["clock"]]
+                rate = work.total_flops(count(elements, features, tanh)) / row[line["clock"]]
                 details.append(
                     {
                         "contender": row["contender"],
@@ -504,6 +492,12 @@ def peak_share(contender: str, tanh: int) -> Target:
 
     what = f"{contender}: share of the float32 peak, a tanh counted as {tanh} FLOPs"
     return Target(what, value, 0.3, at_least=True)
+
+
+MLP_TARGETS = (
+    ratio("kernel", "reference", 1 / 8),
+    *(peak_share("kernel", tanh) for tanh in (1, work.TANH_OPERATIONS)),
+)
 
 
 # -- Scaling -------------------------------------------------------------------------------------
@@ -750,17 +744,16 @@ CASES: dict[str, Case] = {
         note="The distance from 1 within which so many of the singular values are.",
     ),
     "coordinate-mlp": Case(
-        "The coordinate MLP's operators, 7 M entries, 2 features, 8 units",
-        coordinate_mlp(),
-        [
-            *(ratio(f"{w}, cpu", f"{w}, reference", 1 / 8) for w in ("forward", "gradient")),
-            *(
-                peak_share(f"{what}, cpu", tanh)
-                for what in ("forward", "gradient")
-                for tanh in (1, work.TANH_OPERATIONS)
-            ),
-        ],
-        "forward, reference",
+        "The coordinate MLP's value, 7 M entries, 2 features, 8 units",
+        coordinate_mlp(gradient=False),
+        MLP_TARGETS,
+        "reference",
+    ),
+    "coordinate-mlp-gradient": Case(
+        "The coordinate MLP's gradient, 7 M entries, 2 features, 8 units",
+        coordinate_mlp(gradient=True),
+        MLP_TARGETS,
+        "reference",
     ),
     "scaling-elementwise": Case(
         "Element-wise step against parameters", scaling("elementwise"), [LINEAR], threads=(1,)
