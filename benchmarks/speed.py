@@ -447,9 +447,12 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"no case of {arguments.cases} runs on {arguments.threads} threads")
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "speed.jsonl", setting, runs if arguments.fresh else ())
+    # Asked to end, it ends the process of the case too, which would disturb what runs next.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         results.complete(runs, setting)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if results.lines:
             command = " ".join(["python -m benchmarks speed", *argv])
             (arguments.out / "speed.md").write_text(report(results.lines, command))
