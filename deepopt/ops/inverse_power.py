@@ -1,9 +1,21 @@
 """Negative fractional powers of Gram matrices (Eqs 106-111 with a free power)."""
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from deepopt.ops.operator import operator
 
+SQUARINGS = 10
+"""Of C, for its largest eigenvalue: the mean of all, weighted by their powers 2^10 = 1024.
+
+That is below the largest by less than 1 % up to r = 20,000, and equal to it where it stands alone.
+"""
+
+
+@operator("(Tensor gram, float power, float damping) -> Tensor")
 def inverse_power(gram: Tensor, power: float, damping: float) -> Tensor:
     """(C / λ_max + damping I)^-power for every positive semi-definite C of a batch.
 
@@ -16,13 +28,98 @@ def inverse_power(gram: Tensor, power: float, damping: float) -> Tensor:
         gram: shape (B, r, r), symmetric up to rounding.
         power: positive.
         damping: smallest eigenvalue that counts, relative to the largest.
+
+    Cost: an eigendecomposition each, 0.12 s at r = 768 on one CPU core. On CUDA devices, where the
+    host would wait for it, :func:`newton` runs instead where that serves.
     """
-    finite = gram.isfinite().all(-1).all(-1)[:, None, None]
-    wide = torch.where(finite, gram, torch.zeros_like(gram))
-    wide = wide if gram.device.type == "mps" else wide.double()
-    scale = torch.linalg.matrix_norm(wide, keepdim=True)
-    values, vectors = torch.linalg.eigh(wide / scale.clamp_min(torch.finfo(gram.dtype).tiny))
+    wide = _relative(gram)
+    values, vectors = torch.linalg.eigh(wide)
     values = values.clamp_min(0)
     largest = values[:, -1:]
     values = torch.where(largest > 0, values / largest + damping, torch.ones_like(values))
-    return ((vectors * values.pow(-power)[:, None, :]) @ vectors.mT).to(gram.dtype)
+    # The factors are as exact as the result can be: their product needs no wider type than it.
+    half = (vectors * values.pow(-power / 2)[:, None, :]).to(gram.dtype)
+    return half @ half.mT
+
+
+def newton_serves(gram: Tensor, power: float, damping: float) -> bool:
+    """Whether :func:`newton` computes what :func:`inverse_power` does.
+
+    It takes the inverse p-th roots of integer p, and must be sure that rounding of ``gram`` has
+    left no eigenvalue below -damping.
+    """
+    p = round(1 / power)
+    return 1 <= p and abs(1 / power - p) < 1e-9 and damping >= 8 * torch.finfo(gram.dtype).eps
+
+
+@inverse_power.backend("cuda", supports=newton_serves)
+def newton(gram: Tensor, power: float, damping: float) -> Tensor:
+    r"""The same for power = 1/p by matrix products alone, without a decision on the host.
+
+    Newton's iteration for inverse p-th roots, with the residual beside the root:
+
+    .. math::
+        X_{k+1} = X_k\, q_k(R_k), \qquad R_{k+1} = q_k(R_k)^p R_k, \qquad
+        q_k(R) = s_k (a_k I - R)
+
+    from :math:`X_0 = I` and :math:`R_0 = C/\lambda_{\max} + \text{damping}\, I`, until R = I. An
+    eigenvalue x^p of R becomes (x q(x^p))^p, and :math:`s_k` and :math:`a_k` make x q(x^p) as close
+    to 1 as can be on the interval that the steps before it have left. Eigenvalues that rounding has
+    made negative are not lifted to zero first.
+
+    Args:
+        gram: as above.
+        power: the reciprocal of a positive integer.
+        damping: at least 8 times the resolution of ``gram``'s dtype.
+
+    Cost: at power 1/2 and damping 1e-6, 46 products of 2r³ FLOPs in float64; 54 at power 1/4.
+    """
+    p = round(1 / power)
+    wide = _relative(gram)
+    tiny = torch.finfo(gram.dtype).tiny
+    weights = wide
+    for _ in range(SQUARINGS):
+        weights = weights @ weights
+        weights = weights / torch.linalg.matrix_norm(weights, keepdim=True).clamp_min(tiny)
+    traces = (weights * wide).sum((-2, -1)), weights.diagonal(dim1=-2, dim2=-1).sum(-1)
+    largest = (traces[0] / traces[1].clamp_min(tiny))[:, None, None]
+    one = torch.eye(gram.shape[-1], dtype=wide.dtype, device=wide.device)
+    residual = torch.where(largest > 0, wide / largest.clamp_min(tiny) + damping * one, one)
+    root = one.expand_as(residual)
+    for s, a in newton_coefficients(p, damping / 2, wide.dtype):
+        factor = s * (a * one - residual)
+        root = root @ factor
+        residual = torch.linalg.matrix_power(factor, p) @ residual
+    return root.to(gram.dtype)
+
+
+@functools.lru_cache
+def newton_coefficients(
+    p: int, lower: float, dtype: torch.dtype = torch.float64
+) -> Sequence[tuple[float, float]]:
+    """(s, a) of each step of Newton's iteration for eigenvalues of at least ``lower``.
+
+    They are at most 1 + damping, of which ``lower`` is half, and 1 % for what the largest may be
+    above its estimate. With x the p-th root of an eigenvalue, s x (a - x^p) rises from l at the
+    lower end of the interval to a maximum and falls to the same l at the upper end; s makes the
+    maximum 2 - l.
+    """
+    low, high = lower ** (1 / p), (1.01 * (1 + 2 * lower)) ** (1 / p)
+    coefficients = []
+    while 1 - low > 16 * torch.finfo(dtype).eps:
+        a = sum(high**i * low ** (p - i) for i in range(p + 1))
+        peak = (a / (p + 1)) ** (1 / p)
+        s = 2 / (low * (a - low**p) + p * peak ** (p + 1))
+        coefficients.append((s, a))
+        low = s * low * (a - low**p)
+        high = 2 - low
+    return tuple(coefficients)
+
+
+def _relative(gram: Tensor) -> Tensor:
+    """``gram`` over its norm, in float64 where there is that; zero where it is not finite."""
+    finite = gram.isfinite().all(-1).all(-1)[:, None, None]
+    wide = torch.where(finite, gram, torch.zeros_like(gram))
+    wide = wide if gram.device.type == "mps" else wide.double()
+    norm = torch.linalg.matrix_norm(wide, keepdim=True)
+    return wide / norm.clamp_min(torch.finfo(gram.dtype).tiny)
