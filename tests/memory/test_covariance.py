@@ -40,6 +40,30 @@ def test_reading_multiplies_by_the_powers_of_the_running_gram_matrices(rows, col
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("sides", ["short", "both"])
+@pytest.mark.parametrize(("rows", "columns"), [(257, 300), (300, 257), (900, 800)])
+def test_gram_matrices_of_large_sides_are_whole(rows, columns, sides):
+    grad = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(0))
+    memory = Covariance(sides=sides, retention=0.5)
+    state = {**memory.init(grad), "step": torch.full((2,), 2.0)}  # no root is due
+    memory.write(state, grad, RETENTION)
+    relative = grad.double() / grad.abs().amax((-2, -1), keepdim=True)
+    for side, factor in (("left", relative), ("right", relative.mT)):
+        if f"gram_{side}" in state:
+            expected = (0.5 * factor @ factor.mT).float()
+            torch.testing.assert_close(state[f"gram_{side}"], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("power", "scale"), [(0.1, 1e30), (0.5, 1e-30), (0.5, 1e30), (3.0, 1.0)])
+def test_the_read_has_the_norm_of_the_momentum_at_every_power(power, scale):
+    grads = list(torch.randn(3, 2, 4, 9, generator=torch.Generator().manual_seed(0)) * scale)
+    state, read = run(Covariance(power=power, sides="both", refresh=1), grads)
+    momentum = Linear().read(state, grads[-1], RETENTION)
+    torch.testing.assert_close(
+        (read / scale).norm(dim=(1, 2)), (momentum / scale).norm(dim=(1, 2)), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e34])
 def test_the_scale_of_the_gradients_does_not_matter(scale):
     grads = list(torch.randn(6, 2, 4, 9, generator=torch.Generator().manual_seed(0)))
