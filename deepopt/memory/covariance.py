@@ -107,9 +107,11 @@ class Covariance:
             gram = torch.lerp(product, state[f"gram_{side}"] * shrink, self.retention)
             state[f"gram_{side}"] = gram
             if due:
+                # Row by row, since a list of indices would make the host wait for the device.
+                fresh = torch.stack([gram[row] for row in due])
                 roots = list(state[f"root_{side}"])
                 for row, root in zip(
-                    due, inverse_power(gram[due], self.power, self.damping), strict=True
+                    due, inverse_power(fresh, self.power, self.damping), strict=True
                 ):
                     roots[row] = root
                 state[f"root_{side}"] = torch.stack(roots)
