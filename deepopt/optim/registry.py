@@ -96,7 +96,7 @@ REGISTRY: dict[str, Entry] = {
         equations="33-52",
         update="memory write, read, Newton-Schulz, rows normalised, AdamW's size",
         state="1 (linear, delta), 1 + 2r/R (covariance), 2 (mlp)",
-        cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 4 r²R (covariance)",
+        cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 3 r²R (covariance)",
         options=(
             {},
             {"memory": "linear", "lr": 3e-3, "betas": (0.8, 0.9)},
