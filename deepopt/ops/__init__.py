@@ -1,6 +1,7 @@
 """Numeric primitives, batched over a leading dimension of matrices. They import torch alone."""
 
 from deepopt.ops.adamw import adamw_
+from deepopt.ops.combine import combine, row_products
 from deepopt.ops.coordinate_mlp import (
     coordinate_mlp,
     coordinate_mlp_gradient,
@@ -17,6 +18,7 @@ __all__ = [
     "adam_ratio",
     "adamw_",
     "backend",
+    "combine",
     "coordinate_mlp",
     "coordinate_mlp_gradient",
     "frobenius",
@@ -28,6 +30,7 @@ __all__ = [
     "ridge",
     "rms_gain",
     "root_mean_square",
+    "row_products",
     "running_root",
 ]
 

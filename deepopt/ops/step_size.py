@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor
 
+from deepopt.ops.operator import operator
 
+
+@operator("(Tensor matrices) -> Tensor", lambda matrices: matrices.dtype == torch.float32)
 def frobenius(matrices: Tensor) -> Tensor:
-    """Frobenius norm of every matrix, shape (B,), also where squares leave the range of floats."""
+    """Frobenius norm of every matrix, shape (B,), also where squares leave the range of floats.
+
+    It is at most the largest number of the dtype, and NaN where an entry is not finite.
+    """
     info = torch.finfo(matrices.dtype)
     scale = matrices.detach().abs().amax((-2, -1)).clamp_min(info.tiny)
     norm = torch.linalg.matrix_norm(matrices / scale[:, None, None])

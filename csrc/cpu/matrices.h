@@ -1,0 +1,43 @@
+// Stacks of matrices (B, m, n) as one block of memory, row after row or column after column.
+#pragma once
+#include "multi_tensor.h"
+
+namespace deepopt {
+
+struct __attribute__((visibility("hidden"))) Matrices {  // as torch's Tensor is
+  Tensor kept;  // its memory
+  int64_t batch, rows, columns;
+  bool transposed;  // column after column
+
+  explicit Matrices(const Tensor& given)
+      : kept(given), batch(given.size(0)), rows(1), columns(1), transposed(false) {
+    const int64_t dims = given.dim();
+    if (dims > 1) columns = given.size(dims - 1);
+    for (int64_t d = 1; d < dims - 1; ++d) rows *= given.size(d);
+    if (given.is_contiguous()) return;
+    transposed = dims == 3 && rows > 1 && columns > 1 && given.stride(1) == 1 &&
+                 given.stride(2) == rows && (batch == 1 || given.stride(0) == rows * columns);
+    if (!transposed) kept = torch::stable::contiguous(given);
+  }
+
+  int64_t entries() const { return rows * columns; }  // of one matrix
+  const void* data() const { return kept.const_data_ptr(); }
+};
+
+// Calls f(b, begin, end) for every matrix' entries in chunks of at most kChunk, in parallel; chunk
+// number c of matrix b is number b * chunks_of(entries) + c.
+inline int64_t chunks_of(int64_t entries) { return (entries + kChunk - 1) / kChunk; }
+
+template <class F>
+void for_pieces(int64_t batch, int64_t entries, const F& f) {
+  const int64_t each = chunks_of(entries);
+  const int64_t grain = std::max<int64_t>(1, 4 * kChunk / std::max<int64_t>(1, std::min(entries, kChunk)));
+  torch::stable::parallel_for(0, batch * each, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t from = c % each * kChunk;
+      f(c / each, from, std::min(from + kChunk, entries), c);
+    }
+  });
+}
+
+}  // namespace deepopt
