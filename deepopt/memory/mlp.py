@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepopt.memory.linear import Linear
-from deepopt.ops import coordinate_mlp, coordinate_mlp_gradient, normalized, root_mean_square
+from deepopt.ops import coordinate_mlp, coordinate_mlp_gradient, root_mean_square
 
 LINEAR = Linear()
 PHI0_FILE = Path(__file__).with_name("phi0.pt")
@@ -97,26 +97,33 @@ class MLP:
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = LINEAR.read(state, grad, retention)
-        correction = torch.tanh(coordinate_mlp(self._keys(state), state["phi"]))
-        return momentum + self.authority * root_mean_square(momentum) * correction
+        reach = self.authority * _size(momentum)
+        return coordinate_mlp(momentum, reach, *self._keys(state), state["phi"])
 
     @property
     def _averages(self) -> list[str]:
         return ["momentum", *(f"average_{index}" for index, _ in enumerate(self.time_scales))]
 
-    def _keys(self, state: dict[str, Tensor]) -> list[Tensor]:
-        return [normalized(state[key]) for key in self._averages]
+    def _keys(self, state: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The averages, and what each is multiplied with to be a key, shape (B, F)."""
+        averages = [state[key] for key in self._averages]
+        tiny = torch.finfo(averages[0].dtype).tiny
+        return averages, torch.stack([1 / _size(x).clamp_min(tiny) for x in averages], 1)
 
     def _learned(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
-        phi, momentum, keys = state["phi"], state["momentum"], self._keys(state)
-        reach = self.authority * root_mean_square(momentum)
-        unit = torch.maximum(root_mean_square(momentum), root_mean_square(grad))
-        unit = unit.clamp_min(torch.finfo(grad.dtype).tiny)
-        correction = torch.tanh(coordinate_mlp(keys, phi))
-        error = (momentum + reach * correction - grad) / unit
-        slope = error * (reach / unit) * (1 - correction.square()) / grad[0].numel()
+        phi, momentum = state["phi"], state["momentum"]
+        averages, scales = self._keys(state)
+        size = _size(momentum)
+        unit = torch.maximum(size, _size(grad)).clamp_min(torch.finfo(grad.dtype).tiny)
+        slope = coordinate_mlp_gradient(
+            momentum, self.authority * size, averages, scales, phi, grad, unit
+        )
         kept = state["phi0"] + self.inner_retention * (phi - state["phi0"])
-        return kept - self.inner_lr * coordinate_mlp_gradient(keys, phi, slope)
+        return kept - self.inner_lr * slope
+
+
+def _size(matrices: Tensor) -> Tensor:
+    return root_mean_square(matrices).flatten()
 
 
 def initial_weights(features: int) -> Tensor:

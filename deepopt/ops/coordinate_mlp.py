@@ -2,8 +2,9 @@
 
 A unit k has weights (w_k1, ..., w_kF, v_k), and an entry with features x_1 ... x_F the value
 sum_k v_k tanh(sum_f w_kf x_f). There is no bias: the value is odd in the features, as a step is in
-the gradient, and zero where they are zero. Units are taken one after the other, so that the scratch
-memory is that of a few matrices, whatever the number of units.
+the gradient, and zero where they are zero. What it corrects it moves by reach times the tanh of the
+value. Units are taken one after the other, so that the scratch memory is that of a few matrices,
+whatever the number of units; that of the kernels is a few kilobytes.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepopt.ops.operator import operator
 from deepopt.ops.step_size import frobenius
 
 
@@ -24,46 +26,105 @@ def normalized(matrices: Tensor) -> Tensor:
     return matrices / root_mean_square(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
-def coordinate_mlp(features: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The MLP's value at every entry.
+def _supports(
+    base: Tensor,
+    reach: Tensor,
+    features: Sequence[Tensor],
+    scales: Tensor,
+    weights: Tensor,
+    *_: object,
+) -> bool:
+    return base.dtype == weights.dtype == torch.float32 and len(features) <= 4
+
+
+@operator(
+    "(Tensor base, Tensor reach, Tensor[] features, Tensor scales, Tensor weights) -> Tensor",
+    _supports,
+)
+def coordinate_mlp(
+    base: Tensor, reach: Tensor, features: Sequence[Tensor], scales: Tensor, weights: Tensor
+) -> Tensor:
+    r"""What the MLP makes of a matrix, entry by entry.
+
+    .. math:: B + r \tanh\Big(\sum_k v_k \tanh\big(\sum_f w_{kf}\, s_f X_f\big)\Big)
 
     Args:
-        features: F tensors of shape (B, m, n).
-        weights: of the MLP of each of the B matrices, shape (B, H, F + 1), read-out last.
+        base: B, shape (B, m, n).
+        reach: r, the farthest that an entry is moved, shape (B,).
+        features: X, F tensors of shape (B, m, n).
+        scales: s, what the features are multiplied with, shape (B, F).
+        weights: w and v of the MLP of each of the B matrices, shape (B, H, F + 1), read-out last.
 
     Returns:
         Shape (B, m, n).
+
+    Cost: H (2 F + 20) + F + 21 FLOPs per entry, 19 of them for each tanh; one read of every tensor
+    and one write.
     """
-    value = torch.zeros_like(features[0])
-    for unit in weights.unbind(1):
-        value = value + _readout(unit) * torch.tanh(_drive(features, unit))
-    return value
+    value = _value(_scaled(features, scales), weights)
+    return base + reach[:, None, None] * torch.tanh(value)
 
 
-def coordinate_mlp_gradient(features: Sequence[Tensor], weights: Tensor, error: Tensor) -> Tensor:
-    """Gradient with respect to ``weights`` of a loss whose gradient at the value is ``error``.
+@operator(
+    "(Tensor base, Tensor reach, Tensor[] features, Tensor scales, Tensor weights, Tensor target, "
+    "Tensor unit) -> Tensor",
+    _supports,
+)
+def coordinate_mlp_gradient(
+    base: Tensor,
+    reach: Tensor,
+    features: Sequence[Tensor],
+    scales: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    unit: Tensor,
+) -> Tensor:
+    r"""Gradient with respect to ``weights`` of half the mean square error of :func:`coordinate_mlp`.
 
     Args:
-        features: as in :func:`coordinate_mlp`.
-        weights: as in :func:`coordinate_mlp`.
-        error: shape (B, m, n).
+        base: as there, like ``reach``, ``features``, ``scales`` and ``weights``.
+        reach: r.
+        features: X.
+        scales: s.
+        weights: w and v.
+        target: what should have come out, shape (B, m, n).
+        unit: of the errors: they are divided by it, shape (B,).
 
     Returns:
         Shape (B, H, F + 1).
+
+    Cost: H (4 F + 25) + F + 27 FLOPs per entry; one read of every tensor.
     """
+    keys = _scaled(features, scales)
+    reach, unit = reach[:, None, None], unit[:, None, None]
+    correction = torch.tanh(_value(keys, weights))
+    error = (base + reach * correction - target) / unit
+    slope = error * (reach / unit) * (1 - correction.square()) / max(1, target[0].numel())
     units = []
-    for unit in weights.unbind(1):
-        active = torch.tanh(_drive(features, unit))
-        below = error * (1 - active.square()) * _readout(unit)
-        parts = [(below * feature).sum((1, 2)) for feature in features]
-        units.append(torch.stack([*parts, (error * active).sum((1, 2))], -1))
+    for one in weights.unbind(1):
+        active = torch.tanh(_drive(keys, one))
+        below = slope * (1 - active.square()) * _readout(one)
+        parts = [(below * key).sum((1, 2)) for key in keys]
+        units.append(torch.stack([*parts, (slope * active).sum((1, 2))], -1))
     return torch.stack(units, 1)
 
 
-def _drive(features: Sequence[Tensor], unit: Tensor) -> Tensor:
-    drive = unit[:, 0, None, None] * features[0]
-    for index, feature in enumerate(features[1:], 1):
-        drive = drive + unit[:, index, None, None] * feature
+def _scaled(features: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
+    factors = scales[:, :, None, None].unbind(1)
+    return [feature * factor for feature, factor in zip(features, factors, strict=True)]
+
+
+def _value(keys: Sequence[Tensor], weights: Tensor) -> Tensor:
+    value = torch.zeros_like(keys[0])
+    for unit in weights.unbind(1):
+        value = value + _readout(unit) * torch.tanh(_drive(keys, unit))
+    return value
+
+
+def _drive(keys: Sequence[Tensor], unit: Tensor) -> Tensor:
+    drive = unit[:, 0, None, None] * keys[0]
+    for index, key in enumerate(keys[1:], 1):
+        drive = drive + unit[:, index, None, None] * key
     return drive
 
 

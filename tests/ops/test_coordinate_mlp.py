@@ -6,35 +6,42 @@ BATCH, UNITS, FEATURES, ROWS, COLUMNS = 3, 5, 2, 4, 6
 
 
 def example():
-    features = torch.randn(FEATURES, BATCH, ROWS, COLUMNS, dtype=torch.float64)
+    """The arguments of the value; all of them matter."""
+    matrices = torch.randn(1 + FEATURES, BATCH, ROWS, COLUMNS, dtype=torch.float64)
     weights = torch.randn(BATCH, UNITS, FEATURES + 1, dtype=torch.float64)
-    return list(features), weights
+    base, *features = matrices
+    reach, scales = torch.rand(BATCH).double(), torch.rand(BATCH, FEATURES).double()
+    return [base, reach, features, scales, weights]
 
 
 def test_the_value_is_that_of_the_formula_at_every_entry():
-    features, weights = example()
-    stacked = torch.stack(features, -1)
-    drive = torch.einsum("bmnf,bkf->bmnk", stacked, weights[..., :-1])
-    expected = torch.einsum("bmnk,bk->bmn", drive.tanh(), weights[..., -1])
-    torch.testing.assert_close(coordinate_mlp(features, weights), expected)
+    base, reach, features, scales, weights = given = example()
+    keys = torch.stack(features, -1) * scales[:, None, None]
+    drive = torch.einsum("bmnf,bkf->bmnk", keys, weights[..., :-1])
+    value = torch.einsum("bmnk,bk->bmn", drive.tanh(), weights[..., -1])
+    expected = base + reach[:, None, None] * value.tanh()
+    torch.testing.assert_close(coordinate_mlp(*given), expected)
 
 
 def test_the_gradient_is_autograds():
-    features, weights = example()
-    weights.requires_grad_()
-    error = torch.randn(BATCH, ROWS, COLUMNS, dtype=torch.float64)
-    (expected,) = torch.autograd.grad((coordinate_mlp(features, weights) * error).sum(), weights)
-    found = coordinate_mlp_gradient(features, weights.detach(), error)
+    given = example()
+    given[-1].requires_grad_()
+    target, unit = torch.randn_like(given[0]), torch.rand(BATCH).double() + 0.5
+    errors = (coordinate_mlp(*given) - target) / unit[:, None, None]
+    (expected,) = torch.autograd.grad(errors.square().mean((1, 2)).sum() / 2, given[-1])
+    found = coordinate_mlp_gradient(*given[:-1], given[-1].detach(), target, unit)
     torch.testing.assert_close(found, expected)
 
 
 def test_it_is_odd_and_differentiable():
-    features, weights = example()
-    mirrored = coordinate_mlp([-feature for feature in features], weights)
-    torch.testing.assert_close(mirrored, -coordinate_mlp(features, weights))
-    inputs = [tensor.requires_grad_() for tensor in (*features, weights)]
+    base, reach, features, scales, weights = given = example()
+    mirrored = coordinate_mlp(-base, reach, [-feature for feature in features], scales, weights)
+    torch.testing.assert_close(mirrored, -coordinate_mlp(*given))
+    inputs = [tensor.requires_grad_() for tensor in (base, reach, *features, scales, weights)]
     assert torch.autograd.gradcheck(
-        lambda a, b, w: coordinate_mlp([a, b], w), inputs, fast_mode=True
+        lambda base, reach, a, b, *rest: coordinate_mlp(base, reach, [a, b], *rest),
+        inputs,
+        fast_mode=True,
     )
 
 

@@ -1,0 +1,222 @@
+// deepopt::coordinate_mlp and deepopt::coordinate_mlp_gradient on the CPU: tile by tile, in the
+// nearest cache, unit after unit, each a loop over entries that the compiler vectorises.
+#include "../rules/coordinate_mlp.h"
+
+#include "matrices.h"
+
+namespace deepopt {
+namespace {
+
+constexpr int kMostFeatures = 4;
+constexpr int64_t kTile = 512;  // entries
+constexpr int kLanes = 16;      // in which gradients are summed, on every processor
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+
+DEEPOPT_CLONES void scale(float* to, const float* from, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+}
+
+// value += v tanh(w x); active keeps the tanh.
+template <int F>
+inline __attribute__((always_inline)) void unit(const float* w, const float (*features)[kTile],
+                                                float* value, float* active, int64_t count) {
+  float weights[F];
+  for (int f = 0; f < F; ++f) weights[f] = w[f];
+  const float readout = w[F];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    float x[F];
+    for (int f = 0; f < F; ++f) x[f] = features[f][i];
+    active[i] = unit_value<F>(weights, x);
+    value[i] = fma_(readout, active[i], value[i]);
+  }
+}
+
+// sums, a row of lanes each, += the gradient without the factor v of the features' weights.
+template <int F>
+inline __attribute__((always_inline)) void learn(float* sums, const float (*features)[kTile],
+                                                 const float* active, const float* slope,
+                                                 int64_t count) {
+  Lanes part[F + 1] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Lanes a, s;
+    memcpy(&a, active + i, sizeof a);
+    memcpy(&s, slope + i, sizeof s);
+    const Lanes below = s - s * a * a;
+    for (int f = 0; f < F; ++f) {
+      Lanes x;
+      memcpy(&x, features[f] + i, sizeof x);
+      part[f] += below * x;
+    }
+    part[F] += s * a;
+  }
+  for (int f = 0; f <= F; ++f) {
+    Lanes sum;
+    memcpy(&sum, sums + f * kLanes, sizeof sum);
+    sum += part[f];
+    memcpy(sums + f * kLanes, &sum, sizeof sum);
+  }
+}
+
+#define FEATURES(F)                                                                             \
+  DEEPOPT_CLONES void unit##F(const float* w, const float (*x)[kTile], float* value,            \
+                              float* active, int64_t count) {                                   \
+    unit<F>(w, x, value, active, count);                                                        \
+  }                                                                                             \
+  DEEPOPT_CLONES void learn##F(float* sums, const float (*x)[kTile], const float* active,       \
+                               const float* slope, int64_t count) {                             \
+    learn<F>(sums, x, active, slope, count);                                                    \
+  }
+FEATURES(1)
+FEATURES(2)
+FEATURES(3)
+FEATURES(4)
+#undef FEATURES
+
+constexpr decltype(&unit1) kUnit[] = {unit1, unit2, unit3, unit4};
+constexpr decltype(&learn1) kLearn[] = {learn1, learn2, learn3, learn4};
+
+DEEPOPT_CLONES void finish(const Correction& rule, float* to, const float* base, const float* value,
+                           int64_t count) {
+  const Correction by = rule;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] = by.result(base[i], value[i]);
+}
+
+DEEPOPT_CLONES void slopes(const Correction& rule, float* to, const float* base, const float* value,
+                           const float* target, int64_t count) {
+  const Correction by = rule;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] = by.slope(base[i], value[i], target[i]);
+}
+
+// What both operators are given, in one layout.
+struct Given {
+  std::vector<Tensor> kept;
+  const float *base, *reach, *scales, *weights;
+  std::vector<const float*> features;
+  int64_t batch, entries, units;
+
+  Given(const Tensor& base_, const Tensor& reach_, const std::vector<Tensor>& features_,
+        const Tensor& scales_, const Tensor& weights_) {
+    const auto count = int64_t(features_.size());
+    STD_TORCH_CHECK(count > 0 && count <= kMostFeatures,
+                    "deepopt::coordinate_mlp: more than 4 features have no kernel");
+    STD_TORCH_CHECK(base_.dim() == 3 && weights_.dim() == 3 && weights_.size(2) == count + 1,
+                    "deepopt::coordinate_mlp: base must be of shape (B, m, n) and weights of shape "
+                    "(B, units, features + 1)");
+    batch = base_.size(0), units = weights_.size(1);
+    entries = base_.size(1) * base_.size(2);
+    STD_TORCH_CHECK(reach_.numel() == batch && scales_.numel() == batch * count &&
+                        weights_.size(0) == batch,
+                    "deepopt::coordinate_mlp: reach, scales and weights must be of B matrices");
+    base = pointer(base_, batch * entries);
+    for (const auto& feature : features_) features.push_back(pointer(feature, batch * entries));
+    reach = pointer(reach_, batch);
+    scales = pointer(scales_, batch * count);
+    weights = pointer(weights_, batch * units * (count + 1));
+  }
+
+  const float* pointer(const Tensor& tensor, int64_t count) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count,
+                    "deepopt::coordinate_mlp: tensors must be float32 and of one shape");
+    kept.push_back(torch::stable::contiguous(tensor));
+    return kept.back().const_data_ptr<float>();
+  }
+
+  int width() const { return int(features.size()) + 1; }
+};
+
+// A tile's features, the tanh of its units and their weighted sum; what lies beyond count is zero.
+struct Tile {
+  alignas(64) float x[kMostFeatures][kTile];
+  alignas(64) float value[kTile];
+  alignas(64) float slope[kTile];
+  std::vector<float> active;
+  bool keeps;
+
+  Tile(int64_t units, bool keeps) : active((keeps ? units : 1) * kTile), keeps(keeps) {}
+
+  void forward(const Given& given, int64_t b, int64_t at, int64_t count) {
+    const int width = given.width();
+    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int f = 0; f < width - 1; ++f) {
+      scale(x[f], given.features[f] + at, given.scales[b * (width - 1) + f], count);
+      std::fill(x[f] + count, x[f] + padded, 0.0f);
+    }
+    std::fill(value, value + padded, 0.0f);
+    for (int64_t k = 0; k < given.units; ++k) {
+      float* a = active.data() + (keeps ? k : 0) * kTile;
+      kUnit[width - 2](given.weights + (b * given.units + k) * width, x, value, a, count);
+      std::fill(a + count, a + padded, 0.0f);
+    }
+    std::fill(slope + count, slope + padded, 0.0f);
+  }
+};
+
+Tensor coordinate_mlp(Tensor base, Tensor reach, std::vector<Tensor> features, Tensor scales,
+                      Tensor weights) {
+  const Given given(base, reach, features, scales, weights);
+  Tensor result = torch::stable::empty(base.sizes(), ScalarType::Float);
+  float* to = result.mutable_data_ptr<float>();
+  for_pieces(given.batch, given.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
+    Tile tile(given.units, false);
+    const Correction rule{given.reach[b], 0, 0};
+    for (int64_t from = begin; from < end; from += kTile) {
+      const int64_t at = b * given.entries + from, count = std::min(kTile, end - from);
+      tile.forward(given, b, at, count);
+      finish(rule, to + at, given.base + at, tile.value, count);
+    }
+  });
+  return result;
+}
+
+Tensor coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor> features,
+                               Tensor scales, Tensor weights, Tensor target, Tensor unit) {
+  Given given(base, reach, features, scales, weights);
+  const float* aim = given.pointer(target, given.batch * given.entries);
+  const float* units = given.pointer(unit, given.batch);
+  const int width = given.width();
+  const int64_t numbers = given.units * width, each = chunks_of(given.entries);
+  std::vector<double> partial(given.batch * each * numbers);
+  for_pieces(given.batch, given.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t c) {
+    Tile tile(given.units, true);
+    std::vector<float> sums(numbers * kLanes);
+    const float share = given.reach[b] / units[b] / float(given.entries);
+    const Correction rule{given.reach[b], 1 / units[b], share};
+    for (int64_t from = begin; from < end; from += kTile) {
+      const int64_t at = b * given.entries + from, count = std::min(kTile, end - from);
+      tile.forward(given, b, at, count);
+      slopes(rule, tile.slope, given.base + at, tile.value, aim + at, count);
+      for (int64_t k = 0; k < given.units; ++k) {
+        const float* active = tile.active.data() + k * kTile;
+        kLearn[width - 2](sums.data() + k * width * kLanes, tile.x, active, tile.slope, count);
+      }
+    }
+    for (int64_t s = 0; s < numbers; ++s) {
+      double sum = 0;
+      for (int j = 0; j < kLanes; ++j) sum += double(sums[s * kLanes + j]);
+      partial[c * numbers + s] = sum;
+    }
+  });
+  Tensor gradient = torch::stable::empty(weights.sizes(), ScalarType::Float);
+  float* to = gradient.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < given.batch; ++b) {
+    for (int64_t s = 0; s < numbers; ++s) {
+      double sum = 0;
+      for (int64_t c = 0; c < each; ++c) sum += partial[(b * each + c) * numbers + s];
+      const bool readout = s % width == width - 1;
+      const float v = given.weights[b * numbers + s / width * width + width - 1];
+      to[b * numbers + s] = float(readout ? sum : sum * double(v));
+    }
+  }
+  return gradient;
+}
+
+}  // namespace
+}  // namespace deepopt
+
+STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
+  m.impl("coordinate_mlp", TORCH_BOX(&deepopt::coordinate_mlp));
+  m.impl("coordinate_mlp_gradient", TORCH_BOX(&deepopt::coordinate_mlp_gradient));
+}
