@@ -18,10 +18,12 @@ inline __attribute__((always_inline)) void load(const float* x, Lanes& wide) {
   wide = __builtin_convertvector(floats, Lanes);
 }
 
-inline __attribute__((always_inline)) double total(const Lanes& lanes) {
+// The sum of the four accumulators that a loop fills in turn, and of what it left over.
+inline __attribute__((always_inline)) double total(const Lanes (&sums)[4], double rest) {
+  const Lanes lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double sum = 0;
   for (int j = 0; j < kLanes; ++j) sum += lanes[j];
-  return sum;
+  return sum + rest;
 }
 
 DEEPOPT_CLONES double squares(const float* x, int64_t count) {
@@ -36,15 +38,15 @@ DEEPOPT_CLONES double squares(const float* x, int64_t count) {
   }
   double rest = 0;
   for (; i < count; ++i) rest += product(x[i], x[i]);
-  return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  return total(sums, rest);
 }
 
-// The products of two rows: x x, x y and y y.
+// The products of two rows: x x, which is squares(x) to the last bit, x y and y y.
 DEEPOPT_CLONES void products(const float* x, const float* y, int64_t count, double* out) {
-  Lanes xx[2] = {}, xy[2] = {}, yy[2] = {};
+  Lanes xx[4] = {}, xy[4] = {}, yy[4] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    for (int u = 0; u < 2; ++u) {
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int u = 0; u < 4; ++u) {
       Lanes a, b;
       load(x + i + u * kLanes, a);
       load(y + i + u * kLanes, b);
@@ -59,9 +61,9 @@ DEEPOPT_CLONES void products(const float* x, const float* y, int64_t count, doub
     rest[1] += product(x[i], y[i]);
     rest[2] += product(y[i], y[i]);
   }
-  out[0] = total(xx[0] + xx[1]) + rest[0];
-  out[1] = total(xy[0] + xy[1]) + rest[1];
-  out[2] = total(yy[0] + yy[1]) + rest[2];
+  out[0] = total(xx, rest[0]);
+  out[1] = total(xy, rest[1]);
+  out[2] = total(yy, rest[2]);
 }
 
 constexpr int64_t kColumns = 512;  // whose sums stay in the nearest cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepopt.memory.linear import Linear
-from deepopt.ops import frobenius
+from deepopt.ops import combine, frobenius
 
 LINEAR = Linear()
 
@@ -90,13 +90,15 @@ class MultiScale:
         kept = (ended / (ended + FARTHEST)).clamp_max(self.beta3)
         decay = torch.where((step - 1) % self.slow_chunk == 0, kept, 1.0)
         share = (1 - kept) / self.slow_chunk
-        state["slow"] = decay[:, None, None] * state["slow"] + share[:, None, None] * grad
+        state["slow"] = combine([state["slow"], grad], torch.stack([decay, share]))
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         fast, slow = self.fast(state, grad, retention), state["slow"]
-        tiny = torch.finfo(grad.dtype).tiny
-        slow = slow / frobenius(slow).clamp_min(tiny)[:, None, None]
-        return blend(fast, slow * frobenius(fast)[:, None, None], self.weight(state, grad))
+        info, size = torch.finfo(grad.dtype), frobenius(fast)
+        ratio = (size / frobenius(slow).clamp_min(info.tiny)).clamp_max(info.max)
+        weight = (self.weight(state, grad) * ratio).clamp_max(info.max)
+        mixed = combine([fast, slow], torch.stack([torch.ones_like(weight), weight]))
+        return mixed * (size / frobenius(mixed).clamp_min(info.tiny))[:, None, None]
 
     def fast(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         """The fast momentum alone, shape (B, m, n)."""
@@ -149,13 +151,6 @@ class MultiScaleSums:
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         return state["momentum"]
-
-
-def blend(fast: Tensor, slow: Tensor, weight: Tensor) -> Tensor:
-    """fast + weight slow, at the Frobenius norm of fast; ``weight`` has shape (B,)."""
-    mixed = fast + weight[:, None, None] * slow
-    after = frobenius(mixed).clamp_min(torch.finfo(fast.dtype).tiny)
-    return mixed * (frobenius(fast) / after)[:, None, None]
 
 
 def _cosine(left: Tensor, right: Tensor) -> Tensor:

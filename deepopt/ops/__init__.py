@@ -12,7 +12,7 @@ from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.operator import backend, load_extensions
 from deepopt.ops.ridge import ridge
-from deepopt.ops.step_size import adam_ratio, frobenius, normalize_rows, rms_gain, running_root
+from deepopt.ops.step_size import adam_ratio, frobenius, rms_gain, row_gains, running_root
 
 __all__ = [
     "adam_ratio",
@@ -24,12 +24,12 @@ __all__ = [
     "frobenius",
     "inverse_power",
     "newton_schulz",
-    "normalize_rows",
     "normalized",
     "polar_express",
     "ridge",
     "rms_gain",
     "root_mean_square",
+    "row_gains",
     "row_products",
     "running_root",
 ]

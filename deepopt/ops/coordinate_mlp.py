@@ -79,7 +79,7 @@ def coordinate_mlp_gradient(
     target: Tensor,
     unit: Tensor,
 ) -> Tensor:
-    r"""Gradient with respect to ``weights`` of half the mean square error of :func:`coordinate_mlp`.
+    r"""Gradient, for the weights, of half the mean square error of :func:`coordinate_mlp`.
 
     Args:
         base: as there, like ``reach``, ``features``, ``scales`` and ``weights``.

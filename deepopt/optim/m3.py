@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory import MultiScale
-from deepopt.memory.multi_scale import MultiScaleSums, blend
+from deepopt.memory.multi_scale import MultiScaleSums
 from deepopt.optim.base import Group, MemoryOptimizer
 from deepopt.optim.output_map import check_output_map, init_output_map, orthogonalize, resize
 
@@ -199,10 +199,9 @@ class M3(MemoryOptimizer):
         momentum = memory.fast(state, grad, retention)
         if group["mix"] == "pre":
             update = orthogonalize(memory.read(state, grad, retention), group)
-        else:
-            weight = memory.weight(state, grad)
-            update = blend(orthogonalize(momentum, group), self._slow_update(state, group), weight)
-        return resize(update, momentum, state, grad, group)
+            return resize(update, momentum, state, grad, group)
+        slow = self._slow_update(state, group), memory.weight(state, grad)
+        return resize(orthogonalize(momentum, group), momentum, state, grad, group, slow)
 
     @staticmethod
     def _slow_update(state: dict[str, Tensor], group: Group) -> Tensor:

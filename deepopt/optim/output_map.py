@@ -10,11 +10,13 @@ from torch import Tensor
 from deepopt._compat import multiplies_bfloat16_faster
 from deepopt.ops import (
     adam_ratio,
+    combine,
     frobenius,
     newton_schulz,
-    normalize_rows,
     polar_express,
     rms_gain,
+    row_gains,
+    row_products,
     running_root,
 )
 from deepopt.optim.base import Group
@@ -57,9 +59,17 @@ def orthogonalize(momentum: Tensor, group: Group) -> Tensor:
 
 
 def resize(
-    update: Tensor, momentum: Tensor, state: dict[str, Tensor], grad: Tensor, group: Group
+    update: Tensor,
+    momentum: Tensor,
+    state: dict[str, Tensor],
+    grad: Tensor,
+    group: Group,
+    beside: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """An orthogonalised update with its rows normalised, as large as AdamW's would be.
+
+    All of it is linear: the update is read once for the squares of its rows, and once to be
+    multiplied by a factor for each of them.
 
     Args:
         update: shape (B, m, n).
@@ -67,15 +77,35 @@ def resize(
         state: with what :func:`init_output_map` made, and ``step``.
         grad: the gradient.
         group: its ``betas``, ``row_norm``, ``rms_cap`` and ``update_rms``.
+        beside: another update and its weight, shape (B,): the weighted sum with it takes the place
+            of the update, at the update's norm.
     """
-    if group["row_norm"]:
-        update, state["row_moment"], state["row_weight"] = normalize_rows(
-            update, state["row_moment"], state["row_weight"], group["betas"][1]
-        )
-    scale = max(grad.shape[-2:]) ** 0.5 * rms_gain(update, group["rms_cap"])
+    rows, columns = update.shape[-2:]
+    tiny = torch.finfo(update.dtype).tiny
+    updates, weights = [update], update.new_ones(1, len(update))
+    if beside is not None:
+        updates, weights = [update, beside[0]], torch.stack([weights[0], beside[1]])
+    products = row_products(updates)
+    square = products[0]
+    norm = square.sum(-1).clamp_min(tiny).sqrt()
+    if beside is not None:
+        weight = beside[1][:, None]
+        square = square + 2 * weight * products[1] + weight.square() * products[2]
+        square = square.clamp_min(0.0)  # a sum of products, which are rounded
+        shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
+        square, weights = square * shrink.square()[:, None], weights * shrink
+    gain = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), group["rms_cap"])
     if group["update_rms"] is not None:
-        return update * (scale * group["update_rms"])
-    return update * (scale * adam_size(momentum, state, grad, group["betas"]))
+        gain = gain * group["update_rms"]
+    else:
+        gain = gain * adam_size(momentum, state, grad, group["betas"]).flatten()
+    weights = weights * gain
+    if group["row_norm"]:
+        gains, state["row_moment"], state["row_weight"] = row_gains(
+            square / columns, state["row_moment"], state["row_weight"], group["betas"][1]
+        )
+        weights = weights[:, :, None] * gains
+    return combine(updates, weights)
 
 
 def adam_size(
