@@ -9,6 +9,7 @@ from deepopt.ops.coordinate_mlp import (
     root_mean_square,
 )
 from deepopt.ops.inverse_power import inverse_power
+from deepopt.ops.move import move_
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.operator import backend, load_extensions
 from deepopt.ops.ridge import ridge
@@ -23,6 +24,7 @@ __all__ = [
     "coordinate_mlp_gradient",
     "frobenius",
     "inverse_power",
+    "move_",
     "newton_schulz",
     "normalized",
     "polar_express",

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from deepopt.ops.operator import operator
+from deepopt.ops.rounding import put, roundings, wide
 
 
 @operator(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "Tensor(d!)[] steps, Tensor(e!)[] lows, int[] seeds, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool maximize) -> ()"
 )
 def adamw_(
@@ -18,6 +19,8 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    seeds: Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
@@ -39,6 +42,8 @@ def adamw_(
         exp_avgs: m, float32 or for float64 parameters float64.
         exp_avg_sqs: v.
         steps: t before this step, one number each on the CPU; counted up.
+        lows: as in :func:`move_`.
+        seeds: as in :func:`move_`.
         lr: γ.
         beta1: retention of m.
         beta2: retention of v.
@@ -47,12 +52,13 @@ def adamw_(
         maximize: ascend.
     """
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    for param, grad, exp_avg, exp_avg_sq, step in tensors:
+    kept = roundings(params, lows, seeds)
+    for (param, grad, exp_avg, exp_avg_sq, step), rounding in zip(tensors, kept, strict=True):
         step += 1
         t = step.item()
         grad = (-grad if maximize else grad).to(exp_avg.dtype)
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (exp_avg_sq.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
-        wide = param.to(exp_avg.dtype).mul(1 - lr * weight_decay)
-        param.copy_(wide.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**t)))
+        value = wide(param, exp_avg.dtype, rounding).mul(1 - lr * weight_decay)
+        put(param, value.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**t)), rounding)

@@ -89,7 +89,7 @@ def _step_by_kernel(
     eps, weight_decay, maximize = group["eps"], group["weight_decay"], group["maximize"]
     # fmt: off
     adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, steps,
+        params, grads, exp_avgs, exp_avg_sqs, steps, [], [],
         lr, float(beta1), float(beta2), eps, weight_decay, maximize,
     )
     # fmt: on

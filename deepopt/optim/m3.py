@@ -200,8 +200,9 @@ class M3(MemoryOptimizer):
         if group["mix"] == "pre":
             update = orthogonalize(memory.read(state, grad, retention), group)
             return resize(update, momentum, state, grad, group)
+        fast = orthogonalize(momentum, group)
         slow = self._slow_update(state, group), memory.weight(state, grad)
-        return resize(orthogonalize(momentum, group), momentum, state, grad, group, slow)
+        return resize(fast, momentum, state, grad, group, slow)
 
     @staticmethod
     def _slow_update(state: dict[str, Tensor], group: Group) -> Tensor:

@@ -14,7 +14,8 @@ def arguments(**changes):
     made = [torch.randn(5, 7, generator=generator) for _ in range(4)]
     params, grads, firsts, seconds = ([tensor] for tensor in made)
     seconds[0].square_()
-    return [params, grads, firsts, seconds, [torch.zeros(())], 1e-3, 0.9, 0.999, 1e-8, 0.1, False]
+    steps, rates = [torch.zeros(())], [1e-3, 0.9, 0.999, 1e-8, 0.1]
+    return [params, grads, firsts, seconds, steps, [], [], *rates, False]
 
 
 def test_a_forced_backend_holds_inside_the_context_and_no_longer():

@@ -1,0 +1,68 @@
+// How launchers read and write the entries of a parameter, whatever its dtype and rounding.
+#pragma once
+#include "../rules/rounding.h"
+#include "multi_tensor.h"
+
+namespace deepopt {
+
+// What stochastic rounding draws from.
+struct Noise {
+  uint32_t key;
+  const char* first;  // entry of the parameter
+
+  uint32_t place(const char* entry) const { return uint32_t((entry - first) / int64_t(sizeof(bf16))); }
+};
+
+// An entry of dtype P, computed in S; `low` is the state beside it where there is one.
+template <class P, class S, Rounding R>
+DEEPOPT_RULE S wide(const char* entry, const char* low) {
+  if constexpr (R == Rounding::exact) {
+    return joined(*reinterpret_cast<const uint16_t*>(entry), *reinterpret_cast<const uint16_t*>(low));
+  } else {
+    return S(*reinterpret_cast<const P*>(entry));
+  }
+}
+
+template <class P, class S, Rounding R>
+DEEPOPT_RULE void put(S value, char* entry, char* low, uint32_t key, uint32_t place) {
+  if constexpr (R == Rounding::exact) {
+    split(value, *reinterpret_cast<uint16_t*>(entry), *reinterpret_cast<uint16_t*>(low));
+  } else if constexpr (R == Rounding::stochastic) {
+    *reinterpret_cast<uint16_t*>(entry) = stochastic(value, key, place);
+  } else {
+    *reinterpret_cast<P*>(entry) = P(value);
+  }
+}
+
+// What is asked for each parameter of a list; none of it for others than bfloat16.
+struct __attribute__((visibility("hidden"))) Roundings {  // as torch's Tensor is
+  const std::vector<Tensor>& params;
+  const std::vector<Tensor>& lows;
+  const std::vector<int64_t>& seeds;
+
+  void check() const {
+    STD_TORCH_CHECK((lows.empty() || lows.size() == params.size()) &&
+                        (seeds.empty() || seeds.size() == params.size()),
+                    "deepopt: lows and seeds must be empty or one for each parameter");
+    STD_TORCH_CHECK(lows.empty() || seeds.empty(), "deepopt: give lows or seeds, not both");
+  }
+  Rounding of(size_t t) const {
+    if (params[t].scalar_type() != ScalarType::BFloat16) return Rounding::nearest;
+    return !lows.empty()    ? Rounding::exact
+           : !seeds.empty() ? Rounding::stochastic
+                            : Rounding::nearest;
+  }
+  // Where there is none the parameter itself, which is not touched as such.
+  const Tensor& low(size_t t) const {
+    if (of(t) != Rounding::exact) return params[t];
+    STD_TORCH_CHECK(lows[t].scalar_type() == ScalarType::Short, "deepopt: lows must be int16");
+    check_same_shape(lows[t], params[t]);
+    return lows[t];
+  }
+  Noise noise(size_t t) const {
+    return {of(t) == Rounding::stochastic ? key_of(seeds[t]) : 0,
+            static_cast<const char*>(params[t].const_data_ptr())};
+  }
+};
+
+}  // namespace deepopt

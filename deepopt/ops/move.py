@@ -1,0 +1,64 @@
+"""The write to the parameters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepopt.ops.operator import operator
+from deepopt.ops.rounding import put, roundings, wide
+
+
+def _supports(params: Sequence[Tensor], updates: Sequence[Tensor], *_: object) -> bool:
+    return all(update.dtype == _computed_in(param) for param, update in zip(params, updates))  # noqa: B905
+
+
+@operator(
+    "(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] lows, int[] seeds, float lr, "
+    "float weight_decay) -> ()",
+    _supports,
+)
+def move_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lows: Sequence[Tensor],
+    seeds: Sequence[int],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    r"""Change every parameter by its update, in place: :math:`p \leftarrow (1-\gamma\lambda)p-\gamma u`.
+
+    It is computed in float32, for float64 parameters in float64, and rounded once; for bfloat16
+    parameters in one of three ways:
+
+    - to the nearest, where ``lows`` and ``seeds`` are empty: steps below 1/256 of a parameter are
+      lost;
+    - stochastically, up or down such that the mean is right: nothing is kept, and nothing is lost
+      on average;
+    - exactly, with the 16 bits that the parameter has no room for in a state beside it.
+
+    Args:
+        params: of any strides.
+        updates: of their shapes and any strides, for the kernels float32 or, for float64
+            parameters, float64.
+        lows: empty, or an int16 tensor for every parameter, zeros at first: with it, a bfloat16
+            parameter, rounded to the nearest with ties away from zero, is an exact float32. Those
+            of other parameters are not looked at.
+        seeds: empty, or a number for every parameter: a bfloat16 parameter is rounded by random bits
+            that depend on it and on the entry's place in memory alone. Give another for every
+            step and every parameter. Those of other parameters are not looked at.
+        lr: γ.
+        weight_decay: λ, decoupled.
+
+    Raises:
+        ValueError: both ``lows`` and ``seeds``, or not as many as parameters.
+    """
+    kept = roundings(params, lows, seeds)
+    for param, update, rounding in zip(params, updates, kept, strict=True):
+        dtype = _computed_in(param)
+        value = wide(param, dtype, rounding) * (1 - lr * weight_decay) - update.to(dtype) * lr
+        put(param, value, rounding)
+
+
+def _computed_in(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32

@@ -1,0 +1,74 @@
+"""How a float32 number is kept in a bfloat16 parameter; csrc/rules/rounding.h says it for kernels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rounding = Tensor | int | None
+"""Low bits beside the parameter, a seed for stochastic rounding, or None: to the nearest."""
+
+_WORD = 0xFFFFFFFF
+
+
+def roundings(
+    params: Sequence[Tensor], lows: Sequence[Tensor], seeds: Sequence[int]
+) -> Sequence[Rounding]:
+    """The rounding of each parameter, from the two lists of an operator.
+
+    Raises:
+        ValueError: both lists, or one that is not as long as the parameters'.
+    """
+    given = list(lows) or list(seeds) or [None] * len(params)
+    if (lows and seeds) or len(given) != len(params):
+        raise ValueError(
+            f"Invalid lows or seeds: {len(lows)} and {len(seeds)} for {len(params)} parameters; "
+            "one of the two may have one for each"
+        )
+    return [
+        one if param.dtype == torch.bfloat16 else None
+        for param, one in zip(params, given, strict=True)
+    ]
+
+
+def wide(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
+    """The numbers that a parameter stands for, in ``dtype``, a copy unless it is the parameter's."""
+    if not isinstance(rounding, Tensor):
+        return param.to(dtype)
+    high = param.view(torch.int16).to(torch.int32) << 16
+    return (high + rounding.to(torch.int32)).view(torch.float32)
+
+
+def put(param: Tensor, value: Tensor, rounding: Rounding) -> None:
+    """Write numbers of :func:`wide` back."""
+    if rounding is None:
+        param.copy_(value)
+        return
+    bits = value.view(torch.int32)
+    bits = torch.where(value.isnan(), 0x7FC00000, bits)
+    if isinstance(rounding, Tensor):
+        rounding.copy_(((bits & 0xFFFF) ^ 0x8000) - 0x8000)
+        bits = bits + 0x8000
+    else:
+        bits = torch.where(value.isfinite(), bits + _noise(param, rounding), bits)
+    param.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
+
+
+def _noise(param: Tensor, seed: int) -> Tensor:
+    """16 random bits for every entry, by the seed and its place in memory after the first."""
+    place = torch.zeros(param.shape, dtype=torch.int64, device=param.device)
+    for dim, (size, stride) in enumerate(zip(param.shape, param.stride(), strict=True)):
+        along = torch.arange(size, device=param.device) * stride
+        place += along.view(-1, *[1] * (param.dim() - 1 - dim))
+    high = _scrambled(torch.tensor(((seed >> 32) + 1) & _WORD))
+    key = _scrambled(high ^ (seed & _WORD)).to(param.device)
+    return (_scrambled((place + key) & _WORD) >> 16).to(torch.int32)
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """MurmurHash3's finaliser of 32-bit numbers, which are kept in 64 bits."""
+    x = x ^ (x >> 16)
+    x = x * 0x85EBCA6B & _WORD
+    x = x ^ (x >> 13)
+    x = x * 0xC2B2AE35 & _WORD
+    return x ^ (x >> 16)
