@@ -10,8 +10,8 @@ from deepopt.ops.rounding import put, roundings, wide
 
 @operator(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, Tensor(e!)[] lows, int[] seeds, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "bool maximize) -> ()"
+    "Tensor(d!)[] steps, Tensor(e!)[] lows, int[] seeds, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize) -> ()"
 )
 def adamw_(
     params: Sequence[Tensor],

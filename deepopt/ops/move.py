@@ -26,7 +26,9 @@ def move_(
     lr: float,
     weight_decay: float,
 ) -> None:
-    r"""Change every parameter by its update, in place: :math:`p \leftarrow (1-\gamma\lambda)p-\gamma u`.
+    r"""Change every parameter by its update, in place.
+
+    .. math:: p \leftarrow (1-\gamma\lambda)\, p - \gamma u
 
     It is computed in float32, for float64 parameters in float64, and rounded once; for bfloat16
     parameters in one of three ways:
@@ -44,8 +46,8 @@ def move_(
         lows: empty, or an int16 tensor for every parameter, zeros at first: with it, a bfloat16
             parameter, rounded to the nearest with ties away from zero, is an exact float32. Those
             of other parameters are not looked at.
-        seeds: empty, or a number for every parameter: a bfloat16 parameter is rounded by random bits
-            that depend on it and on the entry's place in memory alone. Give another for every
+        seeds: empty, or a number for every parameter: a bfloat16 parameter is rounded by random
+            bits that depend on it and on the entry's place in memory alone. Give another for every
             step and every parameter. Those of other parameters are not looked at.
         lr: γ.
         weight_decay: λ, decoupled.

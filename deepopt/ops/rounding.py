@@ -1,4 +1,4 @@
-"""How a float32 number is kept in a bfloat16 parameter; csrc/rules/rounding.h says it for kernels."""
+"""How a float32 number is kept in a bfloat16 parameter; csrc/rules/rounding.h is the kernels'."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def roundings(
     Raises:
         ValueError: both lists, or one that is not as long as the parameters'.
     """
-    given = list(lows) or list(seeds) or [None] * len(params)
+    given: list[Rounding] = [*lows, *seeds] or [None] * len(params)
     if (lows and seeds) or len(given) != len(params):
         raise ValueError(
             f"Invalid lows or seeds: {len(lows)} and {len(seeds)} for {len(params)} parameters; "
@@ -32,7 +32,7 @@ def roundings(
 
 
 def wide(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
-    """The numbers that a parameter stands for, in ``dtype``, a copy unless it is the parameter's."""
+    """The numbers that a parameter stands for, in ``dtype``; the parameter itself if it has it."""
     if not isinstance(rounding, Tensor):
         return param.to(dtype)
     high = param.view(torch.int16).to(torch.int32) << 16
