@@ -49,3 +49,22 @@ def test_normalized_matrices_have_a_root_mean_square_of_one_at_any_scale():
     matrices = torch.randn(4, 3, 5) * torch.tensor([1e-30, 1.0, 1e30, 0.0])[:, None, None]
     size = root_mean_square(normalized(matrices)).flatten()
     torch.testing.assert_close(size, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+def test_it_is_odd_keeps_nan_and_comes_to_one_for_large_values():
+    """One unit that hands its feature on, within its straight part: the value is tanh(x)."""
+    x = torch.cat([torch.linspace(-12, 12, 9973), torch.tensor([1e4, float("inf"), float("nan")])])
+    ones, weights = torch.ones(1), torch.tensor([[[2.0**-14, 2.0**14]]])
+
+    def value(x):
+        return coordinate_mlp(torch.zeros_like(x), ones, [x], ones[None], weights)[0, 0]
+
+    x = x[None, None]
+    found, exact = value(x), torch.tanh(2.0**14 * torch.tanh(2.0**-14 * x[0, 0].double()))
+    assert torch.equal(value(-x)[:-1], -found[:-1])
+    assert found[-3:-1].tolist() == [1.0, 1.0]
+    assert found[-1].isnan()
+    assert found[:-1].abs().max() == 1.0
+    spacing = 2.0 ** (exact[:-1].abs().clamp_min(1e-30).log2().ceil() - 24)
+    # 6 units in the last place of each of the two; the slope of the second is at most 1.
+    assert ((found[:-1] - exact[:-1]).abs() <= 12 * spacing).all()

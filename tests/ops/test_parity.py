@@ -1,0 +1,411 @@
+"""Every operator on every backend against its reference in float64, from one table.
+
+Tolerances are counted, not found: eps of the dtype that is computed in, times the roundings that an
+entry goes through, times the size of the terms that are rounded.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepopt.ops import backend
+from deepopt.ops.operator import OPERATORS, UNAVAILABLE
+from deepopt.ops.rounding import wide
+
+EPS = torch.finfo(torch.float32).eps
+TANH = 3 * EPS  # 6 units in the last place, for values of at most 1
+DEVICES = {"cuda": "cuda", "triton": "cuda"}
+SIDES = (1, 2, 7, 8, 15, 16, 17, 33, 64, 65, 130)
+
+
+@dataclass
+class Shape:
+    """What is drawn: the stack's shape, how it lies in memory, and the parameter's dtype."""
+
+    sizes: tuple[int, int, int] = (2, 17, 33)
+    layout: str = "rows"
+    dtype: torch.dtype = torch.float32
+    rounding: str = "nearest"
+    terms: int = 2
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=self.generator)
+
+    def positive(self, *sizes: int) -> Tensor:
+        return 0.1 + torch.rand(sizes, generator=self.generator)
+
+    def matrices(self, dtype: torch.dtype = torch.float32, layout: str = "") -> Tensor:
+        (b, m, n), layout = self.sizes, layout or self.layout
+        if layout == "columns":
+            return self.normal(b, n, m).to(dtype).mT
+        if layout == "gaps":
+            return self.normal(b, m, 2 * n).to(dtype)[:, :, ::2]
+        return self.normal(b, m, n).to(dtype)
+
+
+Arguments = list[Any]
+
+
+@dataclass
+class Case:
+    """An operator's arguments, and the error that each of its results may have."""
+
+    arguments: Callable[[Shape], Arguments]
+    bounds: Callable[[Arguments, str], list[Tensor]]
+    """From the arguments in float64 and the backend."""
+    written: tuple[int, ...] = ()
+    """Lists that the operator writes into, its results: the parameters and state."""
+    lows: int = 0
+    """The argument with parameters' low bits, which the seeds follow."""
+    empty: bool = True
+    """Whether matrices without entries are allowed."""
+
+
+def combine_arguments(shape: Shape) -> Arguments:
+    b, m, _ = shape.sizes
+    kinds = [
+        (shape.dtype, shape.layout),
+        (torch.float32, "rows"),
+        (shape.dtype, "columns"),
+        (torch.float32, shape.layout),
+    ]
+    tensors = [shape.matrices(dtype, layout) for dtype, layout in kinds[: shape.terms]]
+    by_row = shape.seed % 2
+    return [tensors, shape.normal(shape.terms, b, *[m] * by_row)]
+
+
+def combine_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    tensors, factors = given  # a product and a sum per term
+    factors = factors.reshape(*factors.shape, *[1] * (4 - factors.dim()))
+    return [EPS * len(tensors) * sum(f.abs() * x.abs() for f, x in zip(factors, tensors))]  # noqa: B905
+
+
+def row_products_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    x = given[0]
+    sizes = [(a * b).abs().sum(-1) for i, a in enumerate(x) for b in x[i:]]
+    # Kernels add in double and round once.
+    return [EPS * (1 if backend == "cpu" else x[0].shape[-1] + 1) * torch.stack(sizes)]
+
+
+def frobenius_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    roundings = 1 if backend == "cpu" else given[0][0].numel() / 2 + 4
+    return [EPS * roundings * torch.linalg.matrix_norm(given[0])]
+
+
+def mlp_arguments(shape: Shape) -> Arguments:
+    b = shape.sizes[0]
+    features = [shape.matrices() for _ in range(shape.terms)]
+    scales = shape.positive(b, shape.terms)
+    weights = shape.normal(b, 3 + shape.seed % 4, shape.terms + 1)
+    return [shape.matrices(), shape.positive(b), features, scales, weights]
+
+
+def mlp_errors(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """tanh of the units and of the value with their errors, and the keys, units first."""
+    _, _, features, scales, weights = given[:5]
+    keys = torch.stack([x * s[:, None, None] for x, s in zip(features, scales.unbind(1))])  # noqa: B905
+    w = weights[..., :-1].permute(1, 2, 0)[..., None, None]
+    v = weights[..., -1].T[..., None, None]
+    active = (w * keys).sum(1).tanh()
+    wrong = TANH + EPS * (len(keys) + 1) * (w * keys).abs().sum(1)
+    value = (v * active).sum(0)
+    off = TANH + (v.abs() * (wrong + EPS * len(v))).sum(0)
+    return active, wrong, value.tanh(), off, keys
+
+
+def mlp_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    _, _, _, off, _ = mlp_errors(given)
+    reach = given[1][:, None, None]
+    return [reach * off + EPS * (given[0].abs() + reach)]
+
+
+def mlp_gradient_arguments(shape: Shape) -> Arguments:
+    target, unit = shape.matrices(), shape.positive(shape.sizes[0])
+    return [*mlp_arguments(shape), target, unit]
+
+
+def mlp_gradient_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    base, reach, _, _, weights, target, unit = given
+    active, wrong, c, off, keys = mlp_errors(given)
+    reach, unit = reach[:, None, None], unit[:, None, None]
+    entries = max(1, target[0].numel())
+    share = reach / unit / entries
+    error = (base + reach * c - target) / unit
+    in_error = (reach * off + 2 * EPS * (base.abs() + reach + target.abs())) / unit
+    slope = error.abs() * share * (1 - c**2)
+    in_slope = share * (in_error + error.abs() * (2 * off + 4 * EPS))
+    # Kernels add in 16 lanes and tiles of 512 entries, which come to fewer additions than these.
+    sums = EPS * (min(entries, 128) if backend == "cpu" else entries)
+    v = weights[..., -1].T[..., None, None].abs()
+    parts = [
+        (v * key.abs() * (in_slope + slope * (2 * wrong + 3 * EPS + sums))).sum((-2, -1))
+        for key in keys
+    ]
+    readout = (in_slope * active.abs() + slope * (wrong + EPS + sums)).sum((-2, -1))
+    return [torch.stack([*parts, readout], -1).transpose(0, 1)]
+
+
+def rounding_arguments(shape: Shape, params: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    lows, seeds = [], []
+    if shape.rounding == "exact":
+        for param in params:
+            drawn = torch.randint(-(2**15), 2**15, param.shape, generator=shape.generator)
+            lows.append(drawn.to(torch.int16))
+    elif shape.rounding == "stochastic":
+        seeds = [shape.seed + 2**40 * index for index in range(len(params))]
+    return lows, seeds
+
+
+def parameters(shape: Shape) -> list[Tensor]:
+    """Of many kinds: the drawn one, a scalar, an empty one, and some of other strides."""
+    first = shape.matrices(shape.dtype)
+    more = [shape.normal(size).to(shape.dtype) for size in (1, 5, 16)]
+    return [first, *more, torch.zeros(0, 3, dtype=shape.dtype), shape.normal().to(shape.dtype)]
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def like(shape: Shape, params: list[Tensor]) -> list[Tensor]:
+    """For every parameter a tensor of its shape and its state's dtype, in row order."""
+    return [shape.normal(*param.shape).to(state_dtype(param)) for param in params]
+
+
+def move_arguments(shape: Shape) -> Arguments:
+    params = parameters(shape)
+    return [params, like(shape, params), *rounding_arguments(shape, params), 1e-2, 0.1]
+
+
+def kept(param: Tensor, new: Tensor, rounding: str) -> Tensor:
+    """The error of rounding ``new`` to what a parameter is kept in."""
+    if param.dtype == state_dtype(param) or (param.dtype, rounding) == (torch.bfloat16, "exact"):
+        return torch.zeros_like(new)
+    info = torch.finfo(param.dtype)
+    stochastic = (param.dtype, rounding) == (torch.bfloat16, "stochastic")
+    return info.eps * (1 if stochastic else 0.5) * new.abs().clamp_min(info.tiny)
+
+
+def move_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    params, updates, *_, lr, _ = given  # two products and a sum
+    return [2 * EPS * (p.abs() + lr * u.abs()) for p, u in zip(params, updates, strict=True)]
+
+
+def adamw_arguments(shape: Shape) -> Arguments:
+    params = parameters(shape)
+    grads = [g.to(p.dtype) for g, p in zip(like(shape, params), params, strict=True)]
+    firsts, seconds = like(shape, params), [x.square() for x in like(shape, params)]
+    steps = [torch.tensor(float(3 + index)) for index in range(len(params))]
+    rounding = rounding_arguments(shape, params)
+    return [params, grads, firsts, seconds, steps, *rounding, 1e-2, 0.9, 0.99, 1e-8, 0.1, False]
+
+
+def adamw_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    params, grads, firsts, seconds, steps, *_ = given
+    lr, beta1, beta2, eps = given[7:11]
+    bounds: list[list[Tensor]] = [[], [], []]
+    for p, g, m, v, t in zip(params, grads, firsts, seconds, steps, strict=True):
+        second = beta2 * v + (1 - beta2) * g**2
+        root = (second / (1 - beta2 ** (t + 1))).sqrt() + eps
+        step = lr / (1 - beta1 ** (t + 1)) * (m.abs() + g.abs()) / root
+        bounds[0].append(2 * EPS * p.abs() + 8 * EPS * step)
+        bounds[1].append(3 * EPS * (m.abs() + g.abs()))
+        bounds[2].append(3 * EPS * second)
+    return [bound for kind in bounds for bound in kind]
+
+
+TABLE = {
+    "combine": Case(combine_arguments, combine_bounds),
+    "row_products": Case(
+        lambda shape: [[shape.matrices() for _ in range(shape.terms)]], row_products_bounds
+    ),
+    "frobenius": Case(lambda shape: [shape.matrices()], frobenius_bounds, empty=False),
+    "coordinate_mlp": Case(mlp_arguments, mlp_bounds),
+    "coordinate_mlp_gradient": Case(mlp_gradient_arguments, mlp_gradient_bounds, empty=False),
+    "move_": Case(move_arguments, move_bounds, written=(0,), lows=2),
+    "adamw_": Case(adamw_arguments, adamw_bounds, written=(0, 2, 3), lows=5),
+}
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for part in value for item in tensors(part)] if isinstance(value, list) else []
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, list):
+        return [mapped(item, change) for item in value]
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def in_double(name: str, arguments: Arguments) -> Arguments:
+    """The same numbers in float64, bfloat16 parameters with the low bits that they have."""
+    own = copy.deepcopy(arguments)
+    given = mapped(own, lambda x: x.double() if x.is_floating_point() else x)
+    if at := TABLE[name].lows:
+        given[0] = [x.double() for x in masters(name, arguments)]
+        given[at], given[at + 1] = [], []
+    return given
+
+
+def masters(name: str, arguments: Arguments) -> list[Tensor]:
+    """The parameters, and where they have low bits the numbers that they stand for."""
+    params, lows = arguments[0], arguments[TABLE[name].lows]
+    if not lows or params[0].dtype != torch.bfloat16:
+        return params
+    pairs = zip(params, lows, strict=True)
+    return [wide(param, torch.float32, low) for param, low in pairs]
+
+
+def results(name: str, arguments: Arguments, result: Any) -> list[Tensor]:
+    """What is returned or written."""
+    if not (written := TABLE[name].written):
+        return [result]
+    return [*masters(name, arguments), *(x for i in written[1:] for x in arguments[i])]
+
+
+def run(name: str, backend_name: str, arguments: Arguments) -> list[Tensor]:
+    """The results; the arguments stay as they are."""
+    own = copy.deepcopy(arguments)
+    device = DEVICES.get(backend_name, "cpu")
+    own = mapped(own, lambda x: x.to(device) if x.dim() or device == "cpu" else x)
+    with backend(backend_name):
+        assert OPERATORS[name].backend_for(*own) == backend_name
+        result = OPERATORS[name](*own)
+    return [x.cpu() for x in results(name, own, result)]
+
+
+def check(name: str, backend_name: str, shape: Shape) -> None:
+    case = TABLE[name]
+    arguments = case.arguments(shape)
+    double = in_double(name, arguments)
+    bounds = case.bounds(copy.deepcopy(double), backend_name)
+    exact = results(name, double, OPERATORS[name].reference(*double))
+    found = run(name, backend_name, arguments)
+    if shape.dtype == torch.float64:  # both are in double
+        bounds = [2 * torch.finfo(torch.float64).eps / EPS * bound for bound in bounds]
+    if case.written:
+        for index, param in enumerate(arguments[0]):
+            largest = exact[index].abs() + bounds[index]
+            bounds[index] += kept(param, largest, shape.rounding)
+    for index, (ours, theirs, bound) in enumerate(zip(found, exact, bounds, strict=True)):
+        assert ours.shape == theirs.shape
+        wrong = (ours.double() - theirs).abs() - bound
+        assert (wrong <= 0).all(), f"result {index} is off by {wrong.max()} more than {bound.max()}"
+
+
+def available(name: str, backend_name: str) -> None:
+    if backend_name in UNAVAILABLE:
+        pytest.skip(UNAVAILABLE[backend_name])
+    if backend_name not in ("reference", *OPERATORS[name].implementations):
+        pytest.skip("not written for this backend")
+
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+every_backend = pytest.mark.parametrize("backend_name", BACKENDS)
+every_operator = pytest.mark.parametrize("name", TABLE)
+drawn = st.builds(
+    Shape,
+    sizes=st.tuples(st.sampled_from((0, 1, 3)), *[st.sampled_from((0, *SIDES))] * 2),
+    layout=st.sampled_from(("rows", "columns", "gaps")),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    rounding=st.sampled_from(("nearest", "stochastic", "exact")),
+    terms=st.sampled_from((1, 2)),
+    seed=st.integers(0, 1000),
+)
+
+
+@every_operator
+@every_backend
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(shape=drawn)
+def test_errors_are_those_of_the_arithmetic(name, backend_name, shape):
+    available(name, backend_name)
+    if not TABLE[name].empty and 0 in shape.sizes:
+        shape.sizes = (2, 1, 1)
+    check(name, backend_name, shape)
+
+
+@pytest.mark.parametrize("name", ["combine", "move_", "adamw_"])
+@pytest.mark.parametrize("terms", [3, 4])
+def test_more_terms_and_double_precision(name, terms):
+    """What the drawn shapes leave out; float64 of the lists that are written."""
+    for backend_name in ("reference", "cpu"):
+        if backend_name in UNAVAILABLE:
+            continue
+        if name == "combine":
+            check(name, backend_name, Shape(terms=terms, dtype=torch.bfloat16, layout="columns"))
+        else:
+            check(
+                name, backend_name, Shape(dtype=torch.float64, layout=("rows", "gaps")[terms - 3])
+            )
+
+
+@every_operator
+@every_backend
+def test_a_stack_of_millions_of_entries(name, backend_name):
+    available(name, backend_name)
+    check(name, backend_name, Shape(sizes=(2, 700, 751), layout="columns", dtype=torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch itself imports
+def test_a_compiled_reference_agrees():
+    check("row_products", "compiled", Shape())
+
+
+@every_operator
+@every_backend
+def test_results_are_the_same_bit_for_bit_in_every_run_and_for_any_number_of_threads(
+    name, backend_name
+):
+    available(name, backend_name)
+    if backend_name == "reference":
+        pytest.skip("torch's own sums promise it for one number of threads alone")
+    arguments = TABLE[name].arguments(Shape(sizes=(3, 130, 801)))
+    runs = [run(name, backend_name, arguments) for _ in range(2)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs.append(run(name, backend_name, arguments))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(*pair) for pair in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "exact"])
+@pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.written])
+def test_the_reference_rounds_as_the_kernels_do(name, rounding):
+    """The same bits: what is computed before the rounding is the same in move_, close in adamw_."""
+    if "cpu" in UNAVAILABLE:
+        pytest.skip(UNAVAILABLE["cpu"])
+    shape = Shape(dtype=torch.bfloat16, rounding=rounding, layout="gaps")
+    arguments = TABLE[name].arguments(shape)
+    ours, theirs = (run(name, backend_name, arguments)[0] for backend_name in ("cpu", "reference"))
+    same = (ours == theirs).float().mean()
+    assert same == 1 if name == "move_" else same > 0.99
+
+
+@every_operator
+def test_torch_finds_the_operator_well_formed(name):
+    shape = Shape(sizes=(2, 3, 5), dtype=torch.bfloat16, rounding="exact")
+    torch.library.opcheck(OPERATORS[name].overload, tuple(TABLE[name].arguments(shape)))
+
+
+def test_the_table_has_every_operator_that_has_a_kernel():
+    assert {name for name, found in OPERATORS.items() if "cpu" in found.implementations} <= set(
+        TABLE
+    )
