@@ -23,8 +23,11 @@ from deepopt._compat import (
     scalar_dtype,
     use_grad_for_differentiable,
 )
+from deepopt.ops import move_
+from deepopt.ops.rounding import put, roundings, wide
 from deepopt.optim import elementwise, groups, routing, sharding
 from deepopt.optim.elementwise import state_dtype
+from deepopt.optim.rounding import check_rounding, lows_and_seeds
 from deepopt.optim.stacking import Joints, State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
@@ -104,6 +107,7 @@ class MemoryOptimizer(Optimizer):
         if group["differentiable"] and (group["fused"] or group["foreach"]):
             flag = "fused" if group["fused"] else "foreach"
             raise RuntimeError(f"`{flag}` does not support `differentiable`")
+        check_rounding(group)
         if group["path"] not in routing.PATHS:
             raise ValueError(f"Invalid path: {group['path']!r}; choose from {routing.PATHS}")
 
@@ -231,6 +235,11 @@ class MemoryOptimizer(Optimizer):
                     "If capturable=True, params and state_steps must be on supported devices: "
                     f"{capturable_devices()}."
                 )
+            if group["rounding"] != "nearest" and is_distributed(param):
+                raise RuntimeError(
+                    f"rounding={group['rounding']!r} does not support DTensor parameters; use "
+                    "rounding='nearest'"
+                )
             kind = None
             if route.path != "elementwise" and param.numel():
                 kind, grad = self._kind(param, grad, route, group)
@@ -340,16 +349,17 @@ class MemoryOptimizer(Optimizer):
         counts = [len(grad) for grad in grads]
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads).to(state_dtype(params[0]))
-            keys = [key for key in states[0] if key != "step"]
+            keys = [key for key in states[0] if key not in ("step", "low")]
             with stacked(states, keys, group["differentiable"], self._joints) as whole:
                 pairs = zip(states, counts, strict=True)
                 steps = [state["step"] for state, count in pairs for _ in range(count)]
                 whole["step"] = torch.stack(steps) + 1
                 update = self._advance(whole, grad, group, found_inf)
-            parts = update.split(counts)
+            updates = [
+                p.reshape(q.shape) for p, q in zip(update.split(counts), params, strict=True)
+            ]
+            self._move(params, updates, lows_and_seeds(params, states, group), group, found_inf)
         self._count(states, found_inf)
-        for param, part in zip(params, parts if sum(counts) else (), strict=False):
-            self._move(param, part.reshape(param.shape), group, found_inf)
 
     def _step_dealt(
         self, buckets: list[Bucket], owns: list[list[State]], found_inf: Tensor | None
@@ -361,7 +371,9 @@ class MemoryOptimizer(Optimizer):
                 if bucket.kind
             ],
             lambda i, whole, grad: self._advance(whole, grad, buckets[i].group, found_inf),
-            lambda i, piece, update: self._move(piece, update, buckets[i].group, found_inf),
+            lambda i, piece, update: self._move(
+                [piece], [update], ([], []), buckets[i].group, found_inf
+            ),
         )
         for own in owns:
             self._count(own, found_inf)
@@ -397,16 +409,29 @@ class MemoryOptimizer(Optimizer):
                 taken = 1 - (found_inf.squeeze() > 0).to(step.device, step.dtype)
             step += taken
 
-    def _move(self, param: Tensor, update: Tensor, group: Group, found_inf: Tensor | None) -> None:
-        """Change a parameter, or a piece of one, by its update."""
+    def _move(
+        self,
+        params: list[Tensor],
+        updates: list[Tensor],
+        rounding: tuple[list[Tensor], list[int]],
+        group: Group,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Change parameters, or pieces of them, by their updates."""
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+        on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+        if found_inf is None and on_host and not group["differentiable"]:
+            move_(params, updates, *rounding, float(lr), float(group["weight_decay"]))
+            return
         decay = 1 - lr * group["weight_decay"]
-        # Autograd keeps the factors of a product: not the tensor that is written to next.
-        wide = param.to(state_dtype(param), copy=group["differentiable"])
-        new = wide * decay - update * lr
-        if found_inf is not None:
-            new = torch.where(found_inf.to(param.device).squeeze() > 0, wide, new)
-        param.copy_(new)
+        for param, update, kept in zip(params, updates, roundings(params, *rounding), strict=True):
+            old = wide(param, state_dtype(param), kept)
+            if group["differentiable"]:  # autograd keeps factors: not what is written to next
+                old = old.clone()
+            new = old * decay - update * lr
+            if found_inf is not None:
+                new = torch.where(found_inf.to(param.device).squeeze() > 0, old, new)
+            put(param, new, kept)
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -541,6 +566,8 @@ class MemoryOptimizer(Optimizer):
                             f"the checkpoint's step of parameter {name or f'number {index}'} is "
                             f"{state['step']}; it must be the number of its steps"
                         )
+                    if group["rounding"] == "exact" and "low" in state:  # as stepped since
+                        expected["low"] = torch.empty(param.shape, dtype=torch.int16, device="meta")
                     found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
                     if found != {k: tuple(v.shape) for k, v in expected.items()}:
                         raise ValueError(

@@ -67,6 +67,9 @@ class DeltaGradientDescent(MemoryOptimizer):
             otherwise (default: None).
         path: "matrix" steps every parameter by this rule; "auto", "stack" and "elementwise" as
             in ``DeepMomentum`` (default: "matrix").
+        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
+            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
+            a parameter has no room for in its state, half a float (default: "nearest").
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend; the erasure stays one (default: False).
         capturable: allow the step in a graph; the inputs must be recorded in the same graph
@@ -105,6 +108,7 @@ class DeltaGradientDescent(MemoryOptimizer):
         rule: Literal["implicit", "scalar", "literal"] = "implicit",
         decay_scale: float | None = None,
         path: str = "matrix",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -119,6 +123,7 @@ class DeltaGradientDescent(MemoryOptimizer):
             "rule": rule,
             "decay_scale": decay_scale,
             "path": path,
+            "rounding": rounding,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,

@@ -55,6 +55,9 @@ class DeltaMomentum(MemoryOptimizer):
             with gradients, under "implicit" with :math:`G(I+\eta G^\top G)^{-1}`: the same for
             the paper's P, which acts from the left (default: "identity").
         path: as for :class:`PreconditionedMomentum` (default: "matrix").
+        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
+            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
+            a parameter has no room for in its state, half a float (default: "nearest").
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend instead of descending (default: False).
         capturable: keep step counts on the device, so that the step can be captured in a CUDA
@@ -94,6 +97,7 @@ class DeltaMomentum(MemoryOptimizer):
         inner_lr: float | None = None,
         preconditioner: str | Callable[[Tensor], Tensor] = "identity",
         path: str = "matrix",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -109,6 +113,7 @@ class DeltaMomentum(MemoryOptimizer):
             "inner_lr": inner_lr,
             "preconditioner": preconditioner,
             "path": path,
+            "rounding": rounding,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,

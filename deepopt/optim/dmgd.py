@@ -82,6 +82,9 @@ class DMGD(MemoryOptimizer):
             taken without the size (default: None).
         path: "matrix", "stack", "elementwise" (torch's AdamW) or "auto", as in ``DeepMomentum``
             (default: "matrix").
+        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
+            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
+            a parameter has no room for in its state, half a float (default: "nearest").
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend instead of descending (default: False).
         capturable: as in ``DeepMomentum`` (default: False).
@@ -129,6 +132,7 @@ class DMGD(MemoryOptimizer):
         time_scales: Sequence[float] = (0.99,),
         output_map: str | Callable[[Tensor], Tensor] | None = None,
         path: str = "matrix",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -151,6 +155,7 @@ class DMGD(MemoryOptimizer):
             "time_scales": time_scales,
             "output_map": output_map,
             "path": path,
+            "rounding": rounding,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,

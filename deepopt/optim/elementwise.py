@@ -7,6 +7,8 @@ from torch import Tensor
 
 from deepopt._compat import adam, scalar_dtype
 from deepopt.ops import adamw_
+from deepopt.ops.rounding import put, roundings, wide
+from deepopt.optim.rounding import lows_and_seeds
 from deepopt.optim.stacking import Joint, Joints, State, owns_storage
 
 KEYS = ("exp_avg", "exp_avg_sq", "step")
@@ -87,9 +89,10 @@ def _step_by_kernel(
                 tensors[index] = torch.view_as_real(tensors[index])
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     eps, weight_decay, maximize = group["eps"], group["weight_decay"], group["maximize"]
+    lows, seeds = lows_and_seeds(params, states, group)
     # fmt: off
     adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, steps, [], [],
+        params, grads, exp_avgs, exp_avg_sqs, steps, lows, seeds,
         lr, float(beta1), float(beta2), eps, weight_decay, maximize,
     )
     # fmt: on
@@ -125,11 +128,14 @@ def _step_by_torch(
     found_inf: Tensor | None,
 ) -> None:
     fused = bool(group["fused"])
-    wide = [param.to(state_dtype(param)) for param in params]
+    kept = roundings(params, *lows_and_seeds(params, states, group))
+    stepped = [wide(p, state_dtype(p), own) for p, own in zip(params, kept, strict=True)]
     grads = list(grads)
     if fused:  # nothing can be laid out like a tensor with gaps: it is stepped in a dense copy
-        wide = [w if torch.empty_like(w).stride() == w.stride() else w.contiguous() for w in wide]
-    for index, (param, state) in enumerate(zip(wide, states, strict=True)):
+        stepped = [
+            w if torch.empty_like(w).stride() == w.stride() else w.contiguous() for w in stepped
+        ]
+    for index, (param, state) in enumerate(zip(stepped, states, strict=True)):
         if grads[index].dtype != param.dtype:
             grads[index] = grads[index].to(param.dtype)
         if fused:
@@ -141,7 +147,7 @@ def _step_by_torch(
                     state[key] = torch.empty_like(param).copy_(state[key])
     beta1, beta2 = group["betas"]
     adam(
-        wide,
+        stepped,
         grads,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
@@ -162,6 +168,6 @@ def _step_by_torch(
         eps=group["eps"],
         maximize=group["maximize"],
     )
-    for param, stepped in zip(params, wide, strict=True):
-        if stepped is not param:
-            param.copy_(stepped)
+    for param, new, own in zip(params, stepped, kept, strict=True):
+        if new is not param:
+            put(param, new, own)

@@ -91,6 +91,9 @@ class M3(MemoryOptimizer):
             (a, b, c) for all steps (default: None).
         path: "auto" routes by shape, and by name where names are given; "matrix", "stack" and
             "elementwise" force a path, as ``deepopt.param_groups`` does (default: "auto").
+        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
+            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
+            a parameter has no room for in its state, half a float (default: "nearest").
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend instead of descending (default: False).
         capturable: keep step counts on the device, so that the step can be captured in a CUDA
@@ -136,6 +139,7 @@ class M3(MemoryOptimizer):
         ns_steps: int = 5,
         ns_coefficients: Sequence[float] | None = None,
         path: str = "auto",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -160,6 +164,7 @@ class M3(MemoryOptimizer):
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "path": path,
+            "rounding": rounding,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,

@@ -58,6 +58,9 @@ class PreconditionedMomentum(MemoryOptimizer):
         path: "matrix" for this rule; "stack" for it on the last two dimensions of a stack of
             matrices (heads, experts); "elementwise" for torch's AdamW; "auto" for this rule or
             AdamW by shape and name (default: "matrix").
+        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
+            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
+            a parameter has no room for in its state, half a float (default: "nearest").
         foreach: torch's flag for the element-wise path (default: None).
         maximize: ascend instead of descending (default: False).
         capturable: keep step counts on the device, so that the step can be captured in a CUDA
@@ -94,6 +97,7 @@ class PreconditionedMomentum(MemoryOptimizer):
         *,
         preconditioner: str | Callable[[Tensor], Tensor] = "identity",
         path: str = "matrix",
+        rounding: str = "nearest",
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -107,6 +111,7 @@ class PreconditionedMomentum(MemoryOptimizer):
             "weight_decay": weight_decay,
             "preconditioner": preconditioner,
             "path": path,
+            "rounding": rounding,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,

@@ -29,7 +29,7 @@ class Joint(NamedTuple):
 
     def is_of(self, own: list[list[Tensor]]) -> bool:
         """Whether the state still consists of these very tensors."""
-        if len(own) != len(self.own) or own[0][0].data_ptr() != self.whole[0].data_ptr():
+        if len(own) != len(self.own) or _storage(own[0][0]) != _storage(self.whole[0]):
             return False
         return all(
             len(these) == len(those) and all(map(operator.is_, these, those))
@@ -117,11 +117,10 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:
-    # The storage's identity, not its address: fake tensors have none.
-    storage, offset = parts[0].untyped_storage()._cdata, parts[0].storage_offset()
+    storage, offset = _storage(parts[0]), parts[0].storage_offset()
     for part in parts:
         if (
-            part.untyped_storage()._cdata != storage
+            _storage(part) != storage
             or part.storage_offset() != offset
             or not part.is_contiguous()
         ):
@@ -133,3 +132,8 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
 def owns_storage(part: Tensor) -> bool:
     """Whether there is nothing else in the storage of ``part``."""
     return part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+def _storage(part: Tensor) -> int:
+    """The storage's identity, not its address: fake tensors have none."""
+    return part.untyped_storage()._cdata

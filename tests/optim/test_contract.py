@@ -860,6 +860,9 @@ def test_implementations_agree_in_parameters_and_state_after_every_step(cls, opt
             model[0].bias.requires_grad_(False), twin[0].bias.requires_grad_(False)
         assert_near(run(model, plain, 1, first=step), run(twin, other, 1, first=step))
         assert_near(states(plain), states(other), 2e-5, 2e-3)
+        with torch.no_grad():  # a memory may enlarge differences in the last place of gradients
+            for param, same in zip(twin.parameters(), model.parameters(), strict=True):
+                param.copy_(same)
 
 
 def pretend_that_cpus_capture(monkeypatch):

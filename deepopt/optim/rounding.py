@@ -1,0 +1,52 @@
+"""How steps reach bfloat16 parameters, for every path: a group's ``rounding``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepopt.optim.stacking import State
+
+ROUNDINGS = ("nearest", "stochastic", "exact")
+
+
+def check_rounding(group: dict[str, Any]) -> None:
+    """Raise for a rounding that there is not, or that a flag of the group excludes.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a flag, or DTensor parameters, that it does not support.
+    """
+    rounding = group["rounding"]
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"Invalid rounding: {rounding!r}; choose from {ROUNDINGS}")
+    if rounding != "nearest" and group["differentiable"]:
+        raise RuntimeError(
+            f"`differentiable` does not support rounding={rounding!r}; use rounding='nearest'"
+        )
+    if rounding == "stochastic" and group["capturable"]:
+        raise RuntimeError(
+            "`capturable` does not support rounding='stochastic', whose random bits come from step "
+            "counts on the host; use rounding='exact'"
+        )
+
+
+def lows_and_seeds(
+    params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]
+) -> tuple[list[Tensor], list[int]]:
+    """What ``ops.move_`` and ``ops.adamw_`` need for the rounding of a group: before a step.
+
+    Low bits are in ``state["low"]``, made here, for bfloat16 parameters alone. Seeds are of the
+    step count and the parameter's size: the same whatever else is stepped.
+    """
+    if group["rounding"] == "nearest" or all(p.dtype != torch.bfloat16 for p in params):
+        return [], []
+    if group["rounding"] == "stochastic":
+        counts = [int(state["step"]) for state in states]
+        return [], [(p.numel() << 32) + t for p, t in zip(params, counts, strict=True)]
+    for param, state in zip(params, states, strict=True):
+        if param.dtype == torch.bfloat16 and "low" not in state:
+            state["low"] = torch.zeros_like(param, dtype=torch.int16)
+    none = torch.zeros(0, dtype=torch.int16)
+    return [state.get("low", none) for state in states], []
