@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 # Tests beside the suite: they take packages or processes of their own.
 INTEGRATION := $(wildcard tests/integration tests/distributed)
 
-.PHONY: train test test-integration lint format clean
+.PHONY: train test test-integration test-sanitized lint format clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-integration: $(STAMP)-trainers
 	$(BIN)/python -m pytest $(INTEGRATION) $(ARGS)
+
+# Kernels for the CPU under the address and undefined-behaviour sanitizers
+test-sanitized: $(STAMP)
+	tests/sanitized/run $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -256,7 +256,7 @@ def in_double(name: str, arguments: Arguments) -> Arguments:
     own = copy.deepcopy(arguments)
     given = mapped(own, lambda x: x.double() if x.is_floating_point() else x)
     if at := TABLE[name].lows:
-        given[0] = [x.double() for x in masters(name, arguments)]
+        given[0] = [x.double() for x in masters(name, own)]
         given[at], given[at + 1] = [], []
     return given
 
