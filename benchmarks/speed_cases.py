@@ -448,16 +448,20 @@ def coordinate_mlp(
         def drawn(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator, device=device)
 
-        keys, error = [drawn(*shape) for _ in range(features)], drawn(*shape)
+        base, target = drawn(*shape), drawn(*shape)
+        keys = [drawn(*shape) for _ in range(features)]
         weights = drawn(shape[0], work.HIDDEN, features + 1)
+        scales, ones = drawn(shape[0], features), torch.ones(shape[0], device=device)
 
         def forced(backend: str) -> Callable[[], Any]:
             def step() -> None:
                 with ops.backend(backend):
                     if gradient:
-                        ops.coordinate_mlp_gradient(keys, weights, error)
+                        ops.coordinate_mlp_gradient(
+                            base, ones, keys, scales, weights, target, ones
+                        )
                     else:
-                        ops.coordinate_mlp(keys, weights)
+                        ops.coordinate_mlp(base, ones, keys, scales, weights)
 
             return step
 
