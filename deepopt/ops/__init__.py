@@ -1,5 +1,7 @@
 """Numeric primitives, batched over a leading dimension of matrices. They import torch alone."""
 
+from pathlib import Path
+
 from deepopt.ops.adamw import adamw_
 from deepopt.ops.combine import combine, row_products
 from deepopt.ops.coordinate_mlp import (
@@ -35,5 +37,9 @@ __all__ = [
     "row_products",
     "running_root",
 ]
+
+# In a checkout the Triton kernels lie in csrc/triton; an installation has them beside this file.
+if (_sources := Path(__file__).resolve().parents[2] / "csrc").joinpath("triton").is_dir():
+    __path__.append(str(_sources))
 
 load_extensions()

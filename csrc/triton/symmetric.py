@@ -1,0 +1,193 @@
+"""Products that are known to be symmetric, at half the arithmetic of an ordinary product."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepopt.ops.triton.tuning import configs, fastest, fitting
+
+
+@triton.autotune(
+    configs([(128, 128, 64), (128, 128, 32), (64, 64, 64), (64, 64, 32)]),
+    key=["batch", "size", "depth", "HAS_ADDEND"],
+    prune_configs_by={"early_config_prune": fitting},
+)
+@triton.heuristics(
+    {
+        "EVEN": lambda args: args["size"] % args["BLOCK_M"] == 0,
+        "EVEN_K": lambda args: args["depth"] % args["BLOCK_K"] == 0,
+    }
+)
+@triton.jit
+def symmetric_kernel(
+    a_ptr,
+    b_ptr,
+    addend_ptr,
+    out_ptr,
+    alpha,
+    beta,
+    shift,
+    batch,
+    size,
+    depth,
+    a_batch,
+    a_row,
+    a_column,
+    b_batch,
+    b_row,
+    b_column,
+    HAS_ADDEND: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile on or below the diagonal of alpha A Bᵀ + beta D + shift I, and its mirror image."""
+    tl.static_assert(BLOCK_M == BLOCK_N)
+    blocks = tl.cdiv(size, BLOCK_M)
+    tiles = blocks * (blocks + 1) // 2
+    which = (tl.program_id(0) // tiles).to(tl.int64)
+    # Tiles are counted along the rows of the triangle; the root, in float32, can be off by one.
+    tile = tl.program_id(0) % tiles
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i += ((i + 1) * (i + 2) // 2 <= tile).to(tl.int32)
+    i -= (i * (i + 1) // 2 > tile).to(tl.int32)
+    j = tile - i * (i + 1) // 2
+
+    # The start of a tile is counted in 64 bits, what lies inside it in 32.
+    inside = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + which * a_batch + (i * BLOCK_M).to(tl.int64) * a_row
+    a_ptrs += inside[:, None] * a_row + k[None, :] * a_column
+    b_ptrs = b_ptr + which * b_batch + (j * BLOCK_M).to(tl.int64) * b_row
+    b_ptrs += inside[None, :] * b_row + k[:, None] * b_column
+    rows, columns = i * BLOCK_M + inside, j * BLOCK_M + inside
+    total = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        if EVEN and EVEN_K:
+            a, b = tl.load(a_ptrs), tl.load(b_ptrs)
+        elif EVEN_K:
+            a = tl.load(a_ptrs, rows[:, None] < size, 0.0)
+            b = tl.load(b_ptrs, columns[None, :] < size, 0.0)
+        else:
+            left = depth - start
+            a = tl.load(a_ptrs, (rows[:, None] < size) & (k[None, :] < left), 0.0)
+            b = tl.load(b_ptrs, (columns[None, :] < size) & (k[:, None] < left), 0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        a_ptrs += BLOCK_K * a_column
+        b_ptrs += BLOCK_K * b_column
+
+    corner = which * size * size + (i * BLOCK_M).to(tl.int64) * size + j * BLOCK_M
+    place = inside[:, None] * size + inside[None, :]
+    there = (rows[:, None] < size) & (columns[None, :] < size)
+    total *= alpha
+    if HAS_ADDEND:
+        if EVEN:
+            total += beta * tl.load(addend_ptr + corner + place).to(tl.float32)
+        else:
+            total += beta * tl.load(addend_ptr + corner + place, there, 0.0).to(tl.float32)
+    total = tl.where(rows[:, None] == columns[None, :], total + shift, total)
+    result = total.to(out_ptr.dtype.element_ty)
+    mirrored = tl.trans(result)
+    # Of a tile on the diagonal both halves are computed, and may be rounded differently.
+    result = tl.where(rows[:, None] >= columns[None, :], result, mirrored)
+    if EVEN:
+        tl.store(out_ptr + corner + place, result)
+    else:
+        tl.store(out_ptr + corner + place, result, there)
+    if i != j:
+        corner = which * size * size + (j * BLOCK_M).to(tl.int64) * size + i * BLOCK_M
+        if EVEN:
+            tl.store(out_ptr + corner + place, mirrored)
+        else:
+            there = (columns[:, None] < size) & (rows[None, :] < size)
+            tl.store(out_ptr + corner + place, mirrored, there)
+
+
+def symmetric_product(
+    a: Tensor,
+    b: Tensor,
+    addend: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """alpha A Bᵀ + beta D + shift I, where A Bᵀ is known to be symmetric.
+
+    It is for B = A, and for symmetric A and B that commute, such as polynomials of one matrix; of
+    anything else the result is the lower triangle, mirrored. By :func:`half_product` or by batched
+    cuBLAS, whichever was faster when this size was first met on this device.
+
+    Args:
+        a: shape (B, m, k), of any strides; float16, bfloat16 or float32.
+        b: like ``a``.
+        addend: D, symmetric, shape (B, m, m) (default: none).
+        alpha, beta, shift: factors, in float32 (default: 1, 1 and 0).
+        dtype: of the result (default: that of ``a``).
+
+    Returns:
+        Shape (B, m, m), contiguous. Sums are in float32 and rounded once.
+    """
+    size, depth = a.shape[-2:]
+    key = ("symmetric", a.device, a.dtype, dtype, len(a), size, depth, a.stride(-1) == 1)
+    product = fastest(
+        (*key, b is a, addend is None),
+        [half_product, _whole_product],
+        a, b, addend, alpha, beta, shift, dtype or a.dtype,
+    )  # fmt: skip
+    return product(a, b, addend, alpha, beta, shift, dtype or a.dtype)
+
+
+def half_product(
+    a: Tensor,
+    b: Tensor,
+    addend: Tensor | None,
+    alpha: float,
+    beta: float,
+    shift: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`symmetric_product` by the kernel: exactly symmetric, the same bits every time.
+
+    Cost: (m² + m BLOCK) k B multiplications and additions, m² k B for large m, and at least
+    (2 m k + m² + [D] m²) B elements moved.
+    """
+    batch, size, depth = a.shape
+    out = a.new_empty(batch, size, size, dtype=dtype)
+    addend = None if addend is None else addend.contiguous()
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        blocks = triton.cdiv(size, meta["BLOCK_M"])
+        return (batch * blocks * (blocks + 1) // 2,)
+
+    if out.numel():
+        symmetric_kernel[grid](
+            a, b, out if addend is None else addend, out,
+            alpha, beta, shift, batch, size, depth, *a.stride(), *b.stride(),
+            HAS_ADDEND=addend is not None,
+        )  # fmt: skip
+    return out
+
+
+def _whole_product(
+    a: Tensor,
+    b: Tensor,
+    addend: Tensor | None,
+    alpha: float,
+    beta: float,
+    shift: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`symmetric_product` by cuBLAS, at twice the arithmetic."""
+    if addend is None:
+        out = torch.bmm(a, b.mT)
+        out = out if alpha == 1.0 else out.mul_(alpha)
+    else:
+        out = torch.baddbmm(addend.to(a.dtype), a, b.mT, beta=beta, alpha=alpha)
+    if shift:
+        out.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return out.to(dtype)

@@ -1,0 +1,127 @@
+"""Compiles every kernel for one GPU and prints what the machine code uses, as JSON.
+
+``python tests/triton/aot.py cuda:90``: needs triton, but neither a GPU nor a driver.
+"""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deepopt.ops.triton.delta import erase_kernel
+from deepopt.ops.triton.symmetric import symmetric_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What the launcher finds in whole numbers: those that 16 divides, and strides of one.
+STRIDES = {f"{x}_{axis}" for x in "ab" for axis in ("batch", "row", "column")}
+SIZES = {"batch", "size", "depth", "m", "n", "slots"}
+POINTERS = {"out_ptr": "fp32", "momentum_ptr": "fp32", "grad_ptr": "fp32", "norms_ptr": "fp32"}
+
+
+def compiled(kernel: Any, types: dict[str, str], unit: set[str], constants: dict[str, Any],
+             config: triton.Config, target: GPUTarget) -> Any:  # fmt: skip
+    """The kernel as the launcher would compile it for tensors of these types and strides."""
+    function = kernel.fn.fn
+    constants = {**constants, **config.kwargs, **dict.fromkeys(unit, 1)}
+    signature, hints = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + types.get(name, POINTERS.get(name, "fp32"))
+        else:
+            signature[name] = "i32" if name in STRIDES | SIZES else "fp32"
+        whole = name in STRIDES | SIZES - {"batch", "slots"}
+        if signature[name] != "constexpr" and (whole or name.endswith("_ptr")):
+            hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def used_on_nvidia(kernel: Any) -> dict[str, Any]:
+    """Registers, spills and instructions of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def tool(*command: str) -> str:
+            command = (str(TOOLS / command[0]), *command[1:], file.name)
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = tool("cuobjdump", "--dump-resource-usage")
+        code = tool("nvdisasm", "-c")
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
+    return {
+        "registers": int(numbers["REG"]),
+        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "instructions": Counter(re.findall(instruction, code, re.MULTILINE)),
+    }
+
+
+def used_on_amd(kernel: Any) -> dict[str, Any]:
+    """The same of AMD's assembly."""
+    code = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "instructions": Counter(re.findall(r"^\t([a-z]+_[a-z0-9_]+)", code, re.MULTILINE)),
+    }
+
+
+def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
+    """(name, compiled kernel) for every kernel, type and tile that the package launches."""
+
+    def compile(kernel: Any, numbers: Iterable[int], types: dict[str, str], unit: set[str],
+                **constants: bool) -> Iterator[tuple[str, Any]]:  # fmt: skip
+        for number in numbers:
+            config = copy.copy(kernel.configs[number])
+            if target.backend == "hip":
+                config.num_stages = 2  # as on a machine with such a GPU
+            even = {"EVEN": True, "EVEN_K": True, **constants}
+            tile = "x".join(map(str, config.kwargs.values()))
+            layout = "".join(sorted(name[0] for name in unit if name.endswith("row")))
+            name = f"{kernel.base_fn.__name__} {'/'.join(types.values())} {tile} {layout}".strip()
+            yield name, compiled(kernel, types, unit, {**even, **constants}, config, target)
+
+    rows, columns = {"a_column", "b_column"}, {"a_row", "b_row"}
+
+    def square(dtype: str) -> dict[str, str]:
+        return dict.fromkeys(("a_ptr", "b_ptr", "addend_ptr", "out_ptr"), dtype)
+
+    half, single = range(len(symmetric_kernel.configs) - 1), [-1]
+    yield from compile(symmetric_kernel, half, square("bf16"), rows, HAS_ADDEND=True)
+    yield from compile(symmetric_kernel, [0], square("fp16"), columns, HAS_ADDEND=False)
+    yield from compile(symmetric_kernel, single, square("fp32"), rows, HAS_ADDEND=True)
+    half = range(len(erase_kernel.configs) - 1)
+    yield from compile(erase_kernel, half, {"a_ptr": "fp32", "b_ptr": "bf16"}, rows)
+    yield from compile(erase_kernel, [0], {"a_ptr": "bf16", "b_ptr": "bf16"}, rows)
+    yield from compile(erase_kernel, single, {"a_ptr": "fp32", "b_ptr": "fp32"}, rows)
+
+
+def main(backend: str, architecture: str) -> None:
+    """Print {name: usage} of all kernels for one target."""
+    if backend == "cuda":
+        target, used = GPUTarget("cuda", int(architecture), 32), used_on_nvidia
+    else:
+        target, used = GPUTarget("hip", architecture, 64), used_on_amd
+    print(json.dumps({name: used(kernel) for name, kernel in cases(target)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1].split(":"))

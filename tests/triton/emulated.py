@@ -1,0 +1,262 @@
+"""Runs the kernels program by program on the CPU, in Triton's interpreter.
+
+The interpreter has to be chosen before the kernels are imported: ``test_kernels.py`` runs this file
+in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from deepopt.memory import Delta
+from deepopt.ops import frobenius, polar_express
+from deepopt.ops.newton_schulz import newton_schulz as reference
+from deepopt.ops.triton import delta_write, erase, half_product, newton_schulz
+
+on_triton = importlib.import_module("deepopt.ops.triton.newton_schulz")  # not the function
+
+HALF = 2.0**-24  # of a unit in the last place of float32
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SHAPES = [(1, 1, 1), (1, 32, 16), (3, 33, 45), (1, 70, 20), (2, 8, 99), (0, 8, 8), (2, 0, 3)]
+
+
+def _as_float(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _as_bfloat16(numbers):
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+    return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _with_bfloat16(builder=interpreter.InterpreterBuilder):
+    """Teach the interpreter bfloat16, which it holds as uint16.
+
+    As it is, products multiply the bit patterns, and a conversion from float32 truncates.
+    """
+    convert, dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, source, target):
+        types = (source.dtype.scalar, target.scalar)
+        if types == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(_as_bfloat16(source.data), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_as_float(source.data), tl.float32)
+        return convert(self, source, target)
+
+    def widened(self, operand):
+        if operand.dtype.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(_as_float(operand.data), tl.float32)
+        return operand
+
+    builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = lambda self, source, target, _: cast_impl(self, source, target)
+    builder.create_dot = lambda self, a, b, *rest: dot(
+        self, widened(self, a), widened(self, b), *rest
+    )
+
+
+_with_bfloat16()
+
+
+def _within(found, expected, bound):
+    """Every element is as near as its own sum allows."""
+    assert found.shape == expected.shape
+    excess = (found.double() - expected).abs() - bound
+    assert found.numel() == 0 or float(excess.max()) <= 0
+
+
+def _strided(tensor, layout):
+    """The same numbers, transposed in memory or with gaps."""
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT
+    if layout == "gaps":
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), torch.nan)
+        wide[..., : tensor.shape[-1]] = tensor
+        return wide[..., : tensor.shape[-1]]
+    return tensor
+
+
+def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
+    numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, 1e-40, 3.39e38, torch.inf])])
+    numbers = torch.cat([numbers, -numbers, torch.tensor([1.00390625, 1.01171875])])
+    rounded = torch.from_numpy(_as_bfloat16(numbers.numpy()).view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(rounded, numbers.bfloat16())
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed", "gaps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_product_is_as_near_as_its_sums_allow(shape, dtype, layout):
+    batch, size, depth = shape
+    x = torch.randn(shape).to(dtype)
+    addend = torch.randn(batch, size, size)
+    addend = (addend + addend.mT).to(dtype)
+    view = _strided(x, layout)
+    wide, eye = x.double(), torch.eye(size, dtype=torch.float64)
+    expected = 0.5 * wide @ wide.mT - 0.25 * addend.double() + 2 * eye
+    total = 0.5 * wide.abs() @ wide.abs().mT + 0.25 * addend.double().abs() + 2 * eye
+    for out in (torch.float32, dtype):
+        found = half_product(view, view, addend, 0.5, -0.25, 2.0, out)
+        assert found.dtype == out
+        assert torch.equal(found, found.mT)
+        _within(found, expected, (depth + 4) * HALF * total + ROUNDING[out] * expected.abs())
+
+
+def test_products_of_commuting_matrices_are_symmetric_to_the_last_bit():
+    x = torch.randn(2, 50, 20, dtype=torch.float64) / 7
+    gram = x @ x.mT
+    power = gram @ gram
+    found = half_product(gram.half(), power.half(), None, 1.0, 0.0, 0.0, torch.float32)
+    assert torch.equal(found, found.mT)
+    expected = gram.half().double() @ power.half().double()
+    lower = torch.tril(torch.ones(50, 50, dtype=torch.bool))
+    bound = 24 * HALF * (gram.abs() @ power.abs())
+    _within(found[:, lower], expected[:, lower], 2 * bound[:, lower])
+
+
+@pytest.mark.parametrize("types", [(torch.float32,) * 2, (torch.bfloat16,) * 2,
+                                   (torch.float32, torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 31, 290)])
+def test_erase_is_as_near_as_its_sums_allow(shape, types):
+    batch, m, n = shape
+    depth = max(min(m, n), 1)
+    momentum, grad = torch.randn(2, batch, m, n)
+    a = _strided(torch.randn(batch, m, depth).to(types[0]), "gaps")
+    b = _strided(torch.randn(batch, depth, n).to(types[1]), "transposed")
+    factor = torch.rand(batch)
+    found, erased, before = erase(momentum, grad, a, b, factor, 0.9)
+    keep = torch.tensor(0.9).double()
+    wide_a, wide_b = a.to(types[1]).double(), b.double()
+    product = factor.double()[:, None, None] * (wide_a @ wide_b)
+    expected = keep * momentum.double() - product + (1 - keep) * grad.double()
+    total = factor.double()[:, None, None] * (wide_a.abs() @ wide_b.abs())
+    bound = (depth + 4) * HALF * total
+    _within(found, expected, bound + 8 * HALF * (momentum.abs() + grad.abs()))
+    norm = torch.linalg.matrix_norm(product)
+    # A sum in pairs within each tile, then in pairs over the tiles.
+    _within(erased, norm, torch.linalg.matrix_norm(bound) + 32 * HALF * norm)
+    norm = torch.linalg.matrix_norm(momentum.double())
+    _within(before, norm, 32 * HALF * norm)
+
+
+def test_norms_survive_squares_beyond_float32():
+    momentum = torch.randn(2, 40, 40) * torch.tensor([1e-30, 1e30])[:, None, None]
+    a, b = momentum, torch.eye(40).expand(2, 40, 40)
+    _, erased, before = erase(momentum, momentum, a, b, torch.ones(2), torch.tensor([0.5]))
+    norms = torch.linalg.matrix_norm(momentum.double()).float()
+    torch.testing.assert_close(erased, norms)
+    torch.testing.assert_close(before, norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 70, 40), (3, 33, 33), (1, 5, 2)])
+def test_delta_write_follows_the_memory(shape, dtype):
+    """The reference is the memory in float64, the tolerance that of operands in ``dtype``."""
+    grad = torch.randn(shape)
+    state = Delta(rate=0.3).init(grad.double())
+    state["momentum"] = torch.randn(shape).double()
+    state["norm"] = frobenius(grad).double() * torch.rand(shape[0])
+    state["erasure"] = torch.rand(shape[0]).double() / 10
+    old, *scalars = (state[key].float() for key in ("momentum", "norm", "erasure"))
+    found = delta_write(old, grad, *scalars, 0.3, 0.9, dtype)
+    Delta(rate=0.3).write(state, grad.double(), 0.9)
+    # Keys, momentum, Gram matrix and the product in between: four roundings at most, of a term
+    # that is at most as large as the momentum.
+    slack = 4 * ROUNDING[dtype] + 64 * HALF
+    largest = 0.3 * torch.linalg.matrix_norm(old, 2).max() + old.abs().max()
+    assert (found[0].double() - state["momentum"]).abs().max() <= slack * largest
+    torch.testing.assert_close(found[1].double(), state["norm"], rtol=slack, atol=0)
+    torch.testing.assert_close(found[2].double(), state["erasure"], rtol=slack, atol=0)
+
+
+def test_a_gradient_of_zero_erases_nothing():
+    momentum = torch.randn(1, 8, 9)
+    zero = torch.zeros(1)
+    found, norm, erasure = delta_write(momentum, torch.zeros(1, 8, 9), zero, zero, 0.3, 0.5)
+    torch.testing.assert_close(found, momentum / 2)
+    assert norm < 1e-30
+    assert erasure == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 72), (1, 70, 33), (2, 48, 48), (1, 1, 3), (0, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_newton_schulz_follows_the_reference(shape, dtype):
+    matrices = torch.randn(shape)
+    before = matrices.clone()
+    found = newton_schulz(matrices, polar_express(5), dtype)
+    expected = reference(matrices.double(), polar_express(5), torch.float64)
+    assert torch.equal(matrices, before)
+    assert found.dtype == torch.float32
+    # A few roundings of the last segment, and what is left of float32 sums of |a| + |b| + |c| = 48.
+    rounding = ROUNDING[torch.float16 if dtype == torch.bfloat16 else dtype] + 48 * HALF
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * rounding)
+
+
+def test_the_same_bits_every_time():
+    matrices = torch.randn(1, 33, 40)
+    first = newton_schulz(matrices, polar_express(5), torch.bfloat16)
+    assert torch.equal(first, newton_schulz(matrices, polar_express(5), torch.bfloat16))
+    zeros = torch.zeros(1)
+    written = delta_write(matrices, matrices, zeros, zeros, 0.3, 0.9)
+    again = delta_write(matrices, matrices, zeros, zeros, 0.3, 0.9)
+    assert all(map(torch.equal, written, again))
+
+
+def _rounded_product(a, b, addend=None, *, alpha=1.0, beta=1.0, shift=0.0, dtype=None):
+    """What the kernel computes, by torch, for matrices that would take the interpreter minutes."""
+    total = alpha * (a.float() @ b.float().mT)
+    total = total if addend is None else total + beta * addend.float()
+    return (total + shift * torch.eye(a.shape[-2])).to(dtype or a.dtype)
+
+
+def _spectrum(kind, m):
+    if kind == "random":
+        return None
+    values = {
+        "three hundred to one": torch.logspace(0, -2.5, m),
+        "a million to one": torch.logspace(0, -6, m),
+        "clustered": torch.where(torch.arange(m) < m // 2, 1.0, 0.03),
+        "of low rank": torch.where(torch.arange(m) < m // 16, 1.0, 1e-3),
+        "rank deficient": (torch.arange(m) < m // 4).float(),
+    }
+    return values[kind].double()
+
+
+@pytest.mark.parametrize("n", [128, 512])
+@pytest.mark.parametrize("kind", ["random", "three hundred to one", "a million to one", "clustered",
+                                  "of low rank", "rank deficient"])  # fmt: skip
+def test_singular_values_are_nearer_to_exact_ones_than_in_bfloat16(monkeypatch, kind, n):
+    """Both forms in float16, against the reference's in bfloat16."""
+    m = 128
+    matrix = torch.randn(m, n, dtype=torch.float64)
+    if (values := _spectrum(kind, m)) is not None:
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = (u * values) @ vh
+    assert on_triton.saves(m, n, 3) == (n == 512)
+    monkeypatch.setattr(on_triton, "symmetric_product", _rounded_product)
+    coefficients = polar_express(5)
+
+    def errors(result):
+        difference = torch.linalg.svdvals(result[0].double()) - exact
+        return difference.square().mean().sqrt(), difference.abs().max()
+
+    exact = torch.linalg.svdvals(reference(matrix[None], coefficients, torch.float64)[0])
+    ours = errors(newton_schulz(matrix[None].float(), coefficients, torch.bfloat16))
+    reference_in_bfloat16 = errors(reference(matrix[None].float(), coefficients, torch.bfloat16))
+    assert ours[0] < reference_in_bfloat16[0]
+    assert ours[1] < reference_in_bfloat16[1]
+
+
+def test_wild_coefficients_are_computed_as_asked():
+    """Products of them may not fit float16, nor the Gram form."""
+    matrices = torch.randn(1, 4, 9)
+    coefficients = [(300.0, -500.0, 300.0)] * 2
+    found = newton_schulz(matrices, coefficients, torch.bfloat16)
+    expected = reference(matrices.double(), coefficients, torch.float64)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()

@@ -1,0 +1,74 @@
+"""Triton's kernels without a GPU: in emulation, and as machine code for four architectures."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton: pip install triton", allow_module_level=True)
+
+FOLDER = Path(__file__).parent
+
+
+def run(*command, **environment):
+    """A Python process of its own, because Triton reads these variables when it is imported."""
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=FOLDER.parents[1],
+        timeout=300,
+        check=False,
+    )
+
+
+def test_kernels_compute_in_emulation_what_they_promise(tmp_path):
+    pytest.importorskip("numpy", reason="Triton's interpreter needs it")
+    done = run("-m", "pytest", "-p", "no:cacheprovider", FOLDER / "emulated.py",
+               TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What multiplies matrices there.
+MATRIX_UNITS = {
+    "cuda:80": "HMMA",
+    "cuda:90": "HGMMA",
+    "cuda:100": "UTCHMMA",
+    "hip:gfx942": "v_mfma",
+}
+# Registers of a thread, by tile. 255 is all there are, enough for one block of eight warps; with
+# 128 two of them fit. AMD's 168 leave room for three waves of four.
+REGISTERS = {"128x128": 255, "128x64": 144, "64x128": 144, "64x64": 208}
+REGISTERS_ON_AMD = 168
+
+
+@pytest.mark.parametrize("target", MATRIX_UNITS)
+def test_machine_code_has_no_spills_wide_loads_and_matrix_instructions(target, tmp_path):
+    done = run(FOLDER / "aot.py", target, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    kernels, amd = json.loads(done.stdout), target.startswith("hip")
+    assert len(kernels) == 10
+    for name, usage in kernels.items():
+        assert usage["spills"] == 0, name
+        most = REGISTERS_ON_AMD if amd else REGISTERS[name.split()[2].rpartition("x")[0]]
+        assert usage["registers"] <= most, (name, usage["registers"])
+        count = usage["instructions"]
+        # float32 stays float32: NVIDIA's matrix units would round it to tf32.
+        if amd or "fp32/fp32" not in name:
+            assert any(code.startswith(MATRIX_UNITS[target]) for code in count), name
+        assert_wide(name, count, "global_load" if amd else "LDG")
+
+
+def assert_wide(name, count, prefix):
+    """Matrices are read 16 bytes at a time, and two numbers beside them: coefficient, retention."""
+    loads = {code: n for code, n in count.items() if code.startswith(prefix) and "BAR" not in code}
+    narrow = {code: n for code, n in loads.items() if not code.endswith((".128", "dwordx4"))}
+    assert len(loads) > len(narrow), name
+    assert sum(narrow.values()) == (2 if name.startswith("erase") else 0), (name, narrow)
