@@ -1,5 +1,7 @@
 """Builds the optional compiled operators from the sources in csrc/cpu and csrc/cuda.
 
+The Triton kernels in csrc/triton are Python and installed as they are, as deepopt.ops.triton.
+
 The environment variable DEEPOPT_EXT decides:
 
 auto  (default) build what this machine can; say in one line what was left out, plain torch serves
@@ -15,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 # torch's stable ABI of 2.10: one binary serves every later torch.
@@ -116,4 +118,8 @@ def compiled(mode: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    setup(**compiled(extension_mode()))
+    setup(
+        packages=[*find_packages(include=["deepopt*"]), "deepopt.ops.triton"],
+        package_dir={"deepopt.ops.triton": "csrc/triton"},
+        **compiled(extension_mode()),
+    )

@@ -8,6 +8,7 @@ one, for debugging; ``python -m deepopt.ops`` shows what there is.
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,6 +182,11 @@ def load_extensions() -> None:
     if not torch.cuda.is_available():
         UNAVAILABLE.setdefault("cuda", "torch finds no CUDA device")
         UNAVAILABLE.setdefault("triton", "torch finds no CUDA device")
+    else:
+        try:
+            importlib.import_module("deepopt.ops.triton")
+        except ImportError as error:
+            UNAVAILABLE["triton"] = f"triton does not import: {error}"
     for found in OPERATORS.values():
         found.find_kernels()
     if forced := os.environ.get("DEEPOPT_BACKEND"):
