@@ -6,16 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deepopt.ops.step_size import frobenius, running_root
+from deepopt.ops.triton.scaling import divided, tile_norm
 from deepopt.ops.triton.symmetric import symmetric_product
 from deepopt.ops.triton.tuning import SMALLEST, configs, fitting
-
-
-@triton.jit
-def _tile_norm(tile):
-    """The root of the sum of squares, also where squares leave float32's range."""
-    largest = tl.max(tl.abs(tile))
-    scaled = tile / tl.where(largest > 0.0, largest, 1.0)
-    return largest * tl.sqrt(tl.sum(scaled * scaled))
 
 
 @triton.autotune(
@@ -91,14 +84,14 @@ def erase_kernel(
     norms = norms_ptr + which * 2 * slots + i * wide + j
     retention = tl.load(retention_ptr)
     erased = total * tl.load(coefficient_ptr + which)
-    tl.store(norms, _tile_norm(erased))
+    tl.store(norms, tile_norm(erased))
     # The barriers keep loads where they are: early ones would hold three tiles in registers.
     tl.debug_barrier()
     if EVEN:
         momentum = tl.load(momentum_ptr + places)
     else:
         momentum = tl.load(momentum_ptr + places, there, 0.0)
-    tl.store(norms + slots, _tile_norm(momentum))
+    tl.store(norms + slots, tile_norm(momentum))
     result = retention * momentum - erased
     tl.debug_barrier()
     if EVEN:
@@ -124,8 +117,9 @@ def erase(
     Args:
         momentum: M, shape (B, m, n), float32.
         grad: G, like ``momentum``.
-        a: shape (B, m, k), of any strides; converted to the type of ``b`` as it is read.
-        b: shape (B, k, n), of any strides; float16, bfloat16 or float32.
+        a: shape (B, m, k), of any strides below 2²⁴ in a matrix; converted to the type of ``b`` as
+            it is read.
+        b: shape (B, k, n), likewise; float16, bfloat16 or float32.
         coefficient: c of each matrix, shape (B,), float32.
         retention: one number.
 
@@ -140,7 +134,9 @@ def erase(
     # As many as the smallest tiles need; the larger the tiles, the more of them stay zero.
     slots = max(triton.cdiv(m, SMALLEST) * triton.cdiv(n, SMALLEST), 1)
     norms = momentum.new_zeros(batch, 2, slots)
-    if not torch.is_tensor(retention):
+    if isinstance(retention, Tensor):
+        retention = retention.to(momentum)
+    else:
         retention = momentum.new_full((1,), retention)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
@@ -186,8 +182,8 @@ def delta_write(
     """
     info = torch.finfo(grad.dtype)
     scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
-    keys = (grad / scale[:, None, None]).to(dtype)
-    wide = grad.shape[-2] <= grad.shape[-1]
+    keys = divided(grad, scale, dtype)
+    wide = grad.shape[-2] < grad.shape[-1]
     short = keys if wide else keys.mT
     gram = symmetric_product(short, short)
     power = symmetric_product(gram, gram, dtype=torch.float32)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepopt.ops.step_size import frobenius
+from deepopt.ops.triton.scaling import divided, norms
 from deepopt.ops.triton.symmetric import symmetric_product
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -55,20 +55,19 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     Returns:
         A new tensor like ``matrices``, in its dtype.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).reshape(-1, *sorted(matrices.shape[-2:]))
     segments = _segments(coefficients)
     # Beyond these no polynomial is near 1 on [0, 1], and float16 might overflow.
-    bounded = all(math.prod(abs(a) + abs(b) + abs(c) for a, b, c in s) < 1e6 for s in segments)
+    bounded = all(math.prod(abs(a) + abs(b) + abs(c) for a, b, c in s) < 6e4 for s in segments)
     if dtype == torch.bfloat16 and bounded:
         dtype = torch.float16
-    norm = frobenius(x).clamp_min(torch.finfo(x.dtype).tiny)
-    x = (x / norm[:, None, None]).to(dtype)
-    for segment in segments if bounded else [coefficients]:
-        if bounded and saves(*x.shape[-2:], len(segment)):
-            x = _gram_steps(x, segment)
-        else:
-            x = _direct_steps(x, segment)
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = divided(x, norms(x).clamp_min(torch.finfo(torch.float32).tiny), dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    m, n = x.shape[-2:]
+    for segment in segments:
+        steps = _gram_steps if bounded and saves(m, n, len(segment)) else _direct_steps
+        x = steps(x, segment)
     x = (x.mT if tall else x).reshape(matrices.shape)
     return x.to(matrices.dtype)
 

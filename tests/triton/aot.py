@@ -19,19 +19,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deepopt.ops.triton.delta import erase_kernel
+from deepopt.ops.triton.scaling import CHUNK, divide_kernel, norm_kernel
 from deepopt.ops.triton.symmetric import symmetric_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What the launcher finds in whole numbers: those that 16 divides, and strides of one.
 STRIDES = {f"{x}_{axis}" for x in "ab" for axis in ("batch", "row", "column")}
-SIZES = {"batch", "size", "depth", "m", "n", "slots"}
+SIZES = {"batch", "size", "depth", "m", "n", "slots", "length"}
 POINTERS = {"out_ptr": "fp32", "momentum_ptr": "fp32", "grad_ptr": "fp32", "norms_ptr": "fp32"}
 
 
 def compiled(kernel: Any, types: dict[str, str], unit: set[str], constants: dict[str, Any],
              config: triton.Config, target: GPUTarget) -> Any:  # fmt: skip
     """The kernel as the launcher would compile it for tensors of these types and strides."""
-    function = kernel.fn.fn
+    function = kernel
+    while not isinstance(function, triton.JITFunction):
+        function = function.fn
     constants = {**constants, **config.kwargs, **dict.fromkeys(unit, 1)}
     signature, hints = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -109,6 +112,10 @@ def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
     yield from compile(symmetric_kernel, [0], square("fp16"), columns, HAS_ADDEND=False)
     yield from compile(symmetric_kernel, single, square("fp32"), rows, HAS_ADDEND=True)
     half = range(len(erase_kernel.configs) - 1)
+    chunk = triton.Config({"CHUNK": CHUNK}, num_warps=8)
+    yield "norm_kernel fp32 chunk", compiled(norm_kernel, {}, set(), {}, chunk, target)
+    types = {"out_ptr": "fp16"}
+    yield "divide_kernel fp32/fp16 chunk", compiled(divide_kernel, types, set(), {}, chunk, target)
     yield from compile(erase_kernel, half, {"a_ptr": "fp32", "b_ptr": "bf16"}, rows)
     yield from compile(erase_kernel, [0], {"a_ptr": "bf16", "b_ptr": "bf16"}, rows)
     yield from compile(erase_kernel, single, {"a_ptr": "fp32", "b_ptr": "fp32"}, rows)

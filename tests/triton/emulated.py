@@ -89,9 +89,11 @@ def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
     assert torch.equal(rounded, numbers.bfloat16())
 
 
-@pytest.mark.parametrize("layout", ["rows", "transposed", "gaps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [(shape, "rows") for shape in SHAPES] + [((3, 33, 45), "transposed"), ((3, 33, 45), "gaps")],
+)
 def test_half_product_is_as_near_as_its_sums_allow(shape, dtype, layout):
     batch, size, depth = shape
     x = torch.randn(shape).to(dtype)
@@ -155,7 +157,7 @@ def test_norms_survive_squares_beyond_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 70, 40), (3, 33, 33), (1, 5, 2)])
+@pytest.mark.parametrize("shape", [(2, 20, 70), (1, 50, 40), (1, 33, 33), (1, 5, 2)])
 def test_delta_write_follows_the_memory(shape, dtype):
     """The reference is the memory in float64, the tolerance that of operands in ``dtype``."""
     grad = torch.randn(shape)
@@ -184,7 +186,7 @@ def test_a_gradient_of_zero_erases_nothing():
     assert erasure == 0
 
 
-@pytest.mark.parametrize("shape", [(2, 40, 72), (1, 70, 33), (2, 48, 48), (1, 1, 3), (0, 4, 4)])
+@pytest.mark.parametrize("shape", [(2, 33, 72), (1, 48, 17), (1, 40, 40), (1, 1, 3), (0, 4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_newton_schulz_follows_the_reference(shape, dtype):
     matrices = torch.randn(shape)
@@ -199,7 +201,7 @@ def test_newton_schulz_follows_the_reference(shape, dtype):
 
 
 def test_the_same_bits_every_time():
-    matrices = torch.randn(1, 33, 40)
+    matrices = torch.randn(1, 33, 36)
     first = newton_schulz(matrices, polar_express(5), torch.bfloat16)
     assert torch.equal(first, newton_schulz(matrices, polar_express(5), torch.bfloat16))
     zeros = torch.zeros(1)
@@ -212,7 +214,8 @@ def _rounded_product(a, b, addend=None, *, alpha=1.0, beta=1.0, shift=0.0, dtype
     """What the kernel computes, by torch, for matrices that would take the interpreter minutes."""
     total = alpha * (a.float() @ b.float().mT)
     total = total if addend is None else total + beta * addend.float()
-    return (total + shift * torch.eye(a.shape[-2])).to(dtype or a.dtype)
+    total = (total + shift * torch.eye(a.shape[-2])).to(dtype or a.dtype)
+    return total.tril() + total.tril(-1).mT
 
 
 def _spectrum(kind, m):

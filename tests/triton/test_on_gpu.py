@@ -49,10 +49,10 @@ def test_half_product_is_as_near_as_its_sums_allow(shape, dtype):
 def test_matrices_beyond_two_to_the_31_elements_are_addressed():
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of GPU memory")
-    x = torch.zeros(2, 32, 2**25 + 2**20, device="cuda", dtype=torch.float16)
-    x[1, -1, -1] = 3.0
+    x = torch.zeros(1, 300, 2**23, device="cuda", dtype=torch.float16)
+    x[0, -1, -1] = 3.0
     found = half_product(x, x, None, 1.0, 0.0, 0.0, torch.float32)
-    assert found[1, -1, -1] == 9.0
+    assert found[0, -1, -1] == 9.0
     assert found.sum() == 9.0
 
 
