@@ -126,7 +126,7 @@ def erase(
     Returns:
         The new momentum, and the two norms, shape (B,).
 
-    Cost: m n k B multiplications and additions; at least 12 m n B bytes, and A and B once.
+    Cost: 2 m n k B FLOPs; at least 12 m n B bytes, and A and B once.
     """
     batch, m, n = momentum.shape
     momentum, grad = momentum.contiguous(), grad.contiguous()
@@ -164,9 +164,10 @@ def delta_write(
 
     Keys are the gradient relative to its largest entry. Their Gram matrix, on the short side, is a
     symmetric product; it gives the norm, and where the matrix is tall it is half of the erase term,
-    which is M (KᵀK) there and (M Kᵀ) K where it is wide. With r = min(m, n): 4 m n r + r³
-    multiply-adds and about 30 m n bytes per matrix when it is wide, 3 m n r + r³ and 24 m n when it
-    is tall.
+    which is M (KᵀK) there and (M Kᵀ) K where it is wide. FLOPs per matrix: 5 m²n + m³ when it is
+    wide, 3 mn² + n³ when it is tall; bytes: 36 mn and 28 mn.
+
+    Rounded keys may exceed the norm by their rounding, 1 in 256. Erasing is stable up to twice it.
 
     Args:
         momentum: M, shape (B, m, n), float32.

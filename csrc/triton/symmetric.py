@@ -154,8 +154,8 @@ def half_product(
 ) -> Tensor:
     """:func:`symmetric_product` by the kernel: exactly symmetric, the same bits every time.
 
-    Cost: (m² + m BLOCK) k B multiplications and additions, m² k B for large m, and at least
-    (2 m k + m² + [D] m²) B elements moved.
+    Cost: m (m + tile) k B FLOPs, where an ordinary product takes 2 m² k B; every operand is read
+    at least once, and the result written once.
     """
     batch, size, depth = a.shape
     out = a.new_empty(batch, size, size, dtype=dtype)

@@ -63,7 +63,7 @@ def used_on_nvidia(kernel: Any) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = tool("cuobjdump", "--dump-resource-usage")
-        code = tool("nvdisasm", "-c")
+        code = tool("nvdisasm", "-c", "-ndf")
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
     return {

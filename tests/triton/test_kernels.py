@@ -13,17 +13,18 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 
 
 def run(*command, **environment):
     """A Python process of its own, because Triton reads these variables when it is imported."""
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
         env=environment,
-        cwd=FOLDER.parents[1],
+        cwd=ROOT,
         timeout=300,
         check=False,
     )
@@ -34,6 +35,14 @@ def test_kernels_compute_in_emulation_what_they_promise(tmp_path):
     done = run("-m", "pytest", "-p", "no:cacheprovider", FOLDER / "emulated.py",
                TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_installation_has_the_kernels_in_the_package(tmp_path):
+    pytest.importorskip("setuptools")
+    done = run("setup.py", "-q", "build_py", "--build-lib", tmp_path, DEEPOPT_EXT="0")
+    assert done.returncode == 0, done.stderr
+    installed = {path.name for path in (tmp_path / "deepopt" / "ops" / "triton").glob("*.py")}
+    assert installed == {path.name for path in (ROOT / "csrc" / "triton").glob("*.py")} != set()
 
 
 # What multiplies matrices there.
