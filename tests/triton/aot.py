@@ -96,29 +96,30 @@ def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
             config = copy.copy(kernel.configs[number])
             if target.backend == "hip":
                 config.num_stages = 2  # as on a machine with such a GPU
-            even = {"EVEN": True, "EVEN_K": True, **constants}
             tile = "x".join(map(str, config.kwargs.values()))
             layout = "".join(sorted(name[0] for name in unit if name.endswith("row")))
             name = f"{kernel.base_fn.__name__} {'/'.join(types.values())} {tile} {layout}".strip()
-            yield name, compiled(kernel, types, unit, {**even, **constants}, config, target)
+            yield name, compiled(kernel, types, unit, constants, config, target)
 
+    # Sizes that the tile divides, and sizes that only 16 divides.
+    even, masked = {"EVEN": True, "EVEN_K": True}, {"EVEN": False, "EVEN_K": False}
     rows, columns = {"a_column", "b_column"}, {"a_row", "b_row"}
 
     def square(dtype: str) -> dict[str, str]:
         return dict.fromkeys(("a_ptr", "b_ptr", "addend_ptr", "out_ptr"), dtype)
 
     half, single = range(len(symmetric_kernel.configs) - 1), [-1]
-    yield from compile(symmetric_kernel, half, square("bf16"), rows, HAS_ADDEND=True)
-    yield from compile(symmetric_kernel, [0], square("fp16"), columns, HAS_ADDEND=False)
-    yield from compile(symmetric_kernel, single, square("fp32"), rows, HAS_ADDEND=True)
+    yield from compile(symmetric_kernel, half, square("bf16"), rows, HAS_ADDEND=True, **even)
+    yield from compile(symmetric_kernel, [0], square("fp16"), columns, HAS_ADDEND=False, **masked)
+    yield from compile(symmetric_kernel, single, square("fp32"), rows, HAS_ADDEND=True, **even)
     half = range(len(erase_kernel.configs) - 1)
+    yield from compile(erase_kernel, half, {"a_ptr": "fp32", "b_ptr": "bf16"}, rows, **even)
+    yield from compile(erase_kernel, [0], {"a_ptr": "bf16", "b_ptr": "bf16"}, rows, **masked)
+    yield from compile(erase_kernel, single, {"a_ptr": "fp32", "b_ptr": "fp32"}, rows, **even)
     chunk = triton.Config({"CHUNK": CHUNK}, num_warps=8)
     yield "norm_kernel fp32 chunk", compiled(norm_kernel, {}, set(), {}, chunk, target)
     types = {"out_ptr": "fp16"}
     yield "divide_kernel fp32/fp16 chunk", compiled(divide_kernel, types, set(), {}, chunk, target)
-    yield from compile(erase_kernel, half, {"a_ptr": "fp32", "b_ptr": "bf16"}, rows)
-    yield from compile(erase_kernel, [0], {"a_ptr": "bf16", "b_ptr": "bf16"}, rows)
-    yield from compile(erase_kernel, single, {"a_ptr": "fp32", "b_ptr": "fp32"}, rows)
 
 
 def main(backend: str, architecture: str) -> None:

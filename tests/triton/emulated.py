@@ -186,7 +186,7 @@ def test_a_gradient_of_zero_erases_nothing():
     assert erasure == 0
 
 
-@pytest.mark.parametrize("shape", [(2, 33, 72), (1, 48, 17), (1, 40, 40), (1, 1, 3), (0, 4, 4)])
+@pytest.mark.parametrize("shape", [(1, 33, 72), (2, 48, 17), (1, 40, 40), (1, 1, 3), (0, 4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_newton_schulz_follows_the_reference(shape, dtype):
     matrices = torch.randn(shape)
@@ -202,8 +202,8 @@ def test_newton_schulz_follows_the_reference(shape, dtype):
 
 def test_the_same_bits_every_time():
     matrices = torch.randn(1, 33, 36)
-    first = newton_schulz(matrices, polar_express(5), torch.bfloat16)
-    assert torch.equal(first, newton_schulz(matrices, polar_express(5), torch.bfloat16))
+    first = newton_schulz(matrices, polar_express(2), torch.bfloat16)
+    assert torch.equal(first, newton_schulz(matrices, polar_express(2), torch.bfloat16))
     zeros = torch.zeros(1)
     written = delta_write(matrices, matrices, zeros, zeros, 0.3, 0.9)
     again = delta_write(matrices, matrices, zeros, zeros, 0.3, 0.9)
