@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepopt.ops import frobenius, running_root
+from deepopt.ops import delta_write
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,9 @@ class Delta:
         return {"momentum": torch.zeros_like(like), **scalars}
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        momentum, info = state["momentum"], torch.finfo(grad.dtype)
-        # Powers of a singular value leave float32's range long before the value does: keys are
-        # relative to the largest entry, and norms are squared relative to the larger of the two.
-        scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
-        keys = grad / scale[:, None, None]
-        wide = grad.shape[-2] <= grad.shape[-1]
-        gram = keys @ keys.mT if wide else keys.mT @ keys
-        norm = (torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale).clamp_max(info.max)
-        state["norm"] = average = running_root(state["norm"], norm, 0.1)
-        ratio = (scale / torch.maximum(average, norm).clamp_min(info.tiny)).square()
-        erased = (momentum @ keys.mT) @ keys if wide else momentum @ gram
-        erased = erased * (self.rate * ratio)[:, None, None]
-        share = frobenius(erased) / frobenius(momentum).clamp_min(info.tiny)
-        state["erasure"] = state["erasure"].lerp(share, 0.1)
-        state["momentum"] = retention * momentum - erased + (1 - retention) * grad
+        state["momentum"], state["norm"], state["erasure"] = delta_write(
+            state["momentum"], grad, state["norm"], state["erasure"], self.rate, retention
+        )
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         # What is erased leaves the average too small: with it, retention is beta - erasure.

@@ -10,6 +10,7 @@ from deepopt.ops.coordinate_mlp import (
     normalized,
     root_mean_square,
 )
+from deepopt.ops.delta_write import delta_write
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.move import move_
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
@@ -24,6 +25,7 @@ __all__ = [
     "combine",
     "coordinate_mlp",
     "coordinate_mlp_gradient",
+    "delta_write",
     "frobenius",
     "inverse_power",
     "move_",

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepopt.ops.operator import operator
+from deepopt.ops.products import multiplies_bfloat16
+
 Coefficients = Sequence[tuple[float, float, float]]
 
 
+@operator(
+    "(Tensor matrices, float[][] coefficients, ScalarType dtype) -> Tensor",
+    supports=lambda matrices, coefficients, dtype: (
+        dtype == torch.bfloat16 and multiplies_bfloat16(matrices)
+    ),
+)
 def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
     """Replace every matrix by (nearly) its nearest semi-orthogonal one, U Vᵀ of its SVD U S Vᵀ.
 

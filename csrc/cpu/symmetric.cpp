@@ -1,0 +1,389 @@
+// Newton-Schulz and the delta-rule write on the CPU, a matrix at a time, in products of bfloat16
+// with float32 accumulation (symmetric.h).
+#include "symmetric.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstring>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+using Coefficients = std::array<float, 3>;
+
+// Whether the products of this file run here: the processor has the instruction, and has not the
+// faster one (AMX), of which torch's own products make use.
+bool has_bfloat16_products() {
+#ifdef DEEPOPT_AVX512_BF16
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && !__builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
+void check(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Float && tensor.is_cpu(), name,
+      " must be a float32 tensor on the CPU");
+}
+
+} // namespace
+
+#ifdef DEEPOPT_AVX512_BF16
+#if defined(__clang__)
+#pragma clang attribute push(                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+namespace {
+
+using namespace deepopt::bfloat16;
+
+// Calls body(first, last) on parts of a batch. Threads share the batch where it is large enough for
+// all of them, and otherwise the products of one matrix after the other; each matrix comes out the
+// same either way.
+template <class Body>
+void over_batch(int64_t batch, const Body& body) {
+  if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    torch::stable::parallel_for(0, batch, 1, body);
+  } else {
+    body(0, batch);
+  }
+}
+
+// Newton-Schulz of m x n matrices, with the memory for it.
+//
+// Written for X = M or Mᵀ with the short side first, everything happens on G = X Xᵀ. The matrix is
+// held twice, as panels of rows and of columns: one multiplies with G, the other makes it.
+class NewtonSchulz {
+ public:
+  NewtonSchulz(int64_t rows, int64_t columns)
+      : m_(rows),
+        n_(columns),
+        wide_(rows <= columns),
+        short_(panels_for(std::min(rows, columns))),
+        long_(panels_for(std::max(rows, columns))),
+        scratch_(
+            2 * Scratch::panels_bytes(short_, long_) + 4 * Scratch::panels_bytes(short_, short_) +
+            3 * Scratch::blocks_bytes(short_) + 9 * 64),
+        rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
+        columns_(scratch_.panels(panels_for(n_), panels_for(m_))) {
+    for (Panels* packed : {&gram_, &change_, &factor_, &spare_}) {
+      *packed = scratch_.panels(short_, short_);
+    }
+    for (float** blocks : {&gram32_, &factor32_, &spare32_}) *blocks = scratch_.blocks(short_);
+  }
+
+  void run(const float* from, float* to, const std::vector<Coefficients>& coefficients) {
+    pack_matrix({from, m_, n_}, std::sqrt(sum_of_squares(from, m_ * n_)), &rows_, &columns_);
+    const auto steps = static_cast<int64_t>(coefficients.size());
+    for (int64_t step = 0; step < steps;) {
+      const int64_t count = steps_on_gram(step, steps);
+      iterate(coefficients.data() + step, count);
+      step += count;
+      const float own = count == 1 ? coefficients[step - 1][0] : 0.0f;
+      multiply_by(count == 1 ? change_ : factor_, own, step == steps ? to : nullptr);
+    }
+  }
+
+ private:
+  // How many steps to take on G before X follows, one or two. Products on the long side, X Xᵀ and
+  // Q X, cost the aspect ratio a and those on the short side 1, symmetric ones half of that: two
+  // steps on one G cost 3/2 a + 5/2 in place of 3 a + 1. What G loses to rounding against the true
+  // X Xᵀ grows from step to step, and only a new G corrects it. That is why it is never three, and
+  // why it is one in the middle: there singular values lie up to the edge beyond which the
+  // polynomial of the next step grows without bound, and they must not be pushed over it.
+  int64_t steps_on_gram(int64_t step, int64_t steps) const {
+    if (4 * std::max(m_, n_) < 5 * std::min(m_, n_)) return 1;
+    const bool first = step == 0 && steps >= 2, last = step == steps - 2 && steps >= 5;
+    return first || last ? 2 : 1;
+  }
+
+  // The steps X ← (a I + P) X, P = b G + c G², on G = X Xᵀ alone: leaves the product of all
+  // a I + P in factor_; for one step, P in change_. All are polynomials in G, so they commute and
+  // every product is symmetric.
+  //
+  // G and the factor stay in float32, and a G + P G takes its first term from there: operands are
+  // rounded, but rounded errors meet small eigenvalues only after P, which is as small as they are,
+  // has been multiplied on. Rounding (a I + P) instead would turn them negative.
+  void iterate(const Coefficients* coefficients, int64_t count) {
+    const Panels& x = wide_ ? rows_ : columns_;
+    symmetric_product(x, x, 1.0f, 0.0f, nullptr, {gram32_, &gram_});
+    for (int64_t step = 0; step < count; ++step) {
+      const auto [a, b, c] = coefficients[step];
+      const bool last = step == count - 1;
+      if (step > 0 || count == 1) {
+        symmetric_product(gram_, gram_, c, b, gram32_, {nullptr, &change_});
+      } else {
+        symmetric_product(
+            gram_, gram_, c, b, gram32_, {nullptr, &change_}, {factor32_, &factor_, a});
+      }
+      if (step > 0) {
+        symmetric_product(
+            change_, factor_, 1.0f, a, factor32_, {last ? nullptr : factor32_, &spare_});
+        std::swap(factor_, spare_);
+      }
+      if (!last) {
+        symmetric_product(change_, gram_, 1.0f, a, gram32_, {spare32_, &spare_});
+        symmetric_product(change_, spare_, 1.0f, a, spare32_, {gram32_, &gram_});
+      }
+    }
+  }
+
+  // X ← own X + factor X, packed again or, where `to` is given, only into the caller's matrix.
+  // Panels on the long side are independent of each other; each is overwritten once it was used.
+  void multiply_by(const Panels& factor, float own, float* to) {
+    const Panels& longs = wide_ ? columns_ : rows_;
+    const Rows<float> out{to, m_, n_};
+    torch::stable::parallel_for(0, long_, 1, [&](int64_t first, int64_t last) {
+      Scratch memory(to ? 0 : Scratch::panels_bytes(1, short_));
+      const Panels fresh = memory.panels(to ? 0 : 1, short_);
+      for (int64_t at = first; at < last; ++at) {
+        for (int64_t other = 0; other < short_; ++other) {
+          const int64_t i = wide_ ? other : at, j = wide_ ? at : other;
+          const Panels& left = wide_ ? factor : rows_;
+          const Panels& right = wide_ ? columns_ : factor;
+          for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+            const int64_t row = i * kPanel + strip, column = j * kPanel;
+            Tile tile = multiply(left.panel(i) + strip, right.panel(j), factor.pairs);
+            if (own != 0.0f) tile = added(own, unpack_mirrored(columns_.panel(j), row), tile);
+            if (to) {
+              out.store(row, column, tile);
+            } else {
+              pack(tile, wide_ ? rows_.panel(i) : fresh.words, strip, column);
+              pack_mirrored(tile, wide_ ? fresh.words : columns_.panel(j), row);
+            }
+          }
+        }
+        if (!to) std::memcpy(longs.panel(at), fresh.words, 4 * kPanel * fresh.pairs);
+      }
+    });
+  }
+
+  int64_t m_, n_;
+  bool wide_;
+  int64_t short_, long_; // in panels
+  Scratch scratch_;
+  Panels rows_, columns_;
+  Panels gram_, change_, factor_, spare_;
+  float *gram32_, *factor32_, *spare32_;
+};
+
+// M ← retention M - rate M Kᵀ K + (1 - retention) G, with the memory for it.
+class DeltaWrite {
+ public:
+  DeltaWrite(int64_t rows, int64_t columns)
+      : m_(rows),
+        n_(columns),
+        wide_(rows < columns),
+        short_(panels_for(std::min(rows, columns))),
+        long_(panels_for(std::max(rows, columns))),
+        scratch_(
+            3 * Scratch::panels_bytes(short_, long_) + 2 * Scratch::panels_bytes(short_, short_) +
+            5 * 64),
+        momentum_(scratch_.panels(panels_for(m_), panels_for(n_))),
+        key_rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
+        key_columns_(scratch_.panels(panels_for(n_), panels_for(m_))),
+        gram_(scratch_.panels(short_, short_)),
+        recalled_(scratch_.panels(short_, short_)) {}
+
+  struct Average {
+    float norm, erasure;
+  };
+
+  // Writes the new momentum into `to` and returns the new averages.
+  Average run(
+      const float* momentum, const float* grad, Average old, double retention, double rate,
+      float* to) {
+    const double grad_norm = std::sqrt(sum_of_squares(grad, m_ * n_));
+    const double momentum_norm = std::sqrt(sum_of_squares(momentum, m_ * n_));
+    pack_matrix({grad, m_, n_}, grad_norm, wide_ ? &key_rows_ : nullptr, &key_columns_);
+    pack_matrix({momentum, m_, n_}, momentum_norm, &momentum_, nullptr);
+
+    // Rounded up by what rounding the Gram matrix may have taken from it.
+    const double bound = std::pow(square_norm(), 0.125) * (1.0 + 1.0 / 512.0);
+    const double largest = 3.4028234663852886e38;
+    const double norm = std::min(bound * grad_norm, largest);
+    const double average = std::sqrt(0.9 * old.norm * old.norm + 0.1 * norm * norm);
+    const double divisor = std::max(average, norm);
+    const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor; // NaN stays NaN
+    const double erase = rate * ratio * ratio;
+    const double erased = write(
+        momentum, grad, static_cast<float>(retention), static_cast<float>(erase * momentum_norm),
+        to);
+    const double share = erase * erased;
+    return {static_cast<float>(average),
+            static_cast<float>(old.erasure + 0.1 * (share - old.erasure))};
+  }
+
+ private:
+  // The Gram matrix of the keys on the short side, and the sum of squares of its square.
+  double square_norm() {
+    const Panels& keys = wide_ ? key_rows_ : key_columns_;
+    symmetric_product(keys, keys, 1.0f, 0.0f, nullptr, {nullptr, &gram_});
+    std::vector<double> sums(gram_.panels * (gram_.panels + 1) / 2);
+    symmetric_product(
+        gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t, const Tile& tile) {
+          sums[block] += (i == j ? 1.0 : 2.0) * sum_of_squares(tile);
+        });
+    return total(sums);
+  }
+
+  // Returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as they are packed.
+  double write(
+      const float* momentum, const float* grad, float retention, float erase, float* to) {
+    if (wide_) {
+      torch::stable::parallel_for(0, short_ * short_, 1, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) {
+          const int64_t i = block / short_, j = block % short_;
+          for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+            pack(
+                multiply(momentum_.panel(i) + strip, key_rows_.panel(j), momentum_.pairs),
+                recalled_.panel(i), strip, j * kPanel);
+          }
+        }
+      });
+    }
+    const Panels& left = wide_ ? recalled_ : momentum_;
+    const Panels& right = wide_ ? key_columns_ : gram_;
+    const Rows<const float> old{momentum, m_, n_}, fresh{grad, m_, n_};
+    const Rows<float> out{to, m_, n_};
+    std::vector<double> sums(long_);
+    torch::stable::parallel_for(0, long_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t at = first; at < last; ++at) {
+        for (int64_t other = 0; other < short_; ++other) {
+          const int64_t i = wide_ ? other : at, j = wide_ ? at : other;
+          for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+            const int64_t row = i * kPanel + strip, column = j * kPanel;
+            const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
+            sums[at] += sum_of_squares(erased);
+            const Tile kept = added(-erase, erased, scaled(retention, old.load(row, column)));
+            out.store(row, column, added(1.0f - retention, fresh.load(row, column), kept));
+          }
+        }
+      }
+    });
+    return std::sqrt(total(sums));
+  }
+
+  static double total(const std::vector<double>& sums) {
+    double sum = 0.0;
+    for (const double part : sums) sum += part;
+    return sum;
+  }
+
+  int64_t m_, n_;
+  bool wide_;
+  int64_t short_, long_; // in panels
+  Scratch scratch_;
+  Panels momentum_, key_rows_, key_columns_;
+  Panels gram_, recalled_;
+};
+
+} // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace {
+
+Tensor newton_schulz(
+    Tensor matrices, std::vector<std::vector<double>> coefficients, ScalarType dtype) {
+  check(matrices, "matrices");
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "newton_schulz multiplies in bfloat16 here");
+  STD_TORCH_CHECK(has_bfloat16_products(), "this processor lacks AVX512-BF16");
+  STD_TORCH_CHECK(matrices.dim() >= 2, "matrices must have at least two dimensions");
+  std::vector<Coefficients> steps;
+  for (const auto& abc : coefficients) {
+    STD_TORCH_CHECK(abc.size() == 3, "coefficients must be (a, b, c) of each step");
+    steps.push_back(
+        {static_cast<float>(abc[0]), static_cast<float>(abc[1]), static_cast<float>(abc[2])});
+  }
+  STD_TORCH_CHECK(!steps.empty(), "coefficients must be those of at least one step");
+  const Tensor from = torch::stable::contiguous(matrices);
+  Tensor to = torch::stable::empty_like(from);
+#ifdef DEEPOPT_AVX512_BF16
+  const int64_t rows = from.size(from.dim() - 2), columns = from.size(from.dim() - 1);
+  const int64_t size = rows * columns;
+  if (from.numel() == 0) return to;
+  const float* read = from.const_data_ptr<float>();
+  float* write = to.mutable_data_ptr<float>();
+  over_batch(from.numel() / size, [&](int64_t first, int64_t last) {
+    NewtonSchulz work(rows, columns);
+    for (int64_t b = first; b < last; ++b) work.run(read + b * size, write + b * size, steps);
+  });
+#endif
+  return to;
+}
+
+std::tuple<Tensor, Tensor, Tensor> delta_write(
+    Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, double rate, double retention) {
+  check(momentum, "momentum");
+  check(grad, "grad");
+  check(norm, "norm");
+  check(erasure, "erasure");
+  STD_TORCH_CHECK(has_bfloat16_products(), "this processor lacks AVX512-BF16");
+  STD_TORCH_CHECK(
+      momentum.dim() == 3 && grad.dim() == 3 && norm.dim() == 1 && erasure.dim() == 1,
+      "momentum and grad must be stacks of matrices, norm and erasure one number for each");
+  for (int64_t d = 0; d < 3; ++d) {
+    STD_TORCH_CHECK(momentum.size(d) == grad.size(d), "momentum and grad must be of one shape");
+  }
+  STD_TORCH_CHECK(
+      norm.size(0) == grad.size(0) && erasure.size(0) == grad.size(0),
+      "norm and erasure must have one number for every matrix");
+  const Tensor old = torch::stable::contiguous(momentum), fresh = torch::stable::contiguous(grad);
+  const Tensor old_norm = torch::stable::contiguous(norm);
+  const Tensor old_erasure = torch::stable::contiguous(erasure);
+  Tensor to = torch::stable::empty_like(old);
+  Tensor new_norm = torch::stable::empty_like(old_norm);
+  Tensor new_erasure = torch::stable::empty_like(old_erasure);
+#ifdef DEEPOPT_AVX512_BF16
+  const int64_t rows = old.size(1), columns = old.size(2), size = rows * columns;
+  const auto *m = old.const_data_ptr<float>(), *g = fresh.const_data_ptr<float>();
+  const auto *s = old_norm.const_data_ptr<float>(), *e = old_erasure.const_data_ptr<float>();
+  auto *new_m = to.mutable_data_ptr<float>(), *new_s = new_norm.mutable_data_ptr<float>();
+  auto* new_e = new_erasure.mutable_data_ptr<float>();
+  over_batch(old.size(0), [&](int64_t first, int64_t last) {
+    DeltaWrite work(rows, columns);
+    for (int64_t b = first; b < last; ++b) {
+      const auto average = work.run(
+          m + b * size, g + b * size, {s[b], e[b]}, retention, rate, new_m + b * size);
+      new_s[b] = average.norm;
+      new_e[b] = average.erasure;
+    }
+  });
+#endif
+  return {to, new_norm, new_erasure};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(deepopt, m) { m.def("has_bfloat16_products() -> bool"); }
+STABLE_TORCH_LIBRARY_IMPL(deepopt, CompositeExplicitAutograd, m) {
+  m.impl("has_bfloat16_products", TORCH_BOX(&has_bfloat16_products));
+}
+STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
+  m.impl("newton_schulz", TORCH_BOX(&newton_schulz));
+  m.impl("delta_write", TORCH_BOX(&delta_write));
+}

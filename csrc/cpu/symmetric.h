@@ -1,0 +1,407 @@
+// Matrix products in bfloat16 with float32 accumulation, for processors with AVX512-BF16.
+//
+// The one instruction that everything rests on, vdpbf16ps, takes sixteen pairs of bfloat16 from
+// each of two registers and adds the sixteen products of pairs to sixteen float32 sums. So operands
+// are packed such that what it wants lies together:
+//
+//   panel p of a matrix A holds its rows 32 p ... 32 p + 31. Word [t][i] of a panel is the pair
+//   (A[32 p + i][2 t], A[32 p + i][2 t + 1]); a panel is contiguous, t its slow index.
+//
+// A product of two packed matrices is A Bᵀ: both run over the same depth, and each tile of 8 rows
+// of A by 32 rows of B keeps its sixteen registers of sums from the first pair to the last. Sides
+// are padded with zeros to multiples of 32, so that nothing in here knows of tails but loading from
+// and storing to the caller's matrices.
+//
+// A product of a matrix with its own transpose, and of two symmetric matrices that commute, is
+// symmetric: only its lower triangle of 32 x 32 blocks is computed. As a symmetric matrix is an
+// operand again, every tile is written twice into the packed result, as it is and mirrored.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DEEPOPT_AVX512_BF16 1
+
+#include <immintrin.h>
+#include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+// gcc 12 takes the undefined operands inside its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace deepopt::bfloat16 {
+
+constexpr int64_t kPanel = 32; // rows of a panel
+constexpr int64_t kStrip = 8; // rows of a tile
+constexpr int64_t kBlock = kPanel * kPanel;
+
+inline int64_t panels_for(int64_t rows) {
+  return (rows + kPanel - 1) / kPanel;
+}
+
+// A packed matrix, which does not own its memory.
+struct Panels {
+  uint32_t* words;
+  int64_t panels, pairs; // rows / 32 and depth / 2, padded
+
+  uint32_t* panel(int64_t p) const {
+    return words + p * kPanel * pairs;
+  }
+};
+
+// Memory for panels and blocks, handed out in order. Large pages, because a first touch costs more
+// than what is done with the memory.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes + kPage) {
+    base_ = static_cast<char*>(std::aligned_alloc(kPage, (bytes_ + kPage - 1) / kPage * kPage));
+    if (!base_) throw std::bad_alloc();
+    madvise(base_, bytes_, MADV_HUGEPAGE); // only advice
+  }
+  ~Scratch() {
+    std::free(base_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  Panels panels(int64_t panels, int64_t depth_panels) {
+    const int64_t pairs = depth_panels * (kPanel / 2);
+    return {take<uint32_t>(panels * kPanel * pairs), panels, pairs};
+  }
+  float* blocks(int64_t panels) {
+    return take<float>(panels * (panels + 1) / 2 * kBlock);
+  }
+  static int64_t panels_bytes(int64_t panels, int64_t depth_panels) {
+    return panels * depth_panels * kBlock * 2;
+  }
+  static int64_t blocks_bytes(int64_t panels) {
+    return panels * (panels + 1) / 2 * kBlock * 4;
+  }
+
+ private:
+  static constexpr int64_t kPage = int64_t{1} << 21;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+    return taken;
+  }
+
+  int64_t bytes_, used_ = 0;
+  char* base_;
+};
+
+// 8 rows by 32 columns of float32, in registers.
+struct Tile {
+  __m512 at[kStrip][2];
+};
+
+// Rows `a` of one panel (from its first row on) times all 32 rows of panel `b`.
+inline Tile multiply(const uint32_t* a, const uint32_t* b, int64_t pairs) {
+  Tile sum;
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) sum.at[i][0] = sum.at[i][1] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < pairs; ++t, a += kPanel, b += kPanel) {
+    const auto left = (__m512bh)_mm512_loadu_si512(b);
+    const auto right = (__m512bh)_mm512_loadu_si512(b + 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < kStrip; ++i) {
+      const auto pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
+      sum.at[i][0] = _mm512_dpbf16_ps(sum.at[i][0], left, pair);
+      sum.at[i][1] = _mm512_dpbf16_ps(sum.at[i][1], right, pair);
+    }
+  }
+  return sum;
+}
+
+// Two rows of a tile as packed words: (upper, lower) side by side, one word per column.
+inline __m512i paired(__m512 upper, __m512 lower) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(upper));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(lower));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Packs a tile mirrored: its columns are rows of `panel`, its rows lie along the depth.
+inline void pack_mirrored(const Tile& tile, uint32_t* panel, int64_t first_row) {
+  uint32_t* words = panel + first_row / 2 * kPanel;
+#pragma GCC unroll 4
+  for (int i = 0; i < kStrip; i += 2, words += kPanel) {
+    _mm512_storeu_si512(words, paired(tile.at[i][0], tile.at[i + 1][0]));
+    _mm512_storeu_si512(words + 16, paired(tile.at[i][1], tile.at[i + 1][1]));
+  }
+}
+
+// Packs a tile as it is: its rows are rows `strip` ... `strip` + 7 of `panel`, its columns lie along
+// the depth from `first_column` on. A transposition of 8 x 16 words.
+inline void pack(const Tile& tile, uint32_t* panel, int64_t strip, int64_t first_column) {
+  __m512i row[kStrip], twos[kStrip], fours[kStrip];
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+    row[i] = (__m512i)_mm512_cvtne2ps_pbh(tile.at[i][1], tile.at[i][0]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kStrip; i += 2) {
+    twos[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]); // columns 0, 1 of each 128 bits
+    twos[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]); // columns 2, 3
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kStrip; i += 4) { // fours[i + c]: column c of each 128 bits, rows i ... i + 3
+    fours[i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(twos[i + 1], twos[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(twos[i + 1], twos[i + 3]);
+  }
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  uint32_t* words = panel + first_column / 2 * kPanel + strip;
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) { // word column 4 l + c lies in 128 bits number l
+    const __m512i low = _mm512_permutex2var_epi64(fours[c], front, fours[4 + c]);
+    const __m512i high = _mm512_permutex2var_epi64(fours[c], back, fours[4 + c]);
+    const auto store = [&](int column, __m256i eight) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + column * kPanel), eight);
+    };
+    store(c, _mm512_castsi512_si256(low));
+    store(4 + c, _mm512_extracti64x4_epi64(low, 1));
+    store(8 + c, _mm512_castsi512_si256(high));
+    store(12 + c, _mm512_extracti64x4_epi64(high, 1));
+  }
+}
+
+// The tile that pack_mirrored() wrote.
+inline Tile unpack_mirrored(const uint32_t* panel, int64_t first_row) {
+  const uint32_t* words = panel + first_row / 2 * kPanel;
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  Tile tile;
+#pragma GCC unroll 4
+  for (int i = 0; i < kStrip; i += 2, words += kPanel) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512i pairs = _mm512_loadu_si512(words + 16 * half);
+      tile.at[i][half] = (__m512)_mm512_slli_epi32(pairs, 16);
+      tile.at[i + 1][half] = (__m512)_mm512_and_si512(pairs, high);
+    }
+  }
+  return tile;
+}
+
+// A row-major float32 matrix of the caller. Beyond its sides it reads as zero and is not written.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t rows, columns;
+
+  __mmask16 mask(int64_t row, int64_t column) const {
+    const int64_t left = row < rows ? std::clamp<int64_t>(columns - column, 0, 16) : 0;
+    return static_cast<__mmask16>((1u << left) - 1);
+  }
+  Tile load(int64_t row, int64_t column) const {
+    Tile tile;
+    const T* at = data + row * columns + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < kStrip; ++i, at += columns) {
+      tile.at[i][0] = _mm512_maskz_loadu_ps(mask(row + i, column), at);
+      tile.at[i][1] = _mm512_maskz_loadu_ps(mask(row + i, column + 16), at + 16);
+    }
+    return tile;
+  }
+  void store(int64_t row, int64_t column, const Tile& tile) const {
+    T* at = data + row * columns + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < kStrip; ++i, at += columns) {
+      _mm512_mask_storeu_ps(at, mask(row + i, column), tile.at[i][0]);
+      _mm512_mask_storeu_ps(at + 16, mask(row + i, column + 16), tile.at[i][1]);
+    }
+  }
+};
+
+// A number beside a float32 whose square, or reciprocal, may not be one: the product of both is
+// 1 / norm, and neither leaves the range.
+struct Reciprocal {
+  float first, second;
+
+  explicit Reciprocal(double norm) {
+    int exponent = 0;
+    std::frexp(norm, &exponent);
+    first = norm > 0.0 ? static_cast<float>(std::ldexp(1.0, -exponent / 2)) : 0.0f;
+    second = norm > 0.0 ? static_cast<float>(std::ldexp(1.0, exponent / 2) / norm) : 0.0f;
+    if (!(norm < INFINITY)) first = second = NAN;
+  }
+};
+
+inline double sum_of_squares(const float* data, int64_t count) {
+  __m512d sums[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(),
+                     _mm512_setzero_pd()};
+  for (int64_t i = 0; i < count; i += 32) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const int64_t left = std::clamp<int64_t>(count - i - 8 * k, 0, 8);
+      const auto mask = static_cast<__mmask8>((1u << left) - 1);
+      const __m512d x = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, data + i + 8 * k));
+      sums[k] = _mm512_fmadd_pd(x, x, sums[k]);
+    }
+  }
+  return _mm512_reduce_add_pd(
+      _mm512_add_pd(_mm512_add_pd(sums[0], sums[1]), _mm512_add_pd(sums[2], sums[3])));
+}
+
+inline double sum_of_squares(const Tile& tile) {
+  __m512d sum = _mm512_setzero_pd();
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(tile.at[i][half]));
+      const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(tile.at[i][half], 1));
+      sum = _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, sum));
+    }
+  }
+  return _mm512_reduce_add_pd(sum);
+}
+
+// a x + y
+inline Tile added(float a, const Tile& x, const Tile& y) {
+  const __m512 factor = _mm512_set1_ps(a);
+  Tile sum;
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+    sum.at[i][0] = _mm512_fmadd_ps(factor, x.at[i][0], y.at[i][0]);
+    sum.at[i][1] = _mm512_fmadd_ps(factor, x.at[i][1], y.at[i][1]);
+  }
+  return sum;
+}
+
+inline Tile scaled(float a, const Tile& x) {
+  const __m512 factor = _mm512_set1_ps(a);
+  Tile product;
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+    product.at[i][0] = _mm512_mul_ps(factor, x.at[i][0]);
+    product.at[i][1] = _mm512_mul_ps(factor, x.at[i][1]);
+  }
+  return product;
+}
+
+// Adds to the diagonal of a block, of which `x` is the strip from row `strip` on.
+inline Tile shifted(float shift, const Tile& x, int64_t strip) {
+  const __m512 number = _mm512_set1_ps(shift);
+  Tile sum;
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+    const uint32_t bit = uint32_t{1} << (strip + i);
+    sum.at[i][0] = _mm512_mask_add_ps(x.at[i][0], static_cast<__mmask16>(bit), x.at[i][0], number);
+    sum.at[i][1] =
+        _mm512_mask_add_ps(x.at[i][1], static_cast<__mmask16>(bit >> 16), x.at[i][1], number);
+  }
+  return sum;
+}
+
+// A strip of a block of 32 x 32 float32.
+inline Tile load(const float* at) {
+  Tile tile;
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+    tile.at[i][0] = _mm512_loadu_ps(at + i * kPanel);
+    tile.at[i][1] = _mm512_loadu_ps(at + i * kPanel + 16);
+  }
+  return tile;
+}
+
+inline void store(float* at, const Tile& tile) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+    _mm512_storeu_ps(at + i * kPanel, tile.at[i][0]);
+    _mm512_storeu_ps(at + i * kPanel + 16, tile.at[i][1]);
+  }
+}
+
+// Packs M / ‖M‖: into `rows`, panels of its rows, and into `columns`, panels of its columns. Either
+// may be null.
+inline void pack_matrix(
+    Rows<const float> matrix, double norm, const Panels* rows, const Panels* columns) {
+  const Reciprocal factor(norm);
+  torch::stable::parallel_for(0, panels_for(matrix.rows), 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      for (int64_t column = 0; column < panels_for(matrix.columns) * kPanel; column += kPanel) {
+        for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+          const int64_t row = p * kPanel + strip;
+          const Tile tile =
+              scaled(factor.second, scaled(factor.first, matrix.load(row, column)));
+          if (rows) pack(tile, rows->panel(p), strip, column);
+          if (columns) pack_mirrored(tile, columns->panel(column / kPanel), row);
+        }
+      }
+    }
+  });
+}
+
+// Calls use(block, I, J, strip, tile) for every tile in the lower triangle of blocks of A Bᵀ, which
+// must be symmetric. `block` counts them: row of blocks by row of blocks.
+template <class Use>
+void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
+  const int64_t count = a.panels * (a.panels + 1) / 2;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    int64_t i = 0;
+    while ((i + 1) * (i + 2) / 2 <= first) ++i;
+    for (int64_t block = first, j = first - i * (i + 1) / 2; block < last; ++block) {
+      for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+        use(block, i, j, strip, multiply(a.panel(i) + strip, b.panel(j), a.pairs));
+      }
+      if (++j > i) ++i, j = 0;
+    }
+  });
+}
+
+// Where a symmetric matrix is put: as blocks of float32, packed, or both; with `shift` added to its
+// diagonal.
+struct Target {
+  float* blocks = nullptr;
+  const Panels* packed = nullptr;
+  float shift = 0.0f;
+
+  void put(int64_t block, int64_t i, int64_t j, int64_t strip, Tile tile) const {
+    if (shift != 0.0f && i == j) tile = shifted(shift, tile, strip);
+    if (blocks) store(blocks + block * kBlock + strip * kPanel, tile);
+    if (packed) {
+      pack(tile, packed->panel(i), strip, j * kPanel);
+      if (i != j) pack_mirrored(tile, packed->panel(j), i * kPanel + strip);
+    }
+  }
+};
+
+// alpha A Bᵀ + beta C, symmetric, C as blocks.
+inline void symmetric_product(
+    const Panels& a, const Panels& b, float alpha, float beta, const float* c, const Target& target,
+    const Target& second = {}) {
+  symmetric_product(
+      a, b, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& product) {
+        Tile tile = alpha == 1.0f ? product : scaled(alpha, product);
+        if (c) tile = added(beta, load(c + block * kBlock + strip * kPanel), tile);
+        target.put(block, i, j, strip, tile);
+        if (second.blocks || second.packed) second.put(block, i, j, strip, tile);
+      });
+}
+
+} // namespace deepopt::bfloat16
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif // x86-64

@@ -1,0 +1,66 @@
+"""The write of the delta memory: a Gram matrix, its norm, and what the momentum recalls."""
+
+import torch
+from torch import Tensor
+
+from deepopt.ops.operator import operator
+from deepopt.ops.products import multiplies_bfloat16
+from deepopt.ops.step_size import frobenius, running_root
+
+
+@operator(
+    "(Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, float rate, float retention)"
+    " -> (Tensor, Tensor, Tensor)",
+    supports=lambda momentum, grad, norm, erasure, rate, retention: (
+        multiplies_bfloat16(momentum)
+        and multiplies_bfloat16(grad)
+        and isinstance(retention, float)
+        and norm.dtype == erasure.dtype == torch.float32
+    ),
+)
+def delta_write(
+    momentum: Tensor,
+    grad: Tensor,
+    norm: Tensor,
+    erasure: Tensor,
+    rate: float,
+    retention: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Forget what the keys of a gradient recall from the momentum, and take the gradient in.
+
+    .. math::
+        \bar\sigma &= \|G\,G^\top G\,G^\top\|_F^{1/4}, \qquad
+        s \leftarrow \sqrt{0.9\, s^2 + 0.1\, \bar\sigma^2}, \qquad K = G / \max(s, \bar\sigma) \\
+        M &\leftarrow \beta M - \eta\, M K^\top K + (1-\beta)\, G, \qquad
+        \varepsilon \leftarrow 0.9\,\varepsilon + 0.1\,\eta\,\|M K^\top K\|_F / \|M\|_F
+
+    Args:
+        momentum: M, shape (B, m, n).
+        grad: G, of the same shape.
+        norm: s, shape (B,).
+        erasure: ε, shape (B,).
+        rate: η, in [0, 1].
+        retention: β.
+
+    Returns:
+        The new M, s and ε.
+
+    Cost, with r and R the short and the long side, in units of 2 r²R FLOPs: one symmetric product,
+    r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16:
+    keys and momentum as operands are rounded to it, the momentum itself is not; the norm is rounded
+    up by as much, so that no key exceeds one.
+    """
+    info = torch.finfo(grad.dtype)
+    # Powers of a singular value leave float32's range long before the value does: keys are
+    # relative to the largest entry, and norms are squared relative to the larger of the two.
+    scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
+    keys = grad / scale[:, None, None]
+    wide = grad.shape[-2] < grad.shape[-1]
+    gram = keys @ keys.mT if wide else keys.mT @ keys
+    bound = (torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale).clamp_max(info.max)
+    norm = running_root(norm, bound, 0.1)
+    ratio = (scale / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
+    erased = (momentum @ keys.mT) @ keys if wide else momentum @ gram
+    erased = erased * (rate * ratio)[:, None, None]
+    share = frobenius(erased) / frobenius(momentum).clamp_min(info.tiny)
+    return retention * momentum - erased + (1 - retention) * grad, norm, erasure.lerp(share, 0.1)
