@@ -69,8 +69,9 @@ void over_batch(int64_t batch, const Body& body) {
 
 // Newton-Schulz of m x n matrices, with the memory for it.
 //
-// Written for X = M or Mᵀ with the short side first, everything happens on G = X Xᵀ. The matrix is
-// held twice, as panels of rows and of columns: one multiplies with G, the other makes it.
+// Written for X = M or Mᵀ with the short side first: a step is X ← R X with R = a I + P and
+// P = b G + c G², where G = X Xᵀ. The matrix is held twice, as panels of rows and of columns: one
+// multiplies with R, the other makes G.
 class NewtonSchulz {
  public:
   NewtonSchulz(int64_t rows, int64_t columns)
@@ -81,69 +82,83 @@ class NewtonSchulz {
         long_(panels_for(std::max(rows, columns))),
         scratch_(
             2 * Scratch::panels_bytes(short_, long_) + 4 * Scratch::panels_bytes(short_, short_) +
-            3 * Scratch::blocks_bytes(short_) + 9 * 64),
+            Scratch::blocks_bytes(short_)),
         rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
-        columns_(scratch_.panels(panels_for(n_), panels_for(m_))) {
-    for (Panels* packed : {&gram_, &change_, &factor_, &spare_}) {
-      *packed = scratch_.panels(short_, short_);
-    }
-    for (float** blocks : {&gram32_, &factor32_, &spare32_}) *blocks = scratch_.blocks(short_);
-  }
+        columns_(scratch_.panels(panels_for(n_), panels_for(m_))),
+        gram_(scratch_.panels(short_, short_)),
+        change_(scratch_.panels(short_, short_)),
+        factor_(scratch_.panels(short_, short_)),
+        product_(scratch_.panels(short_, short_)),
+        gram32_(scratch_.blocks(short_)) {}
 
   void run(const float* from, float* to, const std::vector<Coefficients>& coefficients) {
     pack_matrix({from, m_, n_}, std::sqrt(sum_of_squares(from, m_ * n_)), &rows_, &columns_);
     const auto steps = static_cast<int64_t>(coefficients.size());
     for (int64_t step = 0; step < steps;) {
-      const int64_t count = steps_on_gram(step, steps);
-      iterate(coefficients.data() + step, count);
-      step += count;
-      const float own = count == 1 ? coefficients[step - 1][0] : 0.0f;
-      multiply_by(count == 1 ? change_ : factor_, own, step == steps ? to : nullptr);
+      const Coefficients& abc = coefficients[step];
+      if (two_at_once(step, steps)) {
+        const Panels& factor = two_steps(abc, coefficients[step + 1]);
+        step += 2;
+        multiply_by(factor, 0.0f, step == steps ? to : nullptr);
+      } else {
+        const Panels& change = one_step(abc);
+        step += 1;
+        multiply_by(change, abc[0], step == steps ? to : nullptr);
+      }
     }
   }
 
  private:
-  // How many steps to take on G before X follows, one or two. Products on the long side, X Xᵀ and
-  // Q X, cost the aspect ratio a and those on the short side 1, symmetric ones half of that: two
-  // steps on one G cost 3/2 a + 5/2 in place of 3 a + 1. What G loses to rounding against the true
-  // X Xᵀ grows from step to step, and only a new G corrects it. That is why it is never three, and
-  // why it is one in the middle: there singular values lie up to the edge beyond which the
+  // Whether this step and the next are taken on G before X follows. Products on the long side,
+  // X Xᵀ and R X, cost the aspect ratio r and those on the short side 1, symmetric ones half of
+  // that: two steps on one G cost 3/2 r + 5/2 in place of 3 r + 1. But what G loses to rounding
+  // against the true X Xᵀ grows from step to step, and only a new G corrects it. So it is never
+  // three, and one in the middle: there singular values lie up to the edge beyond which the
   // polynomial of the next step grows without bound, and they must not be pushed over it.
-  int64_t steps_on_gram(int64_t step, int64_t steps) const {
-    if (4 * std::max(m_, n_) < 5 * std::min(m_, n_)) return 1;
-    const bool first = step == 0 && steps >= 2, last = step == steps - 2 && steps >= 5;
-    return first || last ? 2 : 1;
+  bool two_at_once(int64_t step, int64_t steps) const {
+    if (4 * std::max(m_, n_) < 5 * std::min(m_, n_) || steps < 5) return false;
+    return step == 0 || step == steps - 2;
   }
 
-  // The steps X ← (a I + P) X, P = b G + c G², on G = X Xᵀ alone: leaves the product of all
-  // a I + P in factor_; for one step, P in change_. All are polynomials in G, so they commute and
-  // every product is symmetric.
+  // Returns P, for X ← a X + P X.
+  const Panels& one_step(const Coefficients& abc) {
+    make_gram();
+    make_change(abc, {nullptr, &change_});
+    return change_;
+  }
+
+  // Returns R' R, for the R of this step and the R' of the next, whose G' is R G R. All of them are
+  // polynomials in G, so they commute and every product is symmetric.
   //
-  // G and the factor stay in float32, and a G + P G takes its first term from there: operands are
-  // rounded, but rounded errors meet small eigenvalues only after P, which is as small as they are,
-  // has been multiplied on. Rounding (a I + P) instead would turn them negative.
-  void iterate(const Coefficients* coefficients, int64_t count) {
+  // R G is a G + P G with its first term in float32: small eigenvalues of G meet no rounding but
+  // that of P G, in which P is as small as they are. They would not survive that of R G, to be
+  // made sixty-fold by R². All other products are of R, as large eigenvalues, for which a and P
+  // nearly cancel, want them.
+  const Panels& two_steps(const Coefficients& abc, const Coefficients& next) {
+    make_gram();
+    make_change(abc, {nullptr, &change_}, {nullptr, &factor_, abc[0]});
+    symmetric_product(change_, gram_, {nullptr, &product_}, abc[0], gram32_);
+    symmetric_product(factor_, product_, {gram32_, &gram_});
+    make_change(next, {nullptr, &change_, next[0]});
+    symmetric_product(change_, factor_, {nullptr, &product_});
+    return product_;
+  }
+
+  void make_gram() {
     const Panels& x = wide_ ? rows_ : columns_;
-    symmetric_product(x, x, 1.0f, 0.0f, nullptr, {gram32_, &gram_});
-    for (int64_t step = 0; step < count; ++step) {
-      const auto [a, b, c] = coefficients[step];
-      const bool last = step == count - 1;
-      if (step > 0 || count == 1) {
-        symmetric_product(gram_, gram_, c, b, gram32_, {nullptr, &change_});
-      } else {
-        symmetric_product(
-            gram_, gram_, c, b, gram32_, {nullptr, &change_}, {factor32_, &factor_, a});
-      }
-      if (step > 0) {
-        symmetric_product(
-            change_, factor_, 1.0f, a, factor32_, {last ? nullptr : factor32_, &spare_});
-        std::swap(factor_, spare_);
-      }
-      if (!last) {
-        symmetric_product(change_, gram_, 1.0f, a, gram32_, {spare32_, &spare_});
-        symmetric_product(change_, spare_, 1.0f, a, spare32_, {gram32_, &gram_});
-      }
-    }
+    symmetric_product(x, x, {gram32_, &gram_});
+  }
+
+  // P = b G + c G², of G as it was rounded both times: of a G that is a little wrong R is a little
+  // wrong, but where R is at its smallest and flat a mixture of two G would not cancel.
+  void make_change(const Coefficients& abc, const Target& target, const Target& second = {}) {
+    symmetric_product(
+        gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& square) {
+          const Tile gram = rounded(load(gram32_ + block * kBlock + strip * kPanel));
+          const Tile change = added(abc[1], gram, scaled(abc[2], square));
+          target.put(block, i, j, strip, change);
+          if (second.packed) second.put(block, i, j, strip, change);
+        });
   }
 
   // X ← own X + factor X, packed again or, where `to` is given, only into the caller's matrix.
@@ -181,8 +196,8 @@ class NewtonSchulz {
   int64_t short_, long_; // in panels
   Scratch scratch_;
   Panels rows_, columns_;
-  Panels gram_, change_, factor_, spare_;
-  float *gram32_, *factor32_, *spare32_;
+  Panels gram_, change_, factor_, product_;
+  float* gram32_;
 };
 
 // M ← retention M - rate M Kᵀ K + (1 - retention) G, with the memory for it.
@@ -195,8 +210,8 @@ class DeltaWrite {
         short_(panels_for(std::min(rows, columns))),
         long_(panels_for(std::max(rows, columns))),
         scratch_(
-            3 * Scratch::panels_bytes(short_, long_) + 2 * Scratch::panels_bytes(short_, short_) +
-            5 * 64),
+            3 * Scratch::panels_bytes(short_, long_) +
+            2 * Scratch::panels_bytes(short_, short_)),
         momentum_(scratch_.panels(panels_for(m_), panels_for(n_))),
         key_rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
         key_columns_(scratch_.panels(panels_for(n_), panels_for(m_))),
@@ -236,7 +251,7 @@ class DeltaWrite {
   // The Gram matrix of the keys on the short side, and the sum of squares of its square.
   double square_norm() {
     const Panels& keys = wide_ ? key_rows_ : key_columns_;
-    symmetric_product(keys, keys, 1.0f, 0.0f, nullptr, {nullptr, &gram_});
+    symmetric_product(keys, keys, {nullptr, &gram_});
     std::vector<double> sums(gram_.panels * (gram_.panels + 1) / 2);
     symmetric_product(
         gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t, const Tile& tile) {

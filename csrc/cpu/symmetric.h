@@ -297,6 +297,20 @@ inline Tile scaled(float a, const Tile& x) {
   return product;
 }
 
+// As it comes out of packing and unpacking.
+inline Tile rounded(const Tile& x) {
+  Tile tile;
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const auto narrow = (__m256i)_mm512_cvtneps_pbh(x.at[i][half]);
+      tile.at[i][half] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+    }
+  }
+  return tile;
+}
+
 // Adds to the diagonal of a block, of which `x` is the strip from row `strip` on.
 inline Tile shifted(float shift, const Tile& x, int64_t strip) {
   const __m512 number = _mm512_set1_ps(shift);
@@ -384,16 +398,15 @@ struct Target {
   }
 };
 
-// alpha A Bᵀ + beta C, symmetric, C as blocks.
+// A Bᵀ + c C, symmetric, C as blocks or nothing.
 inline void symmetric_product(
-    const Panels& a, const Panels& b, float alpha, float beta, const float* c, const Target& target,
-    const Target& second = {}) {
+    const Panels& a, const Panels& b, const Target& target, float c = 0.0f,
+    const float* addend = nullptr) {
   symmetric_product(
       a, b, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& product) {
-        Tile tile = alpha == 1.0f ? product : scaled(alpha, product);
-        if (c) tile = added(beta, load(c + block * kBlock + strip * kPanel), tile);
+        Tile tile = product;
+        if (addend) tile = added(c, load(addend + block * kBlock + strip * kPanel), tile);
         target.put(block, i, j, strip, tile);
-        if (second.blocks || second.packed) second.put(block, i, j, strip, tile);
       });
 }
 
