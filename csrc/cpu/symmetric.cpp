@@ -167,8 +167,8 @@ class NewtonSchulz {
     const Panels& longs = wide_ ? columns_ : rows_;
     const Rows<float> out{to, m_, n_};
     torch::stable::parallel_for(0, long_, 1, [&](int64_t first, int64_t last) {
-      Scratch memory(to ? 0 : Scratch::panels_bytes(1, short_));
-      const Panels fresh = memory.panels(to ? 0 : 1, short_);
+      Scratch memory(Scratch::panels_bytes(1, short_));
+      const Panels fresh = memory.panels(1, short_);
       for (int64_t at = first; at < last; ++at) {
         for (int64_t other = 0; other < short_; ++other) {
           const int64_t i = wide_ ? other : at, j = wide_ ? at : other;

@@ -63,14 +63,16 @@ struct Panels {
   }
 };
 
-// Memory for panels and blocks, handed out in order. Large pages, because a first touch costs more
-// than what is done with the memory.
+// Memory for panels and blocks, handed out in order. In large pages where it is large: to touch
+// small ones for the first time takes as long as a product.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : bytes_(bytes + kPage) {
-    base_ = static_cast<char*>(std::aligned_alloc(kPage, (bytes_ + kPage - 1) / kPage * kPage));
+  explicit Scratch(int64_t bytes) {
+    const int64_t unit = bytes < kPage ? 64 : kPage;
+    bytes = (bytes + unit - 1) / unit * unit;
+    base_ = static_cast<char*>(std::aligned_alloc(unit, bytes));
     if (!base_) throw std::bad_alloc();
-    madvise(base_, bytes_, MADV_HUGEPAGE); // only advice
+    if (unit == kPage) madvise(base_, bytes, MADV_HUGEPAGE);
   }
   ~Scratch() {
     std::free(base_);
@@ -98,12 +100,12 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     T* taken = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+    used_ += count * int64_t{sizeof(T)}; // a multiple of 64, as blocks and panels are
     return taken;
   }
 
-  int64_t bytes_, used_ = 0;
   char* base_;
+  int64_t used_ = 0;
 };
 
 // 8 rows by 32 columns of float32, in registers.

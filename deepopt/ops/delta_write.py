@@ -14,7 +14,7 @@ from deepopt.ops.step_size import frobenius, running_root
     supports=lambda momentum, grad, norm, erasure, rate, retention: (
         multiplies_bfloat16(momentum)
         and multiplies_bfloat16(grad)
-        and isinstance(retention, float)
+        and isinstance(retention, int | float)
         and norm.dtype == erasure.dtype == torch.float32
     ),
 )

@@ -22,8 +22,11 @@ Coefficients = Sequence[tuple[float, float, float]]
 def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
     """Replace every matrix by (nearly) its nearest semi-orthogonal one, U Vᵀ of its SVD U S Vᵀ.
 
-    Each step is X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X, on the short side of the matrix, from
-    X = M / ‖M‖. The result does not depend on the scale of M; a zero matrix stays zero.
+    Each step is X ← R X with R = a I + b G + c G² and G = X Xᵀ, on the short side of the matrix,
+    from X = M / ‖M‖. The result does not depend on the scale of M; a zero matrix stays zero.
+
+    The first two steps, and the last two of five or more, may be taken on G alone where the matrix
+    is long enough for that to be cheaper: G of the second is R G R, and X follows once.
 
     Args:
         matrices: shape (..., m, n).
@@ -32,6 +35,10 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
 
     Returns:
         A new tensor like ``matrices``, in its dtype.
+
+    Cost, with r the ratio of the long side to the short one, in products of the short side's size:
+    2 r + 1 per step, or 4 for the second of two on one G. Kernels compute symmetric products by
+    half, which leaves 3/2 r + 1/2 and 2.
     """
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     # Two divisions, because the square of an entry may leave the range that the entry is in.
@@ -40,12 +47,31 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     x = (x / norm.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
-    for a, b, c in coefficients:
+    # Products that come out in bfloat16 round what two steps on one G must not lose.
+    long = 2 * x.shape[-1] > 3 * x.shape[-2] and dtype in (torch.float32, torch.float64)
+    step, steps = 0, len(coefficients)
+    while step < steps:
+        a, b, c = coefficients[step]
         gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
+        factor = _quadratic(gram, b, c)
+        if long and steps >= 5 and step in (0, steps - 2):
+            product = torch.baddbmm(gram, factor, gram, beta=a)
+            gram = torch.baddbmm(product, factor, product, beta=a)
+            step += 1
+            following = _quadratic(gram, *coefficients[step][1:])
+            following.diagonal(dim1=-2, dim2=-1).add_(coefficients[step][0])
+            x = torch.baddbmm(following, following, factor, beta=a) @ x
+        else:
+            x = torch.baddbmm(x, factor, x, beta=a)
+        step += 1
     x = x.reshape(shape).to(matrices.dtype)
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+def _quadratic(gram: Tensor, b: float, c: float) -> Tensor:
+    """b G + c G², shape (B, r, r)."""
+    # torch 2.13 forgets beta in bfloat16 on the CPU where alpha is 0.
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else gram * b
 
 
 @functools.lru_cache

@@ -1,28 +1,29 @@
 """Where the matrix kernels of the CPU multiply in bfloat16."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 SHORTEST = 64
 """Short side from which on products are worth rounding their operands for."""
 
+_there = False
 
-@functools.cache
-def _has_kernels() -> bool:
+
+def find_kernels() -> None:
+    """Ask the extension, once it is loaded, whether its matrix kernels run on this processor.
+
+    They want AVX512-BF16, and leave processors with AMX, which is faster, to torch's own products.
+    """
+    global _there
     probe = getattr(torch.ops.deepopt, "has_bfloat16_products", None)
-    return probe is not None and probe()
+    _there = probe is not None and probe()
 
 
 def multiplies_bfloat16(matrices: Tensor) -> bool:
-    """Whether the CPU's kernels take these matrices: float32, not small, AVX512-BF16 at hand.
-
-    Where there is no such kernel, or the processor has AMX, torch's own products serve.
-    """
+    """Whether the kernels are there and take these matrices: float32, on the CPU, not small."""
     return (
-        matrices.dtype == torch.float32
-        and min(matrices.shape[-2:]) >= SHORTEST
+        _there
+        and matrices.dtype == torch.float32
         and matrices.device.type == "cpu"
-        and _has_kernels()
+        and min(matrices.shape[-2:]) >= SHORTEST
     )
