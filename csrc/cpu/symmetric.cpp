@@ -40,7 +40,7 @@ void check(const Tensor& tensor, const char* name) {
       " must be a float32 tensor on the CPU");
 }
 
-} // namespace
+}  // namespace
 
 #ifdef DEEPOPT_AVX512_BF16
 #if defined(__clang__)
@@ -193,7 +193,7 @@ class NewtonSchulz {
 
   int64_t m_, n_;
   bool wide_;
-  int64_t short_, long_; // in panels
+  int64_t short_, long_;  // in panels
   Scratch scratch_;
   Panels rows_, columns_;
   Panels gram_, change_, factor_, product_;
@@ -237,7 +237,7 @@ class DeltaWrite {
     const double norm = std::min(bound * grad_norm, largest);
     const double average = std::sqrt(0.9 * old.norm * old.norm + 0.1 * norm * norm);
     const double divisor = std::max(average, norm);
-    const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor; // NaN stays NaN
+    const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor;  // NaN stays NaN
     const double erase = rate * ratio * ratio;
     const double erased = write(
         momentum, grad, static_cast<float>(retention), static_cast<float>(erase * momentum_norm),
@@ -305,13 +305,13 @@ class DeltaWrite {
 
   int64_t m_, n_;
   bool wide_;
-  int64_t short_, long_; // in panels
+  int64_t short_, long_;  // in panels
   Scratch scratch_;
   Panels momentum_, key_rows_, key_columns_;
   Panels gram_, recalled_;
 };
 
-} // namespace
+}  // namespace
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -392,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
   return {to, new_norm, new_erasure};
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deepopt, m) { m.def("has_bfloat16_products() -> bool"); }
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CompositeExplicitAutograd, m) {

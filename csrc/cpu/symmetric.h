@@ -45,8 +45,8 @@
 
 namespace deepopt::bfloat16 {
 
-constexpr int64_t kPanel = 32; // rows of a panel
-constexpr int64_t kStrip = 8; // rows of a tile
+constexpr int64_t kPanel = 32;  // rows of a panel
+constexpr int64_t kStrip = 8;  // rows of a tile
 constexpr int64_t kBlock = kPanel * kPanel;
 
 inline int64_t panels_for(int64_t rows) {
@@ -56,7 +56,7 @@ inline int64_t panels_for(int64_t rows) {
 // A packed matrix, which does not own its memory.
 struct Panels {
   uint32_t* words;
-  int64_t panels, pairs; // rows / 32 and depth / 2, padded
+  int64_t panels, pairs;  // rows / 32 and depth / 2, padded
 
   uint32_t* panel(int64_t p) const {
     return words + p * kPanel * pairs;
@@ -100,7 +100,7 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     T* taken = reinterpret_cast<T*>(base_ + used_);
-    used_ += count * int64_t{sizeof(T)}; // a multiple of 64, as blocks and panels are
+    used_ += count * int64_t{sizeof(T)};  // a multiple of 64, as blocks and panels are
     return taken;
   }
 
@@ -158,11 +158,11 @@ inline void pack(const Tile& tile, uint32_t* panel, int64_t strip, int64_t first
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kStrip; i += 2) {
-    twos[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]); // columns 0, 1 of each 128 bits
-    twos[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]); // columns 2, 3
+    twos[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);  // columns 0, 1 of each 128 bits
+    twos[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);  // columns 2, 3
   }
 #pragma GCC unroll 2
-  for (int i = 0; i < kStrip; i += 4) { // fours[i + c]: column c of each 128 bits, rows i ... i + 3
+  for (int i = 0; i < kStrip; i += 4) {  // fours[i + c]: column c of each 128 bits, rows i ... i + 3
     fours[i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
     fours[i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
     fours[i + 2] = _mm512_unpacklo_epi64(twos[i + 1], twos[i + 3]);
@@ -172,7 +172,7 @@ inline void pack(const Tile& tile, uint32_t* panel, int64_t strip, int64_t first
   const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   uint32_t* words = panel + first_column / 2 * kPanel + strip;
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) { // word column 4 l + c lies in 128 bits number l
+  for (int c = 0; c < 4; ++c) {  // word column 4 l + c lies in 128 bits number l
     const __m512i low = _mm512_permutex2var_epi64(fours[c], front, fours[4 + c]);
     const __m512i high = _mm512_permutex2var_epi64(fours[c], back, fours[4 + c]);
     const auto store = [&](int column, __m256i eight) {
@@ -412,11 +412,11 @@ inline void symmetric_product(
       });
 }
 
-} // namespace deepopt::bfloat16
+}  // namespace deepopt::bfloat16
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-#endif // x86-64
+#endif  // x86-64
