@@ -111,13 +111,14 @@ class NewtonSchulz {
  private:
   // Whether this step and the next are taken on G before X follows. Products on the long side,
   // X Xᵀ and R X, cost the aspect ratio r and those on the short side 1, symmetric ones half of
-  // that: two steps on one G cost 3/2 r + 5/2 in place of 3 r + 1. But what G loses to rounding
-  // against the true X Xᵀ grows from step to step, and only a new G corrects it. So it is never
-  // three, and one in the middle: there singular values lie up to the edge beyond which the
-  // polynomial of the next step grows without bound, and they must not be pushed over it.
+  // that: two steps on one G cost 3/2 r + 5/2 in place of 3 r + 1.
+  //
+  // But G loses to rounding against the true X Xᵀ, and more with every step, and only a new G
+  // corrects it. So it is never three steps, and only the last two: before, singular values lie up
+  // to the edge beyond which the polynomial of the next step grows without bound, one hundredth
+  // away. Where few rows carry a matrix, their rounding does not average out and pushes them over.
   bool two_at_once(int64_t step, int64_t steps) const {
-    if (4 * std::max(m_, n_) < 5 * std::min(m_, n_) || steps < 5) return false;
-    return step == 0 || step == steps - 2;
+    return 4 * std::max(m_, n_) >= 5 * std::min(m_, n_) && steps >= 5 && step == steps - 2;
   }
 
   // Returns P, for X ← a X + P X.
@@ -131,9 +132,8 @@ class NewtonSchulz {
   // polynomials in G, so they commute and every product is symmetric.
   //
   // R G is a G + P G with its first term in float32: small eigenvalues of G meet no rounding but
-  // that of P G, in which P is as small as they are. They would not survive that of R G, to be
-  // made sixty-fold by R². All other products are of R, as large eigenvalues, for which a and P
-  // nearly cancel, want them.
+  // that of P G, in which P is as small as they are. All other products are of R, as large
+  // eigenvalues, for which a and P nearly cancel, want them.
   const Panels& two_steps(const Coefficients& abc, const Coefficients& next) {
     make_gram();
     make_change(abc, {nullptr, &change_}, {nullptr, &factor_, abc[0]});

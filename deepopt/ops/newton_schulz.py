@@ -25,8 +25,11 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     Each step is X ← R X with R = a I + b G + c G² and G = X Xᵀ, on the short side of the matrix,
     from X = M / ‖M‖. The result does not depend on the scale of M; a zero matrix stays zero.
 
-    The first two steps, and the last two of five or more, may be taken on G alone where the matrix
-    is long enough for that to be cheaper: G of the second is R G R, and X follows once.
+    Two steps may be taken on G alone, where the matrix is long enough for that to be cheaper: G of
+    the second is R G R, and X follows once. In float32 the first two and the last two are, if
+    there are five or more; in bfloat16 the last two, by kernels: before, singular values lie up to
+    one hundredth from the edge beyond which the next polynomial grows without bound, and what such
+    a G loses to rounding would push some of them over.
 
     Args:
         matrices: shape (..., m, n).
@@ -37,8 +40,8 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
         A new tensor like ``matrices``, in its dtype.
 
     Cost, with r the ratio of the long side to the short one, in products of the short side's size:
-    2 r + 1 per step, or 4 for the second of two on one G. Kernels compute symmetric products by
-    half, which leaves 3/2 r + 1/2 and 2.
+    2 r + 1 per step, or 2 r + 5 for two on one G. Kernels compute symmetric products by half, which
+    leaves 3/2 r + 1/2 and 3/2 r + 5/2.
     """
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     # Two divisions, because the square of an entry may leave the range that the entry is in.
@@ -47,8 +50,8 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     x = (x / norm.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
-    # Products that come out in bfloat16 round what two steps on one G must not lose.
-    long = 2 * x.shape[-1] > 3 * x.shape[-2] and dtype in (torch.float32, torch.float64)
+    precise = torch.get_float32_matmul_precision() == "highest" and dtype == torch.float32
+    long = 2 * x.shape[-1] > 3 * x.shape[-2] and (precise or dtype == torch.float64)
     step, steps = 0, len(coefficients)
     while step < steps:
         a, b, c = coefficients[step]

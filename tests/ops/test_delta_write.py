@@ -9,7 +9,7 @@ from deepopt.ops import backend, delta_write, products
 
 kernel = delta_write.overload
 needs_kernel = pytest.mark.skipif(not products._there, reason="no kernel, or no AVX512-BF16")
-ROUNDING = 2.0**-8  # of a product of two operands in bfloat16, to first order
+ROUNDING = 2.0**-8  # of a product of two numbers in bfloat16
 
 
 def stack(batch, rows, columns, seed=0):
@@ -27,10 +27,11 @@ def assert_close_to_reference(found, given_, rate, retention):
     momentum, norm, erasure = (tensor.double() for tensor in found)
     size = torch.linalg.matrix_norm(given_[0].double())
     error = torch.linalg.matrix_norm(momentum - expected[0])
-    # What is retained and what is new is not rounded; what is erased is at most rate * momentum.
-    assert (error <= (1.5 * ROUNDING * rate + 1e-6) * size).all()
-    assert ((norm / expected[1] - 1).abs() < 2 * ROUNDING).all()
-    assert ((erasure - expected[2]).abs() <= ROUNDING * 0.1 * rate + 1e-7).all()
+    # What is retained and what is new is not rounded. What is erased is at most rate * momentum, of
+    # operands rounded three times and the square of a norm rounded up.
+    assert (error <= (3 * ROUNDING * rate + 1e-6) * size).all()
+    assert ((norm / expected[1] - 1).abs() <= ROUNDING).all()
+    assert ((erasure - expected[2]).abs() <= 3 * ROUNDING * 0.1 * rate + 1e-7).all()
 
 
 @needs_kernel
@@ -169,5 +170,6 @@ def test_shapes_that_do_not_fit_are_refused():
         kernel(momentum, grad.double(), norm, erasure, 0.3, 0.95)
 
 
+@needs_kernel
 def test_torch_accepts_the_operator():
-    torch.library.opcheck(kernel, (*stack(2, 6, 9), 0.3, 0.95), raise_exception=True)
+    torch.library.opcheck(kernel, (*stack(2, 6, 9), 0.3, 0.95))

@@ -1,0 +1,272 @@
+"""Every form of Newton-Schulz against its polynomial of the singular values in float64.
+
+The forms: float32 and bfloat16 in torch, step by step or two steps on one Gram matrix, and the
+CPU's kernel, which computes symmetric products by half.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepopt.ops import backend, newton_schulz, polar_express, products
+
+kernel = newton_schulz.overload
+needs_kernel = pytest.mark.skipif(not products._there, reason="no kernel, or no AVX512-BF16")
+MUON = [(3.4445, -4.775, 2.0315)] * 5
+SHAPES = [(40, 120), (120, 40), (33, 37), (96, 96)]
+
+
+def orthogonal(rows, columns, generator):
+    random = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(random).Q
+
+
+def spectra(rank):
+    """Singular values of what gradients look like, and of what breaks a Gram matrix."""
+    flat = torch.ones(rank, dtype=torch.float64)
+    one, ten, half, low = flat * 1e-3, flat * 3e-3, flat.clone(), flat * 0
+    one[0] = 1
+    ten[:10] = 1
+    half[rank // 2 :] = 1e-3 * rank**0.5
+    low[:5] = torch.tensor([1, 0.5, 0.2, 0.1, 0.05])
+    decay = [torch.logspace(0, -power, rank, dtype=torch.float64) for power in (0.3, 1, 3, 6)]
+    return {
+        "flat": flat, "one": one, "ten": ten, "half": half, "low rank": low,
+        "condition 2": decay[0], "1e1": decay[1], "1e3": decay[2], "1e6": decay[3],
+    }  # fmt: skip
+
+
+def matrices(rows, columns, seed=0):
+    """One matrix of every spectrum, with random singular vectors, and with a block or axes."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(rows, columns)
+    made = {}
+    for name, values in spectra(rank).items():
+        left = orthogonal(rows, rank, generator)
+        right = orthogonal(columns, rank, generator)
+        made[name] = (left * values) @ right.T
+        if rows == rank:
+            made[f"{name}, its rows orthogonal"] = values[:, None] * right.T
+    normal = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    made["normal"] = normal
+    block = 1e-4 * normal
+    size = max(4, rank // 8)
+    block[:size, :size] += normal[:size, :1] * normal[:1, :size] + 0.05 * normal[:size, :size]
+    made["block"] = block
+    return made
+
+
+def exact(matrix, coefficients):
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / torch.linalg.vector_norm(values)
+    for a, b, c in coefficients:
+        values = a * values + b * values**3 + c * values**5
+    return (left * values) @ right, values.sort(descending=True).values
+
+
+def deviation(found, matrix, coefficients):
+    """Of singular values, the largest, and of the matrix, relative to its norm."""
+    expected, values = exact(matrix, coefficients)
+    found = found.double()
+    of_values = (torch.linalg.svdvals(found) - values).abs().max()
+    return float(of_values), float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("coefficients", [polar_express(5), polar_express(8), MUON])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_float32_is_exact_to_its_rounding_in_either_form(rows, columns, coefficients):
+    # The polynomials enlarge by the product of their slopes what rounding does to small values.
+    rounding = 16 * 2.0**-24 * math.prod(a for a, _, _ in coefficients)
+    for name, matrix in matrices(rows, columns).items():
+        narrow = matrix.float()  # what float32 makes of the matrix is no error of the iteration
+        found = newton_schulz(narrow[None], coefficients, torch.float32)[0]
+        values, whole = deviation(found, narrow.double(), coefficients)
+        assert values < rounding, name
+        assert whole < rounding, name
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "coefficients",
+    [*map(polar_express, (1, 2, 3, 4, 5, 6, 9)), MUON],
+    ids=["1", "2", "3", "4", "5", "6", "9", "muon"],
+)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_kernel_is_as_exact_as_bfloat16_step_by_step(rows, columns, coefficients):
+    for name, matrix in matrices(rows, columns).items():
+        narrow = matrix.float()[None]
+        found = kernel(narrow, coefficients, torch.bfloat16)[0]
+        values, whole = deviation(found, narrow[0].double(), coefficients)
+        plain = newton_schulz.reference(narrow, coefficients, torch.bfloat16)[0]
+        plain_values, plain_whole = deviation(plain, narrow[0].double(), coefficients)
+        assert values < 1.5 * plain_values + 0.11, name
+        assert whole < 1.5 * plain_whole + 0.1, name
+
+
+@needs_kernel
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_kernel_brings_singular_values_as_close_to_one_as_float32_does(rows, columns):
+    coefficients = polar_express(5)
+    for name, matrix in matrices(rows, columns).items():
+        narrow = matrix.float()[None]
+        found = torch.linalg.svdvals(kernel(narrow, coefficients, torch.bfloat16)[0].double())
+        wanted = torch.linalg.svdvals(
+            newton_schulz(narrow, coefficients, torch.float32)[0].double()
+        )
+        # 0.124 is the distance that five steps leave; 0.06 more is what rounding may add.
+        assert found.max() < 1.124 + 0.06, name
+        reached = wanted > 0.876 - 1e-3
+        assert (found[reached] > 0.876 - 0.11).all(), name
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (3, 4), (4, 16), (6, 24)])
+@pytest.mark.parametrize("run", ["float32", pytest.param("kernel", marks=needs_kernel)])
+def test_what_few_rows_carry_is_not_pushed_over_the_edge_of_a_polynomial(run, rows, columns):
+    """Their rounding does not average out: two steps on one Gram matrix lost one in a thousand."""
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(4000, rows, columns, generator=generator)
+    stack *= 10 ** -(2 * torch.rand(4000, rows, 1, generator=generator))
+    if run == "kernel":
+        found = kernel(stack, polar_express(5), torch.bfloat16)
+    else:
+        found = newton_schulz(stack, polar_express(5), torch.float32)
+    assert torch.linalg.svdvals(found).max() < 1.124 + (0.06 if run == "kernel" else 1e-3)
+
+
+@needs_kernel
+def test_the_kernel_is_closer_to_one_than_muon():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(1, 96, 384, generator=generator)
+    ours = torch.linalg.svdvals(kernel(matrix, polar_express(5), torch.bfloat16))
+    muon = torch.linalg.svdvals(newton_schulz(matrix, MUON, torch.float32))
+    assert (ours - 1).abs().max() < 0.16 < (muon - 1).abs().max()
+    assert (ours - 1).square().mean() < (muon - 1).square().mean()
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    steps=st.sampled_from([1, 2, 5]),
+)
+def test_every_shape_is_taken_and_a_transpose_is_a_transpose(batch, rows, columns, steps):
+    generator = torch.Generator().manual_seed(rows * 71 + columns)
+    stack = torch.randn(batch, rows, columns, generator=generator)
+    coefficients = polar_express(steps)
+    found = kernel(stack, coefficients, torch.bfloat16)
+    assert found.shape == stack.shape
+    assert found.dtype == torch.float32
+    for one, matrix in zip(found, stack.double(), strict=True):
+        values, _ = deviation(one, matrix, coefficients)
+        assert values < 0.25  # few entries: their rounding does not average out
+    turned = kernel(stack.mT, coefficients, torch.bfloat16)
+    if rows != columns:  # of a square matrix either side may be taken for the short one
+        assert torch.equal(turned.mT, found)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(0, 64, 80), (2, 0, 80), (2, 64, 0), (0,) * 3])
+def test_empty_stacks_and_empty_matrices_stay_empty(shape):
+    assert kernel(torch.zeros(shape), polar_express(5), torch.bfloat16).shape == shape
+
+
+@needs_kernel
+def test_leading_dimensions_and_strides_do_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(2, 3, 40, 48, generator=generator)
+    found = kernel(stack, polar_express(5), torch.bfloat16)
+    flat = kernel(stack.flatten(0, 1), polar_express(5), torch.bfloat16)
+    assert torch.equal(found.flatten(0, 1), flat)
+    spread = torch.stack([stack, -stack], -1)[..., 0]
+    assert torch.equal(kernel(spread, polar_express(5), torch.bfloat16), found)
+    assert torch.equal(kernel(stack[0, 0], polar_express(5), torch.bfloat16), found[0, 0])
+
+
+@needs_kernel
+@pytest.mark.parametrize("exponent", [-38, -30, -10, 10, 30, 37])
+def test_the_kernel_does_not_see_the_scale(exponent):
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(1, 64, 96, generator=generator)
+    expected = kernel(stack, polar_express(5), torch.bfloat16)
+    found = kernel(stack * 10.0**exponent, polar_express(5), torch.bfloat16)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    scaled = kernel(stack * 2.0**40, polar_express(5), torch.bfloat16)
+    assert torch.equal(scaled, expected)
+
+
+@needs_kernel
+def test_zero_matrices_stay_zero_and_matrices_that_are_not_finite_say_so():
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(4, 64, 96, generator=generator)
+    expected = kernel(stack, polar_express(5), torch.bfloat16)
+    stack[0], stack[1, 2, 3], stack[2, 0, 0] = 0.0, float("nan"), float("inf")
+    found = kernel(stack, polar_express(5), torch.bfloat16)
+    assert not found[0].any()
+    assert not found[1:3].isfinite().any()
+    assert torch.equal(found[3], expected[3])
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(1, 96, 160), (1, 160, 96), (5, 64, 64)])
+def test_the_same_bits_every_time_with_any_number_of_threads(shape):
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(shape, generator=generator)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(kernel(stack, polar_express(5), torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found, results[0]) for found in results)
+    alone = kernel(stack[-1:], polar_express(5), torch.bfloat16)
+    assert torch.equal(alone[0], results[0][-1])
+
+
+@needs_kernel
+def test_the_kernel_is_chosen_for_bfloat16_products_of_large_float32_matrices_alone():
+    large, small = torch.randn(1, 64, 80), torch.randn(1, 63, 80)
+    steps = polar_express(5)
+    assert newton_schulz.backend_for(large, steps, torch.bfloat16) == "cpu"
+    assert newton_schulz.backend_for(small, steps, torch.bfloat16) == "reference"
+    assert newton_schulz.backend_for(large, steps, torch.float32) == "reference"
+    assert newton_schulz.backend_for(large.bfloat16(), steps, torch.bfloat16) == "reference"
+    with backend("reference"):
+        assert newton_schulz.backend_for(large, steps, torch.bfloat16) == "reference"
+
+
+@needs_kernel
+def test_what_is_not_understood_is_refused():
+    stack = torch.randn(1, 64, 80)
+    with pytest.raises(RuntimeError, match="matrices must be a float32 tensor"):
+        kernel(stack.double(), polar_express(5), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="multiplies in bfloat16"):
+        kernel(stack, polar_express(5), torch.float32)
+    with pytest.raises(RuntimeError, match="at least one step"):
+        kernel(stack, [], torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"coefficients must be \(a, b, c\)"):
+        kernel(stack, [(1.0, 2.0)], torch.bfloat16)
+    with pytest.raises(RuntimeError, match="at least two dimensions"):
+        kernel(stack[0, 0], polar_express(5), torch.bfloat16)
+
+
+def test_the_cubic_iteration_converges_in_bfloat16():
+    """Its c is 0, and torch.baddbmm in bfloat16 on the CPU forgets beta where alpha is 0."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(1, 24, 64, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = newton_schulz(matrix, [(1.5, -0.5, 0.0)] * 12, dtype)
+        torch.testing.assert_close(
+            torch.linalg.svdvals(found), torch.ones(1, 24), atol=0.02, rtol=0
+        )
+
+
+@needs_kernel
+def test_torch_accepts_the_operator():
+    torch.library.opcheck(kernel, (torch.randn(2, 6, 9), polar_express(5), torch.bfloat16))
