@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepopt.memory.linear import Linear
-from deepopt.ops import frobenius, inverse_power
+from deepopt.ops import frobenius, gram_average, inverse_power
 
 LINEAR = Linear()
 
@@ -43,10 +43,11 @@ class Covariance:
     State: with r and R the short and the long side, 1 + 2r/R floats per parameter for the short
     side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both; 1 per matrix.
 
-    Cost: a symmetric product of r²R FLOPs per write, a product of 2r²R per read, both in the dtype
-    of the state, since what bfloat16 rounds off a momentum's large directions is as large as its
-    small ones, which the power enlarges; per refresh ``deepopt.ops.inverse_power``, for one matrix
-    on one CPU core 0.05 s at r = 512, 0.12 s at 768 and 3 s at 2048.
+    Cost: a symmetric product of r²R FLOPs per write, by ``deepopt.ops.gram_average``; a product of
+    2r²R per read, in the dtype of the state, since what bfloat16 rounds off a momentum's large
+    directions is as large as its small ones, which the power enlarges; per refresh
+    ``deepopt.ops.inverse_power``, for one matrix on one CPU core 0.05 s at r = 512, 0.12 s at 768
+    and 3 s at 2048.
 
     Raises:
         ValueError: an argument outside its range.
@@ -96,15 +97,14 @@ class Covariance:
         tiny = torch.finfo(grad.dtype).tiny
         largest = torch.maximum(grad.amax((-2, -1)), -grad.amin((-2, -1)))  # abs() would copy
         scale = torch.maximum(state["scale"] * self.retention**0.5, largest)
-        shrink = (state["scale"] / scale.clamp_min(tiny)).square()[:, None, None]
+        kept = self.retention * (state["scale"] / scale.clamp_min(tiny)).square()
         state["scale"] = scale
-        relative = grad / scale.clamp_min(tiny)[:, None, None]
         assert self.power is not None
         steps = state["step"].tolist()
         due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
         for side in self._sides(grad):
-            product = _gram(relative if side == "left" else relative.mT)
-            gram = torch.lerp(product, state[f"gram_{side}"] * shrink, self.retention)
+            gram = state[f"gram_{side}"]
+            gram = gram_average(gram, grad, scale, kept, 1 - self.retention, side == "left")
             state[f"gram_{side}"] = gram
             if due:
                 # Row by row, since a list of indices would make the host wait for the device.
@@ -124,17 +124,3 @@ class Covariance:
             momentum = root @ momentum if side == "left" else momentum @ root
         after = frobenius(momentum).clamp_min(torch.finfo(grad.dtype).tiny)
         return momentum * (before / after)[:, None, None]
-
-
-def _gram(matrices: Tensor) -> Tensor:
-    """X Xᵀ of every matrix, of which the blocks above the diagonal are those below, transposed."""
-    rows = matrices.shape[-2]
-    block = max(128, rows // 6)
-    if rows < 2 * block or matrices.device.type != "cpu":
-        return matrices @ matrices.mT
-    gram = matrices.new_empty(len(matrices), rows, rows)
-    for start in range(0, rows, block):
-        stop = start + block
-        gram[:, start:stop, :stop] = matrices[:, start:stop] @ matrices[:, :stop].mT
-        gram[:, :start, start:stop] = gram[:, start:stop, :start].mT
-    return gram

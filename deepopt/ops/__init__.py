@@ -11,6 +11,7 @@ from deepopt.ops.coordinate_mlp import (
     root_mean_square,
 )
 from deepopt.ops.delta_write import delta_write
+from deepopt.ops.gram_average import gram_average
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.move import move_
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
@@ -28,6 +29,7 @@ __all__ = [
     "coordinate_mlp_gradient",
     "delta_write",
     "frobenius",
+    "gram_average",
     "inverse_power",
     "move_",
     "newton_schulz",
