@@ -12,12 +12,14 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+import deepopt.ops
 from deepopt.memory import Delta
 from deepopt.ops import frobenius, polar_express
-from deepopt.ops.newton_schulz import newton_schulz as reference
 from deepopt.ops.triton import delta_write, erase, half_product, newton_schulz
 
 on_triton = importlib.import_module("deepopt.ops.triton.newton_schulz")  # not the function
+
+reference = deepopt.ops.newton_schulz.reference
 
 HALF = 2.0**-24  # of a unit in the last place of float32
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -263,3 +265,14 @@ def test_wild_coefficients_are_computed_as_asked():
     found = newton_schulz(matrices, coefficients, torch.bfloat16)
     expected = reference(matrices.double(), coefficients, torch.float64)
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_operators_have_the_backend_and_keep_it_from_the_cpu():
+    matrices, norm = torch.randn(1, 64, 64), torch.ones(1)
+    for operator, kernel, arguments in (
+        (deepopt.ops.newton_schulz, newton_schulz, (matrices, polar_express(5), torch.float32)),
+        (deepopt.ops.delta_write, delta_write, (matrices, matrices, norm, norm, 0.3, 0.9)),
+    ):
+        found = operator.implementations["triton"]
+        assert found.run is kernel
+        assert not found.supports(*arguments)
