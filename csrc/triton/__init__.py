@@ -31,6 +31,8 @@ operators.newton_schulz.backend(
 operators.delta_write.backend(
     "triton",
     supports=lambda momentum, grad, norm, erasure, rate, retention: (
-        _takes(momentum, grad) and norm.dtype == erasure.dtype == torch.float32
+        _takes(momentum, grad)
+        and norm.dtype == erasure.dtype == torch.float32
+        and isinstance(retention, float)
     ),
 )(delta_write)

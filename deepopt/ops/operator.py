@@ -53,14 +53,8 @@ class Operator(Generic[P, R]):
         self.name = reference.__name__
         self.implementations: dict[str, Implementation] = {}
         self._supports = supports
-        _LIBRARY.define(self.name + schema)
-        _LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
-        self.overload = getattr(torch.ops.deepopt, self.name).default
-        arguments = self.overload._schema.arguments
-        self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
-        # What only writes returns nothing; of anything else the reference tells shape and dtype.
-        fake = (lambda *args, **kwargs: None) if self._mutates else reference
-        torch.library.register_fake(f"deepopt::{self.name}", fake, lib=_LIBRARY)
+        self._schema = schema
+        self.overload = self._defined(self.name, reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         chosen = self.backend_for(*args, **kwargs)
@@ -76,10 +70,14 @@ class Operator(Generic[P, R]):
     def backend(
         self, name: str, supports: Callable[P, bool] | None = None
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Decorator: the function is backend ``name``, for the arguments that it supports."""
+        """Decorator: the function is backend ``name``, for the arguments that it supports.
+
+        It becomes an operator of its own, so that ``torch.compile`` does not look into it.
+        """
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
-            self.implementations[name] = Implementation(function, supports)
+            opaque = self._defined(f"{self.name}_{name}", function)
+            self.implementations[name] = Implementation(opaque, supports)
             return function
 
         return add
@@ -110,6 +108,18 @@ class Operator(Generic[P, R]):
         for name in ("cpu", "cuda"):
             if name not in self.implementations and has_kernel(self.overload.name(), name.upper()):
                 self.implementations[name] = Implementation(self.overload, self._supports)
+
+    def _defined(self, name: str, kernel: Callable[P, R]) -> Any:
+        """The torch operator of this name, with this operator's schema."""
+        _LIBRARY.define(name + self._schema)
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        overload = getattr(torch.ops.deepopt, name).default
+        arguments = overload._schema.arguments
+        self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
+        # What only writes returns nothing; of anything else the reference tells shape and dtype.
+        fake = (lambda *args, **kwargs: None) if self._mutates else self.reference
+        torch.library.register_fake(f"deepopt::{name}", fake, lib=_LIBRARY)
+        return overload
 
     @functools.cached_property
     def _compiled(self) -> Callable[P, R]:
@@ -196,7 +206,7 @@ def load_extensions() -> None:
 
 def _recorded(args: Sequence[Any]) -> bool:
     """Whether autograd, or a transform such as vmap, has to look into the operator."""
-    if inside_transform():
+    if not torch.compiler.is_compiling() and inside_transform():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
 

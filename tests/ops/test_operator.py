@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepopt.ops import adamw_, backend
-from deepopt.ops.operator import BACKENDS, OPERATORS, UNAVAILABLE
+from deepopt.ops.operator import BACKENDS, OPERATORS, UNAVAILABLE, operator
 
 
 def arguments(**changes):
@@ -84,3 +84,25 @@ def test_an_environment_variable_forces_a_backend_and_is_checked():
         command, capture_output=True, text=True, env={**os.environ, "DEEPOPT_BACKEND": "fast"}
     )
     assert "Invalid DEEPOPT_BACKEND: 'fast'" in run.stderr
+
+
+def test_a_backend_in_python_is_opaque_to_compile():
+    """Its code may look at the numbers, which cannot be traced."""
+
+    @operator("(Tensor numbers) -> Tensor")
+    def doubled(numbers):
+        return numbers * 2
+
+    seen = []
+
+    @doubled.backend("cpu", supports=lambda numbers: numbers.dim() == 1)
+    def by_hand(numbers):
+        seen.append(numbers.tolist())
+        return torch.tensor([2 * number for number in seen[-1]])
+
+    try:
+        compiled = torch.compile(lambda x: doubled(x) + 1, fullgraph=True, backend="eager")
+        assert compiled(torch.ones(3)).tolist() == [3, 3, 3]
+        assert seen == [[1, 1, 1]]
+    finally:
+        del OPERATORS["doubled"]
