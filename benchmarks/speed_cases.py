@@ -457,9 +457,7 @@ def coordinate_mlp(
             def step() -> None:
                 with ops.backend(backend):
                     if gradient:
-                        ops.coordinate_mlp_gradient(
-                            base, ones, keys, scales, weights, target, ones
-                        )
+                        ops.coordinate_mlp_gradient(base, ones, keys, scales, weights, target, ones)
                     else:
                         ops.coordinate_mlp(base, ones, keys, scales, weights)
 

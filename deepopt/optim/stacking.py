@@ -119,11 +119,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _adjacent(parts: Sequence[Tensor]) -> bool:
     storage, offset = _storage(parts[0]), parts[0].storage_offset()
     for part in parts:
-        if (
-            _storage(part) != storage
-            or part.storage_offset() != offset
-            or not part.is_contiguous()
-        ):
+        if _storage(part) != storage or part.storage_offset() != offset or not part.is_contiguous():
             return False
         offset += part.numel()
     return True
