@@ -23,8 +23,8 @@ PERIOD = 10
 """Steps from one refresh of the covariance memory, or one chunk of M3, to the next."""
 HIDDEN = 8
 """Units of the MLP memories."""
-TANH_OPERATIONS = 23
-"""Of a tanh as a clamped quotient of polynomials: 2 for the clamp, 1 for the square, 6 + 3
+TANH_OPERATIONS = 21
+"""Of a tanh as a bounded quotient of polynomials: 2 for the bounds, 1 for the square, 4 + 4
 multiply-adds, a product and a division."""
 
 
