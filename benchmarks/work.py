@@ -159,10 +159,10 @@ def linear(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work
 
 
 def delta(
-    m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "float32"
+    m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "bfloat16"
 ) -> Work:
     """The linear memory's, and before it the Gram matrix of the gradient, its square for the norm,
-    and the erase term: (M Gᵀ) G for m <= n, M (Gᵀ G) otherwise."""
+    and the erase term: (M Gᵀ) G for m < n, M (Gᵀ G) otherwise."""
     r, big = sorted((m, n))
     size, square = FLOAT * m * n, FLOAT * r * r
     read_out = m * n * _input(dtype)
@@ -172,7 +172,7 @@ def delta(
         Phase("Gram matrix of G", size + square, half * outer, products),
         Phase("its norm", square, half * cube, products),
     ]
-    if m <= n:
+    if m < n:
         erase = [
             Phase("M Gᵀ", 2 * size + square, outer, products),
             Phase("(M Gᵀ) G, momentum", 3 * size + square + read_out, outer, products),

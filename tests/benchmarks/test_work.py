@@ -20,10 +20,15 @@ def counted_by_torch(make, shape):
     param = nn.Parameter(torch.randn(shape))
     param.grad = torch.randn(shape)
     optimizer = make([param])
-    with ops.backend("reference"):
-        optimizer.step()
-        with FlopCounterMode(display=False) as counter:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # Newton-Schulz step by step, as by the textbook
+    try:
+        with ops.backend("reference"):
             optimizer.step()
+            with FlopCounterMode(display=False) as counter:
+                optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return counter.get_total_flops()
 
 
