@@ -373,7 +373,9 @@ def predictions() -> str:
         "torch Muon": work.muon,
         "DeepMomentum linear": functools.partial(work.linear, least=True),
         "DeepMomentum delta": functools.partial(work.delta, least=True, products="bfloat16"),
-        "DeepMomentum covariance": functools.partial(work.covariance, least=True),
+        "DeepMomentum covariance": functools.partial(
+            work.covariance, least=True, root_flops=lambda r: 46 * 2.0 * r**3
+        ),
         "DeepMomentum mlp": functools.partial(work.mlp, least=True),
         "M3": functools.partial(work.m3, least=True),
         "DMGD row": work.dmgd_row,

@@ -17,7 +17,9 @@ from benchmarks.work import Rates, Work
 
 PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot")}
 """Operators whose own time is that of matrix products."""
-PRODUCT_OPERATORS = {"deepopt::newton_schulz"}
+PRODUCT_OPERATORS = {
+    f"deepopt::{name}" for name in ("newton_schulz", "delta_write", "gram_average")
+}
 """Compiled operators that are products for all but a small part of their own time."""
 
 
