@@ -84,7 +84,7 @@ class Operator(Generic[P, R]):
 
     def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The backend that a call with these arguments takes."""
-        given = [*args, *kwargs.values()]
+        given = (*args, *kwargs.values()) if kwargs else args
         if _forced == "reference" or _recorded(given):
             return "reference"
         if _forced == "compiled":
@@ -212,7 +212,12 @@ def _recorded(args: Sequence[Any]) -> bool:
 
 
 def _device(args: Sequence[Any]) -> str:
-    return next((tensor.device.type for tensor in _tensors(args)), "cpu")
+    for arg in args:  # at every call: the shortest way to the first tensor
+        if isinstance(arg, list | tuple) and arg:
+            arg = arg[0]
+        if isinstance(arg, Tensor):
+            return arg.device.type
+    return "cpu"
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
