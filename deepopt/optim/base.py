@@ -499,7 +499,7 @@ class MemoryOptimizer(Optimizer):
             ids = [i for group in incoming["param_groups"] for i in group["params"]]
             for index, (group, param, route) in zip(ids, self._routed(), strict=True):
                 given = incoming["state"].get(index, {})
-                expected = self._expected_state(param, route, group) if given else {}
+                expected = self._expected_state(param, route, group, given) if given else {}
                 for key, value in given.items():
                     if isinstance(value, Tensor):
                         dtype, device = expected[key].dtype, param.device
@@ -560,14 +560,12 @@ class MemoryOptimizer(Optimizer):
                 theirs["params"], routing.routed(group), strict=True
             ):
                 if state := given["state"].get(index):
-                    expected = self._expected_state(param, route, group)
+                    expected = self._expected_state(param, route, group, state)
                     if not 0 <= float(state.get("step", 0.0)) < math.inf:
                         raise ValueError(
                             f"the checkpoint's step of parameter {name or f'number {index}'} is "
                             f"{state['step']}; it must be the number of its steps"
                         )
-                    if group["rounding"] == "exact" and "low" in state:  # as stepped since
-                        expected["low"] = torch.empty(param.shape, dtype=torch.int16, device="meta")
                     found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
                     if found != {k: tuple(v.shape) for k, v in expected.items()}:
                         raise ValueError(
@@ -578,15 +576,20 @@ class MemoryOptimizer(Optimizer):
                         )
 
     def _expected_state(
-        self, param: Tensor, route: routing.Route, group: Group
+        self, param: Tensor, route: routing.Route, group: Group, given: State | None = None
     ) -> dict[str, Tensor]:
-        """What a fresh state of ``param`` looks like, on the meta device."""
+        """What a fresh state of ``param`` looks like, on the meta device.
+
+        ``given`` is the state that is to be like it: low bits are there once they were needed.
+        """
         like = torch.empty(param.shape, dtype=state_dtype(param), device="meta")
-        scalar = torch.empty((), device="meta")
+        expected = {"step": torch.empty((), device="meta")}
+        if given and "low" in given and param.dtype == torch.bfloat16:
+            expected["low"] = torch.empty_like(like, dtype=torch.int16)
         if route.path == "elementwise" or not param.numel():
-            return {"step": scalar, "exp_avg": like, "exp_avg_sq": like}
+            return {**expected, "exp_avg": like, "exp_avg_sq": like}
         rows = routing.matrices(like, route.path, route.split)
-        return {"step": scalar, **self._init_matrices(rows, group)}
+        return {**expected, **self._init_matrices(rows, group)}
 
     def _routed(self) -> Iterator[tuple[Group, Tensor, routing.Route]]:
         for group in self.param_groups:

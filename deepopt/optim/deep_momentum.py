@@ -29,7 +29,7 @@ class DeepMomentum(MemoryOptimizer):
         {\sqrt{s_t/(1-\beta_2^t)}}\Big) \\
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
-    Embeddings, output heads, norms, biases and tiny matrices take torch's AdamW, bit for bit.
+    Embeddings, output heads, norms, biases and tiny matrices take AdamW, with the bits of torch's.
     An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
     AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
     they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay`` carry over.
