@@ -225,19 +225,21 @@ class MemoryOptimizer(Optimizer):
         buckets: list[Bucket] = []
         last: dict[Kind | bool, Bucket] = {}
         entries: dict[Kind, int] = {}
+        capturable, rounding = group["capturable"], group["rounding"]
+        small = elementwise.SMALL
         for param, route, grad in zip(group["params"], routes, grads, strict=True):
             if grad is None:
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            if group["capturable"] and param.device.type not in capturable_devices():
+            if capturable and param.device.type not in capturable_devices():
                 raise AssertionError(
                     "If capturable=True, params and state_steps must be on supported devices: "
                     f"{capturable_devices()}."
                 )
-            if group["rounding"] != "nearest" and is_distributed(param):
+            if rounding != "nearest" and is_distributed(param):
                 raise RuntimeError(
-                    f"rounding={group['rounding']!r} does not support DTensor parameters; use "
+                    f"rounding={rounding!r} does not support DTensor parameters; use "
                     "rounding='nearest'"
                 )
             kind = None
@@ -247,7 +249,7 @@ class MemoryOptimizer(Optimizer):
                 if entries[kind] > ENTRIES_AT_ONCE and kind.in_parts:
                     last.pop(kind, None)
                     entries[kind] = param.numel()
-            alike = param.numel() <= elementwise.SMALL if kind is None else kind
+            alike = param.numel() <= small if kind is None else kind
             bucket = last.get(alike)
             if bucket is None:
                 bucket = last[alike] = Bucket(kind, group, [], [])

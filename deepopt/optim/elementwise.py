@@ -55,47 +55,64 @@ def step(
             return
         found_inf = None
     if found_inf is None and _has_kernel(params, group):
-        _step_by_kernel(params, grads, states, group, joints)
-    else:
-        _step_by_torch(params, grads, states, group, found_inf)
+        own: list[list[Tensor]] = [[state[key] for state in states] for key in KEYS]
+        joint = _joint(params, states, own, joints)
+        if joint is not None:
+            _step_by_kernel(params, grads, states, [[whole] for whole in joint.whole], group)
+            return
+        if len({param.device for param in params}) == 1:
+            lists = [params, grads, *own[:2]]
+            for index, param in enumerate(params):
+                if param.is_complex():  # a pair of reals
+                    lists = [list(tensors) for tensors in lists]
+                    for tensors in lists:
+                        tensors[index] = torch.view_as_real(tensors[index])
+            _step_by_kernel(lists[0], lists[1], states, [*lists[2:], own[2]], group)
+            return
+    _step_by_torch(params, grads, states, group, found_inf)
 
 
 def _has_kernel(params: list[Tensor], group: dict[str, Any]) -> bool:
     if group["foreach"] is not None or group["differentiable"] or group["capturable"]:
         return False
-    kinds = {(type(param), param.device) for param in params}
-    plain = {kind for kind, _ in kinds} <= {torch.Tensor, torch.nn.Parameter}
-    return plain and len(kinds) == 1 and adamw_.has_backend(params[0].device.type)
+    if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+        return False
+    plain = set(map(type, params)) <= {torch.Tensor, torch.nn.Parameter}
+    return plain and adamw_.has_backend(params[0].device.type)
 
 
 def _step_by_kernel(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[State],
+    own: list[list[Tensor]],
     group: dict[str, Any],
-    joints: Joints,
 ) -> None:
-    own: list[list[Tensor]] = [[state[key] for state in states] for key in KEYS]
-    joint = joints.get(id(states[0]))
-    if (joint is None or not joint.is_of(own)) and _can_be_joined(params, own):
-        joint = joints[id(states[0])] = _join(states, own)
-        own = joint.own
-    if joint is not None and joint.is_of(own):  # to hand many small tensors over costs the most
-        own = [[whole] for whole in joint.whole]
-    exp_avgs, exp_avg_sqs, steps = own
-    for index, param in enumerate(params):
-        if param.is_complex():
-            for tensors in (params, grads, exp_avgs, exp_avg_sqs):
-                tensors[index] = torch.view_as_real(tensors[index])
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     eps, weight_decay, maximize = group["eps"], group["weight_decay"], group["maximize"]
     lows, seeds = lows_and_seeds(params, states, group)
     # fmt: off
     adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, steps, lows, seeds,
+        params, grads, own[0], own[1], own[2], lows, seeds,
         lr, float(beta1), float(beta2), eps, weight_decay, maximize,
     )
     # fmt: on
+
+
+def _joint(
+    params: list[Tensor], states: list[State], own: list[list[Tensor]], joints: Joints
+) -> Joint | None:
+    """The state of these parameters as one tensor per key, if it is that or can be made so.
+
+    To hand many small tensors over costs more than their arithmetic.
+    """
+    joint = joints.get(id(states[0]))
+    if joint is not None and joint.is_of(own):
+        return joint
+    if not _can_be_joined(params, own):
+        return None
+    joints[id(states[0])] = _join(states, own)
+    return joints[id(states[0])]
 
 
 def _join(states: list[State], own: list[list[Tensor]]) -> Joint:
@@ -114,7 +131,8 @@ def _can_be_joined(params: list[Tensor], own: list[list[Tensor]]) -> bool:
         len(params) > 1
         and all(map(owns_storage, [tensor for tensors in own for tensor in tensors]))
         and all(param.numel() <= SMALL and param.is_contiguous() for param in params)
-        and not any(param.is_complex() for param in params)
+        and len({(param.device, param.is_complex()) for param in params}) == 1
+        and not params[0].is_complex()
         and all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in own)
         and all(tensor.is_contiguous() for tensors in own for tensor in tensors)
     )
