@@ -66,12 +66,25 @@ inline void check_same_shape(const Tensor& tensor, const Tensor& param) {
 template <size_t N>
 class Walk {
  public:
+  static constexpr size_t kMostDims = 16;
+  struct Dim {
+    int64_t size;
+    std::array<int64_t, N> stride;
+
+    bool continues(const Dim& inner) const {
+      for (size_t k = 0; k < N; ++k) {
+        if (stride[k] != inner.size * inner.stride[k]) return false;
+      }
+      return true;
+    }
+  };
+
   Walk(const Tensor& shaped, const std::array<View, N>& views) {
     const auto sizes = shaped.sizes();
     std::array<int64_t, N> dense;  // strides, in bytes, of what has none of its own
     for (size_t k = 0; k < N; ++k) {
       base_[k] = views[k].data;
-      dense[k] = views[k].width;
+      width_[k] = dense[k] = views[k].width;
     }
     std::array<Dim, kMostDims> dims;
     size_t used = 0;
@@ -107,6 +120,14 @@ class Walk {
   }
 
   int64_t count() const { return count_; }
+  const std::array<char*, N>& base() const { return base_; }
+  size_t dims() const { return dims_; }
+  const Dim& dim(size_t d) const { return walked_[d]; }
+
+  // Whether all entries of all tensors lie one after the other, in the same order.
+  bool dense() const {
+    return dims_ == 1 && walked_[0].stride == width_;
+  }
 
   // Calls f with stretches of entries that together are begin ... end of the parameter's order.
   template <class F>
@@ -126,19 +147,8 @@ class Walk {
   }
 
  private:
-  static constexpr size_t kMostDims = 16;
-  struct Dim {
-    int64_t size;
-    std::array<int64_t, N> stride;
-
-    bool continues(const Dim& inner) const {
-      for (size_t k = 0; k < N; ++k) {
-        if (stride[k] != inner.size * inner.stride[k]) return false;
-      }
-      return true;
-    }
-  };
   std::array<char*, N> base_;
+  std::array<int64_t, N> width_;
   std::array<Dim, kMostDims> walked_;
   size_t dims_ = 0;
   int64_t count_;

@@ -21,7 +21,7 @@ struct AdamW {
         second(T(1 - beta2)),
         eps(T(eps)) {}
 
-  void at_step(double lr, double beta1, double beta2, double step) {
+  DEEPOPT_RULE void at_step(double lr, double beta1, double beta2, double step) {
     step_size = T(-lr / (1 - std::pow(beta1, step)));
     root_correction = T(std::sqrt(1 - std::pow(beta2, step)));
   }

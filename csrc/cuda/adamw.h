@@ -1,0 +1,37 @@
+// deepopt::adamw_ on CUDA: what the operator asks of the kernels.
+#pragma once
+#include "../rules/adamw.h"
+#include "tables.h"
+
+namespace deepopt::cuda {
+
+// The numbers of a parameter's step count: given, or of a count on the device.
+template <class S>
+struct AtStep {
+  S step_size, root_correction;
+  const void* count;  // null: given
+};
+
+struct Decay {
+  double lr, beta1, beta2;
+  Kind counts;  // dtype of the counts on the device
+};
+
+// Adds one to every count.
+struct Counts {
+  static constexpr int kMost = (kMostArgument - 64) / 8;
+  void* at[kMost];
+  int tensors = 0;
+};
+
+void count_up(const Counts& counts, Kind dtype, void* stream);
+
+// Parameter, gradient, m and v; the dtypes are those of the first two. S: of the state.
+template <class S>
+void adamw(const Table<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, Kind param,
+           Kind grad, void* stream);
+template <class S>
+void adamw(const Strided<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, Kind param,
+           Kind grad, void* stream);
+
+}  // namespace deepopt::cuda

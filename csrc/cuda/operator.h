@@ -1,0 +1,63 @@
+// The torch side of the operators on CUDA: device, stream, errors, and how tensors get into a table.
+#pragma once
+#include "../cpu/multi_tensor.h"
+#include "tables.h"
+
+#if defined(DEEPOPT_EMULATED)
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define DEEPOPT_CUDA_LIBRARY STABLE_TORCH_LIBRARY_IMPL(deepopt, CUDA, m)
+#endif
+
+namespace deepopt::cuda {
+
+#if !defined(DEEPOPT_EMULATED)
+// Makes a tensor's device the current one while it lives; kernels go to the stream that torch uses.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor)
+      : index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+  void* stream() const { return stream_; }
+  bool has(const Tensor& tensor) const {
+    return tensor.is_cuda() && tensor.get_device_index() == index_;
+  }
+  void check_launch() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+#endif
+
+inline Kind kind_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Kind::f32;
+    case ScalarType::Double: return Kind::f64;
+    case ScalarType::BFloat16: return Kind::bf16;
+    case ScalarType::Half: return Kind::fp16;
+    default: STD_TORCH_CHECK(false, "deepopt: a tensor's dtype has no kernel");
+  }
+}
+
+// The walk that a kernel takes through tensors that do not lie alike.
+template <size_t N, class Own>
+Strided<N, Own> strided(const Walk<N>& walk, const Own& own) {
+  Strided<N, Own> table;
+  std::copy(walk.base().begin(), walk.base().end(), table.at);
+  table.entries = walk.count();
+  table.own = own;
+  table.dims = int(walk.dims());
+  for (int d = 0; d < table.dims; ++d) {
+    table.size[d] = walk.dim(d).size;
+    std::copy(walk.dim(d).stride.begin(), walk.dim(d).stride.end(), table.stride[d]);
+  }
+  return table;
+}
+
+}  // namespace deepopt::cuda
