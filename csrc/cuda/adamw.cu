@@ -1,6 +1,6 @@
 #include "adamw.h"
 
-#include "device.cuh"
+#include "parameter.cuh"
 
 namespace deepopt::cuda {
 namespace {
@@ -41,89 +41,78 @@ __device__ __forceinline__ AdamW<S> rule_at(AdamW<S> rule, const AtStep<S>& own,
   return rule;
 }
 
-template <class P, class G, class S>
-__device__ __forceinline__ void entry(const AdamW<S>& rule, P& p, const G& g, S& m, S& v) {
-  S wide = widened(p);
-  rule(wide, widened(g), m, v);
-  narrow(wide, p);
+template <Rounding R, class P, class G, class S>
+__device__ __forceinline__ void entry(const AdamW<S>& rule, P& p, const G& g, S& m, S& v,
+                                      uint16_t& low, uint32_t key, uint32_t place) {
+  S value = wide_of<R>(p, low);
+  rule(value, widened(g), m, v);
+  keep<R>(value, p, low, key, place);
 }
 
-template <class P, class G, class S>
+template <class P, class G, class S, Rounding R>
 __global__ void __launch_bounds__(kThreads)
-    adamw_dense(const __grid_constant__ Table<4, AtStep<S>> table,
+    adamw_dense(const __grid_constant__ Table<5, AtStep<S>> table,
                 const __grid_constant__ AdamW<S> alike, const __grid_constant__ Decay decay) {
   constexpr int V = 16 / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
   const Piece piece = piece_of(table, blockIdx.x);
-  const AdamW<S> rule = rule_at(alike, table.own[piece.tensor], decay);
+  const AtStep<S>& own = table.own[piece.tensor];
+  const AdamW<S> rule = rule_at(alike, own, decay);
+  const uint32_t key = own.key, place = uint32_t(piece.begin);
   char* const* at = table.at[piece.tensor];
   P* p = reinterpret_cast<P*>(at[0]) + piece.begin;
   const G* g = reinterpret_cast<const G*>(at[1]) + piece.begin;
   S* m = reinterpret_cast<S*>(at[2]) + piece.begin;
   S* v = reinterpret_cast<S*>(at[3]) + piece.begin;
+  uint16_t* low = reinterpret_cast<uint16_t*>(at[4]) + piece.begin;
   int done = 0;
-  if (on_16_bytes(p, g, m, v)) {
+  if (on_16_bytes(p, g, m, v, R == Rounding::exact ? low : nullptr)) {
     done = piece.count / V * V;
     for (int i = int(threadIdx.x) * V; i < done; i += kThreads * V) {
       Pack<P, V> ps = load<V>(p + i);
       const Pack<G, V> gs = load<V>(g + i);
       Pack<S, V> ms = load<V>(m + i), vs = load<V>(v + i);
+      Pack<uint16_t, V> lows = load_low<R, V>(low + i);
 #pragma unroll
-      for (int k = 0; k < V; ++k) entry(rule, ps.x[k], gs.x[k], ms.x[k], vs.x[k]);
+      for (int k = 0; k < V; ++k) {
+        entry<R>(rule, ps.x[k], gs.x[k], ms.x[k], vs.x[k], lows.x[k], key, place + i + k);
+      }
       store(p + i, ps);
       store(m + i, ms);
       store(v + i, vs);
+      store_low<R>(low + i, lows);
     }
   }
   for (int i = done + int(threadIdx.x); i < piece.count; i += kThreads) {
-    entry(rule, p[i], g[i], m[i], v[i]);
+    entry<R>(rule, p[i], g[i], m[i], v[i], low[R == Rounding::exact ? i : 0], key, place + i);
   }
 }
 
-template <class P, class G, class S>
+template <class P, class G, class S, Rounding R>
 __global__ void __launch_bounds__(kThreads)
-    adamw_strided(const __grid_constant__ Strided<4, AtStep<S>> table,
+    adamw_strided(const __grid_constant__ Strided<5, AtStep<S>> table,
                   const __grid_constant__ AdamW<S> alike, const __grid_constant__ Decay decay) {
   const AdamW<S> rule = rule_at(alike, table.own, decay);
   const int64_t begin = int64_t(blockIdx.x) * kChunkEntries;
   const int64_t end = begin + kChunkEntries < table.entries ? begin + kChunkEntries : table.entries;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    char* at[4];
+    char* at[5];
     places_of(table, i, at);
-    entry(rule, *reinterpret_cast<P*>(at[0]), *reinterpret_cast<const G*>(at[1]),
-          *reinterpret_cast<S*>(at[2]), *reinterpret_cast<S*>(at[3]));
+    const auto place = uint32_t((at[0] - table.at[0]) / int64_t(sizeof(P)));
+    entry<R>(rule, *reinterpret_cast<P*>(at[0]), *reinterpret_cast<const G*>(at[1]),
+             *reinterpret_cast<S*>(at[2]), *reinterpret_cast<S*>(at[3]),
+             *reinterpret_cast<uint16_t*>(at[4]), table.own.key, place);
   }
 }
 
-template <class P, class G, class S>
-void run(const Table<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, void* stream) {
-  launch(adamw_dense<P, G, S>, table.chunks(), kThreads, stream, table, rule, decay);
+template <class P, class G, Rounding R, class S>
+void run(const Table<5, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, void* stream) {
+  launch(adamw_dense<P, G, S, R>, table.chunks(), kThreads, stream, table, rule, decay);
 }
 
-template <class P, class G, class S>
-void run(const Strided<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay,
+template <class P, class G, Rounding R, class S>
+void run(const Strided<5, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay,
          void* stream) {
-  const int64_t blocks = (table.entries + kChunkEntries - 1) / kChunkEntries;
-  launch(adamw_strided<P, G, S>, blocks, kThreads, stream, table, rule, decay);
-}
-
-template <class T>
-void choose(const T& table, const AdamW<float>& rule, const Decay& decay, Kind param, Kind grad,
-            void* stream) {
-  if (param == Kind::f32) {
-    run<float, float>(table, rule, decay, stream);
-  } else if (param == Kind::bf16) {
-    grad == param ? run<bf16, bf16>(table, rule, decay, stream)
-                  : run<bf16, float>(table, rule, decay, stream);
-  } else {
-    grad == param ? run<fp16, fp16>(table, rule, decay, stream)
-                  : run<fp16, float>(table, rule, decay, stream);
-  }
-}
-
-template <class T>
-void choose(const T& table, const AdamW<double>& rule, const Decay& decay, Kind, Kind,
-            void* stream) {
-  run<double, double>(table, rule, decay, stream);
+  launch(adamw_strided<P, G, S, R>, table.chunks(), kThreads, stream, table, rule, decay);
 }
 
 }  // namespace
@@ -132,25 +121,30 @@ void count_up(const Counts& counts, Kind dtype, void* stream) {
   launch(add_one, (counts.tensors + kThreads - 1) / kThreads, kThreads, stream, counts, dtype);
 }
 
-template <class S>
-void adamw(const Table<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, Kind param,
-           Kind grad, void* stream) {
-  choose(table, rule, decay, param, grad, stream);
+template <class S, class T>
+void adamw(const T& table, const AdamW<S>& rule, const Decay& decay, Kind param, Kind grad,
+           Rounding rounding, void* stream) {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    run<double, double, Rounding::nearest>(table, rule, decay, stream);
+  } else {
+    with_parameter(param, rounding, [&](auto* p, auto rounds) {
+      using P = std::remove_pointer_t<decltype(p)>;
+      if (grad == param) {
+        run<P, P, rounds.how>(table, rule, decay, stream);
+      } else {
+        run<P, float, rounds.how>(table, rule, decay, stream);
+      }
+    });
+  }
 }
 
-template <class S>
-void adamw(const Strided<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, Kind param,
-           Kind grad, void* stream) {
-  choose(table, rule, decay, param, grad, stream);
-}
-
-#define FOR(T, S)                                                                          \
-  template void adamw<S>(const T<4, AtStep<S>>&, const AdamW<S>&, const Decay&, Kind, Kind, \
-                         void*);
-FOR(Table, float)
-FOR(Table, double)
-FOR(Strided, float)
-FOR(Strided, double)
+#define FOR(S, T)                                                                        \
+  template void adamw(const T<5, AtStep<S>>&, const AdamW<S>&, const Decay&, Kind, Kind, \
+                      Rounding, void*);
+FOR(float, Table)
+FOR(float, Strided)
+FOR(double, Table)
+FOR(double, Strided)
 #undef FOR
 
 }  // namespace deepopt::cuda

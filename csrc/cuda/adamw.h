@@ -1,6 +1,7 @@
 // deepopt::adamw_ on CUDA: what the operator asks of the kernels.
 #pragma once
 #include "../rules/adamw.h"
+#include "../rules/rounding.h"
 #include "tables.h"
 
 namespace deepopt::cuda {
@@ -10,6 +11,7 @@ template <class S>
 struct AtStep {
   S step_size, root_correction;
   const void* count;  // null: given
+  uint32_t key;       // of stochastic rounding
 };
 
 struct Decay {
@@ -26,12 +28,10 @@ struct Counts {
 
 void count_up(const Counts& counts, Kind dtype, void* stream);
 
-// Parameter, gradient, m and v; the dtypes are those of the first two. S: of the state.
-template <class S>
-void adamw(const Table<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, Kind param,
-           Kind grad, void* stream);
-template <class S>
-void adamw(const Strided<4, AtStep<S>>& table, const AdamW<S>& rule, const Decay& decay, Kind param,
-           Kind grad, void* stream);
+// Parameter, gradient, m, v and low bits; the dtypes are those of the first two. S: of the state, T:
+// a table of tensors or a strided one.
+template <class S, class T>
+void adamw(const T& table, const AdamW<S>& rule, const Decay& decay, Kind param, Kind grad,
+           Rounding rounding, void* stream);
 
 }  // namespace deepopt::cuda

@@ -9,7 +9,8 @@ namespace deepopt::cuda {
 namespace {
 
 struct Lists {
-  std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, steps;
+  std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, steps, lows;
+  std::vector<int64_t> seeds;
 
   // State of all parameters can be one tensor, which spares a handle for each.
   bool joined() const { return exp_avgs.size() == 1 && params.size() != 1; }
@@ -63,39 +64,21 @@ class Steps {
   Kind kind_;
 };
 
-// A table that goes off when it is full, or when a parameter of other dtypes comes.
-template <class S>
-struct Filling {
-  const AdamW<S>& rule;
-  const Decay& decay;
-  const Device& device;
-  Table<4, AtStep<S>> table;
-  Kind param = Kind::f32, grad = Kind::f32;
-
-  void go() {
-    if (table.tensors) adamw(table, rule, decay, param, grad, device.stream());
-    table.tensors = 0;
-  }
-
-  void add(const Walk<4>& walk, const AtStep<S>& own, Kind its_param, Kind its_grad) {
-    if (table.full() || its_param != param || its_grad != grad) go();
-    param = its_param, grad = its_grad;
-    table.add(walk.base().data(), walk.count(), own);
-  }
-};
-
 template <class S>
 void run(const Lists& lists, const Steps& steps, const std::vector<size_t>& which,
          const std::vector<int64_t>& offsets, AdamW<S> rule, const Decay& decay,
          const Device& device) {
-  const auto& [params, grads, exp_avgs, exp_avg_sqs, _] = lists;
-  std::vector<Walk<4>> walks;
+  const auto& [params, grads, exp_avgs, exp_avg_sqs, _, lows, seeds] = lists;
+  const Roundings roundings{params, lows, seeds};
+  std::vector<Walk<5>> walks;
+  std::vector<AtStep<S>> own;
+  std::vector<Dtypes> dtypes;
   walks.reserve(which.size());
   for (size_t t : which) {
     const bool joined = lists.joined();
     check_same_shape(grads[t], params[t]);
     const Kind param = kind_of(params[t]), grad = kind_of(grads[t]);
-    STD_TORCH_CHECK(grad == param || (grad == Kind::f32 && sizeof(S) == 4),
+    STD_TORCH_CHECK(grad == param || (grad == Kind::f32 && param != Kind::f64),
                     "deepopt::adamw_: a gradient must have the dtype of its parameter or state");
     if (!joined) {
       check_same_shape(exp_avgs[t], params[t]);
@@ -103,46 +86,43 @@ void run(const Lists& lists, const Steps& steps, const std::vector<size_t>& whic
     }
     walks.emplace_back(
         params[t],
-        std::array<View, 4>{View(params[t]), View(grads[t]),
+        std::array<View, 5>{View(params[t]), View(grads[t]),
                             joined ? View(exp_avgs[0], offsets[t]) : View(exp_avgs[t]),
-                            joined ? View(exp_avg_sqs[0], offsets[t]) : View(exp_avg_sqs[t])});
+                            joined ? View(exp_avg_sqs[0], offsets[t]) : View(exp_avg_sqs[t]),
+                            View(roundings.low(t))});
+    own.push_back({0, 0, steps.on_device() ? steps.at(t) : nullptr, roundings.noise(t).key});
+    dtypes.push_back({param, grad, roundings.of(t)});
   }
   // Nothing can go wrong from here on.
-  if (steps.on_device()) steps.count_up(which, device);
-  Filling<S> filling{rule, decay, device};
-  for (size_t i = 0; i < which.size(); ++i) {
-    const size_t t = which[i];
-    AtStep<S> own{};
-    if (steps.on_device()) {
-      own.count = steps.at(t);
-    } else {
-      rule.at_step(decay.lr, decay.beta1, decay.beta2, steps.next(t));
-      own.step_size = rule.step_size, own.root_correction = rule.root_correction;
-    }
-    const Kind param = kind_of(params[t]), grad = kind_of(grads[t]);
-    if (!walks[i].count()) continue;
-    if (walks[i].dense()) {
-      filling.add(walks[i], own, param, grad);
-    } else {
-      adamw(strided(walks[i], own), rule, decay, param, grad, device.stream());
+  if (steps.on_device()) {
+    steps.count_up(which, device);
+  } else {
+    for (size_t i = 0; i < which.size(); ++i) {
+      rule.at_step(decay.lr, decay.beta1, decay.beta2, steps.next(which[i]));
+      own[i].step_size = rule.step_size, own[i].root_correction = rule.root_correction;
     }
   }
-  filling.go();
+  in_tables<5>(walks, own, dtypes, [&](const auto& table, const Dtypes& of) {
+    adamw(table, rule, decay, of.param, of.other, of.rounding, device.stream());
+  });
   device.check_launch();
 }
 
 void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-            std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
-            double beta2, double eps, double weight_decay, bool maximize) {
+            std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> lows,
+            std::vector<int64_t> seeds, double lr, double beta1, double beta2, double eps,
+            double weight_decay, bool maximize) {
   if (params.empty()) return;
   const Device device(params[0]);
   const Lists lists{std::move(params), std::move(grads), std::move(exp_avgs),
-                    std::move(exp_avg_sqs), std::move(steps)};
+                    std::move(exp_avg_sqs), std::move(steps), std::move(lows), std::move(seeds)};
+  Roundings{lists.params, lists.lows, lists.seeds}.check();
   const size_t count = lists.params.size(), states = lists.joined() ? 1 : count;
   STD_TORCH_CHECK(lists.grads.size() == count && lists.exp_avgs.size() == states &&
                       lists.exp_avg_sqs.size() == states && lists.steps.size() == states,
                   "deepopt::adamw_: the lists must have one tensor for each parameter");
-  for (const auto* tensors : {&lists.params, &lists.grads, &lists.exp_avgs, &lists.exp_avg_sqs}) {
+  for (const auto* tensors : {&lists.params, &lists.grads, &lists.exp_avgs, &lists.exp_avg_sqs,
+                              &lists.lows}) {
     for (const Tensor& tensor : *tensors) {
       STD_TORCH_CHECK(device.has(tensor), "deepopt::adamw_: tensors must be on one device");
     }

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 #endif
 #include <cstdint>
+#include <type_traits>
 
 #include "../rules/rule.h"
 #include "tables.h"

@@ -1,6 +1,6 @@
 // The torch side of the operators on CUDA: device, stream, errors, and how tensors get into a table.
 #pragma once
-#include "../cpu/multi_tensor.h"
+#include "../cpu/parameter.h"
 #include "tables.h"
 
 #if defined(DEEPOPT_EMULATED)
@@ -16,7 +16,7 @@ namespace deepopt::cuda {
 
 #if !defined(DEEPOPT_EMULATED)
 // Makes a tensor's device the current one while it lives; kernels go to the stream that torch uses.
-class Device {
+class __attribute__((visibility("hidden"))) Device {  // as torch's guard is
  public:
   explicit Device(const Tensor& tensor)
       : index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
@@ -46,8 +46,8 @@ inline Kind kind_of(const Tensor& tensor) {
 }
 
 // The walk that a kernel takes through tensors that do not lie alike.
-template <size_t N, class Own>
-Strided<N, Own> strided(const Walk<N>& walk, const Own& own) {
+template <int N, class Own>
+Strided<N, Own> strided(const Walk<size_t(N)>& walk, const Own& own) {
   Strided<N, Own> table;
   std::copy(walk.base().begin(), walk.base().end(), table.at);
   table.entries = walk.count();
@@ -58,6 +58,40 @@ Strided<N, Own> strided(const Walk<N>& walk, const Own& own) {
     std::copy(walk.dim(d).stride.begin(), walk.dim(d).stride.end(), table.stride[d]);
   }
   return table;
+}
+
+// What a table holds must be of one kind: dtypes and rounding.
+struct Dtypes {
+  Kind param, other;
+  Rounding rounding;
+  auto operator<=>(const Dtypes&) const = default;
+};
+
+// Parameters of one list, each with its tensors: go(table, dtypes) is called for as many at a time as
+// a table holds and, for those that have to be walked by strides, one by one.
+template <int N, class Own, class Go>
+void in_tables(const std::vector<Walk<size_t(N)>>& walks, const std::vector<Own>& own,
+               const std::vector<Dtypes>& dtypes, const Go& go) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < walks.size(); ++i) {
+    if (!walks[i].count()) continue;
+    if (walks[i].dense()) {
+      order.push_back(i);
+    } else {
+      go(strided<N>(walks[i], own[i]), dtypes[i]);
+    }
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return dtypes[a] < dtypes[b]; });
+  Table<N, Own> table;
+  for (size_t k = 0; k < order.size(); ++k) {
+    const size_t i = order[k];
+    table.add(walks[i].base().data(), walks[i].count(), own[i]);
+    if (table.full() || k + 1 == order.size() || dtypes[order[k + 1]] != dtypes[i]) {
+      go(table, dtypes[i]);
+      table.tensors = 0;
+    }
+  }
 }
 
 }  // namespace deepopt::cuda

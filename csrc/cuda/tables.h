@@ -48,6 +48,8 @@ struct Strided {
   int dims;
   int64_t size[kMostStridedDims];
   int64_t stride[kMostStridedDims][N];  // in bytes
+
+  int64_t chunks() const { return (entries + kChunkEntries - 1) / kChunkEntries; }
 };
 
 }  // namespace deepopt

@@ -1,0 +1,14 @@
+// deepopt::move_ on CUDA: what the operator asks of the kernels.
+#pragma once
+#include "../rules/move.h"
+#include "../rules/rounding.h"
+#include "tables.h"
+
+namespace deepopt::cuda {
+
+// Parameter, update and low bits; T: a table of tensors or a strided one, with the keys of stochastic
+// rounding. S: what it is computed in.
+template <class S, class T>
+void move(const T& table, const Move<S>& rule, Kind param, Rounding rounding, void* stream);
+
+}  // namespace deepopt::cuda
