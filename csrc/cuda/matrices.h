@@ -1,0 +1,59 @@
+// Operators on stacks of matrices on CUDA: what they ask of the kernels. Everything is float32 unless
+// a kind says otherwise.
+#pragma once
+#include "../rules/coordinate_mlp.h"
+#include "tables.h"
+
+namespace deepopt::cuda {
+
+// One of the stacks (B, m, n), row after row or column after column.
+struct Stack {
+  const void* data;
+  Kind kind;
+  bool transposed;
+};
+
+struct Shape {
+  int64_t batch, rows, columns;
+};
+
+// The terms of a sum; what is more goes onto the result in further launches.
+struct Terms {
+  static constexpr int kMost = 8;
+  Stack stacks[kMost];
+  const float* coefficients[kMost];  // one for each matrix, or for each row
+  int count = 0;
+  bool by_row, onto;
+};
+
+void combine(float* result, const Terms& terms, const Shape& shape, void* stream);
+
+// Entries of a matrix that a block sums up.
+constexpr int64_t kSummed = 1 << 15;
+DEEPOPT_RULE int64_t parts_of(int64_t entries, int64_t each) { return (entries + each - 1) / each; }
+
+// partial: batch x parts_of(entries, kSummed).
+void frobenius(float* norms, double* partial, const float* x, int64_t batch, int64_t entries,
+               void* stream);
+
+// y null: of x alone. result: (1 or 3, B, m).
+void row_products(float* result, const float* x, const float* y, bool transposed,
+                  const Shape& shape, void* stream);
+
+constexpr int kMostFeatures = 4;
+constexpr int kMlpEntries = 1024;  // of a block: four for each thread
+
+struct Mlp {
+  const float *base, *reach, *scales, *weights;
+  const float* features[kMostFeatures];
+  int count, units;
+  int64_t batch, entries;
+};
+
+void coordinate_mlp(float* result, const Mlp& mlp, void* stream);
+
+// partial: batch x numbers of a matrix x parts_of(entries, kMlpEntries).
+void coordinate_mlp_gradient(float* gradient, double* partial, const Mlp& mlp, const float* target,
+                             const float* unit, void* stream);
+
+}  // namespace deepopt::cuda
