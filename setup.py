@@ -13,6 +13,7 @@ torch must be importable at build time: ``pip install --no-build-isolation``.
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     STABLE_ABI,
 ]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", STABLE_ABI]
+CUDA_CXX_FLAGS = [*CXX_FLAGS, "-DUSE_CUDA"]
+# As on the CPU, only what a rule writes as fma is one: both then give the same bits. It costs nothing
+# where memory is the limit, and the MLP's arithmetic is written in fma.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
+ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
 def extension_mode() -> str:
@@ -47,6 +52,14 @@ def sources(folder: str, suffix: str) -> list[str]:
     """Return the sources in csrc/``folder``, relative to the root as setuptools wants them."""
     paths = (ROOT / "csrc" / folder).glob(f"*{suffix}")
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def architectures(nvcc: str) -> str | None:
+    """Return TORCH_CUDA_ARCH_LIST's default: what the toolkit has of ours, and PTX for the rest."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = listed.stdout.split()
+    ours = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+    return ";".join(ours) + "+PTX" if ours else None
 
 
 def left_out(what: str, error: BaseException) -> None:
@@ -78,13 +91,17 @@ def compiled(mode: str) -> dict[str, Any]:
                 "deepopt._C_cpu", cpu, extra_compile_args={"cxx": CXX_FLAGS}, py_limited_api=True
             )
         )
-    has_nvcc = bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc"))
-    if torch.version.cuda and has_nvcc and (cuda := sources("cuda", ".cu")):
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")
+    if torch.version.cuda and nvcc and cuda:
+        if chosen := architectures(nvcc):
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", chosen)
         extensions.append(
             cpp_extension.CUDAExtension(
                 "deepopt._C_cuda",
                 cuda,
-                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+                extra_compile_args={"cxx": CUDA_CXX_FLAGS, "nvcc": NVCC_FLAGS},
                 py_limited_api=True,
             )
         )

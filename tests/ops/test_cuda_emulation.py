@@ -84,3 +84,105 @@ def test_errors_are_those_of_the_arithmetic(in_place_of_cpu, name):
         table.check(name, "cpu", shape)
 
     check()
+
+
+@pytest.mark.parametrize("name", EMULATED)
+@pytest.mark.parametrize("entry", [0, 1])
+def test_a_stack_beyond_one_block_and_pointers_off_16_bytes(in_place_of_cpu, name, entry):
+    """More than a chunk of each kernel; the lists' other tensors begin at odd places."""
+    dtype = (torch.float32, torch.bfloat16)[entry]
+    table.check(name, "cpu", table.Shape(sizes=(2, 130, 301 + entry), dtype=dtype, terms=2))
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(library, in_place_of_cpu, name):
+    arguments = table.TABLE[name].arguments(table.Shape(sizes=(3, 33, 401)))
+    first = table.run(name, "cpu", arguments)
+    library.deepopt_turn_around()
+    again = table.run(name, "cpu", arguments)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def adamw_lists(params, seed=0):
+    made = torch.Generator().manual_seed(seed)
+
+    def like(p):
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        return torch.randn(p.shape, generator=made).to(dtype)
+
+    grads = [like(p).to(p.dtype) for p in params]
+    steps = [torch.tensor(float(index % 3)) for index in range(len(params))]
+    return [params, grads, [like(p) for p in params], [like(p).square() for p in params], steps]
+
+
+RATES = (1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+
+
+def both(library, lists, *rest):
+    """The lists after the emulated kernels, after the CPU's, and the number of launches."""
+    if "cpu" in UNAVAILABLE:
+        pytest.skip(UNAVAILABLE["cpu"])
+    ours, theirs = table.mapped(lists, torch.clone), table.mapped(lists, torch.clone)
+    before = library.deepopt_launches()
+    emulated("adamw_")(*ours, *rest)
+    launches = library.deepopt_launches() - before
+    with backend("cpu"):
+        OPERATORS["adamw_"](*theirs, *rest)
+    return ours, theirs, launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_adamw_has_the_bits_of_the_cpu_and_few_launches(library, dtype):
+    """300 tensors of all sizes around a vector and a chunk: as many as fit go at once."""
+    sizes = [*range(290), 16383, 16384, 16385, 40000]
+    lists = adamw_lists([torch.randn(size).to(dtype) for size in sizes])
+    ours, theirs, launches = both(library, lists, [], [], *RATES)
+    for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
+        assert torch.equal(mine, other)
+    assert 1 < launches <= (7 if dtype == torch.float64 else 6)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "exact"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
+def test_bfloat16_is_rounded_to_the_bits_of_the_cpu(library, rounding, layout):
+    shape = table.Shape(sizes=(2, 65, 301), dtype=torch.bfloat16, rounding=rounding, layout=layout)
+    lists = adamw_lists([shape.matrices(torch.bfloat16), torch.randn(77).bfloat16()])
+    lows, seeds = table.rounding_arguments(shape, lists[0])
+    ours, theirs, _ = both(library, [*lists, lows], seeds, *RATES)
+    for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_joined_state_serves_many_parameters(library):
+    params, grads, firsts, seconds, steps = adamw_lists([torch.randn(s) for s in range(1, 200)])
+    joined = [torch.cat([x.reshape(-1) for x in kind]) for kind in (firsts, seconds, steps)]
+    together = [params, grads, *[[whole] for whole in joined]]
+    ours, theirs, _ = both(library, together, [], [], *RATES)
+    for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_step_counts_that_are_off_by_dtype_are_refused(library):
+    lists = adamw_lists([torch.randn(3), torch.randn(4)])
+    lists[4][1] = lists[4][1].double()
+    with pytest.raises(RuntimeError, match="steps must be float32 or float64, all alike"):
+        emulated("adamw_")(*lists, [], [], *RATES)
+
+
+def test_more_terms_than_a_launch_takes(library):
+    tensors = [torch.randn(2, 33, 35 + k % 2)[:, :, :35] for k in range(11)]
+    tensors[9] = torch.randn(2, 35, 33).mT
+    factors = torch.randn(11, 2, 33)
+    exact = sum(f.double()[..., None] * x.double() for f, x in zip(factors, tensors, strict=True))
+    assert (emulated("combine")(tensors, factors) - exact).abs().max() < 2e-5
+
+
+def test_more_units_than_shared_memory_takes(in_place_of_cpu):
+    """Weights come in groups of 64 units."""
+    shape = table.Shape(sizes=(2, 5, 40), terms=2)
+    for name in ("coordinate_mlp", "coordinate_mlp_gradient"):
+        arguments = table.TABLE[name].arguments(shape)
+        arguments[4] = 0.1 * shape.normal(2, 70, 3)
+        double = table.in_double(name, arguments)
+        exact = OPERATORS[name].reference(*double)
+        assert torch.allclose(emulated(name)(*arguments).double(), exact, rtol=1e-4, atol=1e-6)
