@@ -34,8 +34,8 @@ CXX_FLAGS = [
     STABLE_ABI,
 ]
 CUDA_CXX_FLAGS = [*CXX_FLAGS, "-DUSE_CUDA"]
-# As on the CPU, only what a rule writes as fma is one: both then give the same bits. It costs nothing
-# where memory is the limit, and the MLP's arithmetic is written in fma.
+# As on the CPU, only what a rule writes as fma is one: both then give the same bits. It costs
+# nothing where memory is the limit, and the MLP's arithmetic is written in fma.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
 ARCHITECTURES = ("8.0", "9.0", "10.0")
 

@@ -121,7 +121,9 @@ def test_operators_compile_with_the_headers_of_torch(tmp_path):
     if compiler is None or nvcc is None:
         pytest.skip("needs g++ and nvcc")
     homes = [os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    home = next((Path(h) for h in homes if h and (Path(h) / "include/cuda_runtime.h").exists()), None)
+    home = next(
+        (Path(h) for h in homes if h and (Path(h) / "include/cuda_runtime.h").exists()), None
+    )
     if home is None:
         pytest.skip("needs the headers of CUDA")
     unit = tmp_path / "all.cpp"

@@ -118,28 +118,35 @@ def adamw_lists(params, seed=0):
 RATES = (1e-2, 0.9, 0.99, 1e-8, 0.1, False)
 
 
-def both(library, lists, *rest):
+def both(library, lists, *rest, steps="device"):
     """The lists after the emulated kernels, after the CPU's, and the number of launches."""
     if "cpu" in UNAVAILABLE:
         pytest.skip(UNAVAILABLE["cpu"])
     ours, theirs = table.mapped(lists, torch.clone), table.mapped(lists, torch.clone)
     before = library.deepopt_launches()
+    for step in ours[4] if steps == "host" else []:
+        library.deepopt_on_host(ctypes.c_void_p(step.data_ptr()))
     emulated("adamw_")(*ours, *rest)
+    library.deepopt_on_host(None)
     launches = library.deepopt_launches() - before
     with backend("cpu"):
         OPERATORS["adamw_"](*theirs, *rest)
     return ours, theirs, launches
 
 
+@pytest.mark.parametrize("steps", ["host", "device"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_adamw_has_the_bits_of_the_cpu_and_few_launches(library, dtype):
-    """300 tensors of all sizes around a vector and a chunk: as many as fit go at once."""
+def test_adamw_has_the_bits_of_the_cpu_and_few_launches(library, dtype, steps):
+    """300 tensors of all sizes around a vector and a chunk, 50 in a launch (46 in double).
+
+    Steps on the device are counted up by one launch more.
+    """
     sizes = [*range(290), 16383, 16384, 16385, 40000]
     lists = adamw_lists([torch.randn(size).to(dtype) for size in sizes])
-    ours, theirs, launches = both(library, lists, [], [], *RATES)
+    ours, theirs, launches = both(library, lists, [], [], *RATES, steps=steps)
     for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
         assert torch.equal(mine, other)
-    assert 1 < launches <= (7 if dtype == torch.float64 else 6)
+    assert launches == (7 if dtype == torch.float64 else 6) + (steps == "device")
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "exact"])
@@ -153,11 +160,12 @@ def test_bfloat16_is_rounded_to_the_bits_of_the_cpu(library, rounding, layout):
         assert torch.equal(mine, other)
 
 
-def test_joined_state_serves_many_parameters(library):
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_joined_state_serves_many_parameters(library, where):
     params, grads, firsts, seconds, steps = adamw_lists([torch.randn(s) for s in range(1, 200)])
     joined = [torch.cat([x.reshape(-1) for x in kind]) for kind in (firsts, seconds, steps)]
     together = [params, grads, *[[whole] for whole in joined]]
-    ours, theirs, _ = both(library, together, [], [], *RATES)
+    ours, theirs, _ = both(library, together, [], [], *RATES, steps=where)
     for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
         assert torch.equal(mine, other)
 

@@ -12,11 +12,13 @@
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -44,6 +46,7 @@ inline dim3 blockDim(1), gridDim(1);
 namespace emulation {
 
 inline int64_t launches = 0;
+inline std::set<const void*> on_host;  // tensors that are not on the device
 
 class Block {
  public:
@@ -178,7 +181,9 @@ namespace cuda {
 struct __attribute__((visibility("hidden"))) Device {
   explicit Device(const torch::stable::Tensor&) {}
   void* stream() const { return nullptr; }
-  bool has(const torch::stable::Tensor&) const { return true; }
+  bool has(const torch::stable::Tensor& tensor) const {
+    return !emulation::on_host.count(tensor.const_data_ptr());
+  }
   void check_launch() const {}
 };
 
@@ -192,4 +197,10 @@ extern "C" inline __attribute__((used, visibility("default"))) int64_t deepopt_l
 // The next launches run in the other order than they would have.
 extern "C" inline __attribute__((used, visibility("default"))) void deepopt_turn_around() {
   ++emulation::launches;
+}
+
+// The tensor at this address is on the host; null: none is any more.
+extern "C" inline __attribute__((used, visibility("default"))) void deepopt_on_host(void* data) {
+  if (!data) return emulation::on_host.clear();
+  emulation::on_host.insert(data);
 }

@@ -1,0 +1,151 @@
+"""What only a GPU shows: graphs, streams, devices, and that nothing waits."""
+
+import copy
+
+import pytest
+import torch
+
+import deepopt
+from deepopt.ops import adamw_, backend, combine, frobenius, move_
+from deepopt.ops.operator import UNAVAILABLE
+
+pytestmark = pytest.mark.skipif("cuda" in UNAVAILABLE, reason=UNAVAILABLE.get("cuda", ""))
+CUDA = torch.device("cuda")
+RATES = (1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+
+
+def lists(sizes=((64, 48), (48,), (7, 3)), device=CUDA):
+    """Arguments of adamw_ up to the steps, which are on the device."""
+    params = [torch.randn(size, device=device) for size in sizes]
+    kinds = [[torch.randn_like(p).abs() for p in params] for _ in range(3)]
+    return [params, *kinds, [torch.zeros((), device=device) for _ in params]]
+
+
+def on_cpu(given):
+    return [[tensor.cpu() for tensor in kind] for kind in given]
+
+
+def assert_close(ours, theirs):
+    for kind, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close([x.cpu() for x in kind], [x.cpu() for x in other])
+
+
+@pytest.fixture
+def no_waiting():
+    """Raises where the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_operators_do_not_wait_for_the_device(no_waiting):
+    given, steps = lists(), [torch.zeros(()) for _ in range(3)]
+    with backend("cuda"):
+        adamw_(*given, [], [], *RATES)
+        adamw_(*given[:4], steps, [], [], *RATES)
+        move_(given[0], given[1], [], [], 1e-2, 0.1)
+        matrices = given[0][0][None]
+        combine([matrices, matrices], torch.ones(2, 1, device=CUDA))
+        frobenius(matrices)
+
+
+def test_a_replayed_graph_goes_on_counting():
+    given = lists()
+    expected = on_cpu(given)
+    with backend("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # loads the kernels before the capture
+            adamw_(*copy.deepcopy(given), [], [], *RATES)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            adamw_(*given, [], [], *RATES)
+        for _ in range(3):
+            graph.replay()
+    for _ in range(3):
+        adamw_(*expected, [], [], *RATES)
+    assert [int(step) for step in given[4]] == [3, 3, 3]
+    assert_close(given, expected)
+
+
+def test_a_graph_of_an_optimizer_step_replays_to_the_same_parameters():
+    made = []
+    for captured in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 16)).to(CUDA)
+        optimizer = deepopt.DeepMomentum(model.parameters(), lr=1e-2, capturable=True)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # state is made before the capture
+            for _ in range(3):
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            for _ in range(4):
+                graph.replay()
+        else:
+            for _ in range(4):
+                optimizer.step()
+        made.append([param.detach().clone() for param in model.parameters()])
+    torch.testing.assert_close(*made)
+
+
+def test_kernels_run_on_the_current_stream():
+    given = lists()
+    expected = on_cpu(given)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), backend("cuda"):
+        torch.cuda._sleep(10_000_000)
+        given[1] = [grad + 1 for grad in given[1]]  # must be there before the kernel reads it
+        adamw_(*given, [], [], *RATES)
+    stream.synchronize()
+    expected[1] = [grad + 1 for grad in expected[1]]
+    adamw_(*expected, [], [], *RATES)
+    assert_close(given, expected)
+
+
+def test_tensors_of_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    given = lists(device=torch.device("cuda", 1))
+    expected = on_cpu(given)
+    with torch.cuda.device(0), backend("cuda"):
+        adamw_(*given, [], [], *RATES)
+        assert torch.cuda.current_device() == 0
+    adamw_(*expected, [], [], *RATES)
+    assert_close(given, expected)
+
+
+def test_tensors_of_two_devices_are_refused():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    given = lists()
+    given[1][2] = given[1][2].to("cuda:1")
+    with backend("cuda"), pytest.raises(RuntimeError, match="one device"):
+        adamw_(*given, [], [], *RATES)
+
+
+def test_more_entries_than_32_bits_count():
+    entries = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < 4 * entries * 3:
+        pytest.skip("needs 26 GB of GPU memory")
+    param = torch.zeros(entries, device=CUDA)
+    update = torch.ones(entries, device=CUDA)
+    with backend("cuda"):
+        move_([param], [update], [], [], 0.5, 0.0)
+    assert param[-6:].tolist() == [-0.5] * 6
+    assert param.sum(dtype=torch.float64).item() == -0.5 * entries
+
+
+def test_results_are_the_same_bit_for_bit_in_every_run():
+    matrices = torch.randn(3, 700, 513, device=CUDA)
+    with backend("cuda"):
+        assert torch.equal(frobenius(matrices), frobenius(matrices))
