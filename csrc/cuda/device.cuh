@@ -69,7 +69,7 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// The sum over a block of kThreads, in every thread of it; `scratch` is shared and free afterwards.
+// The sum over a block of kThreads, in every thread of it; `scratch` is shared, for this sum alone.
 template <class T>
 __device__ __forceinline__ T block_sum(T x, T (&scratch)[kThreads / kWarp]) {
   x = warp_sum(x);
@@ -77,7 +77,6 @@ __device__ __forceinline__ T block_sum(T x, T (&scratch)[kThreads / kWarp]) {
   __syncthreads();
   T sum = 0;
   for (int w = 0; w < kThreads / kWarp; ++w) sum += scratch[w];
-  __syncthreads();
   return sum;
 }
 

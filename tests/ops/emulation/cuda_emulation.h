@@ -58,10 +58,10 @@ class Block {
     passed_ = arrived_;
     threads_ = threads;
     for (unsigned t = 0; t < threads; ++t) start(t);
-    for (bool on = backwards; alive_; on = !on) {
+    while (alive_) {
       const int64_t before = progress_;
       for (unsigned i = 0; i < threads; ++i) {
-        current_ = on ? threads - 1 - i : i;
+        current_ = backwards ? threads - 1 - i : i;
         if (fibers_[current_].done) continue;
         threadIdx = {current_ % blockDim.x, current_ / blockDim.x % blockDim.y, 0};
         swapcontext(&scheduler_, &fibers_[current_].context);
