@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
 // The tanh of the units is taken twice, before and after the slope is known: to keep it would take
 // more registers, or more memory traffic, than taking it costs.
 template <int F>
-__global__ void __launch_bounds__(kThreads, 4)  // blocks at a time: 64 registers
+__global__ void __launch_bounds__(kThreads)
     mlp_gradient(double* partial, const __grid_constant__ Mlp mlp, const float* target,
                  const float* unit) {
   __shared__ float weights[kUnits * (F + 1)];

@@ -17,6 +17,8 @@ KERNELS = sorted(CSRC.glob("*.cu"))
 ARCHITECTURES = ("80", "90", "100")
 # With 256 threads a block, 64 registers let 1024 threads, half of what there can be, run at a time.
 MOST_REGISTERS = 64
+# The MLP is limited by arithmetic, for which 768 threads do; held to 64, its gradient spills.
+MOST_REGISTERS_OF_THE_MLP = 80
 
 # Loads and stores of 16 bytes that a kernel needs for one turn of its loop.
 VECTORS = {
@@ -87,7 +89,8 @@ def test_kernels_keep_everything_in_registers(compiled):
             assert sizes, name
             assert {number for size in sizes for number in size} == {"0"}, f"{name}: {told}"
             registers = int(told.rpartition("Used ")[2].split()[0])
-            assert registers <= MOST_REGISTERS, f"{name} takes {registers} registers"
+            most = MOST_REGISTERS_OF_THE_MLP if "mlp" in name else MOST_REGISTERS
+            assert registers <= most, f"{name} takes {registers} registers"
     assert entries >= 40
 
 
