@@ -41,7 +41,8 @@ def adamw_(
             differ.
         exp_avgs: m, float32 or for float64 parameters float64.
         exp_avg_sqs: v.
-        steps: t before this step, one number each on the CPU; counted up.
+        steps: t before this step, one number each on the CPU or, for CUDA kernels, on the device;
+            counted up.
         lows: as in :func:`move_`.
         seeds: as in :func:`move_`.
         lr: γ.
