@@ -67,6 +67,17 @@ void over_batch(int64_t batch, const Body& body) {
   }
 }
 
+// The largest |a x + b x³ + c x⁵| for x in [0, upper], up to some 1e-5 of it.
+double largest(const Coefficients& abc, double upper) {
+  constexpr int64_t points = 4096;
+  double value = 0.0;
+  for (int64_t i = 1; i <= points; ++i) {
+    const double x = upper * static_cast<double>(i) / points, square = x * x;
+    value = std::max(value, std::abs(x * (abc[0] + square * (abc[1] + square * abc[2]))));
+  }
+  return value;
+}
+
 // Newton-Schulz of m x n matrices, with the memory for it.
 //
 // Written for X = M or Mᵀ with the short side first: a step is X ← R X with R = a I + P and
@@ -74,8 +85,9 @@ void over_batch(int64_t batch, const Body& body) {
 // multiplies with R, the other makes G.
 class NewtonSchulz {
  public:
-  NewtonSchulz(int64_t rows, int64_t columns)
-      : m_(rows),
+  NewtonSchulz(int64_t rows, int64_t columns, std::vector<Coefficients> coefficients)
+      : coefficients_(std::move(coefficients)),
+        m_(rows),
         n_(columns),
         wide_(rows <= columns),
         short_(panels_for(std::min(rows, columns))),
@@ -89,39 +101,50 @@ class NewtonSchulz {
         change_(scratch_.panels(short_, short_)),
         factor_(scratch_.panels(short_, short_)),
         product_(scratch_.panels(short_, short_)),
-        gram32_(scratch_.blocks(short_)) {}
+        gram32_(scratch_.blocks(short_)),
+        pairs_(coefficients_.size() >= 5 && 4 * std::max(m_, n_) >= 5 * std::min(m_, n_)) {
+    if (!pairs_) return;
+    // So much above what two steps reach is well within the hundredth, and rounding seldom above it.
+    const double limit = 1.005 * largest(coefficients_[1], largest(coefficients_[0], 1.0));
+    square_limit_ = static_cast<float>(limit * limit);
+  }
 
-  void run(const float* from, float* to, const std::vector<Coefficients>& coefficients) {
+  void run(const float* from, float* to) {
+    const bool certifiable = pairs_ && square_limit_ < INFINITY;
+    if (!certifiable || !iterate(from, to, true)) iterate(from, to, false);
+  }
+
+ private:
+  // Products on the long side, X Xᵀ and R X, cost the aspect ratio r and those on the short side 1,
+  // symmetric ones half of that: two steps on one G before X follows cost 3/2 r + 5/2 in place of
+  // 3 r + 1. So the first two and the last two of five or more are taken, but never three: G loses to
+  // rounding against the true X Xᵀ, and more with every step, and only a new G corrects it.
+  //
+  // After the first two, singular values lie up to the edge beyond which the next polynomial grows
+  // without bound, one hundredth away. Where few rows carry a matrix, their rounding does not average
+  // out and pushes one of a thousand over. So that pair is certified: the true Gram matrix, which the
+  // third step needs anyway, must show no eigenvalue above what exact steps can reach. Otherwise
+  // returns false without having written, and the first steps are to be taken one by one.
+  bool iterate(const float* from, float* to, bool first_pair) {
     pack_matrix({from, m_, n_}, std::sqrt(sum_of_squares(from, m_ * n_)), &rows_, &columns_);
-    const auto steps = static_cast<int64_t>(coefficients.size());
+    const auto steps = static_cast<int64_t>(coefficients_.size());
     for (int64_t step = 0; step < steps;) {
-      const Coefficients& abc = coefficients[step];
-      if (two_at_once(step, steps)) {
-        const Panels& factor = two_steps(abc, coefficients[step + 1]);
+      const Coefficients& abc = coefficients_[step];
+      if ((first_pair && step == 0) || (pairs_ && step == steps - 2)) {
+        const Panels& factor = two_steps(abc, coefficients_[step + 1]);
         step += 2;
         multiply_by(factor, 0.0f, step == steps ? to : nullptr);
       } else {
         const Panels& change = one_step(abc);
+        if (first_pair && step == 2 && !is_below(square_limit_, gram32_, short_)) return false;
         step += 1;
         multiply_by(change, abc[0], step == steps ? to : nullptr);
       }
     }
+    return true;
   }
 
- private:
-  // Whether this step and the next are taken on G before X follows. Products on the long side,
-  // X Xᵀ and R X, cost the aspect ratio r and those on the short side 1, symmetric ones half of
-  // that: two steps on one G cost 3/2 r + 5/2 in place of 3 r + 1.
-  //
-  // But G loses to rounding against the true X Xᵀ, and more with every step, and only a new G
-  // corrects it. So it is never three steps, and only the last two: before, singular values lie up
-  // to the edge beyond which the polynomial of the next step grows without bound, one hundredth
-  // away. Where few rows carry a matrix, their rounding does not average out and pushes them over.
-  bool two_at_once(int64_t step, int64_t steps) const {
-    return 4 * std::max(m_, n_) >= 5 * std::min(m_, n_) && steps >= 5 && step == steps - 2;
-  }
-
-  // Returns P, for X ← a X + P X.
+  // Returns P, for X ← a X + P X. G is left in gram32_.
   const Panels& one_step(const Coefficients& abc) {
     make_gram();
     make_change(abc, {nullptr, &change_});
@@ -191,6 +214,7 @@ class NewtonSchulz {
     });
   }
 
+  std::vector<Coefficients> coefficients_;
   int64_t m_, n_;
   bool wide_;
   int64_t short_, long_;  // in panels
@@ -198,6 +222,8 @@ class NewtonSchulz {
   Panels rows_, columns_;
   Panels gram_, change_, factor_, product_;
   float* gram32_;
+  bool pairs_;
+  float square_limit_ = INFINITY;
 };
 
 // M ← retention M - rate M Kᵀ K + (1 - retention) G, with the memory for it.
@@ -344,8 +370,8 @@ Tensor newton_schulz(
   const float* read = from.const_data_ptr<float>();
   float* write = to.mutable_data_ptr<float>();
   over_batch(from.numel() / size, [&](int64_t first, int64_t last) {
-    NewtonSchulz work(rows, columns);
-    for (int64_t b = first; b < last; ++b) work.run(read + b * size, write + b * size, steps);
+    NewtonSchulz work(rows, columns, steps);
+    for (int64_t b = first; b < last; ++b) work.run(read + b * size, write + b * size);
   });
 #endif
   return to;

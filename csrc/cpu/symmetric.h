@@ -412,6 +412,92 @@ inline void symmetric_product(
       });
 }
 
+// 32 rows by 32 columns of float32, a block as symmetric_product() lays it down.
+struct Block {
+  float* at;
+
+  __m512 load(int64_t row, int64_t half) const {
+    return _mm512_loadu_ps(at + row * kPanel + 16 * half);
+  }
+  void store(int64_t row, int64_t half, __m512 x) const {
+    _mm512_storeu_ps(at + row * kPanel + 16 * half, x);
+  }
+  // row <- a row
+  void scale(int64_t row, float a) const {
+    for (int half = 0; half < 2; ++half) {
+      store(row, half, _mm512_mul_ps(_mm512_set1_ps(a), load(row, half)));
+    }
+  }
+  // row <- row - a other
+  void subtract(int64_t row, float a, int64_t other) const {
+    for (int half = 0; half < 2; ++half) {
+      store(row, half, _mm512_fnmadd_ps(_mm512_set1_ps(a), load(other, half), load(row, half)));
+    }
+  }
+};
+
+// x - Aᵀ B for one strip of the result: the columns of A from `a` on, all 32 columns of B.
+inline Tile subtracted(Tile x, const float* a, const float* b) {
+  for (int64_t t = 0; t < kPanel; ++t, a += kPanel, b += kPanel) {
+    const __m512 left = _mm512_loadu_ps(b), right = _mm512_loadu_ps(b + 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < kStrip; ++i) {
+      const __m512 factor = _mm512_set1_ps(a[i]);
+      x.at[i][0] = _mm512_fnmadd_ps(factor, left, x.at[i][0]);
+      x.at[i][1] = _mm512_fnmadd_ps(factor, right, x.at[i][1]);
+    }
+  }
+  return x;
+}
+
+// Whether all eigenvalues of the symmetric G, its lower triangle of blocks, lie below a limit; G is
+// lost. Factors limit I - G as Mᵀ M, with M of the same shape as the triangle: from the last row of
+// blocks up, so that rows of every block are read as they lie.
+//
+// In float32, what passes is a matrix within the rounding of r float32 additions of G.
+inline bool is_below(float limit, float* blocks, int64_t panels) {
+  const auto block = [&](int64_t i, int64_t j) {
+    return Block{blocks + (i * (i + 1) / 2 + j) * kBlock};
+  };
+  // Of block (i, j): - G minus what the rows of blocks below have taken already.
+  const auto remainder = [&](int64_t i, int64_t j) {
+    for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+      Tile tile = scaled(-1.0f, load(block(i, j).at + strip * kPanel));
+      if (i == j) tile = shifted(limit, tile, strip);
+      for (int64_t k = i + 1; k < panels; ++k) {
+        tile = subtracted(tile, block(k, i).at + strip, block(k, j).at);
+      }
+      store(block(i, j).at + strip * kPanel, tile);
+    }
+  };
+  for (int64_t i = panels - 1; i >= 0; --i) {
+    const Block pivots = block(i, i);
+    float reciprocal[kPanel];
+    remainder(i, i);
+    for (int64_t row = kPanel - 1; row >= 0; --row) {
+      const float pivot = pivots.at[row * kPanel + row];
+      if (!(pivot > 0.0f)) return false;  // nor where it is not a number
+      reciprocal[row] = 1.0f / std::sqrt(pivot);
+      pivots.scale(row, reciprocal[row]);
+      for (int64_t above = 0; above < row; ++above) {
+        pivots.subtract(above, pivots.at[row * kPanel + above], row);
+      }
+    }
+    torch::stable::parallel_for(0, i, 1, [&](int64_t first, int64_t last) {
+      for (int64_t j = first; j < last; ++j) {
+        remainder(i, j);
+        for (int64_t row = kPanel - 1; row >= 0; --row) {
+          block(i, j).scale(row, reciprocal[row]);
+          for (int64_t above = 0; above < row; ++above) {
+            block(i, j).subtract(above, pivots.at[row * kPanel + above], row);
+          }
+        }
+      }
+    });
+  }
+  return true;
+}
+
 }  // namespace deepopt::bfloat16
 
 #if defined(__clang__)

@@ -26,10 +26,11 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     from X = M / ‖M‖. The result does not depend on the scale of M; a zero matrix stays zero.
 
     Two steps may be taken on G alone, where the matrix is long enough for that to be cheaper: G of
-    the second is R G R, and X follows once. In float32 the first two and the last two are, if
-    there are five or more; in bfloat16 the last two, by kernels: before, singular values lie up to
-    one hundredth from the edge beyond which the next polynomial grows without bound, and what such
-    a G loses to rounding would push some of them over.
+    the second is R G R, and X follows once. The first two and the last two are, if there are five
+    or more; in bfloat16 by kernels alone, and the first two only where the Gram matrix after them
+    proves that rounding pushed no singular value beyond what exact steps reach: one hundredth
+    further the next polynomial grows without bound. The few matrices that fail start again, step by
+    step.
 
     Args:
         matrices: shape (..., m, n).
