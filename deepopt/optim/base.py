@@ -350,7 +350,8 @@ class MemoryOptimizer(Optimizer):
         grads = [routing.matrices(grad, kind.path, kind.split) for grad in bucket.grads]
         counts = [len(grad) for grad in grads]
         if sum(counts):  # a rank of expert parallelism may have none
-            grad = torch.cat(grads).to(state_dtype(params[0]))
+            grad = torch.cat(grads) if len(grads) > 1 else grads[0]
+            grad = grad.to(state_dtype(params[0]))
             keys = [key for key in states[0] if key not in ("step", "low")]
             with stacked(states, keys, group["differentiable"], self._joints) as whole:
                 pairs = zip(states, counts, strict=True)
