@@ -69,7 +69,7 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
         steps = _gram_steps if bounded and saves(m, n, len(segment)) else _direct_steps
         x = steps(x, segment)
     x = (x.mT if tall else x).reshape(matrices.shape)
-    return x.to(matrices.dtype)
+    return x.to(matrices.dtype, memory_format=torch.contiguous_format)
 
 
 def saves(m: int, n: int, steps: int) -> bool:

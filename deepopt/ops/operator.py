@@ -112,12 +112,14 @@ class Operator(Generic[P, R]):
     def _defined(self, name: str, kernel: Callable[P, R]) -> Any:
         """The torch operator of this name, with this operator's schema."""
         _LIBRARY.define(name + self._schema)
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         overload = getattr(torch.ops.deepopt, name).default
         arguments = overload._schema.arguments
         self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
-        # What only writes returns nothing; of anything else the reference tells shape and dtype.
-        fake = (lambda *args, **kwargs: None) if self._mutates else self.reference
+        if self._mutates:  # and returns nothing
+            fake: Callable[..., Any] = lambda *args, **kwargs: None  # noqa: E731
+        else:
+            kernel, fake = _contiguous(kernel), _contiguous(self.reference)
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"deepopt::{name}", fake, lib=_LIBRARY)
         return overload
 
@@ -202,6 +204,22 @@ def load_extensions() -> None:
     if forced := os.environ.get("DEEPOPT_BACKEND"):
         check_backend(forced, "DEEPOPT_BACKEND")
         _forced = forced
+
+
+def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its results contiguous, as kernels return them.
+
+    What is compiled relies on the strides that the fake kernel tells, whatever kernel runs.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if isinstance(result, tuple):
+            return tuple(tensor.contiguous() for tensor in result)
+        return result.contiguous()
+
+    return run
 
 
 def _recorded(args: Sequence[Any]) -> bool:

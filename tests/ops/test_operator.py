@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from deepopt.ops import adamw_, backend
+from deepopt.ops import adamw_, backend, polar_express
 from deepopt.ops.operator import BACKENDS, OPERATORS, UNAVAILABLE, operator
 
 
@@ -84,6 +84,23 @@ def test_an_environment_variable_forces_a_backend_and_is_checked():
         command, capture_output=True, text=True, env={**os.environ, "DEEPOPT_BACKEND": "fast"}
     )
     assert "Invalid DEEPOPT_BACKEND: 'fast'" in run.stderr
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 90), (2, 90, 70)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", ["newton_schulz", "delta_write", "gram_average", "coordinate_mlp"])
+def test_what_is_compiled_is_told_the_strides_that_the_kernel_returns(name, turned, shape):
+    def stack(b, m, n):
+        return torch.rand(b, n, m).mT if turned else torch.rand(b, m, n)
+
+    x, numbers, rows = stack(*shape), torch.rand(2), shape[1]
+    arguments = {
+        "newton_schulz": (x, polar_express(5), torch.bfloat16),
+        "delta_write": (x, x, numbers, numbers, 0.3, 0.9),
+        "gram_average": (stack(2, rows, rows), x, numbers + 1, numbers, 0.1, True),
+        "coordinate_mlp": (x, numbers, [x], torch.rand(2, 1), torch.rand(2, 3, 2)),
+    }[name]
+    torch.library.opcheck(OPERATORS[name].overload, arguments, test_utils="test_faketensor")
 
 
 def test_a_backend_in_python_is_opaque_to_compile():
