@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from deepopt.ops import combine, row_products
+from deepopt.ops import backend, combine, row_products
+from deepopt.ops.operator import UNAVAILABLE
 
 
 @pytest.mark.parametrize("by", ["b", "bm"])
@@ -30,3 +31,10 @@ def test_products_are_those_of_the_upper_triangle():
 def test_there_must_be_something_to_combine():
     with pytest.raises((ValueError, RuntimeError), match="at least one"):
         combine([], torch.ones(0, 2))
+
+
+@pytest.mark.skipif("cpu" in UNAVAILABLE, reason="no kernel")
+def test_the_kernel_refuses_a_coefficient_for_every_entry():
+    tensors = [torch.ones(2, 8, 9).mT, torch.ones(2, 9, 8)]
+    with backend("cpu"), pytest.raises(RuntimeError, match="coefficients must be of shape"):
+        combine(tensors, torch.ones(2, 2, 9, 8))
