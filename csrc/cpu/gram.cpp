@@ -93,4 +93,7 @@ Tensor gram_average(
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) { m.impl("gram_average", TORCH_BOX(&gram_average)); }
+STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
+  if (!deepopt::has_bfloat16_products()) return;  // the reference stays
+  m.impl("gram_average", TORCH_BOX(&gram_average));
+}

@@ -21,19 +21,6 @@ namespace {
 
 using Coefficients = std::array<float, 3>;
 
-// Whether the products of this file run here: the processor has the instruction, and has not the
-// faster one (AMX), of which torch's own products make use.
-bool has_bfloat16_products() {
-#ifdef DEEPOPT_AVX512_BF16
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && !__builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
-}
-
 void check(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Float && tensor.is_cpu(), name,
@@ -352,7 +339,6 @@ Tensor newton_schulz(
     Tensor matrices, std::vector<std::vector<double>> coefficients, ScalarType dtype) {
   check(matrices, "matrices");
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "newton_schulz multiplies in bfloat16 here");
-  STD_TORCH_CHECK(has_bfloat16_products(), "this processor lacks AVX512-BF16");
   STD_TORCH_CHECK(matrices.dim() >= 2, "matrices must have at least two dimensions");
   std::vector<Coefficients> steps;
   for (const auto& abc : coefficients) {
@@ -383,7 +369,6 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
   check(grad, "grad");
   check(norm, "norm");
   check(erasure, "erasure");
-  STD_TORCH_CHECK(has_bfloat16_products(), "this processor lacks AVX512-BF16");
   STD_TORCH_CHECK(
       momentum.dim() == 3 && grad.dim() == 3 && norm.dim() == 1 && erasure.dim() == 1,
       "momentum and grad must be stacks of matrices, norm and erasure one number for each");
@@ -420,11 +405,8 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(deepopt, m) { m.def("has_bfloat16_products() -> bool"); }
-STABLE_TORCH_LIBRARY_IMPL(deepopt, CompositeExplicitAutograd, m) {
-  m.impl("has_bfloat16_products", TORCH_BOX(&has_bfloat16_products));
-}
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
+  if (!deepopt::has_bfloat16_products()) return;  // the references stay
   m.impl("newton_schulz", TORCH_BOX(&newton_schulz));
   m.impl("delta_write", TORCH_BOX(&delta_write));
 }

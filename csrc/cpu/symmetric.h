@@ -506,3 +506,20 @@ inline bool is_below(float limit, float* blocks, int64_t panels) {
 #pragma GCC pop_options
 #endif
 #endif  // x86-64
+
+namespace deepopt {
+
+// Whether these products run here: the processor has the instruction, and has not the faster one
+// (AMX), of which torch's own products make use.
+inline bool has_bfloat16_products() {
+#ifdef DEEPOPT_AVX512_BF16
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && !__builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace deepopt

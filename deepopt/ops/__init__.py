@@ -16,7 +16,6 @@ from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.move import move_
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.operator import backend, load_extensions
-from deepopt.ops.products import find_kernels
 from deepopt.ops.ridge import ridge
 from deepopt.ops.step_size import adam_ratio, frobenius, rms_gain, row_gains, running_root
 
@@ -48,4 +47,3 @@ if (_sources := Path(__file__).resolve().parents[2] / "csrc").joinpath("triton")
     __path__.append(str(_sources))
 
 load_extensions()
-find_kernels()

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
-from deepopt.ops.products import multiplies_bfloat16
+from deepopt.ops.products import worth_rounding
 
 
 @operator(
     "(Tensor gram, Tensor grad, Tensor scale, Tensor kept, float share, bool of_rows) -> Tensor",
     supports=lambda gram, grad, scale, kept, share, of_rows: (
-        multiplies_bfloat16(grad) and gram.dtype == scale.dtype == kept.dtype == torch.float32
+        worth_rounding(grad) and gram.dtype == scale.dtype == kept.dtype == torch.float32
     ),
 )
 def gram_average(

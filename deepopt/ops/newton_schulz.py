@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
-from deepopt.ops.products import multiplies_bfloat16
+from deepopt.ops.products import worth_rounding
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -16,7 +16,7 @@ Coefficients = Sequence[tuple[float, float, float]]
 @operator(
     "(Tensor matrices, float[][] coefficients, ScalarType dtype) -> Tensor",
     supports=lambda matrices, coefficients, dtype: (
-        dtype == torch.bfloat16 and multiplies_bfloat16(matrices)
+        dtype == torch.bfloat16 and worth_rounding(matrices)
     ),
 )
 def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
