@@ -43,8 +43,12 @@ DEEPOPT_RULE void split(float x, uint16_t& high, uint16_t& low) {
   low = uint16_t(bits);
 }
 
+// No zero has negative low bits beside it: they are those of what another hand has set to zero, as
+// pruning does, and below a zero's bits are those of NaN.
 DEEPOPT_RULE float joined(uint16_t high, uint16_t low) {
-  return float_of((uint32_t(high) << 16) + uint32_t(int32_t(int16_t(low))));
+  const int32_t beside = int16_t(low);
+  const bool stale = (high & 0x7fffu) == 0 && beside < 0;
+  return float_of((uint32_t(high) << 16) + uint32_t(stale ? 0 : beside));
 }
 
 }  // namespace deepopt

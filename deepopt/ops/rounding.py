@@ -35,8 +35,10 @@ def wide(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
     """The numbers that a parameter stands for, in ``dtype``; the parameter itself if it has it."""
     if not isinstance(rounding, Tensor):
         return param.to(dtype)
-    high = param.view(torch.int16).to(torch.int32) << 16
-    return (high + rounding.to(torch.int32)).view(torch.float32)
+    high, low = param.view(torch.int16).to(torch.int32) << 16, rounding.to(torch.int32)
+    # Of a parameter that another hand has set to zero; below a zero's bits are those of NaN.
+    stale = (high & 0x7FFFFFFF == 0) & (low < 0)
+    return (high + low.masked_fill(stale, 0)).view(torch.float32)
 
 
 def put(param: Tensor, value: Tensor, rounding: Rounding) -> None:

@@ -103,3 +103,12 @@ def test_two_ways_to_round_at_once_are_refused():
     if "cpu" not in UNAVAILABLE:
         with pytest.raises(RuntimeError, match="lows or seeds, not both"):
             move_([param], [torch.zeros(2)], [low], [1], 1.0, 0.0)
+
+
+@kernels
+def test_a_parameter_set_to_zero_is_zero_whatever_its_low_bits_were(backend_name):
+    param = torch.tensor([0.0, -0.0, 1.0]).bfloat16().repeat(40)
+    lows = torch.tensor([-1, -(2**15), -1], dtype=torch.int16).repeat(40)
+    with backend(backend_name):
+        move_([param], [torch.ones(120)], [lows], [], 0.5, 0.0)
+    assert param.tolist() == [-0.5, -0.5, 0.5] * 40
