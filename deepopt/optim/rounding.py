@@ -44,7 +44,8 @@ def lows_and_seeds(
         return [], []
     if group["rounding"] == "stochastic":
         counts = [int(state["step"]) for state in states]
-        return [], [(p.numel() << 32) + t for p, t in zip(params, counts, strict=True)]
+        # Python's integers have no end, those of an operator 63 bits.
+        return [], [((p.numel() << 32) + t) % 2**63 for p, t in zip(params, counts, strict=True)]
     for param, state in zip(params, states, strict=True):
         if param.dtype == torch.bfloat16 and "low" not in state:
             state["low"] = torch.zeros_like(param, dtype=torch.int16)

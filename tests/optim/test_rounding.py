@@ -8,6 +8,7 @@ import torch
 
 import deepopt
 from deepopt.ops import backend
+from deepopt.optim.rounding import lows_and_seeds
 
 CLASSES = [deepopt.DeepMomentum, deepopt.M3, deepopt.DMGD, deepopt.DeltaMomentum]
 SHAPES = [(24, 32), (7,), (3, 5)]
@@ -154,3 +155,9 @@ def test_what_cannot_be_is_refused_by_name(cls):
         cls(param, rounding="exact", differentiable=True)
     with pytest.raises(RuntimeError, match="`capturable` does not support rounding='stochastic'"):
         cls(param, rounding="stochastic", capturable=True)
+
+
+def test_seeds_of_the_largest_parameters_fit_an_operator():
+    param = torch.empty(2**31, 3, dtype=torch.bfloat16, device="meta")
+    _, (seed,) = lows_and_seeds([param], [{"step": torch.ones(())}], {"rounding": "stochastic"})
+    assert 0 <= seed < 2**63
