@@ -55,6 +55,10 @@ def step(
             return
         found_inf = None
     if found_inf is None and _has_kernel(params, group):
+        grads = [  # a parameter's grad_dtype may be any
+            grad if grad.dtype == param.dtype else grad.to(state_dtype(param))
+            for param, grad in zip(params, grads, strict=True)
+        ]
         own: list[list[Tensor]] = [[state[key] for state in states] for key in KEYS]
         joint = _joint(params, states, own, joints)
         if joint is not None:

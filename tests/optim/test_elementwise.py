@@ -202,3 +202,21 @@ def test_narrow_parameters_are_stepped_in_float32_and_rounded_once(dtype):
         assert torch.equal(narrow.detach(), wide.detach().to(dtype))
     state = ours.state[narrow]
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16, torch.float64])
+def test_gradients_of_any_dtype_are_taken(dtype, grad_dtype):
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    value = torch.randn(7, generator=generator).to(dtype)
+    grad = torch.randn(7, generator=generator).to(grad_dtype)
+    for foreach in (None, False):
+        param = nn.Parameter(value.clone())
+        if not hasattr(param, "grad_dtype"):
+            pytest.skip("this torch has no gradients of another dtype")
+        param.grad_dtype = grad_dtype
+        param.grad = grad.clone()
+        DeepMomentum([param], foreach=foreach, **ARGUMENTS).step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
