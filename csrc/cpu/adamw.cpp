@@ -94,6 +94,7 @@ void run(const Lists& lists, const std::vector<size_t>& which, const std::vector
   walks.reserve(which.size());
   kernels.reserve(which.size());
   for (size_t t : which) {
+    check_written(params[t]);
     check_same_shape(grads[t], params[t]);
     const View low(roundings.low(t));
     noises.push_back(roundings.noise(t));
@@ -103,6 +104,8 @@ void run(const Lists& lists, const std::vector<size_t>& which, const std::vector
                                                         View(exp_avgs[0], offsets[t]),
                                                         View(exp_avg_sqs[0], offsets[t]), low});
     } else {
+      check_written(exp_avgs[t]);
+      check_written(exp_avg_sqs[t]);
       check_same_shape(exp_avgs[t], params[t]);
       check_same_shape(exp_avg_sqs[t], params[t]);
       walks.emplace_back(params[t], std::array<View, 5>{View(params[t]), View(grads[t]),
@@ -142,7 +145,16 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
                         lists.exp_avg_sqs[s].scalar_type() == state,
                     "deepopt::adamw_: state must be float32, or float64 for float64 parameters");
   }
+  for (const Tensor& steps : lists.steps) {
+    const ScalarType dtype = steps.scalar_type();
+    STD_TORCH_CHECK((lists.joined() || steps.numel() == 1) &&
+                        (dtype == ScalarType::Float || dtype == ScalarType::Double),
+                    "deepopt::adamw_: steps must be one float32 or float64 number for each parameter");
+  }
   if (lists.joined()) {
+    STD_TORCH_CHECK(lists.exp_avgs[0].is_contiguous() && lists.exp_avg_sqs[0].is_contiguous() &&
+                        lists.steps[0].is_contiguous(),
+                    "deepopt::adamw_: state in one tensor must be contiguous");
     STD_TORCH_CHECK(lists.exp_avgs[0].numel() == offsets.back() &&
                         lists.exp_avg_sqs[0].numel() == offsets.back() &&
                         lists.steps[0].numel() == int64_t(count),

@@ -173,7 +173,7 @@ Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
   STD_TORCH_CHECK(!tensors.empty(), "deepopt::combine: there must be at least one tensor");
   const auto sizes = tensors[0].sizes();
   const auto given = coefficients.sizes();
-  STD_TORCH_CHECK((given.size() == 2 || given.size() == 3) && given.size() <= sizes.size() + 1 && given[0] == int64_t(tensors.size()) &&
+  STD_TORCH_CHECK(given.size() > 1 && given.size() <= std::min<size_t>(3, sizes.size() + 1) && given[0] == int64_t(tensors.size()) &&
                       std::equal(given.begin() + 1, given.end(), sizes.begin()),
                   "deepopt::combine: coefficients must be of shape (tensors, B) or (tensors, B, m)");
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float,

@@ -74,6 +74,7 @@ void move_(std::vector<Tensor> params, std::vector<Tensor> updates, std::vector<
                     "deepopt::move_: an update's dtype has no kernel");
     kernels.push_back(precisely ? nullptr : kernel_for(params[t].scalar_type(), roundings.of(t)));
     noises.push_back(roundings.noise(t));
+    check_written(params[t]);
     check_same_shape(updates[t], params[t]);
     walks.emplace_back(params[t], std::array<View, 3>{View(params[t]), View(updates[t]),
                                                       View(roundings.low(t))});

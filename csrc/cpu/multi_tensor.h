@@ -62,6 +62,16 @@ inline void check_same_shape(const Tensor& tensor, const Tensor& param) {
                   "deepopt: tensors of one parameter must have its shape");
 }
 
+// As torch: what several entries share cannot be stepped.
+inline void check_written(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0,
+                    "deepopt: a tensor that is written to has several entries in one place, as "
+                    "expand makes it; clone it first");
+  }
+}
+
 // N tensors of one shape, with the dimensions in which they all go on evenly made one.
 template <size_t N>
 class Walk {

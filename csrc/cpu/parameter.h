@@ -56,6 +56,7 @@ struct __attribute__((visibility("hidden"))) Roundings {  // as torch's Tensor i
   const Tensor& low(size_t t) const {
     if (of(t) != Rounding::exact) return params[t];
     STD_TORCH_CHECK(lows[t].scalar_type() == ScalarType::Short, "deepopt: lows must be int16");
+    check_written(lows[t]);
     check_same_shape(lows[t], params[t]);
     return lows[t];
   }

@@ -32,6 +32,11 @@ def combine(tensors: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
     Cost: every tensor is read once, the result written once.
     """
+    if coefficients.dim() not in (2, 3):
+        raise ValueError(
+            f"Invalid coefficients: shape {tuple(coefficients.shape)}; give (K, B), a number for "
+            "each matrix, or (K, B, m), for each row"
+        )
     total = None
     for tensor, factor in zip(tensors, coefficients.unbind(0), strict=True):
         factor = factor.reshape(*factor.shape, *[1] * (tensor.dim() - factor.dim()))
