@@ -1,8 +1,11 @@
 """``python -m deepopt.ops``: what was built, what is used, and why not."""
 
+from deepopt.ops import operator as choice
 from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, UNAVAILABLE
 
 NOTES = {"reference": "plain torch, on every device", "compiled": "on request: it compiles first"}
+OF_BFLOAT16 = ("delta_write", "gram_average", "newton_schulz")
+"""Operators whose kernels for the CPU are matrix products in bfloat16."""
 
 
 def report() -> str:
@@ -19,8 +22,15 @@ def report() -> str:
         used = []
         for device in devices:
             there = [b for b in PREFERRED[device] if b in operator.implementations]
+            if choice._forced is not None:
+                there = [b for b in (*there, "compiled") if b == choice._forced]
             used.append(next((b for b in there if b not in UNAVAILABLE), "reference"))
         lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
+    lacking = [name for name in OF_BFLOAT16 if "cpu" not in OPERATORS[name].implementations]
+    if lacking and "cpu" not in UNAVAILABLE:
+        lines += ["", f"on cpu, {', '.join(lacking)}: kernels need AVX512-BF16, without AMX"]
+    if choice._forced is not None:
+        lines += ["", f"forced by DEEPOPT_BACKEND: {choice._forced}"]
     return "\n".join(lines)
 
 

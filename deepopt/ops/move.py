@@ -9,7 +9,9 @@ from deepopt.ops.operator import operator
 from deepopt.ops.rounding import put, roundings, wide
 
 
-def _supports(params: Sequence[Tensor], updates: Sequence[Tensor], *_: object) -> bool:
+def _supports(
+    params: Sequence[Tensor], updates: Sequence[Tensor], *_: object, **__: object
+) -> bool:
     return all(update.dtype == _computed_in(param) for param, update in zip(params, updates))  # noqa: B905
 
 

@@ -64,7 +64,9 @@ class Operator(Generic[P, R]):
             return self._compiled(*args, **kwargs)
         result = self.implementations[chosen].run(*args, **kwargs)
         if self._mutates:  # parameters come first; autograd must see that they have changed
-            torch.autograd.graph.increment_version(args[0])  # type: ignore[arg-type]
+            first = self.overload._schema.arguments[0].name
+            changed: Any = args[0] if args else kwargs[first]
+            torch.autograd.graph.increment_version(changed)
         return result
 
     def backend(
@@ -174,7 +176,7 @@ def check_backend(name: str, argument: str = "backend") -> None:
     if name in UNAVAILABLE:
         raise RuntimeError(
             f"Invalid {argument}: {name!r} is not available: {UNAVAILABLE[name]}; "
-            "`python -m deepopt.ops` shows what is"
+            "`python -m deepopt.ops`, without DEEPOPT_BACKEND, shows what is"
         )
 
 

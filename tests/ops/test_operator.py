@@ -123,3 +123,49 @@ def test_a_backend_in_python_is_opaque_to_compile():
         assert seen == [[1, 1, 1]]
     finally:
         del OPERATORS["doubled"]
+
+
+@pytest.mark.skipif("cpu" in UNAVAILABLE, reason="not built")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": torch.zeros(0)},
+        {"steps": torch.zeros((), dtype=torch.int64)},
+        {"exp_avgs": torch.zeros(1).expand(3)},
+        {"exp_avgs": torch.zeros(12)[::2], "joined": True},
+        {"steps": torch.zeros(1).expand(2), "joined": True},
+        {"params": torch.zeros(1).expand(3)},
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_what_a_kernel_would_write_beyond_is_refused(change):
+    count = 2 if change.get("joined") else 1
+    entries = 3 * count
+    lists = {
+        "params": [torch.zeros(3)] * count,
+        "grads": [torch.zeros(3)] * count,
+        "exp_avgs": [torch.zeros(entries)],
+        "exp_avg_sqs": [torch.zeros(entries)],
+        "steps": [torch.zeros(count)],
+    }
+    lists.update({key: [value] for key, value in change.items() if key != "joined"})
+    with pytest.raises(RuntimeError, match=r"must|several entries in one place"):
+        torch.ops.deepopt.adamw_(*lists.values(), [], [], 1e-3, 0.9, 0.999, 1e-8, 0.1, False)
+
+
+def test_operators_that_write_take_keywords():
+    given, named = arguments(), arguments()
+    adamw_(*given)
+    names = [argument.name for argument in adamw_.overload._schema.arguments]
+    adamw_(**dict(zip(names, named, strict=True)))
+    assert torch.equal(given[0][0], named[0][0])
+    assert named[0][0]._version > 0
+
+
+def test_the_report_shows_what_is_forced():
+    environment = {**os.environ, "DEEPOPT_BACKEND": "reference"}
+    command = [sys.executable, "-m", "deepopt.ops"]
+    report = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = dict(line.split(None, 1) for line in report.stdout.splitlines() if " " in line)
+    assert {lines[name].split()[0] for name in OPERATORS} == {"reference"}
+    assert "forced by DEEPOPT_BACKEND: reference" in report.stdout
