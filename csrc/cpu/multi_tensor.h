@@ -47,7 +47,7 @@ struct View {
   const int64_t* strides;  // in entries; null: one entry after the other, in the shape's order
 
   explicit View(const Tensor& tensor)
-      : data(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
+      : data(static_cast<char*>(tensor.mutable_data_ptr())),
         width(int64_t(tensor.element_size())),
         strides(tensor.strides().data()) {}
   View(const Tensor& whole, int64_t offset) : View(whole) {

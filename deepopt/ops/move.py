@@ -50,7 +50,8 @@ def move_(
             of other parameters are not looked at.
         seeds: empty, or a number for every parameter: a bfloat16 parameter is rounded by random
             bits that depend on it and on the entry's place in memory alone. Give another for every
-            step and every parameter. Those of other parameters are not looked at.
+            step; parameters of one seed are rounded by the same bits. Those of other parameters
+            are not looked at.
         lr: γ.
         weight_decay: λ, decoupled.
 

@@ -65,7 +65,7 @@ class Bucket(NamedTuple):
 
 
 class MemoryOptimizer(Optimizer):
-    """An optimizer that steps matrices in batches of one shape and the rest by torch's AdamW.
+    """An optimizer that steps matrices in batches of one shape and the rest by AdamW.
 
     State of a matrix parameter: ``step``, and the tensors of :meth:`_init_matrices` with a leading
     dimension, the number of matrices in the parameter. State of any other: that of AdamW.
@@ -335,6 +335,8 @@ class MemoryOptimizer(Optimizer):
 
     def _make_state(self, like: Tensor, group: Group) -> State:
         whole = self._init_matrices(like, group)
+        if own := whole.keys() & {"step", "low"}:
+            raise ValueError(f"state {sorted(own)} is the optimizer's own; give it another name")
         for key, tensor in whole.items():
             if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
                 raise ValueError(

@@ -55,7 +55,7 @@ class DeltaGradientDescent(MemoryOptimizer):
 
     Args:
         params: as in ``DeepMomentum``; with ``deepopt.param_groups(model)`` embeddings, heads,
-            norms and biases take torch's AdamW, for which a learning rate of their own is due.
+            norms and biases take AdamW, for which a learning rate of their own is due.
         lr: learning rate, gamma; a float or a 1-element tensor. It is of the size of torch SGD's,
             which is not AdamW's (default: 1e-3).
         betas: AdamW's, on the element-wise path; the rule itself has no momentum

@@ -46,7 +46,7 @@ class DMGD(MemoryOptimizer):
 
     Args:
         params: as for ``torch.optim.AdamW``, or ``deepopt.param_groups(model)``, with which
-            embeddings, heads, norms and biases take torch's AdamW.
+            embeddings, heads, norms and biases take AdamW.
         lr: learning rate, γ; a float or a 1-element tensor (default: 1e-3).
         betas: retention of the memory (its weights, and the average in coordinate form) and of
             the mean squared gradient that sets the size of the step (default: (0.9, 0.999)).
@@ -80,7 +80,7 @@ class DMGD(MemoryOptimizer):
             that size; "identity", for which ``lr`` is one of plain gradient descent; a callable of
             (B, m, n); None is "rms", and "identity" for the literal rule. Under "literal" all are
             taken without the size (default: None).
-        path: "matrix", "stack", "elementwise" (torch's AdamW) or "auto", as in ``DeepMomentum``
+        path: "matrix", "stack", "elementwise" (AdamW) or "auto", as in ``DeepMomentum``
             (default: "matrix").
         rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
             1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that

@@ -45,9 +45,9 @@ def step(
     """One step of AdamW; where ``found_inf`` is 1, nothing changes.
 
     With ``foreach`` given it is torch's, bit for bit where the state has the parameter's dtype.
-    Otherwise it is the kernel's, which has the bits of torch's fused one and serves tensors of any
-    strides. Narrower parameters are stepped in float32 and rounded once. What it has joined is in
-    ``joints``, for the steps to come.
+    Otherwise it is the kernel's, which has the bits of torch's fused one, but for second moments
+    beyond the last whole vector, and serves tensors of any strides. Narrower parameters are stepped
+    in float32 and rounded once. What it has joined is in ``joints``, for the steps to come.
     """
     fused = bool(group["fused"])
     if found_inf is not None and not (fused and found_inf.device.type != "cpu"):

@@ -41,7 +41,7 @@ class M3(MemoryOptimizer):
     and the slow momentum turns an update but never enlarges it. In the first chunk
     :math:`O^{(2)}` is zero. With ``mix="pre"`` the gradients of the chunk that has not ended count
     in :math:`M^{(2)}` already. Embeddings, output heads, norms, biases and tiny matrices take
-    torch's AdamW.
+    AdamW.
 
     .. warning::
         ``literal=True`` is Alg. 1 as printed, to show what the paper says and not to train with:

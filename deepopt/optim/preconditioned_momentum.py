@@ -32,7 +32,7 @@ class PreconditionedMomentum(MemoryOptimizer):
     Args:
         params: ``model.parameters()``, ``model.named_parameters()``, or parameter groups, which
             can have their own value of any argument below. With ``deepopt.param_groups(model)``
-            only hidden matrices are stepped by this rule and the rest by torch's AdamW.
+            only hidden matrices are stepped by this rule and the rest by AdamW.
         lr: learning rate, gamma; a float or a 1-element tensor. In the units of SGD with momentum:
             for transformers usually from 0.01 to 1, at norm-1 gradient clipping. The built-in
             preconditioners keep the size of the gradient, so that it need not change with them
@@ -56,7 +56,7 @@ class PreconditionedMomentum(MemoryOptimizer):
 
             (default: "identity").
         path: "matrix" for this rule; "stack" for it on the last two dimensions of a stack of
-            matrices (heads, experts); "elementwise" for torch's AdamW; "auto" for this rule or
+            matrices (heads, experts); "elementwise" for AdamW; "auto" for this rule or
             AdamW by shape and name (default: "matrix").
         rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
             1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that

@@ -49,5 +49,5 @@ def lows_and_seeds(
     for param, state in zip(params, states, strict=True):
         if param.dtype == torch.bfloat16 and "low" not in state:
             state["low"] = torch.zeros_like(param, dtype=torch.int16)
-    none = torch.zeros(0, dtype=torch.int16)
+    none = params[0].new_zeros(0, dtype=torch.int16)
     return [state.get("low", none) for state in states], []

@@ -3,7 +3,7 @@
 - ``matrix``: the parameter is one matrix, its first dimension by all others (a convolution is
   out x in·k·k, a transposed one in x out·k·k, a grouped one a single matrix over all groups).
 - ``stack``: a stack of matrices in its last two dimensions (heads, experts).
-- ``elementwise``: anything else, by torch's AdamW.
+- ``elementwise``: anything else, by AdamW.
 
 A matrix that holds several, one below the other, is cut into ``split`` equal ones along its rows.
 What modules tell of their parameters is in ``modules.py``.

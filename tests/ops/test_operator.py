@@ -169,3 +169,35 @@ def test_the_report_shows_what_is_forced():
     lines = dict(line.split(None, 1) for line in report.stdout.splitlines() if " " in line)
     assert {lines[name].split()[0] for name in OPERATORS} == {"reference"}
     assert "forced by DEEPOPT_BACKEND: reference" in report.stdout
+
+
+def test_adamw_takes_the_state_of_many_parameters_in_one_tensor_on_every_backend():
+    for name in ("reference", "cpu"):
+        if name in UNAVAILABLE:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(3, 4), (5,), ()]
+        grads = [torch.randn(shape, generator=generator) for shape in shapes]
+        apart = [[torch.ones(shape) for shape in shapes] for _ in range(3)]
+        joined = [torch.ones(shape) for shape in shapes]
+        whole = [torch.ones(18), torch.ones(18), torch.zeros(3)]
+        rest = ([], [], 0.1, 0.9, 0.99, 1e-8, 0.1, False)
+        with backend(name):
+            for _ in range(2):
+                adamw_(joined, grads, *([one] for one in whole), *rest)
+            steps = [torch.zeros(()) for _ in shapes]
+            for _ in range(2):
+                adamw_(apart[0], grads, apart[1], apart[2], steps, *rest)
+        for ours, theirs in zip(joined, apart[0], strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(whole[0], torch.cat([t.flatten() for t in apart[1]]))
+        assert whole[2].tolist() == [2, 2, 2]
+
+
+def test_a_lazy_copy_of_a_parameter_is_not_stepped_with_it():
+    original = torch.ones(8)
+    copy = torch._lazy_clone(original)
+    state = [torch.zeros(8)], [torch.zeros(8)], [torch.zeros(())]
+    adamw_([copy], [torch.ones(8)], *state, [], [], 0.1, 0.9, 0.99, 1e-8, 0.0, False)
+    assert torch.equal(original, torch.ones(8))
+    assert not torch.equal(copy, original)
