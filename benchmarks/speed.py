@@ -270,7 +270,7 @@ def report(lines: dict[Run, Line], command: str) -> str:
         f"sha256 of the package's sources `{'`, `'.join(codes)}`"
         + (", so **lines of different code stand side by side**." if len(codes) > 1 else "."),
         "Times are of `optimizer.step()` with gradients in place. All contenders of a case take "
-        "turns step by step in one process, each first as often as the others; given are medians "
+        "turns step by step in one process, every round in another order; given are medians "
         "and quartiles of the runs. A run is a step, or, where work recurs (covariance: the "
         f"refresh, M3: the slow read-out), the mean of the {work.PERIOD} steps of a period. On one "
         "thread CPU time counts, on two wall time. torch's Muon has "

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -83,7 +84,7 @@ def interleave(
 ) -> list[dict[str, Any]]:
     """Time the contenders in turns, step by step.
 
-    The first in a round is the second in the one before. All have been stepped before, twice. It
+    Each round has an order of its own. All have been stepped before, twice. It
     ends after ``seconds`` or ``most`` rounds, but not before three rounds, and with a whole period
     of each.
     """
@@ -92,7 +93,7 @@ def interleave(
         for _ in range(2):
             turn(contender, device)
     found = [Times() for _ in contenders]
-    begun, rounds = time.perf_counter(), 0
+    begun, rounds, order = time.perf_counter(), 0, random.Random(0)
     gc.collect()
     gc.disable()
     try:
@@ -101,8 +102,8 @@ def interleave(
             or rounds % periods
             or (rounds < most and time.perf_counter() - begun < seconds)
         ):
-            for turn_of in range(len(contenders)):
-                index = (rounds + turn_of) % len(contenders)
+            # Whom a step follows counts: what the one before left in the caches, written or not.
+            for index in order.sample(range(len(contenders)), len(contenders)):
                 if rounds % contenders[index].every:
                     continue
                 cpu, wall = turn(contenders[index], device)
