@@ -25,7 +25,7 @@ test-integration: $(STAMP)-trainers
 
 # Kernels for the CPU under the address and undefined-behaviour sanitizers
 test-sanitized: $(STAMP)
-	tests/sanitized/run $(BIN)/python
+	tests/sanitized/run $(abspath $(BIN))/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
