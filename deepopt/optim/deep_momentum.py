@@ -75,7 +75,8 @@ class DeepMomentum(MemoryOptimizer):
     the package ships for "mlp" reads out zero: without learning online (``MLP(inner_lr=...)``) it
     is "linear" at one more float per parameter, until a trained φ₀ is shipped.
 
-    Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's.
+    Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's; kernels
+    take about half of that, see :func:`deepopt.ops.newton_schulz`.
 
     Raises:
         ValueError: an argument out of range, named with its value.

@@ -108,7 +108,7 @@ class M3(MemoryOptimizer):
     Float32 for narrower parameters.
 
     Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, for "post" 1 + 1/f times
-    as many on average.
+    as many on average; kernels take about half.
 
     Raises:
         ValueError: an argument out of range, named with its value.
