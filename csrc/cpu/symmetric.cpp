@@ -186,6 +186,7 @@ class NewtonSchulz {
           const Panels& right = wide_ ? columns_ : factor;
           for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
             const int64_t row = i * kPanel + strip, column = j * kPanel;
+            if (to) out.prefetch(row, column);
             Tile tile = multiply(left.panel(i) + strip, right.panel(j), factor.pairs);
             if (own != 0.0f) tile = added(own, unpack_mirrored(columns_.panel(j), row), tile);
             if (to) {
@@ -299,6 +300,9 @@ class DeltaWrite {
           const int64_t i = wide_ ? other : at, j = wide_ ? at : other;
           for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
             const int64_t row = i * kPanel + strip, column = j * kPanel;
+            old.prefetch(row, column);
+            fresh.prefetch(row, column);
+            out.prefetch(row, column);
             const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
             sums[at] += sum_of_squares(erased);
             const Tile kept = added(-erase, erased, scaled(retention, old.load(row, column)));

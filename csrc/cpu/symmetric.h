@@ -29,6 +29,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                  \
@@ -208,13 +209,26 @@ struct Rows {
   T* data;
   int64_t rows, columns;
 
-  __mmask16 mask(int64_t row, int64_t column) const {
-    const int64_t left = row < rows ? std::clamp<int64_t>(columns - column, 0, 16) : 0;
-    return static_cast<__mmask16>((1u << left) - 1);
+  // Asks for a tile ahead of its use: its rows lie too far apart for the processor to see it coming.
+  void prefetch(int64_t row, int64_t column) const {
+    const T* at = data + row * columns + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < kStrip; ++i, at += columns) {
+      __builtin_prefetch(at, !std::is_const_v<T>);
+      __builtin_prefetch(at + 16, !std::is_const_v<T>);
+    }
   }
   Tile load(int64_t row, int64_t column) const {
     Tile tile;
     const T* at = data + row * columns + column;
+    if (is_whole(row, column)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kStrip; ++i, at += columns) {
+        tile.at[i][0] = _mm512_loadu_ps(at);
+        tile.at[i][1] = _mm512_loadu_ps(at + 16);
+      }
+      return tile;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i, at += columns) {
       tile.at[i][0] = _mm512_maskz_loadu_ps(mask(row + i, column), at);
@@ -224,11 +238,28 @@ struct Rows {
   }
   void store(int64_t row, int64_t column, const Tile& tile) const {
     T* at = data + row * columns + column;
+    if (is_whole(row, column)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kStrip; ++i, at += columns) {
+        _mm512_storeu_ps(at, tile.at[i][0]);
+        _mm512_storeu_ps(at + 16, tile.at[i][1]);
+      }
+      return;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i, at += columns) {
       _mm512_mask_storeu_ps(at, mask(row + i, column), tile.at[i][0]);
       _mm512_mask_storeu_ps(at + 16, mask(row + i, column + 16), tile.at[i][1]);
     }
+  }
+
+ private:
+  bool is_whole(int64_t row, int64_t column) const {
+    return row + kStrip <= rows && column + kPanel <= columns;
+  }
+  __mmask16 mask(int64_t row, int64_t column) const {
+    const int64_t left = row < rows ? std::clamp<int64_t>(columns - column, 0, 16) : 0;
+    return static_cast<__mmask16>((1u << left) - 1);
   }
 };
 
@@ -263,17 +294,13 @@ inline double sum_of_squares(const float* data, int64_t count) {
 }
 
 inline double sum_of_squares(const Tile& tile) {
-  __m512d sum = _mm512_setzero_pd();
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(tile.at[i][half]));
-      const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(tile.at[i][half], 1));
-      sum = _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, sum));
-    }
+    sums[0] = _mm512_fmadd_ps(tile.at[i][0], tile.at[i][0], sums[0]);
+    sums[1] = _mm512_fmadd_ps(tile.at[i][1], tile.at[i][1], sums[1]);
   }
-  return _mm512_reduce_add_pd(sum);
+  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 }
 
 // a x + y
@@ -356,6 +383,7 @@ inline void pack_matrix(
       for (int64_t column = 0; column < panels_for(matrix.columns) * kPanel; column += kPanel) {
         for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
           const int64_t row = p * kPanel + strip;
+          matrix.prefetch(row, column + 2 * kPanel);
           const Tile tile =
               scaled(factor.second, scaled(factor.first, matrix.load(row, column)));
           if (rows) pack(tile, rows->panel(p), strip, column);
