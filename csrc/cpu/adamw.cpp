@@ -11,14 +11,19 @@ using Places5 = Places<5>;
 
 // P, G and S: of the parameter, the gradient and the state, in whose precision the rule runs.
 template <class P, class G, class S, Rounding R>
-inline __attribute__((always_inline)) void loop(const Places5& at, const AdamW<S>& rule,
+inline __attribute__((always_inline)) void loop(const Places5& at, const AdamW<S>& given,
                                                 const Noise& noise) {
+  const AdamW<S> rule = given;
   char *p = at.at[0], *g = at.at[1], *m = at.at[2], *v = at.at[3], *low = at.at[4];
   const auto& s = at.stride;
   const uint32_t key = noise.key, place = noise.place(p);
   const auto entry = [&](char* p, const char* g, char* m, char* v, char* low, uint32_t place) {
+    // In registers till the end: through memory, the first average would be read back at once.
     S value = wide<P, S, R>(p, low);
-    rule(value, S(*reinterpret_cast<const G*>(g)), *reinterpret_cast<S*>(m), *reinterpret_cast<S*>(v));
+    S first = *reinterpret_cast<S*>(m), second = *reinterpret_cast<S*>(v);
+    rule(value, S(*reinterpret_cast<const G*>(g)), first, second);
+    *reinterpret_cast<S*>(m) = first;
+    *reinterpret_cast<S*>(v) = second;
     put<P, S, R>(value, p, low, key, place);
   };
   if (s[0] == sizeof(P) && s[1] == sizeof(G) && s[2] == sizeof(S) && s[3] == sizeof(S) &&
