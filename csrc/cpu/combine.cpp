@@ -1,7 +1,7 @@
 // deepopt::combine on the CPU: a tile of the result stays in the nearest cache for all terms.
 #include "../rules/combine.h"
 
-#include "matrices.h"
+#include "operators.h"
 
 namespace deepopt {
 namespace {
@@ -169,6 +169,8 @@ void turned(float* result, const std::vector<Term>& terms, bool by_row) {
   });
 }
 
+}  // namespace
+
 Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
   STD_TORCH_CHECK(!tensors.empty(), "deepopt::combine: there must be at least one tensor");
   const auto sizes = tensors[0].sizes();
@@ -200,7 +202,6 @@ Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
   return result;
 }
 
-}  // namespace
 }  // namespace deepopt
 
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) { m.impl("combine", TORCH_BOX(&deepopt::combine)); }

@@ -1,7 +1,7 @@
 // deepopt::frobenius and deepopt::row_products on the CPU.
 #include "../rules/sums.h"
 
-#include "matrices.h"
+#include "operators.h"
 
 namespace deepopt {
 namespace {
@@ -94,6 +94,8 @@ void check_float(const Tensor& tensor) {
                   "deepopt: sums of another dtype than float32 have no kernel");
 }
 
+}  // namespace
+
 Tensor frobenius(Tensor matrices) {
   check_float(matrices);
   STD_TORCH_CHECK(matrices.dim() == 3, "deepopt::frobenius: matrices must be of shape (B, m, n)");
@@ -173,7 +175,6 @@ Tensor row_products(std::vector<Tensor> tensors) {
   return result;
 }
 
-}  // namespace
 }  // namespace deepopt
 
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {

@@ -16,11 +16,13 @@ from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.move import move_
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.operator import backend, load_extensions
+from deepopt.ops.resize import adam_size, resize
 from deepopt.ops.ridge import ridge
 from deepopt.ops.step_size import adam_ratio, frobenius, rms_gain, row_gains, running_root
 
 __all__ = [
     "adam_ratio",
+    "adam_size",
     "adamw_",
     "backend",
     "combine",
@@ -34,6 +36,7 @@ __all__ = [
     "newton_schulz",
     "normalized",
     "polar_express",
+    "resize",
     "ridge",
     "rms_gain",
     "root_mean_square",

@@ -217,8 +217,8 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        if isinstance(result, tuple):
-            return tuple(tensor.contiguous() for tensor in result)
+        if isinstance(result, tuple | list):
+            return type(result)(tensor.contiguous() for tensor in result)
         return result.contiguous()
 
     return run

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.module import Factory, Module, tanh_mlp
-from deepopt.ops import normalized
+from deepopt.ops import adam_size, normalized
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import adam_size, init_output_map, orthogonalize, resize
+from deepopt.optim.output_map import init_output_map, orthogonalize, resize
 
 _OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
 
@@ -209,8 +209,10 @@ class DMGD(MemoryOptimizer):
         betas = (0.0, betas[1])
         if output_map == "newton_schulz":
             return resize(update, momentum, state, grad, {**_NEWTON_SCHULZ, "betas": betas})
-        size = adam_size(momentum, state, grad, betas)
-        return update * size if output_map == "rms" else update
+        size, state["grad_norm"] = adam_size(
+            momentum, grad, state["grad_norm"], state["step"], betas
+        )
+        return update * size[:, None, None] if output_map == "rms" else update
 
 
 def _mapped(momentum: Tensor, output_map: str | Callable[[Tensor], Tensor]) -> Tensor:

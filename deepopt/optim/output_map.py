@@ -7,18 +7,9 @@ Its options are those of the group: ``ns_steps``, ``ns_coefficients``, ``row_nor
 import torch
 from torch import Tensor
 
+from deepopt import ops
 from deepopt._compat import multiplies_bfloat16_faster
-from deepopt.ops import (
-    adam_ratio,
-    combine,
-    frobenius,
-    newton_schulz,
-    polar_express,
-    rms_gain,
-    row_gains,
-    row_products,
-    running_root,
-)
+from deepopt.ops import newton_schulz, polar_express
 from deepopt.optim.base import Group
 
 
@@ -68,9 +59,6 @@ def resize(
 ) -> Tensor:
     """An orthogonalised update with its rows normalised, as large as AdamW's would be.
 
-    All of it is linear: the update is read once for the squares of its rows, and once to be
-    multiplied by a factor for each of them.
-
     Args:
         update: shape (B, m, n).
         momentum: the average of gradients whose size counts, in their units.
@@ -80,43 +68,25 @@ def resize(
         beside: another update and its weight, shape (B,): the weighted sum with it takes the place
             of the update, at the update's norm.
     """
-    rows, columns = update.shape[-2:]
-    tiny = torch.finfo(update.dtype).tiny
-    updates, weights = [update], update.new_ones(1, len(update))
-    if beside is not None:
-        updates, weights = [update, beside[0]], torch.stack([weights[0], beside[1]])
-    products = row_products(updates)
-    square = products[0]
-    norm = square.sum(-1).clamp_min(tiny).sqrt()
-    if beside is not None:
-        weight = beside[1][:, None]
-        square = square + 2 * weight * products[1] + weight.square() * products[2]
-        square = square.clamp_min(0.0)  # a sum of products, which are rounded
-        shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
-        square, weights = square * shrink.square()[:, None], weights * shrink
-    gain = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), group["rms_cap"])
-    if group["update_rms"] is not None:
-        gain = gain * group["update_rms"]
-    else:
-        gain = gain * adam_size(momentum, state, grad, group["betas"]).flatten()
-    weights = weights * gain
-    if group["row_norm"]:
-        gains, state["row_moment"], state["row_weight"] = row_gains(
-            square / columns, state["row_moment"], state["row_weight"], group["betas"][1]
-        )
-        weights = weights[:, :, None] * gains
-    return combine(updates, weights)
-
-
-def adam_size(
-    momentum: Tensor,
-    state: dict[str, Tensor],
-    grad: Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-) -> Tensor:
-    """AdamW's root mean square for every matrix, shape (B, 1, 1), as in :func:`resize`."""
-    state["grad_norm"] = running_root(state["grad_norm"], frobenius(grad), 1 - betas[1])
-    return adam_ratio(momentum, state["grad_norm"], state["step"], betas)[:, None, None]
+    updates, weight = ([update], None) if beside is None else ([update, beside[0]], beside[1])
+    keys = [] if group["update_rms"] is not None else ["grad_norm"]
+    keys += ["row_moment", "row_weight"] if group["row_norm"] else []
+    given = {key: state[key] for key in keys}
+    result, *new = ops.resize(
+        updates,
+        weight,
+        momentum,
+        grad,
+        state["step"],
+        given.get("grad_norm"),
+        given.get("row_moment"),
+        given.get("row_weight"),
+        *group["betas"],
+        group["rms_cap"],
+        group["update_rms"],
+    )
+    state.update(zip(keys, new, strict=True))
+    return result
 
 
 def _products_dtype(matrices: Tensor) -> torch.dtype:
