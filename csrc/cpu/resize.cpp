@@ -20,12 +20,11 @@ std::vector<Tensor> resize(std::vector<Tensor> updates, std::optional<Tensor> we
   ResizeTensors of(updates, weight, grad_norm, row_moment, row_weight, beta1, beta2, rms_cap,
                    update_rms);
   Resize& rule = of.rule;
-  const Tensor products = row_products(updates);
-  rule.products = products.const_data_ptr<float>();
+  rule.products = of.read(row_products(updates), rule.rows * (weight ? 3 : 1));
   if (grad_norm) {
-    rule.norm = of.read(frobenius(grad), rule.batch);
-    rule.momentum_norm = of.read(frobenius(momentum), rule.batch);
-    rule.step = of.read(step, rule.batch);
+    rule.norm = of.read(frobenius(grad));
+    rule.momentum_norm = of.read(frobenius(momentum));
+    rule.step = of.read(step);
   }
   const int64_t grain = std::max<int64_t>(1, kChunk / 8 / std::max<int64_t>(1, rule.rows));
   torch::stable::parallel_for(0, rule.batch, grain, [&](int64_t begin, int64_t end) {

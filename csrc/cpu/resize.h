@@ -26,16 +26,16 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
     const int64_t batch = like_.size(0), rows = like_.size(1), count = int64_t(updates.size());
     rule.batch = batch, rule.rows = rows, rule.columns = like_.size(2);
     rule.beta1 = beta1, rule.beta2 = beta2, rule.rms_cap = rms_cap;
-    if (weight) rule.weight = read(*weight, batch);
+    if (weight) rule.weight = read(*weight);
     if (grad_norm) {
-      rule.grad_norm = read(*grad_norm, batch);
+      rule.grad_norm = read(*grad_norm);
       rule.new_grad_norm = made({batch});
     } else {
       rule.update_rms = *update_rms;
     }
     if (row_moment) {
-      rule.row_moment = read(*row_moment, batch * rows);
-      rule.row_weight = read(*row_weight, batch * rows);
+      rule.row_moment = read(*row_moment, rows);
+      rule.row_weight = read(*row_weight, rows);
       rule.new_row_moment = made({batch, rows});
       rule.new_row_weight = made({batch, rows});
       factors = torch::stable::new_empty(like_, {count, batch, rows}, ScalarType::Float);
@@ -45,9 +45,10 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
     rule.factors = factors.mutable_data_ptr<float>();
   }
 
-  // Numbers that the rule reads, kept for as long as this is.
-  const float* read(const Tensor& tensor, int64_t count) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count &&
+  // What the rule reads, so many numbers for each matrix; it is kept for as long as this is.
+  const float* read(const Tensor& tensor, int64_t each = 1) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float &&
+                        tensor.numel() == rule.batch * each &&
                         tensor.device() == like_.device(),
                     "deepopt::resize: weight and state must be float32, of the updates' matrices "
                     "and rows, and on their device");

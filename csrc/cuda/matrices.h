@@ -2,6 +2,7 @@
 // a kind says otherwise.
 #pragma once
 #include "../rules/coordinate_mlp.h"
+#include "../rules/resize.h"
 #include "tables.h"
 
 namespace deepopt::cuda {
@@ -39,6 +40,9 @@ void frobenius(float* norms, double* partial, const float* x, int64_t batch, int
 // y null: of x alone. result: (1 or 3, B, m).
 void row_products(float* result, const float* x, const float* y, bool transposed,
                   const Shape& shape, void* stream);
+
+// Everything of the rule but its products and norms, which are there.
+void resize(const Resize& rule, void* stream);
 
 constexpr int kMostFeatures = 4;
 constexpr int kMlpEntries = 1024;  // of a block: four for each thread

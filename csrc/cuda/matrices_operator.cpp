@@ -1,5 +1,6 @@
-// deepopt::combine, frobenius, row_products, coordinate_mlp and its gradient on CUDA.
+// deepopt::combine, frobenius, row_products, resize, coordinate_mlp and its gradient on CUDA.
 #include "../cpu/matrices.h"
+#include "../cpu/resize.h"
 
 #include "matrices.h"
 #include "operator.h"
@@ -89,6 +90,26 @@ Tensor on_row_products(std::vector<Tensor> tensors) {
   return result;
 }
 
+std::vector<Tensor> on_resize(std::vector<Tensor> updates, std::optional<Tensor> weight,
+                              Tensor momentum, Tensor grad, Tensor step,
+                              std::optional<Tensor> grad_norm, std::optional<Tensor> row_moment,
+                              std::optional<Tensor> row_weight, double beta1, double beta2,
+                              double rms_cap, std::optional<double> update_rms) {
+  ResizeTensors of(updates, weight, grad_norm, row_moment, row_weight, beta1, beta2, rms_cap,
+                   update_rms);
+  const Device device(updates[0]);
+  Resize& rule = of.rule;
+  rule.products = of.read(on_row_products(updates), rule.rows * (weight ? 3 : 1));
+  if (grad_norm) {
+    rule.norm = of.read(on_frobenius(grad));
+    rule.momentum_norm = of.read(on_frobenius(momentum));
+    rule.step = of.read(device.has(step) ? step : torch::stable::to(step, grad.device(), true));
+  }
+  resize(rule, device.stream());
+  device.check_launch();
+  return of.results(on_combine(updates, of.factors));
+}
+
 // What both operators of the MLP are given, in one layout.
 struct __attribute__((visibility("hidden"))) Given {  // as torch's Tensor is
   std::vector<Tensor> kept;
@@ -158,6 +179,7 @@ DEEPOPT_CUDA_LIBRARY {
   m.impl("combine", TORCH_BOX(&deepopt::cuda::on_combine));
   m.impl("frobenius", TORCH_BOX(&deepopt::cuda::on_frobenius));
   m.impl("row_products", TORCH_BOX(&deepopt::cuda::on_row_products));
+  m.impl("resize", TORCH_BOX(&deepopt::cuda::on_resize));
   m.impl("coordinate_mlp", TORCH_BOX(&deepopt::cuda::on_coordinate_mlp));
   m.impl("coordinate_mlp_gradient", TORCH_BOX(&deepopt::cuda::on_coordinate_mlp_gradient));
 }

@@ -72,6 +72,7 @@ def resize(
     keys = [] if group["update_rms"] is not None else ["grad_norm"]
     keys += ["row_moment", "row_weight"] if group["row_norm"] else []
     given = {key: state[key] for key in keys}
+    beta1, beta2 = group["betas"]
     result, *new = ops.resize(
         updates,
         weight,
@@ -81,7 +82,8 @@ def resize(
         given.get("grad_norm"),
         given.get("row_moment"),
         given.get("row_weight"),
-        *group["betas"],
+        beta1,
+        beta2,
         group["rms_cap"],
         group["update_rms"],
     )

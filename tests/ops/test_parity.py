@@ -105,6 +105,69 @@ def frobenius_bounds(given: Arguments, backend: str) -> list[Tensor]:
     return [EPS * roundings * torch.linalg.matrix_norm(given[0])]
 
 
+def resize_arguments(shape: Shape) -> Arguments:
+    """One or two updates, each state there or not, zero rows and matrices, three scales."""
+    (b, m, n), seed = shape.sizes, shape.seed
+    scale = (1.0, 1e-30, 1e30)[seed % 3]
+    updates = [shape.matrices() / n**0.5, shape.matrices(layout="rows")][: shape.terms]
+    momentum, grad, norm = scale * shape.matrices(), scale * shape.matrices(), shape.positive(b)
+    moment, weight = shape.positive(b, m) / n, shape.positive(b, m)
+    for x in updates:
+        x[:, 1::3] = 0  # rows that have been seen before
+        x[1::2] = 0
+    if seed % 2:
+        moment[:, ::3], weight[:, ::3] = 0, 0
+        grad[1:], norm[1:] = 0, 0
+    steps = torch.arange(1.0, b + 1) ** (seed % 4)
+    rows = [moment, weight] if seed // 2 % 2 else [None, None]
+    fixed, grad_norm = (0.2, None) if seed // 4 % 2 else (None, scale * n * norm)
+    mixed = shape.positive(b) if shape.terms == 2 else None
+    return [updates, mixed, momentum, grad, steps, grad_norm, *rows, 0.9, 0.99, 1.5, fixed]
+
+
+def resize_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    """Relative errors, named as what they are of, through the rule's lines."""
+    updates, mixed, _, _, steps, grad_norm, moment, seen, *betas, _, _ = given
+    result, *states = OPERATORS["resize"].reference(*given)
+    (m, n), kernel = result.shape[-2:], backend == "cpu"
+    share, summed = 1 - betas[1], EPS * (1 if kernel else m)
+    other = 0 * updates[0] if mixed is None else mixed[:, None, None] * updates[1]
+    terms, both = updates[0].abs() + other.abs(), updates[0] + other
+    square, length = both.square().sum(-1), torch.linalg.matrix_norm(both)
+
+    def ratio(a: Tensor, b: Tensor) -> Tensor:  # nothing is wrong with zeros
+        return torch.where(b > 0, a / b.where(b > 0, 1), 0)
+
+    products = EPS * (1 if kernel else n + 1) + (4 * EPS if mixed is not None else 0)
+    squares = ratio(products * terms.square().sum(-1), square)
+    norm = (products + summed) / 2 + EPS
+    shrink = 0 * length
+    if mixed is not None:
+        shrink = norm + (ratio((squares * square).sum(-1), square.sum(-1)) + summed) / 2 + 3 * EPS
+    factor = shrink + norm + 6 * EPS
+    bounds = []
+    if grad_norm is not None:
+        root = EPS * ((1 if kernel else m * n / 2 + 4) + 4)
+        corrections = sum(2 * EPS / (1 - beta**steps) for beta in betas)
+        factor = factor + 2 * root + 5 * EPS + (0 if kernel else corrections)
+        bounds.append(root * states[0])
+    gains = torch.zeros_like(square)
+    if moment is not None:
+        new, weight = states[-2:]
+        scaled = ratio(torch.linalg.matrix_norm(updates[0]), length)[:, None]
+        now, now_wrong = square * scaled**2 / n, squares + 2 * shrink[:, None] + 3 * EPS
+        bounds.append(share * now_wrong * now + 2 * EPS * (share * (now + moment) + new))
+        bounds.append(2 * EPS * (share * (1 + seen) + weight))
+        mean_wrong = ratio(bounds[-2], new) + ratio(bounds[-1], weight) + EPS
+        even = now * ratio(weight, new)
+        before = ratio((now_wrong * now).sum(-1), now.sum(-1))
+        after = ratio(((now_wrong + mean_wrong + 4 * EPS) * even).sum(-1), even.sum(-1))
+        gains = mean_wrong / 2 + (before + after)[:, None] / 2 + summed + 4 * EPS
+    size = ratio(torch.linalg.vector_norm(result, dim=-1), square.sqrt())[..., None]
+    wrong = factor[:, None] + gains + (len(updates) + 1) * EPS
+    return [size * terms * wrong[..., None], *bounds]
+
+
 def mlp_arguments(shape: Shape) -> Arguments:
     b = shape.sizes[0]
     features = [shape.matrices() for _ in range(shape.terms)]
@@ -233,6 +296,7 @@ TABLE = {
         lambda shape: [[shape.matrices() for _ in range(shape.terms)]], row_products_bounds
     ),
     "frobenius": Case(lambda shape: [shape.matrices()], frobenius_bounds, empty=False),
+    "resize": Case(resize_arguments, resize_bounds, empty=False),
     "coordinate_mlp": Case(mlp_arguments, mlp_bounds),
     "coordinate_mlp_gradient": Case(mlp_gradient_arguments, mlp_gradient_bounds, empty=False),
     "move_": Case(move_arguments, move_bounds, written=(0,), lows=2),
@@ -274,7 +338,7 @@ def masters(name: str, arguments: Arguments) -> list[Tensor]:
 def results(name: str, arguments: Arguments, result: Any) -> list[Tensor]:
     """What is returned or written."""
     if not (written := TABLE[name].written):
-        return [result]
+        return list(result) if isinstance(result, list | tuple) else [result]
     return [*masters(name, arguments), *(x for i in written[1:] for x in arguments[i])]
 
 
