@@ -18,7 +18,8 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
                 double rms_cap, const std::optional<double>& update_rms)
       : like_(updates.empty() ? Tensor() : updates[0]) {
     STD_TORCH_CHECK(updates.size() == (weight ? 2 : 1) && like_.dim() == 3,
-                    "deepopt::resize: give one update of shape (B, m, n), or two and a weight");
+                    "deepopt::resize: give one update of shape (B, m, n), or two and the weight of "
+                    "the second");
     STD_TORCH_CHECK(grad_norm.has_value() != update_rms.has_value() &&
                         row_moment.has_value() == row_weight.has_value(),
                     "deepopt::resize: give either grad_norm or update_rms, and row_moment and "
@@ -29,18 +30,18 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
     if (weight) rule.weight = read(*weight);
     if (grad_norm) {
       rule.grad_norm = read(*grad_norm);
-      rule.new_grad_norm = made({batch});
+      rule.new_grad_norm = state({batch});
     } else {
       rule.update_rms = *update_rms;
     }
     if (row_moment) {
       rule.row_moment = read(*row_moment, rows);
       rule.row_weight = read(*row_weight, rows);
-      rule.new_row_moment = made({batch, rows});
-      rule.new_row_weight = made({batch, rows});
-      factors = torch::stable::new_empty(like_, {count, batch, rows}, ScalarType::Float);
+      rule.new_row_moment = state({batch, rows});
+      rule.new_row_weight = state({batch, rows});
+      factors = made({count, batch, rows});
     } else {
-      factors = torch::stable::new_empty(like_, {count, batch}, ScalarType::Float);
+      factors = made({count, batch});
     }
     rule.factors = factors.mutable_data_ptr<float>();
   }
@@ -66,8 +67,11 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
   Tensor like_;
   std::vector<Tensor> kept_;
 
-  float* made(std::initializer_list<int64_t> sizes) {
-    states.push_back(torch::stable::new_empty(like_, sizes, ScalarType::Float));
+  Tensor made(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, like_.device());
+  }
+  float* state(std::initializer_list<int64_t> sizes) {
+    states.push_back(made(sizes));
     return states.back().mutable_data_ptr<float>();
   }
 };

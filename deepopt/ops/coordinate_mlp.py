@@ -18,7 +18,7 @@ from deepopt.ops.step_size import frobenius
 
 def root_mean_square(matrices: Tensor) -> Tensor:
     """Root mean square of the entries of every matrix, shape (B, 1, 1)."""
-    return (frobenius(matrices) / max(1, matrices[0].numel()) ** 0.5)[:, None, None]
+    return (frobenius(matrices) / max(1, matrices.shape[1:].numel()) ** 0.5)[:, None, None]
 
 
 def normalized(matrices: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def coordinate_mlp_gradient(
     reach, unit = reach[:, None, None], unit[:, None, None]
     correction = torch.tanh(_value(keys, weights))
     error = (base + reach * correction - target) / unit
-    slope = error * (reach / unit) * (1 - correction.square()) / max(1, target[0].numel())
+    slope = error * (reach / unit) * (1 - correction.square()) / max(1, target.shape[1:].numel())
     units = []
     for one in weights.unbind(1):
         active = torch.tanh(_drive(keys, one))

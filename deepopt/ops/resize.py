@@ -73,7 +73,19 @@ def resize(
         those that are given.
 
     Cost: updates are read twice, gradient and momentum once, the result is written once.
+
+    Raises:
+        ValueError: (RuntimeError in kernels) arguments that belong together are not given together.
     """
+    if len(updates) != (1 if weight is None else 2):
+        raise ValueError(
+            f"Invalid updates: {len(updates)} with weight={weight}; give one, or two and the "
+            "weight of the second"
+        )
+    if (grad_norm is None) == (update_rms is None):
+        raise ValueError(f"Invalid update_rms: {update_rms}; give either grad_norm or update_rms")
+    if (row_moment is None) != (row_weight is None):
+        raise ValueError("Invalid row_weight; give row_moment and row_weight, or neither")
     rows, columns = updates[0].shape[-2:]
     tiny = torch.finfo(updates[0].dtype).tiny
     state = []
@@ -88,16 +100,14 @@ def resize(
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
     gain = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), rms_cap)
-    if update_rms is not None:
-        gain = gain * update_rms
-    else:
-        assert grad_norm is not None
+    if grad_norm is not None:
         size, grad_norm = adam_size(momentum, grad, grad_norm, step, (beta1, beta2))
         gain = gain * size
         state.append(grad_norm)
+    elif update_rms is not None:
+        gain = gain * update_rms
     weights = weights * gain
-    if row_moment is not None:
-        assert row_weight is not None
+    if row_moment is not None and row_weight is not None:
         gains, *row_state = row_gains(square / columns, row_moment, row_weight, beta2)
         weights = weights[:, :, None] * gains
         state.extend(row_state)

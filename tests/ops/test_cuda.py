@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepopt
-from deepopt.ops import adamw_, backend, combine, frobenius, move_
+from deepopt.ops import adamw_, backend, combine, frobenius, move_, resize
 from deepopt.ops.operator import UNAVAILABLE
 
 pytestmark = pytest.mark.skipif("cuda" in UNAVAILABLE, reason=UNAVAILABLE.get("cuda", ""))
@@ -48,6 +48,10 @@ def test_operators_do_not_wait_for_the_device(no_waiting):
         matrices = given[0][0][None]
         combine([matrices, matrices], torch.ones(2, 1, device=CUDA))
         frobenius(matrices)
+        norm, rows = torch.zeros(1, device=CUDA), torch.zeros(1, 64, device=CUDA)
+        for step in (steps[0][None], torch.ones(1, device=CUDA)):
+            states = (step + 1, norm, rows, rows)
+            resize([matrices], None, matrices, matrices, *states, 0.9, 0.99, 1.5, None)
 
 
 def test_a_replayed_graph_goes_on_counting():

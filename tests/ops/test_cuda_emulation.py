@@ -81,7 +81,7 @@ def test_errors_are_those_of_the_arithmetic(in_place_of_cpu, name):
     @settings(derandomize=True, deadline=None, max_examples=40, database=None)
     @given(shape=table.drawn)
     def check(shape):
-        if not table.TABLE[name].empty and 0 in shape.sizes:
+        if not table.TABLE[name].empty and 0 in shape.sizes[1:]:
             shape.sizes = (2, 1, 1)
         table.check(name, "cpu", shape)
 

@@ -1,0 +1,105 @@
+import copy
+
+import pytest
+import torch
+
+from deepopt.ops import resize
+from deepopt.ops.operator import OPERATORS
+
+STEP = torch.ones(2)
+
+
+def orthogonal(seed, rows=6, columns=9):
+    made = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(2, columns, rows, generator=made)).Q.mT
+
+
+def arguments(updates, weight=None, grad=None, rows=True, update_rms=None, betas=(0.9, 0.99)):
+    grad = updates[0] if grad is None else grad
+    (b, m, _), norm = updates[0].shape, None if update_rms else torch.zeros(len(grad))
+    state = torch.zeros(2, b, m).unbind() if rows else (None, None)
+    return [updates, weight, 0.1 * grad, grad, STEP, norm, *state, *betas, 1.5, update_rms]
+
+
+def mean_squares(matrices):
+    return matrices.square().mean((-2, -1))
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 1e36])
+def test_the_first_update_has_the_entries_of_adamw_whatever_the_unit_of_the_gradient(scale):
+    update, norm, *_ = resize(*arguments([orthogonal(0)], grad=scale * orthogonal(1)))
+    torch.testing.assert_close(mean_squares(update), torch.ones(2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(norm / scale, torch.full((2,), 0.06**0.5), rtol=1e-4, atol=0)
+
+
+def test_a_fixed_size_takes_no_notice_of_gradients():
+    broken = torch.full((2, 6, 9), torch.nan)
+    update, *states = resize(*arguments([orthogonal(0)], grad=broken, rows=False, update_rms=0.2))
+    torch.testing.assert_close(mean_squares(update), torch.full((2,), 0.04))
+    assert states == []
+
+
+def test_a_second_update_turns_the_first_and_keeps_its_size():
+    first, second = orthogonal(0), orthogonal(1).mT.contiguous().mT
+    update, *_ = resize(*arguments([first, second], torch.tensor([0.0, 0.5]), update_rms=1.0))
+    torch.testing.assert_close(mean_squares(update), torch.ones(2))
+    alone, *_ = resize(*arguments([first], update_rms=1.0))
+    torch.testing.assert_close(update[0], alone[0])
+    assert not torch.allclose(update[1], alone[1], atol=0.1)
+
+
+def test_rows_are_left_alone_on_request():
+    first = orthogonal(0)
+    lengths = torch.linspace(0.9, 1.1, 6)[:, None]
+    update, _ = resize(*arguments([lengths * first], rows=False))
+    ratio = update / first / lengths
+    torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio))
+
+
+def test_zero_rows_and_zero_matrices_stay_zero_and_are_not_counted():
+    first = orthogonal(0)
+    first[0], first[1, 2] = 0, 0
+    update, _, moment, weight = resize(*arguments([first]))
+    assert update.isfinite().all()
+    assert not update[0].any()
+    assert not update[1, 2].any()
+    assert torch.equal(moment > 0, first.any(-1))
+    assert torch.equal(weight > 0, first.any(-1))
+
+
+def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
+    grad = orthogonal(1)
+    grad[1, 2, 3] = torch.nan
+    update, norm, *_ = resize(*arguments([orthogonal(0)], grad=grad))
+    assert update[0].isfinite().all()
+    assert norm[0].isfinite()
+    assert update[1].isnan().all()
+    assert norm[1].isnan()
+
+
+def test_nothing_is_written_into_what_is_given():
+    given = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
+    before = copy.deepcopy(given)
+    resize(*given)
+    for ours, theirs in zip(given, before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_retentions_that_are_tensors_are_differentiated():
+    beta = torch.tensor(0.9, requires_grad=True)
+    given = arguments([orthogonal(0)], grad=orthogonal(1), betas=(beta, 0.99))
+    given[4] = torch.full((2,), 3.0)
+    assert OPERATORS["resize"].backend_for(*given) == "reference"
+    resize(*given)[0].square().sum().backward()
+    assert beta.grad.abs() > 0
+    with torch.no_grad():
+        assert OPERATORS["resize"].backend_for(*given) == "reference"
+
+
+def test_states_that_belong_together_are_asked_for_together():
+    for at, message in ((5, "grad_norm or update_rms"), (7, "row_weight"), (1, "two and")):
+        given = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
+        given[at] = None
+        for run in (resize, OPERATORS["resize"].reference):
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                run(*given)
