@@ -22,8 +22,8 @@ std::vector<Tensor> resize(std::vector<Tensor> updates, std::optional<Tensor> we
   Resize& rule = of.rule;
   rule.products = of.read(row_products(updates), rule.rows * (weight ? 3 : 1));
   if (grad_norm) {
-    rule.norm = of.read(frobenius(grad));
-    rule.momentum_norm = of.read(frobenius(momentum));
+    rule.gradient = of.read(frobenius(grad));
+    rule.momentum = of.read(frobenius(momentum));
     rule.step = of.read(step);
   }
   const int64_t grain = std::max<int64_t>(1, kChunk / 8 / std::max<int64_t>(1, rule.rows));

@@ -101,8 +101,8 @@ std::vector<Tensor> on_resize(std::vector<Tensor> updates, std::optional<Tensor>
   Resize& rule = of.rule;
   rule.products = of.read(on_row_products(updates), rule.rows * (weight ? 3 : 1));
   if (grad_norm) {
-    rule.norm = of.read(on_frobenius(grad));
-    rule.momentum_norm = of.read(on_frobenius(momentum));
+    rule.gradient = of.read(on_frobenius(grad));
+    rule.momentum = of.read(on_frobenius(momentum));
     rule.step = of.read(device.has(step) ? step : torch::stable::to(step, grad.device(), true));
   }
   resize(rule, device.stream());

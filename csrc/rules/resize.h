@@ -1,6 +1,6 @@
 // How far an orthogonalised update goes, row by row: from the products of its rows and the norms of
-// gradient and momentum to the factor of every row. In double, where no square of a float leaves the
-// range; what is kept or multiplied with is float32.
+// gradient and momentum to the factor of every row. In double, where no square of a float leaves
+// the range; what is kept or multiplied with is float32.
 //
 // A NaN goes through every comparison, as it does through torch's clamp.
 #pragma once
@@ -15,16 +15,17 @@ DEEPOPT_RULE double at_most(double high, double x) { return x > high ? high : x;
 
 constexpr double kTiny = FLT_MIN;  // what a norm of zero counts as where it divides
 
-// A stack of B matrices; all arrays have a number for each matrix, or for each of its rows.
+// For a stack of B matrices; arrays have a number for each of them, or for each of their rows.
 struct Resize {
   int64_t batch, rows, columns;
   double beta1, beta2, rms_cap, update_rms;
-  const float* products;                                         // (1 or 3, B, m)
-  const float* weight;                                           // null: there is one update
-  const float *norm, *momentum_norm, *step, *grad_norm;          // null: update_rms is the size
-  const float *row_moment, *row_weight;                          // null: rows stay as they are
-  float *factors;                                                // (1 or 2, B, m) or (1 or 2, B)
+  const float* products;                 // of rows, as row_products has them: (1 or 3, B, m)
+  const float* weight;                   // of the second update; null: there is none
+  const float *gradient, *momentum;      // their norms
+  const float *grad_norm, *step;         // null: the size is update_rms
+  const float *row_moment, *row_weight;  // null: rows stay as they are
   float *new_grad_norm, *new_row_moment, *new_row_weight;
+  float* factors;  // of each update, of each of its rows if they change
 
   // The squared norm of row i of matrix b, of both updates together.
   DEEPOPT_RULE double square(int64_t b, int64_t i) const {
@@ -42,7 +43,7 @@ struct Resize {
   // The root mean square that AdamW's update would have.
   DEEPOPT_RULE double size(int64_t b, double root) const {
     const double first = 1 - pow(beta1, double(step[b])), second = 1 - pow(beta2, double(step[b]));
-    return at_most(1, momentum_norm[b] / first / at_least(kTiny, root / sqrt_(second)));
+    return at_most(1, momentum[b] / first / at_least(kTiny, root / sqrt_(second)));
   }
 
   DEEPOPT_RULE double gain(double norm) const {
@@ -64,8 +65,8 @@ struct Resize {
     return mean(at);
   }
 
-  // All of matrix b. A team shares its rows: `first`, `step` and the `sum` of what its members have,
-  // in an order of its own that is always the same.
+  // All of matrix b. A team shares its rows: `first`, `step`, and the `sum` of what its members
+  // have, in an order of its own that is always the same.
   template <class Team>
   DEEPOPT_RULE void operator()(int64_t b, const Team& team) const {
     double whole = 0, together = 0;
@@ -78,7 +79,7 @@ struct Resize {
     if (weight) shrink = length / sqrt_(at_least(kTiny, team.sum(together)));
     double factor = shrink * gain(length);
     if (grad_norm) {
-      const float root = running_root(grad_norm[b], norm[b]);
+      const float root = running_root(grad_norm[b], gradient[b]);
       factor *= size(b, root);
       if (team.first() == 0) new_grad_norm[b] = root;
     } else {
