@@ -1,6 +1,8 @@
 // Newton-Schulz and the delta-rule write on the CPU, a matrix at a time, in products of bfloat16
-// with float32 accumulation (symmetric.h).
+// with float32 accumulation (symmetric.h); and the operators, which hand small matrices to small.h.
 #include "symmetric.h"
+
+#include "small.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,6 +22,9 @@ using torch::stable::Tensor;
 namespace {
 
 using Coefficients = std::array<float, 3>;
+
+// Short side from which on the delta write rounds to bfloat16: SHORTEST in deepopt/ops/products.py.
+constexpr int64_t kShortest = 64;
 
 void check(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
@@ -342,7 +347,12 @@ namespace {
 Tensor newton_schulz(
     Tensor matrices, std::vector<std::vector<double>> coefficients, ScalarType dtype) {
   check(matrices, "matrices");
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "newton_schulz multiplies in bfloat16 here");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+      "newton_schulz multiplies in float32 or bfloat16 here");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || deepopt::has_bfloat16_products(),
+      "newton_schulz has no products in bfloat16 for this processor; take dtype=torch.float32");
   STD_TORCH_CHECK(matrices.dim() >= 2, "matrices must have at least two dimensions");
   std::vector<Coefficients> steps;
   for (const auto& abc : coefficients) {
@@ -353,12 +363,16 @@ Tensor newton_schulz(
   STD_TORCH_CHECK(!steps.empty(), "coefficients must be those of at least one step");
   const Tensor from = torch::stable::contiguous(matrices);
   Tensor to = torch::stable::empty_like(from);
-#ifdef DEEPOPT_AVX512_BF16
+  if (from.numel() == 0) return to;
   const int64_t rows = from.size(from.dim() - 2), columns = from.size(from.dim() - 1);
   const int64_t size = rows * columns;
-  if (from.numel() == 0) return to;
   const float* read = from.const_data_ptr<float>();
   float* write = to.mutable_data_ptr<float>();
+  if (dtype == ScalarType::Float) {
+    deepopt::small::newton_schulz(read, {from.numel() / size, rows, columns}, steps, write);
+    return to;
+  }
+#ifdef DEEPOPT_AVX512_BF16
   over_batch(from.numel() / size, [&](int64_t first, int64_t last) {
     NewtonSchulz work(rows, columns, steps);
     for (int64_t b = first; b < last; ++b) work.run(read + b * size, write + b * size);
@@ -388,12 +402,17 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
   Tensor to = torch::stable::empty_like(old);
   Tensor new_norm = torch::stable::empty_like(old_norm);
   Tensor new_erasure = torch::stable::empty_like(old_erasure);
-#ifdef DEEPOPT_AVX512_BF16
   const int64_t rows = old.size(1), columns = old.size(2), size = rows * columns;
   const auto *m = old.const_data_ptr<float>(), *g = fresh.const_data_ptr<float>();
   const auto *s = old_norm.const_data_ptr<float>(), *e = old_erasure.const_data_ptr<float>();
   auto *new_m = to.mutable_data_ptr<float>(), *new_s = new_norm.mutable_data_ptr<float>();
   auto* new_e = new_erasure.mutable_data_ptr<float>();
+  if (std::min(rows, columns) < kShortest || !deepopt::has_bfloat16_products()) {
+    deepopt::small::delta_write(
+        {m, s, e}, g, {old.size(0), rows, columns}, rate, retention, {new_m, new_s, new_e});
+    return {to, new_norm, new_erasure};
+  }
+#ifdef DEEPOPT_AVX512_BF16
   over_batch(old.size(0), [&](int64_t first, int64_t last) {
     DeltaWrite work(rows, columns);
     for (int64_t b = first; b < last; ++b) {
@@ -410,7 +429,6 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
-  if (!deepopt::has_bfloat16_products()) return;  // the references stay
   m.impl("newton_schulz", TORCH_BOX(&newton_schulz));
   m.impl("delta_write", TORCH_BOX(&delta_write));
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
-from deepopt.ops.products import worth_rounding
+from deepopt.ops.products import is_small, worth_rounding
 from deepopt.ops.step_size import frobenius, running_root
 
 
@@ -12,8 +12,7 @@ from deepopt.ops.step_size import frobenius, running_root
     "(Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, float rate, float retention)"
     " -> (Tensor, Tensor, Tensor)",
     supports=lambda momentum, grad, norm, erasure, rate, retention: (
-        worth_rounding(momentum)
-        and worth_rounding(grad)
+        all(is_small(stack) or worth_rounding(stack) for stack in (momentum, grad))
         and isinstance(retention, int | float)
         and norm.dtype == erasure.dtype == torch.float32
     ),

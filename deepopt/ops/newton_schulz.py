@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
-from deepopt.ops.products import worth_rounding
+from deepopt.ops.products import is_small, worth_rounding
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -16,7 +16,8 @@ Coefficients = Sequence[tuple[float, float, float]]
 @operator(
     "(Tensor matrices, float[][] coefficients, ScalarType dtype) -> Tensor",
     supports=lambda matrices, coefficients, dtype: (
-        dtype == torch.bfloat16 and worth_rounding(matrices)
+        (dtype == torch.float32 and is_small(matrices))
+        or (dtype == torch.bfloat16 and worth_rounding(matrices))
     ),
 )
 def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,281 @@
+// See small.h. All matrices lie with their long side down, row after row, and the short side padded
+// with zeros to whole lanes: then both products that are wanted, XᵀY and X S with a matrix S on the
+// short side, add multiples of whole rows, and there is no tail to any loop.
+#include "small.h"
+
+#include "multi_tensor.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+namespace deepopt::small {
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRows = 4;  // of the result, summed in registers at once
+constexpr int64_t kSlab = 64;  // rows on the long side that stay in the nearest cache meanwhile
+
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef double Wide __attribute__((vector_size(8 * kLanes)));
+
+int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// The left side of a product: from one row to the next, and from one factor of a sum to the next.
+struct Left {
+  const float* at;
+  int64_t down, along;
+};
+
+// out = left right, or out + left right; the result's rows and those of `right` are `width` long.
+DEEPOPT_CLONES void multiply(const Left& left, const float* right, int64_t rows, int64_t depth,
+                             int64_t width, bool add, float* out) {
+  for (int64_t i = 0; i < rows; i += kRows) {
+    const float* a = left.at + i * left.down;
+    for (int64_t j = 0; j < width; j += kLanes) {
+      Lanes sum[kRows] = {};
+      for (int r = 0; add && r < kRows; ++r) memcpy(&sum[r], out + (i + r) * width + j, sizeof(Lanes));
+      for (int64_t k = 0; k < depth; ++k) {
+        Lanes row;
+        memcpy(&row, right + k * width + j, sizeof row);
+        for (int r = 0; r < kRows; ++r) sum[r] += a[r * left.down + k * left.along] * row;
+      }
+      for (int r = 0; r < kRows; ++r) memcpy(out + (i + r) * width + j, &sum[r], sizeof(Lanes));
+    }
+  }
+}
+
+// The largest magnitude; NaN does not count, for nothing that is divided by it is lost.
+DEEPOPT_CLONES float largest(const float* x, int64_t count) {
+  Lanes most = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Lanes lanes;
+    memcpy(&lanes, x + i, sizeof lanes);
+    lanes = lanes < 0 ? -lanes : lanes;
+    most = lanes > most ? lanes : most;
+  }
+  float number = 0;
+  for (int j = 0; j < kLanes; ++j) number = std::max(number, most[j]);
+  return number;
+}
+
+DEEPOPT_CLONES double squares(const float* x, int64_t count) {
+  Wide sums = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Lanes lanes;
+    memcpy(&lanes, x + i, sizeof lanes);
+    const Wide wide = __builtin_convertvector(lanes, Wide);
+    sums += wide * wide;
+  }
+  double sum = 0;
+  for (int j = 0; j < kLanes; ++j) sum += sums[j];
+  return sum;
+}
+
+DEEPOPT_CLONES void divide(float* x, int64_t count, float by) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) x[i] /= by;
+}
+
+// out = b x + c y
+DEEPOPT_CLONES void mix(float b, const float* x, float c, const float* y, int64_t count, float* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = b * x[i] + c * y[i];
+}
+
+// x - erased + y, each with a factor.
+DEEPOPT_CLONES void write(float kept, const float* x, float erase, const float* erased, float fresh,
+                          const float* y, int64_t stride, int64_t count, float* out) {
+  if (stride == 1) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) out[i] = kept * x[i] - erase * erased[i] + fresh * y[i];
+    return;
+  }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = kept * x[i] - erase * erased[i * stride] + fresh * y[i];
+  }
+}
+
+// How matrices of one shape lie, and memory for some of them.
+class Tall {
+ public:
+  Tall(const Shape& shape, int64_t tall, int64_t square)
+      : wide_(shape.rows < shape.columns),
+        long_(std::max(shape.rows, shape.columns)),
+        short_(std::min(shape.rows, shape.columns)),
+        width_(padded(short_, kLanes)),
+        memory_((tall * padded(long_, kRows) + square * width_ + kSlab) * width_ / kLanes) {}
+
+ protected:
+  float* take(int64_t rows) {
+    float* taken = reinterpret_cast<float*>(memory_.data()) + used_;
+    used_ += rows * width_;
+    return taken;
+  }
+  float* take_tall() { return take(padded(long_, kRows)); }
+  float* take_square() { return take(width_); }
+  float* take_slab() { return take(kSlab); }
+
+  int64_t tall_size() const { return long_ * width_; }
+  int64_t square_size() const { return short_ * width_; }
+
+  // Copies a matrix of the caller, divided by its largest entry, which is returned: squares of what
+  // is left do not leave the range.
+  float load(const float* from, float* to) const {
+    if (wide_) {
+      for (int64_t i = 0; i < short_; ++i) {
+        for (int64_t k = 0; k < long_; ++k) to[k * width_ + i] = from[i * long_ + k];
+      }
+    } else {
+      for (int64_t k = 0; k < long_; ++k) std::copy_n(from + k * short_, short_, to + k * width_);
+    }
+    const float scale = std::max(largest(to, tall_size()), FLT_MIN);
+    divide(to, tall_size(), scale);
+    return scale;
+  }
+  // Calls f(first row, rows) for the slabs of a tall matrix.
+  template <class F>
+  void for_slabs(const F& f) const {
+    for (int64_t k = 0; k < long_; k += kSlab) f(k, std::min(kSlab, long_ - k));
+  }
+  // to = or += Xᵀ Y, for so many rows of both
+  void transposed_product(const float* x, const float* y, int64_t rows, bool add, float* to) const {
+    multiply({x, 1, width_}, y, short_, rows, width_, add, to);
+  }
+  // to = X S
+  void product(const float* x, const float* square, int64_t rows, float* to) const {
+    multiply({x, width_, 1}, square, rows, short_, width_, false, to);
+  }
+
+  bool wide_;
+  int64_t long_, short_, width_;
+
+ private:
+  struct alignas(4 * kLanes) Line {
+    float at[kLanes];
+  };
+  std::vector<Line> memory_;
+  int64_t used_ = 0;
+};
+
+// X <- X R with R = a I + b G + c G² and G = Xᵀ X, step by step.
+class NewtonSchulz : Tall {
+ public:
+  NewtonSchulz(const Shape& shape, const std::vector<std::array<float, 3>>& coefficients)
+      : Tall(shape, 1, 3), coefficients_(coefficients) {}
+
+  void run(const float* from, float* to) {
+    load(from, x_);
+    divide(x_, tall_size(), std::max(float(std::sqrt(squares(x_, tall_size()))), FLT_MIN));
+    for_slabs([&](int64_t k, int64_t rows) {
+      transposed_product(x_ + k * width_, x_ + k * width_, rows, k > 0, gram_);
+    });
+    for (const auto& [a, b, c] : coefficients_) {
+      product(gram_, gram_, short_, square_);
+      mix(b, gram_, c, square_, square_size(), factor_);
+      for (int64_t i = 0; i < short_; ++i) factor_[i * width_ + i] += a;
+      for_slabs([&](int64_t k, int64_t rows) {  // and the next step's G, while they are near
+        product(x_ + k * width_, factor_, rows, slab_);
+        std::copy_n(slab_, rows * width_, x_ + k * width_);
+        transposed_product(slab_, slab_, rows, k > 0, gram_);
+      });
+    }
+    store(to);
+  }
+
+ private:
+  void store(float* to) const {
+    if (wide_) {
+      for (int64_t i = 0; i < short_; ++i) {
+        for (int64_t k = 0; k < long_; ++k) to[i * long_ + k] = x_[k * width_ + i];
+      }
+    } else {
+      for (int64_t k = 0; k < long_; ++k) std::copy_n(x_ + k * width_, short_, to + k * short_);
+    }
+  }
+
+  const std::vector<std::array<float, 3>>& coefficients_;
+  float *x_ = take_tall(), *gram_ = take_square(), *square_ = take_square(), *factor_ = take_square();
+  float* slab_ = take_slab();
+};
+
+class DeltaWrite : Tall {
+ public:
+  explicit DeltaWrite(const Shape& shape) : Tall(shape, 2, 2) {}
+
+  void run(const Memory<const float>& old, const float* grad, double rate, double retention,
+           const Memory<float>& result) {
+    const double scale = load(grad, keys_), size = load(old.momentum, momentum_);
+    for_slabs([&](int64_t k, int64_t rows) {
+      transposed_product(keys_ + k * width_, keys_ + k * width_, rows, k > 0, gram_);
+    });
+    product(gram_, gram_, short_, square_);
+    const double bound = std::min(std::pow(squares(square_, square_size()), 0.125) * scale, double(FLT_MAX));
+    const double norm = std::sqrt(0.9 * *old.norm * *old.norm + 0.1 * bound * bound);
+    const double ratio = scale / std::max(std::max(norm, bound), double(FLT_MIN));
+    const double erase = rate * ratio * ratio;
+    // M Kᵀ K, of which one product lies on the short side.
+    if (wide_) {
+      for_slabs([&](int64_t k, int64_t rows) {
+        transposed_product(keys_ + k * width_, momentum_ + k * width_, rows, k > 0, square_);
+      });
+    }
+    double erased = 0;
+    for_slabs([&](int64_t k, int64_t rows) {
+      product((wide_ ? keys_ : momentum_) + k * width_, wide_ ? square_ : gram_, rows, slab_);
+      erased += squares(slab_, rows * width_);
+      const auto part = [&](int64_t at, const float* from, int64_t stride, int64_t count) {
+        write(float(retention), old.momentum + at, float(erase * size), from,
+              float(1.0 - retention), grad + at, stride, count, result.momentum + at);
+      };
+      if (wide_) {
+        for (int64_t i = 0; i < short_; ++i) part(i * long_ + k, slab_ + i, width_, rows);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) part((k + i) * short_, slab_ + i * width_, 1, short_);
+      }
+    });
+    const double whole = squares(momentum_, tall_size());
+    const double share = erase * std::sqrt(erased / std::max(whole, double(FLT_MIN)));
+    *result.norm = float(norm);
+    *result.erasure = float(*old.erasure + 0.1 * (share - *old.erasure));
+  }
+
+ private:
+  float *keys_ = take_tall(), *momentum_ = take_tall();
+  float *gram_ = take_square(), *square_ = take_square(), *slab_ = take_slab();
+};
+
+// Calls f(first, last) on parts of a batch that are worth a thread.
+template <class F>
+void over_batch(const Shape& shape, const F& f) {
+  const int64_t work = shape.rows * shape.columns * std::min(shape.rows, shape.columns);
+  const int64_t grain = std::max<int64_t>(1, kChunk * 2 / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, shape.batch, grain, f);
+}
+
+}  // namespace
+
+void newton_schulz(const float* matrices, const Shape& shape,
+                   const std::vector<std::array<float, 3>>& coefficients, float* result) {
+  const int64_t size = shape.rows * shape.columns;
+  if (!size) return;
+  over_batch(shape, [&](int64_t first, int64_t last) {
+    NewtonSchulz work(shape, coefficients);
+    for (int64_t b = first; b < last; ++b) work.run(matrices + b * size, result + b * size);
+  });
+}
+
+void delta_write(const Memory<const float>& old, const float* grad, const Shape& shape, double rate,
+                 double retention, const Memory<float>& result) {
+  const int64_t size = shape.rows * shape.columns;
+  over_batch(shape, [&](int64_t first, int64_t last) {
+    DeltaWrite work(shape);
+    for (int64_t b = first; b < last; ++b) {
+      work.run({old.momentum + b * size, old.norm + b, old.erasure + b}, grad + b * size, rate,
+               retention, {result.momentum + b * size, result.norm + b, result.erasure + b});
+    }
+  });
+}
+
+}  // namespace deepopt::small
