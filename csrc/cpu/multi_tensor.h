@@ -17,6 +17,7 @@
 // One function for every level of x86-64, chosen when the library is loaded. Not under the address
 // sanitizer, whose runtime is not there yet when the choice is made.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define DEEPOPT_LEVELS 1
 #define DEEPOPT_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
 #else

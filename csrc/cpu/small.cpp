@@ -3,73 +3,107 @@
 // short side, add multiples of whole rows, and there is no tail to any loop.
 #include "small.h"
 
+#include "../rules/rule.h"
 #include "multi_tensor.h"
 
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 
 namespace deepopt::small {
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kUnit = 8;  // entries that rows are padded to
 constexpr int64_t kRows = 4;  // of the result, summed in registers at once
 constexpr int64_t kSlab = 64;  // rows on the long side that stay in the nearest cache meanwhile
 
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef double Wide __attribute__((vector_size(8 * kLanes)));
-
 int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// The left side of a product: from one row to the next, and from one factor of a sum to the next.
-struct Left {
-  const float* at;
+// out = left right, or out + left right, for `rows` rows, or for what of them lies from the diagonal
+// on. Factors of a sum on the left lie `along` apart, its rows `down`; those of the rest `width`.
+struct Product {
+  const float* left;
   int64_t down, along;
+  const float* right;
+  float* out;
+  int64_t rows, depth, width;
+  bool add, upper;
 };
 
-// out = left right, or out + left right; the result's rows and those of `right` are `width` long.
-DEEPOPT_CLONES void multiply(const Left& left, const float* right, int64_t rows, int64_t depth,
-                             int64_t width, bool add, float* out) {
-  for (int64_t i = 0; i < rows; i += kRows) {
-    const float* a = left.at + i * left.down;
-    for (int64_t j = 0; j < width; j += kLanes) {
-      Lanes sum[kRows] = {};
-      for (int r = 0; add && r < kRows; ++r) memcpy(&sum[r], out + (i + r) * width + j, sizeof(Lanes));
-      for (int64_t k = 0; k < depth; ++k) {
-        Lanes row;
-        memcpy(&row, right + k * width + j, sizeof row);
-        for (int r = 0; r < kRows; ++r) sum[r] += a[r * left.down + k * left.along] * row;
-      }
-      for (int r = 0; r < kRows; ++r) memcpy(out + (i + r) * width + j, &sum[r], sizeof(Lanes));
+template <int kLanes>
+struct Vector {
+  typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+};
+
+// One block of a product: kRows rows by kVectors vectors, from row i and column j on.
+template <int kLanes, int kVectors>
+inline __attribute__((always_inline)) void multiply_block(const Product& p, int64_t i, int64_t j) {
+  typedef typename Vector<kLanes>::Lanes Lanes;
+  Lanes sums[kRows][kVectors], row[kVectors];
+  float* out = p.out + i * p.width + j;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = Lanes{};
+      if (p.add) memcpy(&sums[r][v], out + r * p.width + v * kLanes, sizeof(Lanes));
+    }
+  }
+  const float *left = p.left + i * p.down, *right = p.right + j;
+  for (int64_t k = 0; k < p.depth; ++k, left += p.along, right += p.width) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) memcpy(&row[v], right + v * kLanes, sizeof(Lanes));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += left[r * p.down] * row[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      memcpy(out + r * p.width + v * kLanes, &sums[r][v], sizeof(Lanes));
     }
   }
 }
 
-// The largest magnitude; NaN does not count, for nothing that is divided by it is lost.
-DEEPOPT_CLONES float largest(const float* x, int64_t count) {
-  Lanes most = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Lanes lanes;
-    memcpy(&lanes, x + i, sizeof lanes);
-    lanes = lanes < 0 ? -lanes : lanes;
-    most = lanes > most ? lanes : most;
+template <int kLanes>
+inline __attribute__((always_inline)) void multiply_in(const Product& p) {
+  for (int64_t i = 0; i < p.rows; i += kRows) {
+    int64_t j = p.upper ? i / kUnit * kUnit : 0;
+    for (; j + 2 * kLanes <= p.width; j += 2 * kLanes) multiply_block<kLanes, 2>(p, i, j);
+    for (; j < p.width; j += kLanes) multiply_block<kLanes, 1>(p, i, j);
   }
-  float number = 0;
-  for (int j = 0; j < kLanes; ++j) number = std::max(number, most[j]);
-  return number;
+}
+
+// In vectors of what registers hold: gcc 12 keeps longer ones in memory. Each sum is the same.
+#if defined(DEEPOPT_LEVELS)
+__attribute__((target("arch=x86-64-v3"))) void multiply(const Product& p) { multiply_in<8>(p); }
+__attribute__((target("default")))
+#endif
+void multiply(const Product& p) { multiply_in<4>(p); }
+
+// The largest magnitude; NaN is larger than all others, as its bits are.
+DEEPOPT_CLONES float largest(const float* x, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, bits_of(x[i]) & 0x7fffffffu);
+  return float_of(most);
 }
 
 DEEPOPT_CLONES double squares(const float* x, int64_t count) {
-  Wide sums = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Lanes lanes;
-    memcpy(&lanes, x + i, sizeof lanes);
-    const Wide wide = __builtin_convertvector(lanes, Wide);
-    sums += wide * wide;
+  typedef double Wide __attribute__((vector_size(8 * kUnit / 2)));
+  typedef Vector<kUnit / 2>::Lanes Narrow;
+  Wide sums[2] = {};
+  for (int64_t i = 0; i < count; i += kUnit) {
+    for (int v = 0; v < 2; ++v) {
+      Narrow narrow;
+      memcpy(&narrow, x + i + v * kUnit / 2, sizeof narrow);
+      const Wide wide = __builtin_convertvector(narrow, Wide);
+      sums[v] += wide * wide;
+    }
   }
-  double sum = 0;
-  for (int j = 0; j < kLanes; ++j) sum += sums[j];
-  return sum;
+  const Wide sum = sums[0] + sums[1];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 DEEPOPT_CLONES void divide(float* x, int64_t count, float by) {
@@ -104,8 +138,8 @@ class Tall {
       : wide_(shape.rows < shape.columns),
         long_(std::max(shape.rows, shape.columns)),
         short_(std::min(shape.rows, shape.columns)),
-        width_(padded(short_, kLanes)),
-        memory_((tall * padded(long_, kRows) + square * width_ + kSlab) * width_ / kLanes) {}
+        width_(padded(short_, kUnit)),
+        memory_((tall * padded(long_, kRows) + square * width_ + kSlab) * width_ / kUnit) {}
 
  protected:
   float* take(int64_t rows) {
@@ -139,21 +173,39 @@ class Tall {
   void for_slabs(const F& f) const {
     for (int64_t k = 0; k < long_; k += kSlab) f(k, std::min(kSlab, long_ - k));
   }
-  // to = or += Xᵀ Y, for so many rows of both
-  void transposed_product(const float* x, const float* y, int64_t rows, bool add, float* to) const {
-    multiply({x, 1, width_}, y, short_, rows, width_, add, to);
+  // Xᵀ Y, slab by slab.
+  void add_transposed_product(const float* x, const float* y, int64_t rows, bool first, bool symmetric, float* to) const {
+    multiply({x, 1, width_, y, to, short_, rows, width_, !first, symmetric});
   }
-  // to = X S
+  // X S
   void product(const float* x, const float* square, int64_t rows, float* to) const {
-    multiply({x, width_, 1}, square, rows, short_, width_, false, to);
+    multiply({x, width_, 1, square, to, rows, short_, width_, false, false});
+  }
+  // S S, for a symmetric S.
+  void squared(const float* square, float* to) const {
+    multiply({square, width_, 1, square, to, short_, short_, width_, false, true});
+    mirror(to);
+  }
+  // What lies below the diagonal, from what lies above.
+  void mirror(float* square) const {
+    for (int64_t i = 0; i < short_; ++i) {
+      for (int64_t j = 0; j < i / kUnit * kUnit; ++j) square[i * width_ + j] = square[j * width_ + i];
+    }
+  }
+  // Xᵀ X
+  void gram(const float* x, float* to) const {
+    for_slabs([&](int64_t k, int64_t rows) {
+      add_transposed_product(x + k * width_, x + k * width_, rows, k == 0, true, to);
+    });
+    mirror(to);
   }
 
   bool wide_;
   int64_t long_, short_, width_;
 
  private:
-  struct alignas(4 * kLanes) Line {
-    float at[kLanes];
+  struct alignas(4 * kUnit) Line {
+    float at[kUnit];
   };
   std::vector<Line> memory_;
   int64_t used_ = 0;
@@ -168,18 +220,17 @@ class NewtonSchulz : Tall {
   void run(const float* from, float* to) {
     load(from, x_);
     divide(x_, tall_size(), std::max(float(std::sqrt(squares(x_, tall_size()))), FLT_MIN));
-    for_slabs([&](int64_t k, int64_t rows) {
-      transposed_product(x_ + k * width_, x_ + k * width_, rows, k > 0, gram_);
-    });
+    gram(x_, gram_);
     for (const auto& [a, b, c] : coefficients_) {
-      product(gram_, gram_, short_, square_);
+      squared(gram_, square_);
       mix(b, gram_, c, square_, square_size(), factor_);
       for (int64_t i = 0; i < short_; ++i) factor_[i * width_ + i] += a;
       for_slabs([&](int64_t k, int64_t rows) {  // and the next step's G, while they are near
         product(x_ + k * width_, factor_, rows, slab_);
         std::copy_n(slab_, rows * width_, x_ + k * width_);
-        transposed_product(slab_, slab_, rows, k > 0, gram_);
+        add_transposed_product(slab_, slab_, rows, k == 0, true, gram_);
       });
+      mirror(gram_);
     }
     store(to);
   }
@@ -207,10 +258,8 @@ class DeltaWrite : Tall {
   void run(const Memory<const float>& old, const float* grad, double rate, double retention,
            const Memory<float>& result) {
     const double scale = load(grad, keys_), size = load(old.momentum, momentum_);
-    for_slabs([&](int64_t k, int64_t rows) {
-      transposed_product(keys_ + k * width_, keys_ + k * width_, rows, k > 0, gram_);
-    });
-    product(gram_, gram_, short_, square_);
+    gram(keys_, gram_);
+    squared(gram_, square_);
     const double bound = std::min(std::pow(squares(square_, square_size()), 0.125) * scale, double(FLT_MAX));
     const double norm = std::sqrt(0.9 * *old.norm * *old.norm + 0.1 * bound * bound);
     const double ratio = scale / std::max(std::max(norm, bound), double(FLT_MIN));
@@ -218,7 +267,7 @@ class DeltaWrite : Tall {
     // M Kᵀ K, of which one product lies on the short side.
     if (wide_) {
       for_slabs([&](int64_t k, int64_t rows) {
-        transposed_product(keys_ + k * width_, momentum_ + k * width_, rows, k > 0, square_);
+        add_transposed_product(keys_ + k * width_, momentum_ + k * width_, rows, k == 0, false, square_);
       });
     }
     double erased = 0;
