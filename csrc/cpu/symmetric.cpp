@@ -360,7 +360,6 @@ Tensor newton_schulz(
     steps.push_back(
         {static_cast<float>(abc[0]), static_cast<float>(abc[1]), static_cast<float>(abc[2])});
   }
-  STD_TORCH_CHECK(!steps.empty(), "coefficients must be those of at least one step");
   const Tensor from = torch::stable::contiguous(matrices);
   Tensor to = torch::stable::empty_like(from);
   if (from.numel() == 0) return to;
@@ -372,6 +371,7 @@ Tensor newton_schulz(
     deepopt::small::newton_schulz(read, {from.numel() / size, rows, columns}, steps, write);
     return to;
   }
+  STD_TORCH_CHECK(!steps.empty(), "coefficients must be those of at least one step");
 #ifdef DEEPOPT_AVX512_BF16
   over_batch(from.numel() / size, [&](int64_t first, int64_t last) {
     NewtonSchulz work(rows, columns, steps);

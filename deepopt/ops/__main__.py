@@ -2,10 +2,11 @@
 
 from deepopt.ops import operator as choice
 from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, UNAVAILABLE
+from deepopt.ops.products import multiplies_bfloat16
 
 NOTES = {"reference": "plain torch, on every device", "compiled": "on request: it compiles first"}
 OF_BFLOAT16 = ("delta_write", "gram_average", "newton_schulz")
-"""Operators whose kernels for the CPU are matrix products in bfloat16."""
+"""Operators whose kernels for the CPU multiply matrices in bfloat16, all but small ones."""
 
 
 def report() -> str:
@@ -26,9 +27,9 @@ def report() -> str:
                 there = [b for b in (*there, "compiled") if b == choice._forced]
             used.append(next((b for b in there if b not in UNAVAILABLE), "reference"))
         lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
-    lacking = [name for name in OF_BFLOAT16 if "cpu" not in OPERATORS[name].implementations]
-    if lacking and "cpu" not in UNAVAILABLE:
-        lines += ["", f"on cpu, {', '.join(lacking)}: kernels need AVX512-BF16, without AMX"]
+    if "cpu" not in UNAVAILABLE and not multiplies_bfloat16():
+        names = ", ".join(OF_BFLOAT16)
+        lines += ["", f"on cpu, {names}: all but small matrices need AVX512-BF16, without AMX"]
     if choice._forced is not None:
         lines += ["", f"forced by DEEPOPT_BACKEND: {choice._forced}"]
     return "\n".join(lines)

@@ -12,9 +12,9 @@ from deepopt.ops.step_size import frobenius, running_root
     "(Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, float rate, float retention)"
     " -> (Tensor, Tensor, Tensor)",
     supports=lambda momentum, grad, norm, erasure, rate, retention: (
-        all(is_small(stack) or worth_rounding(stack) for stack in (momentum, grad))
+        (is_small(momentum) or worth_rounding(momentum))
+        and grad.dtype == norm.dtype == erasure.dtype == torch.float32
         and isinstance(retention, int | float)
-        and norm.dtype == erasure.dtype == torch.float32
     ),
 )
 def delta_write(
@@ -45,9 +45,10 @@ def delta_write(
         The new M, s and ε.
 
     Cost, with r and R the short and the long side, in units of 2 r²R FLOPs: one symmetric product,
-    r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16:
-    keys and momentum as operands are rounded to it, the momentum itself is not; the norm is rounded
-    up by as much, so that no key exceeds one.
+    r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16
+    from a short side of 64 on, in float32 below: keys and momentum as operands are rounded to
+    bfloat16, the momentum itself is not; the norm is rounded up by as much, so that no key exceeds
+    one.
     """
     info = torch.finfo(grad.dtype)
     # Powers of a singular value leave float32's range long before the value does: keys are
