@@ -157,6 +157,7 @@ class Tall {
   // Copies a matrix of the caller, divided by its largest entry, which is returned: squares of what
   // is left do not leave the range.
   float load(const float* from, float* to) const {
+    std::fill_n(to, tall_size(), 0.0f);  // the padding too: NaN of the last matrix is there
     if (wide_) {
       for (int64_t i = 0; i < short_; ++i) {
         for (int64_t k = 0; k < long_; ++k) to[k * width_ + i] = from[i * long_ + k];

@@ -28,10 +28,10 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
 
     Two steps may be taken on G alone, where the matrix is long enough for that to be cheaper: G of
     the second is R G R, and X follows once. The first two and the last two are, if there are five
-    or more, but not by the kernel for small float32 matrices; in bfloat16 by kernels alone, and the first two only where the Gram matrix after them
+    or more; in bfloat16 by kernels alone, and the first two only where the Gram matrix after them
     proves that rounding pushed no singular value beyond what exact steps reach: one hundredth
     further the next polynomial grows without bound. The few matrices that fail start again, step by
-    step.
+    step. The kernel for small float32 matrices takes all of them one by one.
 
     Args:
         matrices: shape (..., m, n).

@@ -117,7 +117,7 @@ def test_no_key_is_larger_than_one(shape, rank):
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(64, 80), (8, 9), (9, 8)])
+@pytest.mark.parametrize("shape", [(64, 80), (9, 13), (13, 9)])
 def test_zero_gradients_and_zero_momenta_stay_finite(shape):
     momentum, grad, norm, erasure = stack(3, *shape)
     momentum[0], grad[1] = 0.0, 0.0
@@ -132,7 +132,7 @@ def test_zero_gradients_and_zero_momenta_stay_finite(shape):
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(64, 80), (8, 9), (9, 8)])
+@pytest.mark.parametrize("shape", [(64, 80), (9, 13), (13, 9)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_matrix_that_is_not_finite_says_so_and_leaves_the_others_alone(value, shape):
     momentum, grad, norm, erasure = stack(2, *shape)

@@ -283,9 +283,10 @@ def test_the_kernel_does_not_see_the_scale(exponent, dtype):
 
 
 @either_kernel
-def test_zero_matrices_stay_zero_and_matrices_that_are_not_finite_say_so(dtype):
+@pytest.mark.parametrize("shape", [(64, 96), (9, 13), (13, 9)])
+def test_zero_matrices_stay_zero_and_matrices_that_are_not_finite_say_so(dtype, shape):
     generator = torch.Generator().manual_seed(0)
-    stack = torch.randn(4, 64, 96, generator=generator)
+    stack = torch.randn(4, *shape, generator=generator)
     expected = kernel(stack, polar_express(5), dtype)
     stack[0], stack[1, 2, 3], stack[2, 0, 0] = 0.0, float("nan"), float("inf")
     found = kernel(stack, polar_express(5), dtype)
