@@ -1,6 +1,6 @@
 // See small.h. All matrices lie with their long side down, row after row, and the short side padded
-// with zeros to whole lanes: then both products that are wanted, XᵀY and X S with a matrix S on the
-// short side, add multiples of whole rows, and there is no tail to any loop.
+// with zeros to whole vectors: then both products that are wanted, XᵀY and X S with a matrix S on
+// the short side, add multiples of whole rows, and there is no tail to any loop.
 #include "small.h"
 
 #include "../rules/rule.h"
@@ -18,8 +18,8 @@ constexpr int64_t kSlab = 64;  // rows on the long side that stay in the nearest
 
 int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// out = left right, or out + left right, for `rows` rows, or for what of them lies from the diagonal
-// on. Factors of a sum on the left lie `along` apart, its rows `down`; those of the rest `width`.
+// out = left right, or out + left right, for `rows` rows, or only from the diagonal on. The rows on
+// the left lie `down` apart and the entries of a row `along`; the other two have rows of `width`.
 struct Product {
   const float* left;
   int64_t down, along;
@@ -112,7 +112,8 @@ DEEPOPT_CLONES void divide(float* x, int64_t count, float by) {
 }
 
 // out = b x + c y
-DEEPOPT_CLONES void mix(float b, const float* x, float c, const float* y, int64_t count, float* out) {
+DEEPOPT_CLONES void mix(float b, const float* x, float c, const float* y, int64_t count,
+                        float* out) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) out[i] = b * x[i] + c * y[i];
 }
@@ -175,8 +176,8 @@ class Tall {
     for (int64_t k = 0; k < long_; k += kSlab) f(k, std::min(kSlab, long_ - k));
   }
   // Xᵀ Y, slab by slab.
-  void add_transposed_product(const float* x, const float* y, int64_t rows, bool first, bool symmetric, float* to) const {
-    multiply({x, 1, width_, y, to, short_, rows, width_, !first, symmetric});
+  void add_inner(const float* x, const float* y, int64_t rows, bool first, float* to) const {
+    multiply({x, 1, width_, y, to, short_, rows, width_, !first, x == y});
   }
   // X S
   void product(const float* x, const float* square, int64_t rows, float* to) const {
@@ -190,13 +191,14 @@ class Tall {
   // What lies below the diagonal, from what lies above.
   void mirror(float* square) const {
     for (int64_t i = 0; i < short_; ++i) {
-      for (int64_t j = 0; j < i / kUnit * kUnit; ++j) square[i * width_ + j] = square[j * width_ + i];
+      float* row = square + i * width_;
+      for (int64_t j = 0; j < i / kUnit * kUnit; ++j) row[j] = square[j * width_ + i];
     }
   }
   // Xᵀ X
   void gram(const float* x, float* to) const {
     for_slabs([&](int64_t k, int64_t rows) {
-      add_transposed_product(x + k * width_, x + k * width_, rows, k == 0, true, to);
+      add_inner(x + k * width_, x + k * width_, rows, k == 0, to);
     });
     mirror(to);
   }
@@ -222,16 +224,18 @@ class NewtonSchulz : Tall {
     load(from, x_);
     divide(x_, tall_size(), std::max(float(std::sqrt(squares(x_, tall_size()))), FLT_MIN));
     gram(x_, gram_);
-    for (const auto& [a, b, c] : coefficients_) {
+    for (size_t step = 0; step < coefficients_.size(); ++step) {
+      const auto& [a, b, c] = coefficients_[step];
+      const bool last = step + 1 == coefficients_.size();
       squared(gram_, square_);
       mix(b, gram_, c, square_, square_size(), factor_);
       for (int64_t i = 0; i < short_; ++i) factor_[i * width_ + i] += a;
       for_slabs([&](int64_t k, int64_t rows) {  // and the next step's G, while they are near
         product(x_ + k * width_, factor_, rows, slab_);
         std::copy_n(slab_, rows * width_, x_ + k * width_);
-        add_transposed_product(slab_, slab_, rows, k == 0, true, gram_);
+        if (!last) add_inner(slab_, slab_, rows, k == 0, gram_);
       });
-      mirror(gram_);
+      if (!last) mirror(gram_);
     }
     store(to);
   }
@@ -248,10 +252,11 @@ class NewtonSchulz : Tall {
   }
 
   const std::vector<std::array<float, 3>>& coefficients_;
-  float *x_ = take_tall(), *gram_ = take_square(), *square_ = take_square(), *factor_ = take_square();
-  float* slab_ = take_slab();
+  float *x_ = take_tall(), *slab_ = take_slab();
+  float *gram_ = take_square(), *square_ = take_square(), *factor_ = take_square();
 };
 
+// M <- retention M - rate M Kᵀ K + (1 - retention) G.
 class DeltaWrite : Tall {
  public:
   explicit DeltaWrite(const Shape& shape) : Tall(shape, 2, 2) {}
@@ -261,14 +266,15 @@ class DeltaWrite : Tall {
     const double scale = load(grad, keys_), size = load(old.momentum, momentum_);
     gram(keys_, gram_);
     squared(gram_, square_);
-    const double bound = std::min(std::pow(squares(square_, square_size()), 0.125) * scale, double(FLT_MAX));
+    const double root = std::pow(squares(square_, square_size()), 0.125);
+    const double bound = std::min(root * scale, double(FLT_MAX));
     const double norm = std::sqrt(0.9 * *old.norm * *old.norm + 0.1 * bound * bound);
     const double ratio = scale / std::max(std::max(norm, bound), double(FLT_MIN));
     const double erase = rate * ratio * ratio;
     // M Kᵀ K, of which one product lies on the short side.
     if (wide_) {
       for_slabs([&](int64_t k, int64_t rows) {
-        add_transposed_product(keys_ + k * width_, momentum_ + k * width_, rows, k == 0, false, square_);
+        add_inner(keys_ + k * width_, momentum_ + k * width_, rows, k == 0, square_);
       });
     }
     double erased = 0;
