@@ -259,8 +259,7 @@ class DeltaWrite {
     const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor;  // NaN stays NaN
     const double erase = rate * ratio * ratio;
     const double erased = write(
-        momentum, grad, static_cast<float>(retention), static_cast<float>(erase * momentum_norm),
-        to);
+        momentum, grad, static_cast<float>(retention), erase * momentum_norm, to);
     const double share = erase * erased;
     return {static_cast<float>(average),
             static_cast<float>(old.erasure + 0.1 * (share - old.erasure))};
@@ -279,9 +278,14 @@ class DeltaWrite {
     return total(sums);
   }
 
-  // Returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as they are packed.
+  // Returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as they are packed. What is erased is less than M,
+  // but its factor may leave the range of floats where M is at the end of it: it is applied in two.
   double write(
-      const float* momentum, const float* grad, float retention, float erase, float* to) {
+      const float* momentum, const float* grad, float retention, double erase, float* to) {
+    int exponent = 0;
+    std::frexp(erase, &exponent);
+    const auto root = static_cast<float>(std::ldexp(1.0, exponent / 2));
+    const auto rest = static_cast<float>(erase / root);
     if (wide_) {
       torch::stable::parallel_for(0, short_ * short_, 1, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) {
@@ -310,7 +314,8 @@ class DeltaWrite {
             out.prefetch(row, column);
             const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
             sums[at] += sum_of_squares(erased);
-            const Tile kept = added(-erase, erased, scaled(retention, old.load(row, column)));
+            const Tile kept =
+                added(-root, scaled(rest, erased), scaled(retention, old.load(row, column)));
             out.store(row, column, added(1.0f - retention, fresh.load(row, column), kept));
           }
         }
@@ -402,7 +407,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
   Tensor to = torch::stable::empty_like(old);
   Tensor new_norm = torch::stable::empty_like(old_norm);
   Tensor new_erasure = torch::stable::empty_like(old_erasure);
-  const int64_t rows = old.size(1), columns = old.size(2), size = rows * columns;
+  const int64_t rows = old.size(1), columns = old.size(2);
   const auto *m = old.const_data_ptr<float>(), *g = fresh.const_data_ptr<float>();
   const auto *s = old_norm.const_data_ptr<float>(), *e = old_erasure.const_data_ptr<float>();
   auto *new_m = to.mutable_data_ptr<float>(), *new_s = new_norm.mutable_data_ptr<float>();
@@ -413,6 +418,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
     return {to, new_norm, new_erasure};
   }
 #ifdef DEEPOPT_AVX512_BF16
+  const int64_t size = rows * columns;
   over_batch(old.size(0), [&](int64_t first, int64_t last) {
     DeltaWrite work(rows, columns);
     for (int64_t b = first; b < last; ++b) {

@@ -86,7 +86,7 @@ struct Resize {
       factor *= update_rms;
     }
     if (!row_moment) {
-      if (team.first() == 0) write(b, batch, b, factor);
+      if (rows && team.first() == 0) write(b, batch, b, factor);  // without rows all arrays are null
       return;
     }
     const double unit = shrink * shrink / double(columns);

@@ -99,6 +99,16 @@ def test_any_scale_of_the_gradient_and_of_the_momentum_keeps_its_accuracy(shape,
 
 
 @needs_kernel
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (16, 17)])
+def test_momenta_at_the_end_of_the_range_are_written_like_others(shape):
+    momentum, grad, norm, erasure = stack(2, *shape)
+    scale = 2.0**119
+    found = kernel(momentum * scale, grad * scale, norm * scale, erasure, 0.7, 0.9)
+    plain = kernel(momentum, grad, norm, erasure, 0.7, 0.9)
+    torch.testing.assert_close(found[0] / scale, plain[0], atol=1e-5, rtol=0)
+
+
+@needs_kernel
 @pytest.mark.parametrize("rank", [1, 2, 8, 64])
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (63, 96), (96, 63)])
 def test_no_key_is_larger_than_one(shape, rank):

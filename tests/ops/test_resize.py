@@ -67,6 +67,15 @@ def test_zero_rows_and_zero_matrices_stay_zero_and_are_not_counted():
     assert torch.equal(weight > 0, first.any(-1))
 
 
+def test_matrices_without_rows_are_taken():
+    none = torch.empty(2, 0, 4)
+    rows = torch.empty(2, 0)
+    update, *state = resize(
+        [none], None, none, none, torch.ones(2), None, rows, rows, 0.9, 0.99, 1.5, 0.2
+    )
+    assert update.shape == none.shape and [tensor.shape for tensor in state] == [rows.shape] * 2
+
+
 def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
     grad = orthogonal(1)
     grad[1, 2, 3] = torch.nan
