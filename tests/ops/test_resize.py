@@ -73,7 +73,8 @@ def test_matrices_without_rows_are_taken():
     update, *state = resize(
         [none], None, none, none, torch.ones(2), None, rows, rows, 0.9, 0.99, 1.5, 0.2
     )
-    assert update.shape == none.shape and [tensor.shape for tensor in state] == [rows.shape] * 2
+    assert update.shape == none.shape
+    assert [tensor.shape for tensor in state] == [rows.shape] * 2
 
 
 def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
