@@ -51,7 +51,8 @@ def adam_ratio(
         (1 - beta**step).to(grad_norm.device, grad_norm.dtype, non_blocking=True) for beta in betas
     )
     tiny = torch.finfo(grad_norm.dtype).tiny
-    ratio = frobenius(momentum) / first / (grad_norm / second.sqrt()).clamp_min(tiny)
+    # Norms first: corrected, the largest of them would leave the range.
+    ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
     return ratio.clamp_max(1.0)
 
 

@@ -73,12 +73,14 @@ def resize(
     keys += ["row_moment", "row_weight"] if group["row_norm"] else []
     given = {key: state[key] for key in keys}
     beta1, beta2 = group["betas"]
+    # Under another default dtype than the matrices', counts are of that one.
+    step = state["step"].float() if update.dtype == torch.float32 else state["step"]
     result, *new = ops.resize(
         updates,
         weight,
         momentum,
         grad,
-        state["step"],
+        step,
         given.get("grad_norm"),
         given.get("row_moment"),
         given.get("row_weight"),

@@ -83,8 +83,9 @@ def test_norms_are_right_where_squares_are_not_floats(scale):
     assert running_root(torch.zeros(1), torch.zeros(1), 0.1).item() == 0.0
 
 
-def test_the_ratio_of_equal_gradients_is_one_from_the_first_step_on():
-    grad, momentum, norm = torch.randn(1, 4, 5), torch.zeros(1, 4, 5), torch.zeros(1)
+@pytest.mark.parametrize("scale", [1e-37, 1.0, 1e37])
+def test_the_ratio_of_equal_gradients_is_one_from_the_first_step_on(scale):
+    grad, momentum, norm = scale * torch.randn(1, 4, 5), torch.zeros(1, 4, 5), torch.zeros(1)
     for step in range(1, 6):
         momentum = momentum.lerp(grad, 0.1)
         norm = running_root(norm, frobenius(grad), 0.001)

@@ -38,3 +38,21 @@ def test_wide_matrices_are_orthogonalised_in_bfloat16_where_that_is_faster(
     rounded, dtypes = update(faster=True)
     assert dtypes == [torch.bfloat16, torch.float32]
     assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()
+
+
+def test_step_counts_of_another_default_dtype_do_not_keep_the_kernel_away(monkeypatch):
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    param = nn.Parameter(torch.randn(4, 5, dtype=torch.float32))
+    param.grad = torch.ones_like(param)
+    optimizer = deepopt.DeepMomentum([param], path="matrix")
+    chosen = []
+    kernels = output_map.ops.resize
+
+    def resize(*given):
+        chosen.append(kernels.backend_for(*given))
+        return kernels(*given)
+
+    monkeypatch.setattr(output_map.ops, "resize", resize)
+    optimizer.step()
+    assert optimizer.state[param]["step"].dtype == torch.float64
+    assert chosen == ["cpu" if kernels.has_backend("cpu") else "reference"]
