@@ -10,6 +10,7 @@ from torch import Tensor
 from deepopt import ops
 from deepopt._compat import multiplies_bfloat16_faster
 from deepopt.ops import newton_schulz, polar_express
+from deepopt.ops.products import SHORTEST
 from deepopt.optim.base import Group
 
 
@@ -95,6 +96,6 @@ def resize(
 
 def _products_dtype(matrices: Tensor) -> torch.dtype:
     """bfloat16 where it is faster: Newton-Schulz corrects its own rounding."""
-    worthwhile = matrices.dtype == torch.float32 and min(matrices.shape[-2:]) >= 64
+    worthwhile = matrices.dtype == torch.float32 and min(matrices.shape[-2:]) >= SHORTEST
     narrow = worthwhile and multiplies_bfloat16_faster(matrices.device)
     return torch.bfloat16 if narrow else matrices.dtype
