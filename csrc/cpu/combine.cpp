@@ -173,6 +173,13 @@ void turned(float* result, const std::vector<Term>& terms, bool by_row) {
 
 Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
   STD_TORCH_CHECK(!tensors.empty(), "deepopt::combine: there must be at least one tensor");
+  Tensor result = torch::stable::empty(tensors[0].sizes(), ScalarType::Float);
+  combine_into(result, tensors, coefficients);
+  return result;
+}
+
+void combine_into(const Tensor& result, const std::vector<Tensor>& tensors,
+                  const Tensor& coefficients) {
   const auto sizes = tensors[0].sizes();
   const auto given = coefficients.sizes();
   STD_TORCH_CHECK(given.size() > 1 && given.size() <= std::min<size_t>(3, sizes.size() + 1) && given[0] == int64_t(tensors.size()) &&
@@ -182,8 +189,7 @@ Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
                   "deepopt::combine: coefficients of another dtype than float32 have no kernel");
   const Tensor factors = torch::stable::contiguous(coefficients);
   const int64_t rows = factors.numel() / given[0];
-  Tensor result = torch::stable::empty(sizes, ScalarType::Float);
-  if (!result.numel()) return result;
+  if (!result.numel()) return;
   std::vector<Term> terms;
   bool same = true;
   for (size_t k = 0; k < tensors.size(); ++k) {
@@ -199,7 +205,6 @@ Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
   } else {
     turned(to, terms, given.size() == 3);
   }
-  return result;
 }
 
 }  // namespace deepopt

@@ -13,9 +13,10 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
   std::vector<Tensor> states;  // the new ones
 
   ResizeTensors(const std::vector<Tensor>& updates, const std::optional<Tensor>& weight,
-                const std::optional<Tensor>& grad_norm, const std::optional<Tensor>& row_moment,
-                const std::optional<Tensor>& row_weight, double beta1, double beta2,
-                double rms_cap, const std::optional<double>& update_rms)
+                const std::optional<Tensor>& gain, const std::optional<Tensor>& grad_norm,
+                const std::optional<Tensor>& row_moment, const std::optional<Tensor>& row_weight,
+                double beta1, double beta2, double rms_cap,
+                const std::optional<double>& update_rms)
       : like_(updates.empty() ? Tensor() : updates[0]) {
     STD_TORCH_CHECK(updates.size() == (weight ? 2 : 1) && like_.dim() == 3,
                     "deepopt::resize: give one update of shape (B, m, n), or two and the weight of "
@@ -28,6 +29,7 @@ struct __attribute__((visibility("hidden"))) ResizeTensors {  // as torch's Tens
     rule.batch = batch, rule.rows = rows, rule.columns = like_.size(2);
     rule.beta1 = beta1, rule.beta2 = beta2, rule.rms_cap = rms_cap;
     if (weight) rule.weight = read(*weight);
+    if (gain) rule.gain = read(*gain);
     if (grad_norm) {
       rule.grad_norm = read(*grad_norm);
       rule.new_grad_norm = state({batch});

@@ -30,6 +30,7 @@
 #include <cstdlib>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                  \
@@ -65,18 +66,24 @@ struct Panels {
 };
 
 // Memory for panels and blocks, handed out in order. In large pages where it is large: to touch
-// small ones for the first time takes as long as a product.
+// small ones for the first time takes as long as a product. Each thread keeps one such block for the
+// next that asks: large pages too have to be cleared.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
     const int64_t unit = bytes < kPage ? 64 : kPage;
-    bytes = (bytes + unit - 1) / unit * unit;
-    base_ = static_cast<char*>(std::aligned_alloc(unit, bytes));
-    if (!base_) throw std::bad_alloc();
-    if (unit == kPage) madvise(base_, bytes, MADV_HUGEPAGE);
+    block_.bytes = (bytes + unit - 1) / unit * unit;
+    if (unit == kPage && block_.bytes <= kept().bytes) {
+      block_ = std::exchange(kept(), Block{});
+      return;
+    }
+    block_.base = static_cast<char*>(std::aligned_alloc(unit, block_.bytes));
+    if (!block_.base) throw std::bad_alloc();
+    if (unit == kPage) madvise(block_.base, block_.bytes, MADV_HUGEPAGE);
   }
   ~Scratch() {
-    std::free(base_);
+    if (block_.bytes >= kPage && block_.bytes <= kMostKept) std::swap(block_, kept());
+    std::free(block_.base);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -97,15 +104,30 @@ class Scratch {
 
  private:
   static constexpr int64_t kPage = int64_t{1} << 21;
+  static constexpr int64_t kMostKept = int64_t{1} << 25;  // the scratch of 768 x 3072 is half of it
+
+  struct Block {
+    char* base = nullptr;
+    int64_t bytes = 0;
+  };
+  static Block& kept() {
+    struct Owner : Block {
+      ~Owner() {
+        std::free(base);
+      }
+    };
+    static thread_local Owner block;
+    return block;
+  }
 
   template <class T>
   T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(base_ + used_);
+    T* taken = reinterpret_cast<T*>(block_.base + used_);
     used_ += count * int64_t{sizeof(T)};  // a multiple of 64, as blocks and panels are
     return taken;
   }
 
-  char* base_;
+  Block block_;
   int64_t used_ = 0;
 };
 

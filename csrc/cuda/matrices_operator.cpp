@@ -91,11 +91,11 @@ Tensor on_row_products(std::vector<Tensor> tensors) {
 }
 
 std::vector<Tensor> on_resize(std::vector<Tensor> updates, std::optional<Tensor> weight,
-                              Tensor momentum, Tensor grad, Tensor step,
+                              Tensor momentum, std::optional<Tensor> gain, Tensor grad, Tensor step,
                               std::optional<Tensor> grad_norm, std::optional<Tensor> row_moment,
                               std::optional<Tensor> row_weight, double beta1, double beta2,
                               double rms_cap, std::optional<double> update_rms) {
-  ResizeTensors of(updates, weight, grad_norm, row_moment, row_weight, beta1, beta2, rms_cap,
+  ResizeTensors of(updates, weight, gain, grad_norm, row_moment, row_weight, beta1, beta2, rms_cap,
                    update_rms);
   const Device device(updates[0]);
   Resize& rule = of.rule;

@@ -22,6 +22,7 @@ struct Resize {
   const float* products;                 // of rows, as row_products has them: (1 or 3, B, m)
   const float* weight;                   // of the second update; null: there is none
   const float *gradient, *momentum;      // their norms
+  const float* gain;                     // the momentum's norm is so many times that; null: once
   const float *grad_norm, *step;         // null: the size is update_rms
   const float *row_moment, *row_weight;  // null: rows stay as they are
   float *new_grad_norm, *new_row_moment, *new_row_weight;
@@ -43,10 +44,12 @@ struct Resize {
   // The root mean square that AdamW's update would have.
   DEEPOPT_RULE double size(int64_t b, double root) const {
     const double first = 1 - pow(beta1, double(step[b])), second = 1 - pow(beta2, double(step[b]));
-    return at_most(1, momentum[b] / first / at_least(kTiny, root / sqrt_(second)));
+    const double norm = gain ? double(momentum[b]) * gain[b] : momentum[b];
+    return at_most(1, norm / first / at_least(kTiny, root / sqrt_(second)));
   }
 
-  DEEPOPT_RULE double gain(double norm) const {
+  // Brings a matrix of this norm to that of an orthogonal one whose entries are 1 on average.
+  DEEPOPT_RULE double enlarge(double norm) const {
     const double side = double(rows < columns ? rows : columns);
     const double other = double(rows < columns ? columns : rows);
     return sqrt_(other) * at_most(rms_cap, at_least(1, sqrt_(side) / norm));
@@ -77,7 +80,7 @@ struct Resize {
     const double length = sqrt_(at_least(kTiny, team.sum(whole)));
     double shrink = 1;
     if (weight) shrink = length / sqrt_(at_least(kTiny, team.sum(together)));
-    double factor = shrink * gain(length);
+    double factor = shrink * enlarge(length);
     if (grad_norm) {
       const float root = running_root(grad_norm[b], gradient[b]);
       factor *= size(b, root);

@@ -31,6 +31,7 @@ __all__ = [
     "MultiScale",
     "OuterProduct",
     "Preconditioned",
+    "read",
     "resolve",
 ]
 
@@ -45,6 +46,8 @@ class Memory(Protocol):
     change it. Hyper-parameters of the memory's own are attributes and are not checkpointed:
     a frozen dataclass gives it the ``repr`` by which a checkpoint recognises it. A memory that
     looks at values of tensors on the host says so by a class attribute ``capturable = False``.
+    What :meth:`read` returns may be a tensor of the state times a number for each matrix: a method
+    ``read_factored`` returns both, the number of shape (B,), and spares a pass over the matrices.
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
@@ -70,6 +73,16 @@ class Memory(Protocol):
         of gradients is, sets the size of the step.
         """
         ...
+
+
+def read(
+    memory: Memory, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The momentum of ``memory``, and what it is still to be multiplied by; None: nothing."""
+    if factored := getattr(memory, "read_factored", None):
+        momentum, gain = factored(state, grad, retention)
+        return momentum, gain
+    return memory.read(state, grad, retention), None
 
 
 BUILT_IN: dict[str, type[Memory]] = {

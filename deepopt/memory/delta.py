@@ -59,5 +59,11 @@ class Delta:
         )
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        momentum, gain = self.read_factored(state, grad, retention)
+        return momentum * gain[:, None, None]
+
+    def read_factored(
+        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         # What is erased leaves the average too small: with it, retention is beta - erasure.
-        return state["momentum"] * (1 + state["erasure"] / (1 - retention))[:, None, None]
+        return state["momentum"], 1 + state["erasure"] / (1 - retention)

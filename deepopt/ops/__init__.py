@@ -16,6 +16,7 @@ from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.move import move_
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.operator import backend, load_extensions
+from deepopt.ops.orthogonal_update import orthogonal_update
 from deepopt.ops.resize import adam_size, resize
 from deepopt.ops.ridge import ridge
 from deepopt.ops.step_size import adam_ratio, frobenius, rms_gain, row_gains, running_root
@@ -35,6 +36,7 @@ __all__ = [
     "move_",
     "newton_schulz",
     "normalized",
+    "orthogonal_update",
     "polar_express",
     "resize",
     "ridge",

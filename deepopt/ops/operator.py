@@ -39,20 +39,24 @@ class Implementation(NamedTuple):
     """A backend's own code for an operator."""
 
     run: Callable[..., Any]
-    supports: Callable[..., bool] | None
+    supports: Callable[..., bool]
+
+
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
 
 
 class Operator(Generic[P, R]):
     """A function that chooses its backend; ``torch.ops.deepopt`` has it under the same name."""
 
     def __init__(
-        self, reference: Callable[P, R], schema: str, supports: Callable[P, bool] | None
+        self, reference: Callable[P, R], schema: str, supports: Callable[..., bool]
     ) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
         self.name = reference.__name__
         self.implementations: dict[str, Implementation] = {}
-        self._supports = supports
+        self.supports = supports
         self._schema = schema
         self.overload = self._defined(self.name, reference)
 
@@ -70,7 +74,7 @@ class Operator(Generic[P, R]):
         return result
 
     def backend(
-        self, name: str, supports: Callable[P, bool] | None = None
+        self, name: str, supports: Callable[..., bool] = _always
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorator: the function is backend ``name``, for the arguments that it supports.
 
@@ -96,7 +100,7 @@ class Operator(Generic[P, R]):
             found = self.implementations.get(name)
             if found is None or _forced not in (None, name):
                 continue
-            if found.supports is None or found.supports(*args, **kwargs):
+            if found.supports(*args, **kwargs):
                 return name
         return "reference"
 
@@ -109,7 +113,7 @@ class Operator(Generic[P, R]):
         """Take up what the extensions that are loaded have for this operator."""
         for name in ("cpu", "cuda"):
             if name not in self.implementations and has_kernel(self.overload.name(), name.upper()):
-                self.implementations[name] = Implementation(self.overload, self._supports)
+                self.implementations[name] = Implementation(self.overload, self.supports)
 
     def _defined(self, name: str, kernel: Callable[P, R]) -> Any:
         """The torch operator of this name, with this operator's schema."""
@@ -131,7 +135,7 @@ class Operator(Generic[P, R]):
 
 
 def operator(
-    schema: str, supports: Callable[..., bool] | None = None
+    schema: str, supports: Callable[..., bool] = _always
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Decorator: the function is the reference of an operator of its name.
 

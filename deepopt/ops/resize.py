@@ -14,6 +14,7 @@ def _supports(
     updates: Sequence[Tensor],
     weight: Tensor | None,
     momentum: Tensor,
+    gain: Tensor | None,
     grad: Tensor,
     step: Tensor,
     grad_norm: Tensor | None,
@@ -23,13 +24,13 @@ def _supports(
     beta2: float,
     *_: float | None,
 ) -> bool:
-    given = (*updates, weight, momentum, grad, step, grad_norm, row_moment, row_weight)
+    given = (*updates, weight, momentum, gain, grad, step, grad_norm, row_moment, row_weight)
     numbers = isinstance(beta1, int | float) and isinstance(beta2, int | float)
     return numbers and all(x is None or x.dtype == torch.float32 for x in given)
 
 
 @operator(
-    "(Tensor[] updates, Tensor? weight, Tensor momentum, Tensor grad, Tensor step, "
+    "(Tensor[] updates, Tensor? weight, Tensor momentum, Tensor? gain, Tensor grad, Tensor step, "
     "Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
     "float beta1, float beta2, float rms_cap, float? update_rms) -> Tensor[]",
     _supports,
@@ -38,6 +39,7 @@ def resize(
     updates: Sequence[Tensor],
     weight: Tensor | None,
     momentum: Tensor,
+    gain: Tensor | None,
     grad: Tensor,
     step: Tensor,
     grad_norm: Tensor | None,
@@ -58,6 +60,7 @@ def resize(
             first, at the first one's norm.
         weight: of the second update in that sum, shape (B,).
         momentum: the average of gradients whose size counts, in their units, shape (B, m, n).
+        gain: how many times as large that average is, shape (B,); None: once.
         grad: the gradient, shape (B, m, n).
         step: gradients in the averages so far, shape (B,), on the matrices' device or the host.
         grad_norm: running root of the mean squared norm of the gradient, shape (B,); None where
@@ -99,14 +102,14 @@ def resize(
         square = square.clamp_min(0.0)  # a sum of products, which are rounded
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
-    gain = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), rms_cap)
+    factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), rms_cap)
     if grad_norm is not None:
-        size, grad_norm = adam_size(momentum, grad, grad_norm, step, (beta1, beta2))
-        gain = gain * size
+        size, grad_norm = adam_size(momentum, grad, grad_norm, step, (beta1, beta2), gain)
+        factor = factor * size
         state.append(grad_norm)
     elif update_rms is not None:
-        gain = gain * update_rms
-    weights = weights * gain
+        factor = factor * update_rms
+    weights = weights * factor
     if row_moment is not None and row_weight is not None:
         gains, *row_state = row_gains(square / columns, row_moment, row_weight, beta2)
         weights = weights[:, :, None] * gains
@@ -120,7 +123,8 @@ def adam_size(
     grad_norm: Tensor,
     step: Tensor,
     betas: tuple[float | Tensor, float | Tensor],
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """AdamW's root mean square for every matrix and the new ``grad_norm``, as in :func:`resize`."""
     grad_norm = running_root(grad_norm, frobenius(grad), 1 - betas[1])
-    return adam_ratio(momentum, grad_norm, step, betas), grad_norm
+    return adam_ratio(momentum, grad_norm, step, betas, gain), grad_norm

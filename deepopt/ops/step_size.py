@@ -31,6 +31,7 @@ def adam_ratio(
     grad_norm: Tensor,
     step: Tensor,
     betas: tuple[float | Tensor, float | Tensor],
+    gain: Tensor | None = None,
 ) -> Tensor:
     """The root mean square that AdamW's update would have, of each matrix as a whole.
 
@@ -43,6 +44,7 @@ def adam_ratio(
         grad_norm: running roots of the mean squared Frobenius norm of the gradient, shape (B,).
         step: gradients in the averages so far, shape (B,), for their bias corrections.
         betas: retentions of the two averages.
+        gain: how many times as large as ``momentum`` the averages are, shape (B,); None: once.
 
     Returns:
         Shape (B,), between 0 and 1.
@@ -53,7 +55,7 @@ def adam_ratio(
     tiny = torch.finfo(grad_norm.dtype).tiny
     # Norms first: corrected, the largest of them would leave the range.
     ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
-    return ratio.clamp_max(1.0)
+    return (ratio if gain is None else ratio * gain).clamp_max(1.0)
 
 
 def row_gains(

@@ -32,8 +32,12 @@ from deepopt.optim.stacking import Joints, State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
 
-ENTRIES_AT_ONCE = 2**22
-"""Of matrices that a CPU steps in one call, unless a single one has more."""
+ENTRIES_AT_ONCE = 2**19
+"""Of matrices that a CPU steps in one call, unless a single one has more.
+
+What a step makes on the way is then small enough that the allocator keeps it for the next call; it
+gives more back to the system, and touching fresh memory can cost more than the arithmetic.
+"""
 
 
 class Kind(NamedTuple):
@@ -51,7 +55,7 @@ class Kind(NamedTuple):
 
     @property
     def in_parts(self) -> bool:
-        """Whether a few matrices at a time are as fast: scratch stays in a CPU's cache then."""
+        """Whether a few matrices at a time are faster."""
         return self.mesh is None and self.device.type == "cpu"
 
 

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt import memory as memories
 from deepopt.memory import Memory
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import check_output_map, init_output_map, orthogonalize, resize
+from deepopt.optim.output_map import check_output_map, init_output_map, output_map
 
 
 class DeepMomentum(MemoryOptimizer):
@@ -154,10 +154,10 @@ class DeepMomentum(MemoryOptimizer):
     def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
         memory, retention = memories.resolve(group["memory"]), group["betas"][0]
         memory.write(state, grad, retention)
-        momentum = memory.read(state, grad, retention)
+        momentum, gain = memories.read(memory, state, grad, retention)
         if momentum.shape != grad.shape:
             raise ValueError(
                 f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
                 f"{tuple(grad.shape)}; it must return one momentum per gradient"
             )
-        return resize(orthogonalize(momentum, group), momentum, state, grad, group)
+        return output_map(momentum, state, grad, group, gain)

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt.memory.module import Factory, Module, tanh_mlp
 from deepopt.ops import adam_size, normalized
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import init_output_map, orthogonalize, resize
+from deepopt.optim.output_map import init_output_map, orthogonalize, output_map
 
 _OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
 
@@ -199,32 +199,32 @@ class DMGD(MemoryOptimizer):
         memory, betas = self._memory(group), group["betas"]
         memory.write(state, grad, betas[0])
         momentum = memory.read(state, grad, betas[0])
-        output_map, literal = group["output_map"], group["objective"] == "literal"
-        if output_map is None:
-            output_map = "identity" if literal else "rms"
-        update = _mapped(momentum, output_map)
+        mapping, literal = group["output_map"], group["objective"] == "literal"
+        if mapping is None:
+            mapping = "identity" if literal else "rms"
         if literal:
-            return update
+            return _mapped(momentum, mapping)
         # What the memory recalls is no average that starts at zero: it needs no bias correction.
         betas = (0.0, betas[1])
-        if output_map == "newton_schulz":
-            return resize(update, momentum, state, grad, {**_NEWTON_SCHULZ, "betas": betas})
+        if mapping == "newton_schulz":
+            return output_map(momentum, state, grad, {**_NEWTON_SCHULZ, "betas": betas})
+        update = _mapped(momentum, mapping)
         size, state["grad_norm"] = adam_size(
             momentum, grad, state["grad_norm"], state["step"], betas
         )
-        return update * size[:, None, None] if output_map == "rms" else update
+        return update * size[:, None, None] if mapping == "rms" else update
 
 
-def _mapped(momentum: Tensor, output_map: str | Callable[[Tensor], Tensor]) -> Tensor:
+def _mapped(momentum: Tensor, mapping: str | Callable[[Tensor], Tensor]) -> Tensor:
     """The output map without the size; a callable is applied to what the paper calls momentum."""
-    if output_map == "identity":
+    if mapping == "identity":
         return momentum
-    if output_map == "rms":
+    if mapping == "rms":
         return normalized(momentum)
-    if output_map == "newton_schulz":
+    if mapping == "newton_schulz":
         return orthogonalize(momentum, _NEWTON_SCHULZ)
-    assert callable(output_map)
-    update = -output_map(-momentum)
+    assert callable(mapping)
+    update = -mapping(-momentum)
     if update.shape != momentum.shape:
         raise ValueError(
             f"Invalid output_map: it returned {tuple(update.shape)} for "

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt.memory import MultiScale
 from deepopt.memory.multi_scale import MultiScaleSums
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import check_output_map, init_output_map, orthogonalize, resize
+from deepopt.optim.output_map import check_output_map, init_output_map, orthogonalize, output_map
 
 MIXES = ("post", "pre")
 
@@ -201,13 +201,11 @@ class M3(MemoryOptimizer):
             return update / (state["squares"].sqrt() + group["eps"])
         memory = _memory(group)
         memory.write(state, grad, retention)
-        momentum = memory.fast(state, grad, retention)
-        if group["mix"] == "pre":
-            update = orthogonalize(memory.read(state, grad, retention), group)
-            return resize(update, momentum, state, grad, group)
-        fast = orthogonalize(momentum, group)
+        if group["mix"] == "pre":  # what is read has the fast momentum's size
+            return output_map(memory.read(state, grad, retention), state, grad, group)
+        fast = memory.fast(state, grad, retention)
         slow = self._slow_update(state, group), memory.weight(state, grad)
-        return resize(fast, momentum, state, grad, group, slow)
+        return output_map(fast, state, grad, group, beside=slow)
 
     @staticmethod
     def _slow_update(state: dict[str, Tensor], group: Group) -> Tensor:

@@ -7,9 +7,9 @@ Its options are those of the group: ``ns_steps``, ``ns_coefficients``, ``row_nor
 import torch
 from torch import Tensor
 
-from deepopt import ops
 from deepopt._compat import multiplies_bfloat16_faster
-from deepopt.ops import newton_schulz, polar_express
+from deepopt.ops import newton_schulz, orthogonal_update, polar_express
+from deepopt.ops.newton_schulz import Coefficients
 from deepopt.ops.products import SHORTEST
 from deepopt.optim.base import Group
 
@@ -30,7 +30,7 @@ def check_output_map(group: Group) -> None:
 
 
 def init_output_map(like: Tensor, group: Group) -> dict[str, Tensor]:
-    """The state of :func:`resize`."""
+    """The state of :func:`output_map`."""
     state = {}
     if group["update_rms"] is None:
         state["grad_norm"] = like.new_zeros(len(like))
@@ -42,44 +42,42 @@ def init_output_map(like: Tensor, group: Group) -> dict[str, Tensor]:
 
 def orthogonalize(momentum: Tensor, group: Group) -> Tensor:
     """Newton-Schulz with the group's steps and coefficients."""
-    coefficients, steps = group["ns_coefficients"], group["ns_steps"]
-    return newton_schulz(
-        momentum,
-        polar_express(steps) if coefficients is None else [tuple(coefficients)] * steps,
-        _products_dtype(momentum),
-    )
+    return newton_schulz(momentum, _coefficients(group), _products_dtype(momentum))
 
 
-def resize(
-    update: Tensor,
+def output_map(
     momentum: Tensor,
     state: dict[str, Tensor],
     grad: Tensor,
     group: Group,
+    gain: Tensor | None = None,
     beside: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """An orthogonalised update with its rows normalised, as large as AdamW's would be.
+    """A momentum, orthogonalised, with its rows normalised, as large as AdamW's update would be.
 
     Args:
-        update: shape (B, m, n).
-        momentum: the average of gradients whose size counts, in their units.
+        momentum: an average of gradients, shape (B, m, n).
         state: with what :func:`init_output_map` made, and ``step``.
         grad: the gradient.
-        group: its ``betas``, ``row_norm``, ``rms_cap`` and ``update_rms``.
-        beside: another update and its weight, shape (B,): the weighted sum with it takes the place
-            of the update, at the update's norm.
+        group: its ``betas`` and the options above.
+        gain: how many times as large the average is, shape (B,); None: once.
+        beside: another orthogonal update and its weight, shape (B,): the weighted sum with it takes
+            the place of the momentum's, at the norm of that.
     """
-    updates, weight = ([update], None) if beside is None else ([update, beside[0]], beside[1])
     keys = [] if group["update_rms"] is not None else ["grad_norm"]
     keys += ["row_moment", "row_weight"] if group["row_norm"] else []
     given = {key: state[key] for key in keys}
     beta1, beta2 = group["betas"]
+    other, weight = beside or (None, None)
     # Under another default dtype than the matrices', counts are of that one.
-    step = state["step"].float() if update.dtype == torch.float32 else state["step"]
-    result, *new = ops.resize(
-        updates,
-        weight,
+    step = state["step"].float() if momentum.dtype == torch.float32 else state["step"]
+    update, *new = orthogonal_update(
         momentum,
+        _coefficients(group),
+        _products_dtype(momentum),
+        other,
+        weight,
+        gain,
         grad,
         step,
         given.get("grad_norm"),
@@ -91,7 +89,12 @@ def resize(
         group["update_rms"],
     )
     state.update(zip(keys, new, strict=True))
-    return result
+    return update
+
+
+def _coefficients(group: Group) -> Coefficients:
+    coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+    return polar_express(steps) if coefficients is None else [tuple(coefficients)] * steps
 
 
 def _products_dtype(matrices: Tensor) -> torch.dtype:

@@ -51,7 +51,8 @@ def test_operators_do_not_wait_for_the_device(no_waiting):
         norm, rows = torch.zeros(1, device=CUDA), torch.zeros(1, 64, device=CUDA)
         for step in (steps[0][None], torch.ones(1, device=CUDA)):
             states = (step + 1, norm, rows, rows)
-            resize([matrices], None, matrices, matrices, *states, 0.9, 0.99, 1.5, None)
+            gain = torch.ones(1, device=CUDA)
+            resize([matrices], None, matrices, gain, matrices, *states, 0.9, 0.99, 1.5, None)
 
 
 def test_a_replayed_graph_goes_on_counting():

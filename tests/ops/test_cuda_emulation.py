@@ -72,7 +72,7 @@ def in_place_of_cpu(library, monkeypatch):
     for name in EMULATED:
         found = OPERATORS[name]
         monkeypatch.setitem(
-            found.implementations, "cpu", Implementation(emulated(name), found._supports)
+            found.implementations, "cpu", Implementation(emulated(name), found.supports)
         )
 
 

@@ -126,12 +126,13 @@ def resize_arguments(shape: Shape) -> Arguments:
     rows = [moment, weight] if seed // 2 % 2 else [None, None]
     fixed, grad_norm = (0.2, None) if seed // 4 % 2 else (None, scale * n * norm)
     mixed = shape.positive(b) if shape.terms == 2 else None
-    return [updates, mixed, momentum, grad, steps, grad_norm, *rows, 0.9, 0.99, 1.5, fixed]
+    gain = shape.positive(b) if seed // 8 % 2 else None
+    return [updates, mixed, momentum, gain, grad, steps, grad_norm, *rows, 0.9, 0.99, 1.5, fixed]
 
 
 def resize_bounds(given: Arguments, backend: str) -> list[Tensor]:
     """Relative errors, named as what they are of, through the rule's lines."""
-    updates, mixed, _, _, steps, grad_norm, moment, seen, *betas, _, _ = given
+    updates, mixed, _, gain, _, steps, grad_norm, moment, seen, *betas, _, _ = given
     result, *states = OPERATORS["resize"].reference(*given)
     (m, n), kernel = result.shape[-2:], backend == "cpu"
     share, summed = 1 - betas[1], EPS * (1 if kernel else m)
@@ -154,6 +155,7 @@ def resize_bounds(given: Arguments, backend: str) -> list[Tensor]:
         root = EPS * ((1 if kernel else m * n / 2 + 4) + 4)
         corrections = sum(2 * EPS / (1 - beta**steps) for beta in betas)
         factor = factor + 2 * root + 5 * EPS + (0 if kernel else corrections)
+        factor = factor + (EPS if gain is not None else 0)
         bounds.append(root * states[0])
     gains = torch.zeros_like(square)
     if moment is not None:
@@ -305,6 +307,29 @@ def newton_schulz_bounds(given: Arguments, backend: str) -> list[Tensor]:
     return [torch.full_like(matrices, off)]
 
 
+def orthogonal_update_arguments(shape: Shape) -> Arguments:
+    updates, weight, momentum, gain, grad, steps, norm, *_, fixed = resize_arguments(shape)
+    beside = updates[1] if weight is not None else None
+    mapping = [momentum, polar_express(1 + shape.seed % 3), torch.float32, beside, weight]
+    return [*mapping, gain, grad, steps, norm, None, None, 0.9, 0.99, 1.5, fixed]
+
+
+def orthogonal_update_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    """Those of what it is made of; with rows it has the bits of both, which is tested apart."""
+    momentum, coefficients, dtype, beside, weight, *rest = given
+    update = OPERATORS["newton_schulz"].reference(momentum, coefficients, dtype)
+    updates = [update] if beside is None else [update, beside]
+    own, *bounds = resize_bounds([updates, weight, momentum, *rest], backend)
+    off = newton_schulz_bounds([momentum, coefficients, dtype], backend)[0]
+    both = update if beside is None else update + weight[:, None, None] * beside
+    result = OPERATORS["orthogonal_update"].reference(*given)[0]
+    norms = torch.linalg.matrix_norm
+    size = norms(result) / norms(both)
+    # In every entry, and in the norms that it is divided by.
+    factor = norms(off) * (2 / norms(update) + 1 / norms(both))
+    return [own + size[:, None, None] * off + result.abs() * factor[:, None, None], *bounds]
+
+
 def delta_write_arguments(shape: Shape) -> Arguments:
     b, *sides = shape.sizes
     momentum, grad, norm = shape.matrices(), shape.matrices(), shape.positive(b) * max(sides)
@@ -338,6 +363,9 @@ TABLE = {
     "coordinate_mlp": Case(mlp_arguments, mlp_bounds),
     "coordinate_mlp_gradient": Case(mlp_gradient_arguments, mlp_gradient_bounds, empty=False),
     "newton_schulz": Case(newton_schulz_arguments, newton_schulz_bounds, empty=False, small=True),
+    "orthogonal_update": Case(
+        orthogonal_update_arguments, orthogonal_update_bounds, empty=False, small=True
+    ),
     "delta_write": Case(delta_write_arguments, delta_write_bounds, empty=False, small=True),
     "move_": Case(move_arguments, move_bounds, written=(0,), lows=2),
     "adamw_": Case(adamw_arguments, adamw_bounds, written=(0, 2, 3), lows=5),

@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 
-from deepopt.ops import resize
+from deepopt.ops import newton_schulz, orthogonal_update, polar_express, resize
 from deepopt.ops.operator import OPERATORS
+from deepopt.ops.products import worth_rounding
 
 STEP = torch.ones(2)
+COEFFICIENTS = polar_express(5)
 
 
 def orthogonal(seed, rows=6, columns=9):
@@ -14,11 +16,14 @@ def orthogonal(seed, rows=6, columns=9):
     return torch.linalg.qr(torch.randn(2, columns, rows, generator=made)).Q.mT
 
 
-def arguments(updates, weight=None, grad=None, rows=True, update_rms=None, betas=(0.9, 0.99)):
+def arguments(
+    updates, weight=None, gain=None, grad=None, rows=True, update_rms=None, betas=(0.9, 0.99)
+):
     grad = updates[0] if grad is None else grad
     (b, m, _), norm = updates[0].shape, None if update_rms else torch.zeros(len(grad))
     state = torch.zeros(2, b, m).unbind() if rows else (None, None)
-    return [updates, weight, 0.1 * grad, grad, STEP, norm, *state, *betas, 1.5, update_rms]
+    momentum = 0.1 * grad
+    return [updates, weight, momentum, gain, grad, STEP, norm, *state, *betas, 1.5, update_rms]
 
 
 def mean_squares(matrices):
@@ -71,7 +76,7 @@ def test_matrices_without_rows_are_taken():
     none = torch.empty(2, 0, 4)
     rows = torch.empty(2, 0)
     update, *state = resize(
-        [none], None, none, none, torch.ones(2), None, rows, rows, 0.9, 0.99, 1.5, 0.2
+        [none], None, none, None, none, torch.ones(2), None, rows, rows, 0.9, 0.99, 1.5, 0.2
     )
     assert update.shape == none.shape
     assert [tensor.shape for tensor in state] == [rows.shape] * 2
@@ -87,18 +92,42 @@ def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
     assert norm[1].isnan()
 
 
+def test_a_gain_counts_as_much_as_a_momentum_that_is_larger():
+    given = arguments([orthogonal(0)], gain=torch.tensor([0.5, 0.125]), grad=orthogonal(1))
+    factored, *_ = resize(*given)
+    given[2], given[3] = given[2] * given[3][:, None, None], None
+    torch.testing.assert_close(factored, resize(*given)[0], rtol=1e-6, atol=0)
+
+
 def test_nothing_is_written_into_what_is_given():
     given = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
     before = copy.deepcopy(given)
     resize(*given)
+    updates, weight, momentum, *rest = given
+    orthogonal_update(momentum, COEFFICIENTS, torch.float32, updates[1], weight, *rest)
     for ours, theirs in zip(given, before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sides", [(6, 9), (96, 160)])
+@pytest.mark.parametrize("two", [False, True])
+def test_the_whole_output_map_is_newton_schulz_and_resize_to_the_last_bit(sides, two):
+    dtype = torch.bfloat16 if worth_rounding(torch.empty(2, *sides)) else torch.float32
+    updates = [orthogonal(0, *sides), orthogonal(1, *sides)][: 1 + two]
+    weight, gain = torch.ones(2) if two else None, torch.tensor([0.5, 0.125])
+    given = arguments(updates, weight, gain, grad=orthogonal(2, *sides))
+    momentum = given[2]
+    steps = [[newton_schulz(momentum, COEFFICIENTS, dtype), *updates[1:]], *given[1:]]
+    beside = updates[1] if two else None
+    found = orthogonal_update(momentum, COEFFICIENTS, dtype, beside, weight, *given[3:])
+    for ours, theirs in zip(found, resize(*steps), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_retentions_that_are_tensors_are_differentiated():
     beta = torch.tensor(0.9, requires_grad=True)
     given = arguments([orthogonal(0)], grad=orthogonal(1), betas=(beta, 0.99))
-    given[4] = torch.full((2,), 3.0)
+    given[5] = torch.full((2,), 3.0)
     assert OPERATORS["resize"].backend_for(*given) == "reference"
     resize(*given)[0].square().sum().backward()
     assert beta.grad.abs() > 0
@@ -107,7 +136,7 @@ def test_retentions_that_are_tensors_are_differentiated():
 
 
 def test_states_that_belong_together_are_asked_for_together():
-    for at, message in ((5, "grad_norm or update_rms"), (7, "row_weight"), (1, "two and")):
+    for at, message in ((6, "grad_norm or update_rms"), (8, "row_weight"), (1, "two and")):
         given = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
         given[at] = None
         for run in (resize, OPERATORS["resize"].reference):

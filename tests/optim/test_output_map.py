@@ -20,11 +20,11 @@ def test_wide_matrices_are_orthogonalised_in_bfloat16_where_that_is_faster(
     def update(faster):
         monkeypatch.setattr(output_map, "multiplies_bfloat16_faster", lambda device: faster)
         seen = []
-        orthogonalise = output_map.newton_schulz
+        orthogonal_update = output_map.orthogonal_update
         monkeypatch.setattr(
             output_map,
-            "newton_schulz",
-            lambda m, c, dtype: seen.append(dtype) or orthogonalise(m, c, dtype),
+            "orthogonal_update",
+            lambda m, c, dtype, *rest: seen.append(dtype) or orthogonal_update(m, c, dtype, *rest),
         )
         params = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 96), (32, 96))]
         for param in params:
@@ -46,13 +46,13 @@ def test_step_counts_of_another_default_dtype_do_not_keep_the_kernel_away(monkey
     param.grad = torch.ones_like(param)
     optimizer = deepopt.DeepMomentum([param], path="matrix")
     chosen = []
-    kernels = output_map.ops.resize
+    kernels = output_map.orthogonal_update
 
-    def resize(*given):
+    def orthogonal_update(*given):
         chosen.append(kernels.backend_for(*given))
         return kernels(*given)
 
-    monkeypatch.setattr(output_map.ops, "resize", resize)
+    monkeypatch.setattr(output_map, "orthogonal_update", orthogonal_update)
     optimizer.step()
     assert optimizer.state[param]["step"].dtype == torch.float64
     assert chosen == ["cpu" if kernels.has_backend("cpu") else "reference"]
