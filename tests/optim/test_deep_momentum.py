@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import BUILT_IN, Linear
+from deepopt.memory import BUILT_IN, Delta, Linear
 
 MUON = (3.4445, -4.7750, 2.0315)
 
@@ -264,6 +264,31 @@ def test_any_object_with_the_three_methods_is_a_memory():
     memory = optimizer.param_groups[0]["memory"]
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["memory"] is memory
+
+
+def test_a_read_out_in_two_factors_makes_the_steps_of_their_product():
+    class Multiplied(Delta):
+        read_factored = None
+
+    class Enlarged(Delta):
+        """Without its gain, or with a larger one, steps differ."""
+
+        def read_factored(self, state, grad, retention):
+            momentum, gain = super().read_factored(state, grad, retention)
+            return momentum, 1.5 * gain
+
+    def trained(memory):
+        model, loss = problem()
+        optimizer = deepopt.DeepMomentum(deepopt.param_groups(model), lr=1e-2, memory=memory)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    expected = trained(Delta())
+    torch.testing.assert_close(trained(Multiplied()), expected, rtol=1e-4, atol=1e-5)
+    assert (trained(Enlarged()) - expected).abs().max() > 1e-3
 
 
 def test_a_memory_that_takes_the_optimizers_own_names_is_refused():
