@@ -329,13 +329,13 @@ def inputs_of_shards_are_refused_or_said_to_be_missed(folder: Path) -> None:
 def counted() -> Iterator[list[int]]:
     """Matrices that went through Newton-Schulz on this process."""
     found: list[int] = []
-    original = output_map.newton_schulz
+    original = output_map.orthogonal_update
 
     def counting(x: Tensor, *args: object) -> Tensor:
         found.append(len(x))
         return original(x, *args)
 
-    with replaced(output_map, "newton_schulz", counting):
+    with replaced(output_map, "orthogonal_update", counting):
         yield found
 
 
