@@ -331,7 +331,7 @@ def counted() -> Iterator[list[int]]:
     found: list[int] = []
     original = output_map.orthogonal_update
 
-    def counting(x: Tensor, *args: object) -> Tensor:
+    def counting(x: Tensor, *args: object) -> list[Tensor]:
         found.append(len(x))
         return original(x, *args)
 
