@@ -246,8 +246,8 @@ class DeltaWrite {
       const float* momentum, const float* grad, Average old, double retention, double rate,
       float* to) {
     const double grad_norm = std::sqrt(sum_of_squares(grad, m_ * n_));
-    const double momentum_norm = std::sqrt(sum_of_squares(momentum, m_ * n_));
     pack_matrix({grad, m_, n_}, grad_norm, wide_ ? &key_rows_ : nullptr, &key_columns_);
+    const double momentum_norm = std::sqrt(sum_of_squares(momentum, m_ * n_));
     pack_matrix({momentum, m_, n_}, momentum_norm, &momentum_, nullptr);
 
     // Rounded up by what rounding the Gram matrix may have taken from it.
@@ -272,8 +272,9 @@ class DeltaWrite {
     symmetric_product(keys, keys, {nullptr, &gram_});
     std::vector<double> sums(gram_.panels * (gram_.panels + 1) / 2);
     symmetric_product(
-        gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t, const Tile& tile) {
+        gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& tile) {
           sums[block] += (i == j ? 1.0 : 2.0) * sum_of_squares(tile);
+          if (i == j && strip >= kPanel / 2) sums[block] += sum_of_squares<1>(tile);
         });
     return total(sums);
   }

@@ -136,19 +136,22 @@ struct Tile {
   __m512 at[kStrip][2];
 };
 
-// Rows `a` of one panel (from its first row on) times all 32 rows of panel `b`.
+// Rows `a` of one panel (from its first row on) times the 32 rows of panel `b`, or the first 16 of
+// them where there is one half: the other is zero.
+template <int kHalves = 2>
 inline Tile multiply(const uint32_t* a, const uint32_t* b, int64_t pairs) {
   Tile sum;
 #pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i) sum.at[i][0] = sum.at[i][1] = _mm512_setzero_ps();
   for (int64_t t = 0; t < pairs; ++t, a += kPanel, b += kPanel) {
-    const auto left = (__m512bh)_mm512_loadu_si512(b);
-    const auto right = (__m512bh)_mm512_loadu_si512(b + 16);
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i) {
       const auto pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
-      sum.at[i][0] = _mm512_dpbf16_ps(sum.at[i][0], left, pair);
-      sum.at[i][1] = _mm512_dpbf16_ps(sum.at[i][1], right, pair);
+#pragma GCC unroll 2
+      for (int half = 0; half < kHalves; ++half) {
+        const auto rows = (__m512bh)_mm512_loadu_si512(b + 16 * half);
+        sum.at[i][half] = _mm512_dpbf16_ps(sum.at[i][half], rows, pair);
+      }
     }
   }
   return sum;
@@ -161,13 +164,17 @@ inline __m512i paired(__m512 upper, __m512 lower) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// Packs a tile mirrored: its columns are rows of `panel`, its rows lie along the depth.
+// Packs a tile mirrored: its columns, or the first half of them, are rows of `panel`, its rows lie
+// along the depth.
+template <int kHalves = 2>
 inline void pack_mirrored(const Tile& tile, uint32_t* panel, int64_t first_row) {
   uint32_t* words = panel + first_row / 2 * kPanel;
 #pragma GCC unroll 4
   for (int i = 0; i < kStrip; i += 2, words += kPanel) {
-    _mm512_storeu_si512(words, paired(tile.at[i][0], tile.at[i + 1][0]));
-    _mm512_storeu_si512(words + 16, paired(tile.at[i][1], tile.at[i + 1][1]));
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      _mm512_storeu_si512(words + 16 * half, paired(tile.at[i][half], tile.at[i + 1][half]));
+    }
   }
 }
 
@@ -315,12 +322,16 @@ inline double sum_of_squares(const float* data, int64_t count) {
       _mm512_add_pd(_mm512_add_pd(sums[0], sums[1]), _mm512_add_pd(sums[2], sums[3])));
 }
 
+// Of a tile, or of its first half.
+template <int kHalves = 2>
 inline double sum_of_squares(const Tile& tile) {
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i) {
-    sums[0] = _mm512_fmadd_ps(tile.at[i][0], tile.at[i][0], sums[0]);
-    sums[1] = _mm512_fmadd_ps(tile.at[i][1], tile.at[i][1], sums[1]);
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      sums[half] = _mm512_fmadd_ps(tile.at[i][half], tile.at[i][half], sums[half]);
+    }
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 }
@@ -396,28 +407,24 @@ inline void store(float* at, const Tile& tile) {
 }
 
 // Packs M / ‖M‖: into `rows`, panels of its rows, and into `columns`, panels of its columns. Either
-// may be null.
+// may be null. Walks along eight rows at a time: so the processor sees them coming.
 inline void pack_matrix(
     Rows<const float> matrix, double norm, const Panels* rows, const Panels* columns) {
   const Reciprocal factor(norm);
   torch::stable::parallel_for(0, panels_for(matrix.rows), 1, [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) {
+    for (int64_t row = first * kPanel; row < last * kPanel; row += kStrip) {
       for (int64_t column = 0; column < panels_for(matrix.columns) * kPanel; column += kPanel) {
-        for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
-          const int64_t row = p * kPanel + strip;
-          matrix.prefetch(row, column + 2 * kPanel);
-          const Tile tile =
-              scaled(factor.second, scaled(factor.first, matrix.load(row, column)));
-          if (rows) pack(tile, rows->panel(p), strip, column);
-          if (columns) pack_mirrored(tile, columns->panel(column / kPanel), row);
-        }
+        const Tile tile = scaled(factor.second, scaled(factor.first, matrix.load(row, column)));
+        if (rows) pack(tile, rows->panel(row / kPanel), row % kPanel, column);
+        if (columns) pack_mirrored(tile, columns->panel(column / kPanel), row);
       }
     }
   });
 }
 
 // Calls use(block, I, J, strip, tile) for every tile in the lower triangle of blocks of A Bᵀ, which
-// must be symmetric. `block` counts them: row of blocks by row of blocks.
+// must be symmetric. `block` counts them: row of blocks by row of blocks. In those on the diagonal
+// the upper right quarter is zero: the lower left one has what it would be.
 template <class Use>
 void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
   const int64_t count = a.panels * (a.panels + 1) / 2;
@@ -426,15 +433,18 @@ void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
     while ((i + 1) * (i + 2) / 2 <= first) ++i;
     for (int64_t block = first, j = first - i * (i + 1) / 2; block < last; ++block) {
       for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
-        use(block, i, j, strip, multiply(a.panel(i) + strip, b.panel(j), a.pairs));
+        const auto *rows = a.panel(i) + strip, *columns = b.panel(j);
+        const bool half = i == j && strip < kPanel / 2;
+        use(block, i, j, strip,
+            half ? multiply<1>(rows, columns, a.pairs) : multiply(rows, columns, a.pairs));
       }
       if (++j > i) ++i, j = 0;
     }
   });
 }
 
-// Where a symmetric matrix is put: as blocks of float32, packed, or both; with `shift` added to its
-// diagonal.
+// Where a symmetric matrix is put: as blocks of float32, which leave out what symmetric_product()
+// does, packed, or both; with `shift` added to its diagonal.
 struct Target {
   float* blocks = nullptr;
   const Panels* packed = nullptr;
@@ -445,7 +455,11 @@ struct Target {
     if (blocks) store(blocks + block * kBlock + strip * kPanel, tile);
     if (packed) {
       pack(tile, packed->panel(i), strip, j * kPanel);
-      if (i != j) pack_mirrored(tile, packed->panel(j), i * kPanel + strip);
+      if (i != j) {
+        pack_mirrored(tile, packed->panel(j), i * kPanel + strip);
+      } else if (strip >= kPanel / 2) {  // over the quarter that is zero
+        pack_mirrored<1>(tile, packed->panel(j), i * kPanel + strip);
+      }
     }
   }
 };
