@@ -301,23 +301,21 @@ class DeltaWrite {
     }
     const Panels& left = wide_ ? recalled_ : momentum_;
     const Panels& right = wide_ ? key_columns_ : gram_;
-    const Rows<const float> old{momentum, m_, n_}, fresh{grad, m_, n_};
+    const Rows<const float> averages{to, m_, n_};
     const Rows<float> out{to, m_, n_};
-    std::vector<double> sums(long_);
-    torch::stable::parallel_for(0, long_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t at = first; at < last; ++at) {
-        for (int64_t other = 0; other < short_; ++other) {
-          const int64_t i = wide_ ? other : at, j = wide_ ? at : other;
+    const int64_t chunks = (right.panels + kChunk - 1) / kChunk;
+    std::vector<double> sums(chunks * left.panels);
+    torch::stable::parallel_for(0, chunks * left.panels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t i = block % left.panels, j0 = block / left.panels * kChunk;
+        average(momentum, retention, grad, i * kPanel, j0 * kPanel, to);
+        for (int64_t j = j0; j < std::min(j0 + kChunk, right.panels); ++j) {
           for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
             const int64_t row = i * kPanel + strip, column = j * kPanel;
-            old.prefetch(row, column);
-            fresh.prefetch(row, column);
-            out.prefetch(row, column);
             const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
-            sums[at] += sum_of_squares(erased);
-            const Tile kept =
-                added(-root, scaled(rest, erased), scaled(retention, old.load(row, column)));
-            out.store(row, column, added(1.0f - retention, fresh.load(row, column), kept));
+            sums[block] += sum_of_squares(erased);
+            out.store(row, column,
+                      added(-root, scaled(rest, erased), averages.load(row, column)));
           }
         }
       }
@@ -325,11 +323,32 @@ class DeltaWrite {
     return std::sqrt(total(sums));
   }
 
+  // Writes retention M + (1 - retention) G into a chunk's columns of a panel's rows. Along the rows:
+  // tiles of both, as the products come to them, would be waited for.
+  void average(
+      const float* momentum, float retention, const float* grad, int64_t first_row,
+      int64_t first_column, float* to) const {
+    const __m512 kept = _mm512_set1_ps(retention), share = _mm512_set1_ps(1.0f - retention);
+    const int64_t columns = std::min(kChunk * kPanel, n_ - first_column);
+    for (int64_t row = first_row; row < std::min(first_row + kPanel, m_); ++row) {
+      for (int64_t column = 0; column < columns; column += 16) {
+        const int64_t at = row * n_ + first_column + column;
+        const auto mask =
+            static_cast<__mmask16>((1u << std::min<int64_t>(columns - column, 16)) - 1);
+        const __m512 old = _mm512_mul_ps(kept, _mm512_maskz_loadu_ps(mask, momentum + at));
+        const __m512 fresh = _mm512_maskz_loadu_ps(mask, grad + at);
+        _mm512_mask_storeu_ps(to + at, mask, _mm512_fmadd_ps(share, fresh, old));
+      }
+    }
+  }
+
   static double total(const std::vector<double>& sums) {
     double sum = 0.0;
     for (const double part : sums) sum += part;
     return sum;
   }
+
+  static constexpr int64_t kChunk = 96;  // panels of columns that are multiplied with again and again
 
   int64_t m_, n_;
   bool wide_;
