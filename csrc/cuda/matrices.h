@@ -2,6 +2,7 @@
 // a kind says otherwise.
 #pragma once
 #include "../rules/coordinate_mlp.h"
+#include "../rules/multi_scale.h"
 #include "../rules/resize.h"
 #include "tables.h"
 
@@ -43,6 +44,16 @@ void row_products(float* result, const float* x, const float* y, bool transposed
 
 // Everything of the rule but its products and norms, which are there.
 void resize(const Resize& rule, void* stream);
+
+struct MultiScaleArrays {
+  MultiScale rule;
+  const float* step;     // of each matrix
+  const float* from[3];  // momentum, slow, gradient
+  float* to[3];          // momentum, slow, look-ahead
+  int64_t batch, entries;
+};
+
+void multi_scale_write(const MultiScaleArrays& of, void* stream);
 
 constexpr int kMostFeatures = 4;
 constexpr int kMlpEntries = 1024;  // of a block: four for each thread

@@ -1,5 +1,7 @@
-// deepopt::combine, frobenius, row_products, resize, coordinate_mlp and its gradient on CUDA.
+// deepopt::combine, frobenius, row_products, resize, multi_scale_write, coordinate_mlp and its
+// gradient on CUDA.
 #include "../cpu/matrices.h"
+#include "../cpu/multi_scale.h"
 #include "../cpu/resize.h"
 
 #include "matrices.h"
@@ -110,6 +112,21 @@ std::vector<Tensor> on_resize(std::vector<Tensor> updates, std::optional<Tensor>
   return of.results(on_combine(updates, of.factors));
 }
 
+std::tuple<Tensor, Tensor, Tensor> on_multi_scale_write(Tensor momentum, Tensor slow, Tensor grad,
+                                                        Tensor step, double retention,
+                                                        int64_t slow_chunk, double beta3) {
+  const Device device(momentum);
+  MultiScaleTensors of(momentum, slow, grad, step);
+  MultiScaleArrays arrays{{retention, beta3, slow_chunk}, of.step.const_data_ptr<float>()};
+  std::ranges::copy(of.from(), arrays.from);
+  std::ranges::copy(of.to(), arrays.to);
+  arrays.batch = of.batch;
+  arrays.entries = of.entries;
+  multi_scale_write(arrays, device.stream());
+  device.check_launch();
+  return of.results();
+}
+
 // What both operators of the MLP are given, in one layout.
 struct __attribute__((visibility("hidden"))) Given {  // as torch's Tensor is
   std::vector<Tensor> kept;
@@ -180,6 +197,7 @@ DEEPOPT_CUDA_LIBRARY {
   m.impl("frobenius", TORCH_BOX(&deepopt::cuda::on_frobenius));
   m.impl("row_products", TORCH_BOX(&deepopt::cuda::on_row_products));
   m.impl("resize", TORCH_BOX(&deepopt::cuda::on_resize));
+  m.impl("multi_scale_write", TORCH_BOX(&deepopt::cuda::on_multi_scale_write));
   m.impl("coordinate_mlp", TORCH_BOX(&deepopt::cuda::on_coordinate_mlp));
   m.impl("coordinate_mlp_gradient", TORCH_BOX(&deepopt::cuda::on_coordinate_mlp_gradient));
 }

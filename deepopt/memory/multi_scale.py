@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from deepopt.memory.linear import Linear
-from deepopt.ops import combine, frobenius
+from deepopt.ops import combine, frobenius, multi_scale_write
 
 LINEAR = Linear()
-
-FARTHEST = 4
-"""The slow momentum's horizon is at most a share 1/FARTHEST of the run so far."""
 
 
 @dataclass(frozen=True)
@@ -82,41 +79,40 @@ class MultiScale:
         return state
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        self.write_and_read_fast(state, grad, retention)
+
+    def write_and_read_fast(
+        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+    ) -> Tensor:
+        """:meth:`write`, and then the fast momentum's look-ahead, shape (B, m, n)."""
         if self.gate:
             cosines = [_cosine(grad, state[key]) for key in ("momentum", "slow")]
             state["agreement"] = state["agreement"].lerp(torch.stack(cosines, -1), 1 - retention)
-        LINEAR.write(state, grad, retention)
-        step, ended = state["step"].to(grad, non_blocking=True), self._ended(state, grad)
-        kept = (ended / (ended + FARTHEST)).clamp_max(self.beta3)
-        decay = torch.where((step - 1) % self.slow_chunk == 0, kept, 1.0)
-        share = (1 - kept) / self.slow_chunk
-        state["slow"] = combine([state["slow"], grad], torch.stack([decay, share]))
+        step = state["step"].to(grad, non_blocking=True)
+        state["momentum"], state["slow"], ahead = multi_scale_write(
+            state["momentum"], state["slow"], grad, step, retention, self.slow_chunk, self.beta3
+        )
+        return ahead
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        fast, slow = self.fast(state, grad, retention), state["slow"]
+        fast, slow = LINEAR.read(state, grad, retention), state["slow"]
         info, size = torch.finfo(grad.dtype), frobenius(fast)
         ratio = (size / frobenius(slow).clamp_min(info.tiny)).clamp_max(info.max)
         weight = (self.weight(state, grad) * ratio).clamp_max(info.max)
         mixed = combine([fast, slow], torch.stack([torch.ones_like(weight), weight]))
         return mixed * (size / frobenius(mixed).clamp_min(info.tiny))[:, None, None]
 
-    def fast(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        """The fast momentum alone, shape (B, m, n)."""
-        return LINEAR.read(state, grad, retention)
-
     def weight(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
         """The slow momentum's weight beside the fast one's 1, shape (B,)."""
-        steps = self._ended(state, grad) * self.slow_chunk
-        weight = self.alpha * (steps / max(self.ramp, 1)).clamp_max(1.0)
+        # Of the chunks that were whole before the last write.
+        before = state["step"].to(grad, non_blocking=True) - 1
+        steps = before - before % self.slow_chunk
+        weight = (steps * (self.alpha / max(self.ramp, 1))).clamp_max(self.alpha)
         if not self.gate:
             return weight
         fast, slow = state["agreement"].unbind(-1)
         best = torch.maximum(fast, slow).clamp_min(torch.finfo(grad.dtype).tiny)
         return weight * slow.clamp_min(0.0) / best
-
-    def _ended(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
-        """Chunks that were whole before the last write, shape (B,)."""
-        return torch.floor((state["step"].to(grad, non_blocking=True) - 1) / self.slow_chunk)
 
 
 @dataclass(frozen=True)

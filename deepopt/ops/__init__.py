@@ -14,6 +14,7 @@ from deepopt.ops.delta_write import delta_write
 from deepopt.ops.gram_average import gram_average
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.move import move_
+from deepopt.ops.multi_scale_write import multi_scale_write
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.operator import backend, load_extensions
 from deepopt.ops.orthogonal_update import orthogonal_update
@@ -34,6 +35,7 @@ __all__ = [
     "gram_average",
     "inverse_power",
     "move_",
+    "multi_scale_write",
     "newton_schulz",
     "normalized",
     "orthogonal_update",

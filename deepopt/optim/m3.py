@@ -200,10 +200,11 @@ class M3(MemoryOptimizer):
             update = fast + group["alpha"] * self._slow_update(state, group)
             return update / (state["squares"].sqrt() + group["eps"])
         memory = _memory(group)
-        memory.write(state, grad, retention)
-        if group["mix"] == "pre":  # what is read has the fast momentum's size
+        if group["mix"] == "pre":
+            memory.write(state, grad, retention)
+            # What is read has the fast momentum's size.
             return output_map(memory.read(state, grad, retention), state, grad, group)
-        fast = memory.fast(state, grad, retention)
+        fast = memory.write_and_read_fast(state, grad, retention)
         slow = self._slow_update(state, group), memory.weight(state, grad)
         return output_map(fast, state, grad, group, beside=slow)
 
@@ -214,7 +215,9 @@ class M3(MemoryOptimizer):
         if group["capturable"]:  # a graph cannot depend on which rows are due
             new = orthogonalize(state["slow"], group)
             state["slow_update"] = torch.where(ends[:, None, None], new, current)
-        elif len(rows := ends.nonzero().squeeze(-1)):
+        elif len(rows := ends.nonzero().squeeze(-1)) == len(ends):
+            state["slow_update"] = orthogonalize(state["slow"], group)
+        elif len(rows):
             rows = rows.to(current.device, non_blocking=True)
             new = orthogonalize(state["slow"][rows], group)
             state["slow_update"] = current.index_copy(0, rows, new)

@@ -58,7 +58,7 @@ def test_a_constant_gradient_is_read_as_it_is_at_every_step():
 def test_the_read_turns_the_fast_momentum_and_keeps_its_norm():
     memory, grads = MultiScale(slow_chunk=2, ramp=0, alpha=0.5), stream(7)
     state = list(states(memory, grads))[-1]
-    fast, slow = memory.fast(state, grads[-1], RETENTION)[0], state["slow"][0]
+    fast, slow = Linear().read(state, grads[-1], RETENTION)[0], state["slow"][0]
     expected = fast / fast.norm() + 0.5 * slow / slow.norm()
     found = memory.read(state, grads[-1], RETENTION)[0]
     torch.testing.assert_close(found, expected * fast.norm() / expected.norm())

@@ -33,6 +33,7 @@ VECTORS = {
     "combine_straightILi2ELi4E": (2, 1),
     "combine_straightILi3ELi4E": (3, 1),
     "combine_straightILi0ELi4E": (1, 1),
+    "multi_scale_wordsILi4E": (3, 3),
     "sum_squares": (1, 0),
     "products_of_rowsILb0E": (1, 0),
     "products_of_rowsILb1E": (2, 0),

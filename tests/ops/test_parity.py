@@ -353,6 +353,21 @@ def delta_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
     return [in_momentum, (in_power + 4 * EPS) * new, 0.1 * in_share + 4 * EPS * (erasure + 1)]
 
 
+def multi_scale_write_arguments(shape: Shape) -> Arguments:
+    """Chunks of several lengths: in the middle, where they begin, and before beta3 is reached."""
+    b, chunk = shape.sizes[0], 1 + shape.seed % 4
+    steps = torch.arange(1.0, b + 1) ** (1 + shape.seed % 3)
+    kinds = ("rows", shape.layout, shape.layout)
+    matrices = [shape.matrices(layout=layout) for layout in kinds]
+    return [*matrices, steps, 0.9, chunk, (0.0, 0.5, 0.99)[shape.seed % 3]]
+
+
+def multi_scale_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    momentum, slow, grad, *_ = given
+    fast = 4 * EPS * (momentum.abs() + grad.abs())
+    return [fast, 4 * EPS * (slow.abs() + grad.abs()), 2 * fast]
+
+
 TABLE = {
     "combine": Case(combine_arguments, combine_bounds),
     "row_products": Case(
@@ -366,6 +381,7 @@ TABLE = {
     "orthogonal_update": Case(
         orthogonal_update_arguments, orthogonal_update_bounds, empty=False, small=True
     ),
+    "multi_scale_write": Case(multi_scale_write_arguments, multi_scale_write_bounds),
     "delta_write": Case(delta_write_arguments, delta_write_bounds, empty=False, small=True),
     "move_": Case(move_arguments, move_bounds, written=(0,), lows=2),
     "adamw_": Case(adamw_arguments, adamw_bounds, written=(0, 2, 3), lows=5),
