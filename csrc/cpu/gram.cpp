@@ -36,7 +36,8 @@ void average(
       });
   torch::stable::parallel_for(0, keys.panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t row = first * kPanel; row < std::min(last * kPanel, size); ++row) {
-      for (int64_t column = (row / kPanel + 1) * kPanel; column < size; ++column) {
+      const int64_t computed = (row / (kPanel / 2) + 1) * (kPanel / 2);
+      for (int64_t column = computed; column < size; ++column) {
         to[row * size + column] = to[column * size + row];
       }
     }
