@@ -191,7 +191,6 @@ class NewtonSchulz {
           const Panels& right = wide_ ? columns_ : factor;
           for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
             const int64_t row = i * kPanel + strip, column = j * kPanel;
-            if (to) out.prefetch(row, column);
             Tile tile = multiply(left.panel(i) + strip, right.panel(j), factor.pairs);
             if (own != 0.0f) tile = added(own, unpack_mirrored(columns_.panel(j), row), tile);
             if (to) {

@@ -29,7 +29,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
-#include <type_traits>
 #include <utility>
 
 #if defined(__clang__)
@@ -238,15 +237,6 @@ struct Rows {
   T* data;
   int64_t rows, columns;
 
-  // Asks for a tile ahead of its use: its rows lie too far apart for the processor to see it coming.
-  void prefetch(int64_t row, int64_t column) const {
-    const T* at = data + row * columns + column;
-#pragma GCC unroll 8
-    for (int i = 0; i < kStrip; ++i, at += columns) {
-      __builtin_prefetch(at, !std::is_const_v<T>);
-      __builtin_prefetch(at + 16, !std::is_const_v<T>);
-    }
-  }
   Tile load(int64_t row, int64_t column) const {
     Tile tile;
     const T* at = data + row * columns + column;
