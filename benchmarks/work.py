@@ -231,8 +231,7 @@ def m3(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     ``PERIOD`` steps."""
     size = FLOAT * m * n
     return [
-        _momentum(m, n, dtype),
-        Phase("slow momentum", 2 * size),
+        Phase("momenta", m * n * (5 * FLOAT + _input(dtype))),
         *newton_schulz(m, n, dtype, least),
         *[
             phase.times(1 / PERIOD)

@@ -36,7 +36,7 @@ void average(
       });
   torch::stable::parallel_for(0, keys.panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t row = first * kPanel; row < std::min(last * kPanel, size); ++row) {
-      const int64_t computed = (row / (kPanel / 2) + 1) * (kPanel / 2);
+      const int64_t computed = (row / kHalf + 1) * kHalf;
       for (int64_t column = computed; column < size; ++column) {
         to[row * size + column] = to[column * size + row];
       }

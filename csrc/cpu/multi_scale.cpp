@@ -1,35 +1,34 @@
 // deepopt::multi_scale_write on the CPU.
 #include "multi_scale.h"
 
+#include "matrices.h"
+
 namespace deepopt {
 namespace {
 
-DEEPOPT_CLONES void advance(const MultiScale::Factors& factors, std::array<const float*, 3> from,
-                            std::array<float*, 3> to, int64_t begin, int64_t end) {
-  const float *momentum = from[0], *slow = from[1], *grad = from[2];
-  float *new_momentum = to[0], *new_slow = to[1], *ahead = to[2];
+DEEPOPT_CLONES void take_in(const MultiScale& rule, const MultiScale::Factors& factors,
+                            int64_t begin, int64_t end) {
+  const float *momentum = rule.momentum, *slow = rule.slow, *grad = rule.grad;
+  float *new_momentum = rule.new_momentum, *new_slow = rule.new_slow, *ahead = rule.ahead;
   const MultiScale::Factors f = factors;
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
-    float fast = momentum[i], whole = slow[i], next = grad[i];
-    MultiScale::next(f, fast, whole, next);
-    new_momentum[i] = fast;
-    new_slow[i] = whole;
-    ahead[i] = next;
+    float m = momentum[i], s = slow[i], g = grad[i];
+    MultiScale::take_in(f, m, s, g);
+    new_momentum[i] = m;
+    new_slow[i] = s;
+    ahead[i] = g;
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> multi_scale_write(Tensor momentum, Tensor slow, Tensor grad,
                                                      Tensor step, double retention,
                                                      int64_t slow_chunk, double beta3) {
-  MultiScaleTensors of(momentum, slow, grad, step);
-  const MultiScale rule{retention, beta3, slow_chunk};
-  const auto from = of.from();
-  const auto to = of.to();
-  const float* steps = of.step.const_data_ptr<float>();
-  for_pieces(of.batch, of.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
-    const int64_t first = b * of.entries;
-    advance(rule.factors(steps[b]), from, to, first + begin, first + end);
+  const MultiScaleTensors of(momentum, slow, grad, step, retention, slow_chunk, beta3);
+  const MultiScale& rule = of.rule;
+  for_pieces(rule.batch, rule.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
+    const int64_t first = b * rule.entries;
+    take_in(rule, rule.factors(b), first + begin, first + end);
   });
   return of.results();
 }

@@ -3,42 +3,45 @@
 #include <tuple>
 
 #include "../rules/multi_scale.h"
-#include "matrices.h"
+#include "multi_tensor.h"
 
 namespace deepopt {
 
 struct __attribute__((visibility("hidden"))) MultiScaleTensors {  // as torch's Tensor is
-  int64_t batch, entries;  // of a matrix
-  Tensor momentum, slow, grad, step;  // contiguous
-  std::array<Tensor, 3> next;  // momentum, slow, look-ahead
+  MultiScale rule{};
 
   MultiScaleTensors(const Tensor& momentum, const Tensor& slow, const Tensor& grad,
-                    const Tensor& step)
-      : momentum(torch::stable::contiguous(momentum)),
-        slow(torch::stable::contiguous(slow)),
-        grad(torch::stable::contiguous(grad)),
-        step(torch::stable::contiguous(step)) {
-    STD_TORCH_CHECK(momentum.dim() == 3 && step.dim() == 1 && step.size(0) == momentum.size(0),
-                    "deepopt::multi_scale_write: matrices must be of shape (B, m, n), steps (B,)");
-    for (const Tensor* one : {&momentum, &slow, &grad, &step}) {
-      STD_TORCH_CHECK(one->scalar_type() == ScalarType::Float && one->device() == momentum.device(),
-                      "deepopt::multi_scale_write: tensors must be float32, on one device");
-      if (one != &step) check_same_shape(*one, momentum);
+                    const Tensor& step, double retention, int64_t slow_chunk, double beta3)
+      : like_(torch::stable::contiguous(momentum)) {
+    STD_TORCH_CHECK(like_.dim() == 3,
+                    "deepopt::multi_scale_write: momentum must be of shape (B, m, n)");
+    rule.retention = retention, rule.beta3 = beta3, rule.slow_chunk = slow_chunk;
+    rule.batch = like_.size(0), rule.entries = like_.size(1) * like_.size(2);
+    rule.momentum = read(like_, like_.sizes());
+    rule.slow = read(slow, like_.sizes());
+    rule.grad = read(grad, like_.sizes());
+    rule.step = read(step, like_.sizes().slice(0, 1));
+    for (float** made : {&rule.new_momentum, &rule.new_slow, &rule.ahead}) {
+      made_.push_back(torch::stable::empty_like(like_));
+      *made = made_.back().mutable_data_ptr<float>();
     }
-    batch = momentum.size(0);
-    entries = momentum.size(1) * momentum.size(2);
-    for (Tensor& made : next) made = torch::stable::empty_like(this->momentum);
   }
 
-  std::array<const float*, 3> from() const {
-    return {momentum.const_data_ptr<float>(), slow.const_data_ptr<float>(),
-            grad.const_data_ptr<float>()};
+  std::tuple<Tensor, Tensor, Tensor> results() const { return {made_[0], made_[1], made_[2]}; }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> kept_, made_;
+
+  const float* read(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    const auto own = tensor.sizes();
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.device() == like_.device() &&
+                        std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
+                    "deepopt::multi_scale_write: momentum, slow and grad must be float32, of one "
+                    "shape (B, m, n), step of shape (B,), all on one device");
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return kept_.back().const_data_ptr<float>();
   }
-  std::array<float*, 3> to() {
-    return {next[0].mutable_data_ptr<float>(), next[1].mutable_data_ptr<float>(),
-            next[2].mutable_data_ptr<float>()};
-  }
-  std::tuple<Tensor, Tensor, Tensor> results() const { return {next[0], next[1], next[2]}; }
 };
 
 }  // namespace deepopt

@@ -226,9 +226,8 @@ class DeltaWrite {
         n_(columns),
         wide_(rows < columns),
         short_(panels_for(std::min(rows, columns))),
-        long_(panels_for(std::max(rows, columns))),
         scratch_(
-            3 * Scratch::panels_bytes(short_, long_) +
+            3 * Scratch::panels_bytes(panels_for(rows), panels_for(columns)) +
             2 * Scratch::panels_bytes(short_, short_)),
         momentum_(scratch_.panels(panels_for(m_), panels_for(n_))),
         key_rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
@@ -273,7 +272,7 @@ class DeltaWrite {
     symmetric_product(
         gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& tile) {
           sums[block] += (i == j ? 1.0 : 2.0) * sum_of_squares(tile);
-          if (i == j && strip >= kPanel / 2) sums[block] += sum_of_squares<1>(tile);
+          if (i == j && strip >= kHalf) sums[block] += sum_of_squares<1>(tile);
         });
     return total(sums);
   }
@@ -300,21 +299,20 @@ class DeltaWrite {
     }
     const Panels& left = wide_ ? recalled_ : momentum_;
     const Panels& right = wide_ ? key_columns_ : gram_;
-    const Rows<const float> averages{to, m_, n_};
     const Rows<float> out{to, m_, n_};
-    const int64_t chunks = (right.panels + kChunk - 1) / kChunk;
+    const int64_t chunks = (right.panels + kAhead - 1) / kAhead;
     std::vector<double> sums(chunks * left.panels);
     torch::stable::parallel_for(0, chunks * left.panels, 1, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
-        const int64_t i = block % left.panels, j0 = block / left.panels * kChunk;
-        average(momentum, retention, grad, i * kPanel, j0 * kPanel, to);
-        for (int64_t j = j0; j < std::min(j0 + kChunk, right.panels); ++j) {
+        const int64_t i = block % left.panels, j0 = block / left.panels * kAhead;
+        take_in(momentum, retention, grad, i * kPanel, j0 * kPanel, to);
+        for (int64_t j = j0; j < std::min(j0 + kAhead, right.panels); ++j) {
           for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
             const int64_t row = i * kPanel + strip, column = j * kPanel;
             const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
             sums[block] += sum_of_squares(erased);
             out.store(row, column,
-                      added(-root, scaled(rest, erased), averages.load(row, column)));
+                      added(-root, scaled(rest, erased), out.load(row, column)));
           }
         }
       }
@@ -322,13 +320,13 @@ class DeltaWrite {
     return std::sqrt(total(sums));
   }
 
-  // Writes retention M + (1 - retention) G into a chunk's columns of a panel's rows. Along the rows:
-  // tiles of both, as the products come to them, would be waited for.
-  void average(
+  // Writes retention M + (1 - retention) G, of a panel's rows and kAhead panels of columns. Along the
+  // rows: tiles of both, as the products come to them, would be waited for.
+  void take_in(
       const float* momentum, float retention, const float* grad, int64_t first_row,
       int64_t first_column, float* to) const {
     const __m512 kept = _mm512_set1_ps(retention), share = _mm512_set1_ps(1.0f - retention);
-    const int64_t columns = std::min(kChunk * kPanel, n_ - first_column);
+    const int64_t columns = std::min(kAhead * kPanel, n_ - first_column);
     for (int64_t row = first_row; row < std::min(first_row + kPanel, m_); ++row) {
       for (int64_t column = 0; column < columns; column += 16) {
         const int64_t at = row * n_ + first_column + column;
@@ -347,11 +345,13 @@ class DeltaWrite {
     return sum;
   }
 
-  static constexpr int64_t kChunk = 96;  // panels of columns that are multiplied with again and again
+  // Panels of columns that take in the gradient at a time: few enough to stay in the cache until
+  // something is erased from them, and to be shared out among threads.
+  static constexpr int64_t kAhead = 32;
 
   int64_t m_, n_;
   bool wide_;
-  int64_t short_, long_;  // in panels
+  int64_t short_;  // in panels
   Scratch scratch_;
   Panels momentum_, key_rows_, key_columns_;
   Panels gram_, recalled_;

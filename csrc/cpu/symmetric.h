@@ -13,8 +13,9 @@
 // and storing to the caller's matrices.
 //
 // A product of a matrix with its own transpose, and of two symmetric matrices that commute, is
-// symmetric: only its lower triangle of 32 x 32 blocks is computed. As a symmetric matrix is an
-// operand again, every tile is written twice into the packed result, as it is and mirrored.
+// symmetric: only its lower triangle of 32 x 32 blocks is computed, of the blocks on the diagonal all
+// but the upper right quarter. As a symmetric matrix is an operand again, what was left out is written
+// into the packed result mirrored.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -49,6 +50,7 @@ namespace deepopt::bfloat16 {
 constexpr int64_t kPanel = 32;  // rows of a panel
 constexpr int64_t kStrip = 8;  // rows of a tile
 constexpr int64_t kBlock = kPanel * kPanel;
+constexpr int64_t kHalf = kPanel / 2;  // side of the quarter of a diagonal block that is left out
 
 inline int64_t panels_for(int64_t rows) {
   return (rows + kPanel - 1) / kPanel;
@@ -414,7 +416,7 @@ inline void pack_matrix(
 
 // Calls use(block, I, J, strip, tile) for every tile in the lower triangle of blocks of A Bᵀ, which
 // must be symmetric. `block` counts them: row of blocks by row of blocks. In those on the diagonal
-// the upper right quarter is zero: the lower left one has what it would be.
+// the upper right quarter is zero: whoever stores tiles mirrors the lower left one into it.
 template <class Use>
 void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
   const int64_t count = a.panels * (a.panels + 1) / 2;
@@ -424,7 +426,7 @@ void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
     for (int64_t block = first, j = first - i * (i + 1) / 2; block < last; ++block) {
       for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
         const auto *rows = a.panel(i) + strip, *columns = b.panel(j);
-        const bool half = i == j && strip < kPanel / 2;
+        const bool half = i == j && strip < kHalf;
         use(block, i, j, strip,
             half ? multiply<1>(rows, columns, a.pairs) : multiply(rows, columns, a.pairs));
       }
@@ -447,7 +449,7 @@ struct Target {
       pack(tile, packed->panel(i), strip, j * kPanel);
       if (i != j) {
         pack_mirrored(tile, packed->panel(j), i * kPanel + strip);
-      } else if (strip >= kPanel / 2) {  // over the quarter that is zero
+      } else if (strip >= kHalf) {
         pack_mirrored<1>(tile, packed->panel(j), i * kPanel + strip);
       }
     }

@@ -45,15 +45,7 @@ void row_products(float* result, const float* x, const float* y, bool transposed
 // Everything of the rule but its products and norms, which are there.
 void resize(const Resize& rule, void* stream);
 
-struct MultiScaleArrays {
-  MultiScale rule;
-  const float* step;     // of each matrix
-  const float* from[3];  // momentum, slow, gradient
-  float* to[3];          // momentum, slow, look-ahead
-  int64_t batch, entries;
-};
-
-void multi_scale_write(const MultiScaleArrays& of, void* stream);
+void multi_scale_write(const MultiScale& rule, void* stream);
 
 constexpr int kMostFeatures = 4;
 constexpr int kMlpEntries = 1024;  // of a block: four for each thread

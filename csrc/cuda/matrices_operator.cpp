@@ -116,13 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> on_multi_scale_write(Tensor momentum, Tensor 
                                                         Tensor step, double retention,
                                                         int64_t slow_chunk, double beta3) {
   const Device device(momentum);
-  MultiScaleTensors of(momentum, slow, grad, step);
-  MultiScaleArrays arrays{{retention, beta3, slow_chunk}, of.step.const_data_ptr<float>()};
-  std::ranges::copy(of.from(), arrays.from);
-  std::ranges::copy(of.to(), arrays.to);
-  arrays.batch = of.batch;
-  arrays.entries = of.entries;
-  multi_scale_write(arrays, device.stream());
+  const MultiScaleTensors of(momentum, slow, grad, step, retention, slow_chunk, beta3);
+  multi_scale_write(of.rule, device.stream());
   device.check_launch();
   return of.results();
 }

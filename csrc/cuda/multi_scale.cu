@@ -6,39 +6,40 @@
 namespace deepopt::cuda {
 namespace {
 
-// A block has a chunk of one matrix; in words of V entries.
+// A block takes kChunkEntries of one matrix, in words of V.
 template <int V>
 __global__ void __launch_bounds__(kThreads)
-    multi_scale_words(const __grid_constant__ MultiScaleArrays of) {
+    multi_scale_words(const __grid_constant__ MultiScale rule) {
   using Word = Pack<float, V>;
-  const int64_t parts = parts_of(of.entries, kChunkEntries);
+  const int64_t parts = parts_of(rule.entries, kChunkEntries);
   const int64_t b = blockIdx.x / parts, begin = blockIdx.x % parts * kChunkEntries;
-  const int64_t left = of.entries - begin, first = b * of.entries + begin;
+  const int64_t left = rule.entries - begin, first = b * rule.entries + begin;
   const int words = (left < kChunkEntries ? int(left) : kChunkEntries) / V;
-  const auto factors = of.rule.factors(of.step[b]);
+  const auto factors = rule.factors(b);
   // As words from here on: by pointers to floats, nvcc would store one by one.
-  const auto *momentum = reinterpret_cast<const Word*>(of.from[0] + first),
-             *slow = reinterpret_cast<const Word*>(of.from[1] + first),
-             *grad = reinterpret_cast<const Word*>(of.from[2] + first);
-  auto *next_momentum = reinterpret_cast<Word*>(of.to[0] + first),
-       *next_slow = reinterpret_cast<Word*>(of.to[1] + first),
-       *ahead = reinterpret_cast<Word*>(of.to[2] + first);
+  const auto *momentum = reinterpret_cast<const Word*>(rule.momentum + first),
+             *slow = reinterpret_cast<const Word*>(rule.slow + first),
+             *grad = reinterpret_cast<const Word*>(rule.grad + first);
+  auto *new_momentum = reinterpret_cast<Word*>(rule.new_momentum + first),
+       *new_slow = reinterpret_cast<Word*>(rule.new_slow + first),
+       *ahead = reinterpret_cast<Word*>(rule.ahead + first);
   for (int i = int(threadIdx.x); i < words; i += kThreads) {
     Word m = momentum[i], s = slow[i], g = grad[i];
-    for (int k = 0; k < V; ++k) MultiScale::next(factors, m.x[k], s.x[k], g.x[k]);
-    next_momentum[i] = m;
-    next_slow[i] = s;
+    for (int k = 0; k < V; ++k) MultiScale::take_in(factors, m.x[k], s.x[k], g.x[k]);
+    new_momentum[i] = m;
+    new_slow[i] = s;
     ahead[i] = g;
   }
 }
 
 }  // namespace
 
-void multi_scale_write(const MultiScaleArrays& of, void* stream) {
-  const bool by_four = of.entries % 4 == 0 && on_16_bytes(of.from[0], of.from[1], of.from[2]) &&
-                       on_16_bytes(of.to[0], of.to[1], of.to[2]);
-  const int64_t blocks = of.batch * parts_of(of.entries, kChunkEntries);
-  launch(by_four ? multi_scale_words<4> : multi_scale_words<1>, blocks, kThreads, stream, of);
+void multi_scale_write(const MultiScale& rule, void* stream) {
+  const bool by_four = rule.entries % 4 == 0 &&
+                       on_16_bytes(rule.momentum, rule.slow, rule.grad) &&
+                       on_16_bytes(rule.new_momentum, rule.new_slow, rule.ahead);
+  const int64_t blocks = rule.batch * parts_of(rule.entries, kChunkEntries);
+  launch(by_four ? multi_scale_words<4> : multi_scale_words<1>, blocks, kThreads, stream, rule);
 }
 
 }  // namespace deepopt::cuda

@@ -28,8 +28,7 @@ struct AdamW {
 
   DEEPOPT_RULE void operator()(T& p, T g, T& m, T& v) const {
     g *= sign;
-    // torch's lerp starts from the nearer end.
-    m = first < T(0.5) ? fma_(first, g - m, m) : fma_(first - T(1), g - m, g);
+    m = lerp(m, g, first);
     v = fma_(second * g, g, second_kept * v);
     p = decay * p + step_size * m / (sqrt_(v) / root_correction + eps);
   }

@@ -1,27 +1,30 @@
-// What M3 does to an entry of its momenta (Alg. 1 as settled): the fast one takes the gradient in at
-// every step, the slow one a share of it, and forgets where a chunk begins.
+// M3's momenta, entry by entry (Alg. 1 as settled): f is the steps of a chunk, t the one that is taken
+// and k the chunks that ended before it.
+//
+//   b3 = min(beta3, k / (k + 4))
+//   M1 <- M1 + (1 - b1) (g - M1),   look-ahead = b1 M1 + (1 - b1) g
+//   M2 <- (b3 if a chunk begins, else 1) M2 + (1 - b3) / f g
 #pragma once
 #include "rule.h"
 
 namespace deepopt {
 
-// With torch's bits, so that the fast momentum is the linear memory's.
-DEEPOPT_RULE float lerp(float from, float to, float weight) {
-  const bool near = fabsf(weight) < 0.5f;
-  return fma_(near ? weight : weight - 1, to - from, near ? from : to);
-}
-
+// For a stack of B matrices, one after the other in every array.
 struct MultiScale {
   double retention, beta3;
   int64_t slow_chunk;
+  int64_t batch, entries;  // of a matrix
+  const float *momentum, *slow, *grad;
+  const float* step;  // of each matrix
+  float *new_momentum, *new_slow, *ahead;
 
   struct Factors {  // of a matrix
     float retention, fresh, decay, share;
   };
-  // At the step that is taken, the first being 1.
-  DEEPOPT_RULE Factors factors(float step) const {
+
+  DEEPOPT_RULE Factors factors(int64_t b) const {
     constexpr double kFarthest = 4;  // FARTHEST in deepopt/ops/multi_scale_write.py
-    const double before = double(step) - 1, ended = floor(before / double(slow_chunk));
+    const double before = double(step[b]) - 1, ended = floor(before / double(slow_chunk));
     const double limit = ended / (ended + kFarthest), kept = limit < beta3 ? limit : beta3;
     const bool begins = before == ended * double(slow_chunk);
     return {float(retention), float(1 - retention), begins ? float(kept) : 1,
@@ -29,7 +32,7 @@ struct MultiScale {
   }
 
   // Both momenta take the gradient in, in whose place the fast one's look-ahead comes.
-  static DEEPOPT_RULE void next(const Factors& f, float& momentum, float& slow, float& grad) {
+  static DEEPOPT_RULE void take_in(const Factors& f, float& momentum, float& slow, float& grad) {
     momentum = lerp(momentum, grad, f.fresh);
     slow = fma_(f.decay, slow, f.share * grad);
     grad = lerp(grad, momentum, f.retention);

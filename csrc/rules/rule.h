@@ -22,6 +22,12 @@ DEEPOPT_RULE double fma_(double a, double b, double c) { return fma(a, b, c); }
 DEEPOPT_RULE float sqrt_(float a) { return sqrtf(a); }
 DEEPOPT_RULE double sqrt_(double a) { return sqrt(a); }
 
+// With the bits of torch's: from the nearer end.
+template <class T>
+DEEPOPT_RULE T lerp(T from, T to, T weight) {
+  return weight < T(0.5) ? fma_(weight, to - from, from) : fma_(weight - T(1), to - from, to);
+}
+
 DEEPOPT_RULE uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

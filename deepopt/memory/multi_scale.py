@@ -104,7 +104,7 @@ class MultiScale:
 
     def weight(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
         """The slow momentum's weight beside the fast one's 1, shape (B,)."""
-        # Of the chunks that were whole before the last write.
+        # Steps of the chunks that had ended before the last write.
         before = state["step"].to(grad, non_blocking=True) - 1
         steps = before - before % self.slow_chunk
         weight = (steps * (self.alpha / max(self.ramp, 1))).clamp_max(self.alpha)

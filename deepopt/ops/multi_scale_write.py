@@ -1,4 +1,4 @@
-"""The write of M3's memory: both momenta in one pass over them and the gradient."""
+"""The write of M3's memory (Alg. 1, Eq 75, as settled): both momenta in one pass."""
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def multi_scale_write(
         momentum: the fast one, shape (B, m, n).
         slow: the slow one, of the same shape.
         grad: G, of the same shape.
-        step: t, shape (B,), on the device of the matrices.
+        step: t, the gradients so far with this one, at least 1, shape (B,).
         retention: β.
         slow_chunk: f.
         beta3: β₃, in [0, 1).
@@ -50,6 +50,9 @@ def multi_scale_write(
         The new momenta, fast and slow, and the fast one's look-ahead.
 
     Cost: three tensors are read once, three written.
+
+    Raises:
+        RuntimeError: tensors that do not fit each other, from the kernels.
     """
     ended = torch.floor((step - 1) / slow_chunk)
     kept = (ended / (ended + FARTHEST)).clamp_max(beta3)

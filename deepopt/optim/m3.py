@@ -215,10 +215,10 @@ class M3(MemoryOptimizer):
         if group["capturable"]:  # a graph cannot depend on which rows are due
             new = orthogonalize(state["slow"], group)
             state["slow_update"] = torch.where(ends[:, None, None], new, current)
-        elif len(rows := ends.nonzero().squeeze(-1)) == len(ends):
+        elif ends.all():
             state["slow_update"] = orthogonalize(state["slow"], group)
-        elif len(rows):
-            rows = rows.to(current.device, non_blocking=True)
+        elif ends.any():
+            rows = ends.nonzero().squeeze(-1).to(current.device, non_blocking=True)
             new = orthogonalize(state["slow"][rows], group)
             state["slow_update"] = current.index_copy(0, rows, new)
         return current

@@ -107,3 +107,8 @@ def test_gpt2_small_has_85_million_parameters_in_matrices():
     shapes = work.transformer(768, 12)
     assert len(shapes) == 48
     assert sum(map(math.prod, shapes)) == 84_934_656
+
+
+def test_the_momenta_of_m3_are_three_tensors_read_and_three_written_of_which_one_is_narrow():
+    momenta = [phase for phase in work.m3(6, 9) if phase.name == "momenta"]
+    assert work.total_bytes(momenta) == 6 * 9 * (5 * 4 + 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepopt
-from deepopt.ops import adamw_, backend, combine, frobenius, move_, resize
+from deepopt.ops import adamw_, backend, combine, frobenius, move_, multi_scale_write, resize
 from deepopt.ops.operator import UNAVAILABLE
 
 pytestmark = pytest.mark.skipif("cuda" in UNAVAILABLE, reason=UNAVAILABLE.get("cuda", ""))
@@ -53,6 +53,8 @@ def test_operators_do_not_wait_for_the_device(no_waiting):
             states = (step + 1, norm, rows, rows)
             gain = torch.ones(1, device=CUDA)
             resize([matrices], None, matrices, gain, matrices, *states, 0.9, 0.99, 1.5, None)
+        step = torch.ones(1, device=CUDA)
+        multi_scale_write(matrices, matrices, matrices, step, 0.9, 3, 0.99)
 
 
 def test_a_replayed_graph_goes_on_counting():

@@ -61,6 +61,14 @@ def test_every_shape_agrees_with_the_reference_to_the_rounding_of_operands(
 
 
 @needs_kernel
+@pytest.mark.parametrize("rate", [0.0, 0.7])
+@pytest.mark.parametrize("columns", [1024, 1025, 2100])
+def test_rows_longer_than_what_takes_in_the_gradient_at_a_time_agree_too(columns, rate):
+    given_ = stack(1, 64, columns)
+    assert_close_to_reference(kernel(*given_, rate, 0.95), given_, rate, 0.95)
+
+
+@needs_kernel
 @pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6), (2, 4, 0)])
 def test_empty_stacks_and_empty_matrices_are_taken(shape):
     empty = torch.zeros(shape)
@@ -157,7 +165,7 @@ def test_a_matrix_that_is_not_finite_says_so_and_leaves_the_others_alone(value, 
 
 @needs_kernel
 @pytest.mark.parametrize(
-    "shape", [(1, 96, 160), (1, 160, 96), (3, 64, 64), (500, 2, 3), (7, 48, 200), (7, 200, 48)]
+    "shape", [(1, 96, 160), (1, 160, 96), (3, 64, 64), (500, 2, 3), (1, 64, 1100), (7, 200, 48)]
 )
 def test_the_same_bits_every_time_with_any_number_of_threads(shape):
     given_ = stack(*shape)

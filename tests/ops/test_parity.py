@@ -359,13 +359,16 @@ def multi_scale_write_arguments(shape: Shape) -> Arguments:
     steps = torch.arange(1.0, b + 1) ** (1 + shape.seed % 3)
     kinds = ("rows", shape.layout, shape.layout)
     matrices = [shape.matrices(layout=layout) for layout in kinds]
-    return [*matrices, steps, 0.9, chunk, (0.0, 0.5, 0.99)[shape.seed % 3]]
+    retention = (0.9, 0.3)[shape.seed % 2]
+    return [*matrices, steps, retention, chunk, (0.0, 0.5, 0.99)[shape.seed % 3]]
 
 
 def multi_scale_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
     momentum, slow, grad, *_ = given
-    fast = 4 * EPS * (momentum.abs() + grad.abs())
-    return [fast, 4 * EPS * (slow.abs() + grad.abs()), 2 * fast]
+    # A difference, a weight and a fused sum; of the look-ahead as much again.
+    fast = 3 * EPS * (momentum.abs() + grad.abs())
+    # A factor, a product and a sum for each of both.
+    return [fast, 3 * EPS * (slow.abs() + grad.abs()), 2 * fast + 3 * EPS * grad.abs()]
 
 
 TABLE = {

@@ -20,6 +20,7 @@ EXPECTED = {
     "two_floats": ("vfmadd",),
     "three_floats": ("vfmadd",),
     "of_bf16_next": ("vfmadd",),
+    "take_in": ("vfmadd",),
     "squares": ("vmulpd", "vaddpd"),
     "products": ("vmulpd", "vaddpd"),
     "unit2": ("vfmadd", "vdivps"),
