@@ -58,7 +58,7 @@ __device__ __forceinline__ void store(T* to, const Pack<T, V>& pack) {
 }
 
 template <class... T>
-__device__ __forceinline__ bool on_16_bytes(const T*... at) {
+DEEPOPT_RULE bool on_16_bytes(const T*... at) {
   return ((reinterpret_cast<uintptr_t>(at) | ...) & 15) == 0;
 }
 
