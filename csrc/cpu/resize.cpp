@@ -45,7 +45,7 @@ Tensor newton_schulz(const Tensor& matrices, const std::vector<std::vector<doubl
                      ScalarType dtype) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(matrices), from(coefficients), from(dtype)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("deepopt::newton_schulz", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

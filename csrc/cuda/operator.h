@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 #define DEEPOPT_CUDA_LIBRARY STABLE_TORCH_LIBRARY_IMPL(deepopt, CUDA, m)
 #endif
 
