@@ -13,6 +13,7 @@ of Newton-Schulz in ``dtype``; r is its short and R its long side. The arithmeti
 passes, some ten FLOPs per entry, is not counted, but for that of MLPs.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,12 +30,17 @@ multiply-adds, a product and a division."""
 
 
 class Rates(NamedTuple):
-    """What a machine does per second: bytes of a copy and of a pass, FLOPs of products."""
+    """What a machine does per second: bytes of a copy and of a pass, FLOPs of products.
+
+    On a GPU ``float32`` is without tensor cores; ``tf32`` and ``float64`` are a GPU's alone.
+    """
 
     copy: float
     stream: float
     float32: float
     bfloat16: float
+    tf32: float = math.nan
+    float64: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -158,11 +164,11 @@ def linear(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work
     return [_momentum(m, n, dtype), *newton_schulz(m, n, dtype, least), *_move(m, n, dtype)]
 
 
-def delta(
+def delta_write(
     m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "bfloat16"
 ) -> Work:
-    """The linear memory's, and before it the Gram matrix of the gradient, its square for the norm,
-    and the erase term: (M Gᵀ) G for m < n, M (Gᵀ G) otherwise."""
+    """The Gram matrix of the gradient, its square for the norm, and the erase term: (M Gᵀ) G for
+    m < n, M (Gᵀ G) otherwise; the momentum is written once more in what it is read out in."""
     r, big = sorted((m, n))
     size, square = FLOAT * m * n, FLOAT * r * r
     read_out = m * n * _input(dtype)
@@ -173,13 +179,23 @@ def delta(
         Phase("its norm", square, half * cube, products),
     ]
     if m < n:
-        erase = [
+        return [
+            *gram,
             Phase("M Gᵀ", 2 * size + square, outer, products),
             Phase("(M Gᵀ) G, momentum", 3 * size + square + read_out, outer, products),
         ]
-    else:
-        erase = [Phase("M (Gᵀ G), momentum", 3 * size + square + read_out, outer, products)]
-    return [*gram, *erase, *newton_schulz(m, n, dtype, least), *_move(m, n, dtype)]
+    return [*gram, Phase("M (Gᵀ G), momentum", 3 * size + square + read_out, outer, products)]
+
+
+def delta(
+    m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "bfloat16"
+) -> Work:
+    """The linear memory's, with the delta rule's write for the average."""
+    return [
+        *delta_write(m, n, dtype, least, products),
+        *newton_schulz(m, n, dtype, least),
+        *_move(m, n, dtype),
+    ]
 
 
 def covariance(

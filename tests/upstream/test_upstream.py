@@ -3,6 +3,7 @@
 They are not in torch's wheel. DEEPOPT_TORCH_TESTS is the path of ``test/test_optim.py`` of a
 checkout of torch, of the release that is installed or near it; they need ``expecttest``. torch's
 AdamW goes through them too: what it passes or skips, each of ours must, whatever the release.
+DEEPOPT_TEST_DEVICE=cuda runs those for a GPU.
 """
 
 import os
@@ -19,12 +20,13 @@ import torch
 from deepopt.optim.registry import REGISTRY
 
 UPSTREAM = os.environ.get("DEEPOPT_TORCH_TESTS", "")
+DEVICE = os.environ.get("DEEPOPT_TEST_DEVICE", "cpu")
 
 
 def outcomes(report: Path, names: list[str]) -> dict[str, dict[str, str]]:
     """By class and test: "passed", "failed", or why it was skipped."""
     found: dict[str, dict[str, str]] = {name: {} for name in names}
-    pattern = re.compile(rf"(.+)_({'|'.join(names)})_cpu_(\w+)")
+    pattern = re.compile(rf"(.+)_({'|'.join(names)})_{DEVICE}_(\w+)")
     for case in ElementTree.parse(report).iter("testcase"):
         match = pattern.fullmatch(case.attrib["name"])
         assert match, case.attrib["name"]
@@ -42,7 +44,7 @@ def test_torchs_own_optimizer_tests_pass_where_they_pass_for_its_adamw(tmp_path)
     root, report = Path(__file__).parents[2], tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.upstream.entries"]
     command += ["-o", "addopts=", "-c", os.devnull, "--rootdir", str(Path(UPSTREAM).parent)]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", UPSTREAM, "-k", "CPU"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}", UPSTREAM, "-k", DEVICE.upper()]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     output = done.stdout[-5000:] + done.stderr[-2000:]

@@ -1,0 +1,133 @@
+"""What is measured on a GPU, and what each row of it should take: one table for both.
+
+``docs/roofline.md`` is written from it before a measurement, and the summary of ``make gpu`` divides
+what was measured by the same numbers.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from benchmarks import work
+from benchmarks.gpu.muon import CompiledMuon
+from benchmarks.work import Rates, Work
+from deepopt import M3, DeepMomentum
+
+LR = 1e-4
+Make = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer in a race, and the least work of one of its steps."""
+
+    make: Make
+    work: Work
+    period: int = 1
+    """Steps after which its work repeats."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a contender's time, as a share of another's."""
+
+    contender: str
+    baseline: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Race:
+    """Contenders on the same parameters."""
+
+    title: str
+    shapes: Sequence[tuple[int, ...]]
+    contenders: Mapping[str, Contender]
+    dtype: torch.dtype = torch.float32
+    goals: Sequence[Goal] = ()
+    bandwidth: Mapping[str, float] | None = None
+    """Contenders that should reach a share of the copy's bandwidth."""
+
+
+def elementwise(
+    title: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32, **about: Any
+) -> Race:
+    entries, width = sum(torch.Size(shape).numel() for shape in shapes), dtype.itemsize
+    contenders = {
+        "AdamW fused": Contender(
+            lambda p: AdamW(p, lr=LR, fused=True), work.adamw(entries, width, width)
+        ),
+        "DeepMomentum": Contender(
+            lambda p: DeepMomentum(p, lr=LR, path="elementwise"), work.adamw(entries, width)
+        ),
+    }
+    return Race(title, shapes, contenders, dtype, (Goal("DeepMomentum", "AdamW fused", 1.0),), **about)
+
+
+def deep(memory: str) -> Make:
+    return lambda params: DeepMomentum(params, lr=LR, memory=memory, path="matrix")
+
+
+def on_matrices(title: str, width: int, layers: int) -> Race:
+    shapes = work.transformer(width, layers)
+
+    def least(rule: Callable[..., Work], **options: Any) -> Work:
+        return work.over(shapes, functools.partial(rule, least=True, **options))
+
+    contenders = {
+        "torch Muon": Contender(
+            lambda p: Muon(p, lr=LR, ns_steps=work.NS_STEPS), work.over(shapes, work.muon)
+        ),
+        "compiled Muon": Contender(lambda p: CompiledMuon(p, lr=LR), work.over(shapes, work.muon)),
+        "linear": Contender(deep("linear"), least(work.linear)),
+        "delta": Contender(deep("delta"), least(work.delta, products="bfloat16")),
+        "mlp": Contender(deep("mlp"), least(work.mlp)),
+        "covariance": Contender(
+            deep("covariance"),
+            least(work.covariance, root_flops=lambda r: 46 * 2.0 * r**3),
+            work.PERIOD,
+        ),
+        "M3": Contender(lambda p: M3(p, lr=LR, path="matrix"), least(work.m3), work.PERIOD),
+    }
+    limits = {"linear": 0.60, "delta": 0.70, "mlp": 0.90, "covariance": 1.20}
+    goals = [Goal(name, "torch Muon", limit) for name, limit in limits.items()]
+    return Race(title, shapes, contenders, goals=goals)
+
+
+def races(quick: bool = False) -> dict[str, Race]:
+    """All races by name; ``quick`` on a few entries, to rehearse."""
+    wide = [(64, 64)] * 2 if quick else [(2**13, 2**13)] * 4
+    small, xl = ((64, 1), (80, 1)) if quick else ((768, 12), (1600, 12))
+    return {
+        "adamw-large": elementwise(
+            "4 tensors of 2¹³ x 2¹³, float32", wide, bandwidth={"DeepMomentum": 0.85}
+        ),
+        "adamw-bf16": elementwise(
+            "4 tensors of 2¹³ x 2¹³, bfloat16 (torch's state is bfloat16 too, ours float32)",
+            wide,
+            torch.bfloat16,
+            bandwidth={"DeepMomentum": 0.85},
+        ),
+        "adamw-400": elementwise("400 tensors of 2,080 entries", [(2080,)] * (4 if quick else 400)),
+        "gpt2-small": on_matrices("GPT-2-small's matrices, 85 M parameters", *small),
+        "gpt2-xl": on_matrices("matrices of 12 of GPT-2-XL's 48 layers, 369 M parameters", *xl),
+    }
+
+
+def predicted_seconds(phases: Work, rates: Rates) -> float:
+    """What bytes and FLOPs allow at these rates."""
+    return work.roofline_seconds(phases, rates)
+
+
+def write_line(folder: Path, line: Mapping[str, Any]) -> None:
+    """Append a result to the folder's lines, at once."""
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)

@@ -1,0 +1,181 @@
+"""The stages of ``make gpu``, in the order of their value.
+
+A stage is a command. It has a process of its own and a time limit, and in a rehearsal, without a GPU,
+another command that runs as much of it as a CPU can.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+PYTHON = sys.executable
+BASE = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-rfE"]
+"""pytest without plugins that warn where warnings are errors."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run.
+
+    Args:
+        name: by which it is asked for, and its log is called.
+        what: it shows, in a few words.
+        command: with "{out}" for the folder of the results.
+        seconds: its time limit.
+        rehearsal: the command in a rehearsal.
+        environment: more variables.
+        needs: a program or a variable of the environment, without which it is left out.
+        expected: how it must end.
+    """
+
+    name: str
+    what: str
+    command: Sequence[str]
+    seconds: float
+    rehearsal: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
+    expected: str = "passed"
+
+
+def tests(*arguments: str, jobs: int = 0) -> list[str]:
+    """pytest on some files; ``jobs`` processes of it, where xdist is there."""
+    return [*BASE, *(["-n", str(jobs)] if jobs and xdist() else []), *arguments]
+
+
+def xdist() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("xdist") is not None
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    return [PYTHON, "-m", f"benchmarks.gpu.{name}", *arguments]
+
+
+def timing(name: str, *races: str, quick: bool = False) -> list[str]:
+    rehearsed = ["--device", "cpu", "--quick"] if quick else []
+    return module(name, "--out", "{out}", *rehearsed, *races)
+
+
+ON_GPU = [
+    "tests/optim/test_on_gpu.py", "tests/hope/test_on_gpu.py", "tests/distributed/test_on_gpu.py",
+]  # fmt: skip
+# Made under a mode that torch.compile does not look through.
+CONTRACT = ["tests/optim/test_contract.py", "-k", "not recompile"]
+SANITIZED = ["tests/ops/test_parity.py", "-k", "same_bit_for_bit and (cuda or triton)"]
+COMPILERS = str(max(1, min(16, os.cpu_count() or 1)))
+
+
+def sanitizer(tool: str) -> Stage:
+    return Stage(
+        tool,
+        f"compute-sanitizer {tool}: every operator on the GPU",
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests(*SANITIZED)],
+        60,
+        tests("tests/ops/test_parity.py", "-k", "same_bit_for_bit and cuda and frobenius"),
+        needs="compute-sanitizer",
+    )
+
+
+STAGES = (
+    Stage(
+        "build",
+        "the extensions for this card, and what they bring",
+        module("build"),
+        150,
+        module("build"),
+        {"MAX_JOBS": COMPILERS},
+    ),
+    Stage(
+        "parity",
+        "every operator on cuda and triton against float64",
+        tests("tests/ops/test_parity.py", "-k", "cuda or triton", jobs=8),
+        90,
+        tests("tests/ops/test_cuda_emulation.py", "-k", "frobenius or library"),
+    ),
+    Stage(
+        "kernels",
+        "Triton's kernels at the sizes they are for; graphs and streams",
+        tests("tests/triton/test_on_gpu.py", "tests/ops/test_cuda.py", jobs=4),
+        90,
+        tests("tests/triton/emulated.py", "-k", "half_product"),
+        {},
+    ),
+    Stage(
+        "steps",
+        "steps, graphs, scaling, rounding, checkpoints; Hope; FSDP2 on NCCL",
+        tests(*ON_GPU, jobs=8),
+        90,
+        tests(*ON_GPU, "-k", "DeltaMomentum-default or hope or linear"),
+    ),
+    Stage(
+        "elementwise",
+        "the element-wise path against torch's fused AdamW",
+        timing("races", "adamw-large", "adamw-bf16", "adamw-400"),
+        45,
+        timing("races", "adamw-large", "adamw-bf16", "adamw-400", quick=True),
+    ),
+    Stage(
+        "matrices",
+        "memories at GPT-2-small's matrices against torch's Muon",
+        timing("races", "gpt2-small"),
+        75,
+        timing("races", "gpt2-small", quick=True),
+    ),
+    Stage(
+        "operators",
+        "each kernel's share of bandwidth or of the tensor cores' rate",
+        timing("operators"),
+        60,
+        timing("operators", quick=True),
+    ),
+    Stage(
+        "training",
+        "tokens per second: GPT-2-small with three optimizers; Hope and a Transformer",
+        timing("training"),
+        110,
+        timing("training", quick=True),
+    ),
+    Stage(
+        "matrices-xl",
+        "memories at GPT-2-XL's matrices against torch's Muon",
+        timing("races", "gpt2-xl"),
+        60,
+        timing("races", "gpt2-xl", quick=True),
+    ),
+    Stage(
+        "contract",
+        "what torch asks of an optimizer, with parameters on the GPU",
+        tests(*CONTRACT, jobs=12),
+        120,
+        tests("tests/optim/test_contract.py", "-k", "repr"),
+        {"DEEPOPT_TEST_DEVICE": "cuda"},
+    ),
+    Stage(
+        "upstream",
+        "PyTorch's own optimizer tests on the GPU",
+        tests("tests/upstream"),
+        120,
+        tests("tests/upstream"),
+        {"DEEPOPT_TEST_DEVICE": "cuda"},
+        needs="DEEPOPT_TORCH_TESTS",
+    ),
+    sanitizer("memcheck"),
+    sanitizer("racecheck"),
+    Stage(
+        "many-cores",
+        "the CPU's steps on all cores of this machine",
+        [*timing("races", "gpt2-small", "adamw-large"), "--device", "cpu"],
+        60,
+        timing("races", "gpt2-small", "adamw-large", quick=True),
+        {"OMP_NUM_THREADS": COMPILERS},
+    ),
+)
+
+PLANTED = tuple(
+    Stage(f"planted-{how}", f"a planted {how}", [], 4, module("planted", how), expected=expected)
+    for how, expected in (("failure", "FAILED"), ("hang", "TIMED OUT"), ("crash", "CRASHED"))
+)
+"""What a rehearsal must report as it is."""
