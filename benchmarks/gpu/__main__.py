@@ -92,7 +92,9 @@ def outcome(code: int | None) -> str:
 
 def told(log: str, code: int | None) -> str:
     """The line of a log that says most."""
-    counts = re.findall(r"^\W*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", log, re.MULTILINE)
+    counts = re.findall(
+        r"^\W*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", log, re.MULTILINE
+    )
     if counts:
         return counts[-1]
     lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]

@@ -42,7 +42,9 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.on_gpu = self.device.type == "cuda"
-        self._flushed = torch.empty(2**28 if self.on_gpu else 2**20, dtype=torch.uint8, device=device)
+        self._flushed = torch.empty(
+            2**28 if self.on_gpu else 2**20, dtype=torch.uint8, device=device
+        )
         if self.on_gpu:
             self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -127,7 +129,10 @@ def rates(clock: Clock, quick: bool = False) -> Rates:
             step()
         return amount / quartiles([clock.work(step) for _ in range(10)]).median
 
-    found = {"copy": best(lambda: a.copy_(grad), 8.0 * entries), "stream": best(stream, 28.0 * entries)}
+    found = {
+        "copy": best(lambda: a.copy_(grad), 8.0 * entries),
+        "stream": best(stream, 28.0 * entries),
+    }
     del a, b, c, grad
     found["float32"] = best(*product(4096, torch.float32))
     found["bfloat16"] = best(*product(8192, torch.bfloat16))

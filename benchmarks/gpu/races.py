@@ -3,6 +3,7 @@
 import argparse
 import random
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ class Runner:
     def __init__(self, name: str, contender: Contender, grads: list[Tensor], clock: Clock) -> None:
         self.name, self.contender, self.clock = name, contender, clock
         self.step = self.made(grads)
+        begun = time.perf_counter()
         for _ in range(3):
             self.step()
+        clock.synchronize()
+        self.first = time.perf_counter() - begun
+        print(f"{name}: {self.first:.1f} s for the first three steps", flush=True)
         self.issue = statistics.median(clock.issue(self.step) for _ in range(3))
         for _ in range(-6 % contender.period):  # to the end of a period
             self.step()
@@ -83,7 +88,7 @@ def race(name: str, clock: Clock, quick: bool, folder: Path) -> None:
         line: dict[str, Any] = {"kind": "race", **about, "contender": runner.name}
         for key, seconds in runner.times.items():
             line[key] = quartiles(seconds, period)
-        line["issue"] = runner.issue
+        line["issue"], line["first_steps"] = runner.issue, runner.first
         try:
             line["graph"] = runner.in_a_graph(grads, rounds)
         except Exception as error:

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PYTHON = sys.executable
-BASE = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-rfE"]
+BASE = [
+    PYTHON,
+    "-m",
+    "pytest",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:benchmark",
+    "--tb=short",
+    "-rfE",
+    "--durations=5",
+]
 """pytest without plugins that warn where warnings are errors."""
 
 
@@ -100,7 +111,7 @@ STAGES = (
         "Triton's kernels at the sizes they are for; graphs and streams",
         tests("tests/triton/test_on_gpu.py", "tests/ops/test_cuda.py", jobs=4),
         90,
-        tests("tests/triton/emulated.py", "-k", "half_product"),
+        tests("tests/triton/emulated.py", "-k", "symmetric_product_is"),
         {},
     ),
     Stage(
@@ -144,6 +155,13 @@ STAGES = (
         timing("races", "gpt2-xl"),
         60,
         timing("races", "gpt2-xl", quick=True),
+    ),
+    Stage(
+        "compiled",
+        "GPT-2-small's matrices against a Muon compiled by inductor",
+        timing("races", "gpt2-small-compiled"),
+        90,
+        timing("races", "gpt2-small-compiled", quick=True),
     ),
     Stage(
         "contract",

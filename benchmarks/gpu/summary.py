@@ -137,7 +137,9 @@ def goals(rows: list[Line]) -> list[tuple[str, ...]]:
             if all(pair):
                 value = pair[0]["work"][0] / pair[1]["work"][0]
                 what = f"{name}: {goal.contender} / {goal.baseline}"
-                found.append((what, f"{value:.2f}", f"<= {goal.limit:.2f}", verdict(value <= goal.limit)))
+                found.append(
+                    (what, f"{value:.2f}", f"<= {goal.limit:.2f}", verdict(value <= goal.limit))
+                )
         for who, share in (race.bandwidth or {}).items():
             if line := races.get((name, who)):
                 value = line["bytes"] / line["work"][0] / rates[key_of(line)]["copy"]

@@ -139,7 +139,9 @@ def gpt2(clock: Clock, quick: bool, folder: Path, about: dict[str, Any]) -> None
 
 def hope(clock: Clock, quick: bool, folder: Path, about: dict[str, Any]) -> None:
     """Forward and backward at d = 1024, 12 layers, 2,048 tokens; as many parameters in both."""
-    size = {"dim": 64, "layers": 1, "heads": 2} if quick else {"dim": 1024, "layers": 12, "heads": 16}
+    size = (
+        {"dim": 64, "layers": 1, "heads": 2} if quick else {"dim": 1024, "layers": 12, "heads": 16}
+    )
     batch = (1, 64) if quick else (4, 2048)
     torch.manual_seed(0)
     ours = Hope(HopeConfig(vocab_size=256, **size))

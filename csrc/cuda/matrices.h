@@ -38,8 +38,9 @@ DEEPOPT_RULE int64_t parts_of(int64_t entries, int64_t each) { return (entries +
 void frobenius(float* norms, double* partial, const float* x, int64_t batch, int64_t entries,
                void* stream);
 
-// y null: of x alone. result: (1 or 3, B, m).
-void row_products(float* result, const float* x, const float* y, bool transposed,
+// Of x alone, or of two. result: (1 or 3, B, m). A stack without columns has no address, and its
+// products are zero.
+void row_products(float* result, const float* x, const float* y, bool two, bool transposed,
                   const Shape& shape, void* stream);
 
 // Everything of the rule but its products and norms, which are there.

@@ -86,7 +86,7 @@ Tensor on_row_products(std::vector<Tensor> tensors) {
   const Tensor result =
       torch::stable::new_empty(tensors[0], {two ? 3 : 1, x.batch, x.rows}, ScalarType::Float);
   row_products(result.mutable_data_ptr<float>(), static_cast<const float*>(x.data()),
-               two ? static_cast<const float*>(y.data()) : nullptr, x.transposed, shape_of(x),
+               static_cast<const float*>(y.data()), two, x.transposed, shape_of(x),
                device.stream());
   device.check_launch();
   return result;

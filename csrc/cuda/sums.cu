@@ -111,15 +111,15 @@ void frobenius(float* norms, double* partial, const float* x, int64_t batch, int
   launch(norms_of_parts, batch, kThreads, stream, norms, partial, parts);
 }
 
-void row_products(float* result, const float* x, const float* y, bool transposed,
+void row_products(float* result, const float* x, const float* y, bool two, bool transposed,
                   const Shape& shape, void* stream) {
   const int64_t rows = shape.batch * shape.rows;
   if (transposed) {
     const int64_t blocks = shape.batch * parts_of(shape.rows, kWarp);
-    launch(y ? products_of_columns<true> : products_of_columns<false>, blocks, dim3(kWarp, kRows),
+    launch(two ? products_of_columns<true> : products_of_columns<false>, blocks, dim3(kWarp, kRows),
            stream, result, x, y, shape);
   } else {
-    launch(y ? products_of_rows<true> : products_of_rows<false>, parts_of(rows, kRows), kThreads,
+    launch(two ? products_of_rows<true> : products_of_rows<false>, parts_of(rows, kRows), kThreads,
            stream, result, x, y, rows, shape.columns);
   }
 }

@@ -4,11 +4,22 @@ import torch
 from torch import Tensor
 
 import deepopt.ops as operators
+from deepopt.ops.inverse_power import newton_serves
+from deepopt.ops.triton.covariance import gram_average, inverse_power
 from deepopt.ops.triton.delta import delta_write, erase
 from deepopt.ops.triton.newton_schulz import newton_schulz
-from deepopt.ops.triton.symmetric import half_product, symmetric_product
+from deepopt.ops.triton.split import split_product
+from deepopt.ops.triton.symmetric import symmetric_product
 
-__all__ = ["delta_write", "erase", "half_product", "newton_schulz", "symmetric_product"]
+__all__ = [
+    "delta_write",
+    "erase",
+    "gram_average",
+    "inverse_power",
+    "newton_schulz",
+    "split_product",
+    "symmetric_product",
+]
 
 
 def _takes(*matrices: Tensor) -> bool:
@@ -36,3 +47,18 @@ operators.delta_write.backend(
         and isinstance(retention, float)
     ),
 )(delta_write)
+operators.gram_average.backend(
+    "triton",
+    supports=lambda gram, grad, scale, kept, share, of_rows: (
+        _takes(grad) and gram.dtype == scale.dtype == kept.dtype == torch.float32
+    ),
+)(gram_average)
+operators.inverse_power.backend(
+    "triton",
+    supports=lambda gram, power, damping: (
+        _takes(gram)
+        and newton_serves(gram, power, damping)
+        and damping**-power <= 2**14  # what half precision holds
+    ),
+)(inverse_power)
+operators.matmul.backend("triton", supports=lambda a, b: _takes(a) and _takes(b))(split_product)

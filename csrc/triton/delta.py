@@ -8,15 +8,9 @@ from torch import Tensor
 from deepopt.ops.step_size import frobenius, running_root
 from deepopt.ops.triton.scaling import divided, tile_norm
 from deepopt.ops.triton.symmetric import symmetric_product
-from deepopt.ops.triton.tuning import SMALLEST, configs, fitting
+from deepopt.ops.triton.tiles import erase_tile
 
 
-@triton.autotune(
-    configs([(128, 64, 64), (64, 128, 64), (128, 128, 32), (64, 64, 32)]),
-    key=["batch", "m", "n", "depth"],
-    prune_configs_by={"early_config_prune": fitting},
-    reset_to_zero=["norms_ptr"],  # after a trial with smaller tiles
-)
 @triton.heuristics(
     {
         "EVEN": lambda args: args["m"] % args["BLOCK_M"] == 0 and args["n"] % args["BLOCK_N"] == 0,
@@ -131,21 +125,18 @@ def erase(
     batch, m, n = momentum.shape
     momentum, grad = momentum.contiguous(), grad.contiguous()
     out = torch.empty_like(momentum)
-    # As many as the smallest tiles need; the larger the tiles, the more of them stay zero.
-    slots = max(triton.cdiv(m, SMALLEST) * triton.cdiv(n, SMALLEST), 1)
-    norms = momentum.new_zeros(batch, 2, slots)
+    tile = erase_tile(a, b)
+    slots = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
+    norms = momentum.new_empty(batch, 2, slots)
     if isinstance(retention, Tensor):
         retention = retention.to(momentum)
     else:
         retention = momentum.new_full((1,), retention)
 
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        return (batch * triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
-
     if out.numel():
-        erase_kernel[grid](
+        erase_kernel[(batch * slots,)](
             a, b, momentum, grad, coefficient, retention, out, norms,
-            batch, m, n, a.shape[-1], slots, *a.stride(), *b.stride(),
+            batch, m, n, a.shape[-1], slots, *a.stride(), *b.stride(), **tile.options(),
         )  # fmt: skip
     erased, before = frobenius(norms.reshape(2 * batch, 1, slots)).reshape(batch, 2).unbind(1)
     return out, erased, before

@@ -5,14 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepopt.ops.triton.tuning import configs, fastest, fitting
+from deepopt.ops.triton.tiles import symmetric_tile
 
 
-@triton.autotune(
-    configs([(128, 128, 64), (128, 128, 32), (64, 64, 64), (64, 64, 32)]),
-    key=["batch", "size", "depth", "HAS_ADDEND"],
-    prune_configs_by={"early_config_prune": fitting},
-)
 @triton.heuristics(
     {
         "EVEN": lambda args: args["size"] % args["BLOCK_M"] == 0,
@@ -91,20 +86,20 @@ def symmetric_kernel(
             total += beta * tl.load(addend_ptr + corner + place, there, 0.0).to(tl.float32)
     total = tl.where(rows[:, None] == columns[None, :], total + shift, total)
     result = total.to(out_ptr.dtype.element_ty)
-    mirrored = tl.trans(result)
-    # Of a tile on the diagonal both halves are computed, and may be rounded differently.
-    result = tl.where(rows[:, None] >= columns[None, :], result, mirrored)
+    if i == j:  # both halves are computed, and may be rounded differently
+        result = tl.where(rows[:, None] >= columns[None, :], result, tl.trans(result))
+    else:
+        mirrored = tl.trans(result)
+        across = which * size * size + (j * BLOCK_M).to(tl.int64) * size + i * BLOCK_M
+        if EVEN:
+            tl.store(out_ptr + across + place, mirrored)
+        else:
+            below = (columns[:, None] < size) & (rows[None, :] < size)
+            tl.store(out_ptr + across + place, mirrored, below)
     if EVEN:
         tl.store(out_ptr + corner + place, result)
     else:
         tl.store(out_ptr + corner + place, result, there)
-    if i != j:
-        corner = which * size * size + (j * BLOCK_M).to(tl.int64) * size + i * BLOCK_M
-        if EVEN:
-            tl.store(out_ptr + corner + place, mirrored)
-        else:
-            there = (columns[:, None] < size) & (rows[None, :] < size)
-            tl.store(out_ptr + corner + place, mirrored, there)
 
 
 def symmetric_product(
@@ -120,8 +115,8 @@ def symmetric_product(
     """alpha A Bᵀ + beta D + shift I, where A Bᵀ is known to be symmetric.
 
     It is for B = A, and for symmetric A and B that commute, such as polynomials of one matrix; of
-    anything else the result is the lower triangle, mirrored. By :func:`half_product` or by batched
-    cuBLAS, whichever was faster when this size was first met on this device.
+    anything else the result is the lower triangle, mirrored. The result is exactly symmetric, and
+    has the same bits every time.
 
     Args:
         a: shape (B, m, k), float16, bfloat16 or float32; of any strides below 2²⁴ in a matrix.
@@ -132,63 +127,19 @@ def symmetric_product(
 
     Returns:
         Shape (B, m, m), contiguous. Sums are in float32 and rounded once.
-    """
-    size, depth = a.shape[-2:]
-    key = ("symmetric", a.device, a.dtype, dtype, len(a), size, depth, a.stride(-1) == 1)
-    product = fastest(
-        (*key, b is a, addend is None),
-        [half_product, _whole_product],
-        a, b, addend, alpha, beta, shift, dtype or a.dtype,
-    )  # fmt: skip
-    return product(a, b, addend, alpha, beta, shift, dtype or a.dtype)
-
-
-def half_product(
-    a: Tensor,
-    b: Tensor,
-    addend: Tensor | None,
-    alpha: float,
-    beta: float,
-    shift: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """:func:`symmetric_product` by the kernel: exactly symmetric, the same bits every time.
 
     Cost: m (m + tile) k B FLOPs, where an ordinary product takes 2 m² k B; every operand is read
     at least once, and the result written once.
     """
     batch, size, depth = a.shape
-    out = a.new_empty(batch, size, size, dtype=dtype)
+    out = a.new_empty(batch, size, size, dtype=dtype or a.dtype)
     addend = None if addend is None else addend.contiguous()
-
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        blocks = triton.cdiv(size, meta["BLOCK_M"])
-        return (batch * blocks * (blocks + 1) // 2,)
-
     if out.numel():
-        symmetric_kernel[grid](
+        tile = symmetric_tile(a)
+        blocks = triton.cdiv(size, tile.rows)
+        symmetric_kernel[(batch * blocks * (blocks + 1) // 2,)](
             a, b, out if addend is None else addend, out,
             alpha, beta, shift, batch, size, depth, *a.stride(), *b.stride(),
-            HAS_ADDEND=addend is not None,
+            HAS_ADDEND=addend is not None, **tile.options(),
         )  # fmt: skip
     return out
-
-
-def _whole_product(
-    a: Tensor,
-    b: Tensor,
-    addend: Tensor | None,
-    alpha: float,
-    beta: float,
-    shift: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """:func:`symmetric_product` by cuBLAS, at twice the arithmetic."""
-    if addend is None:
-        out = torch.bmm(a, b.mT)
-        out = out if alpha == 1.0 else out.mul_(alpha)
-    else:
-        out = torch.baddbmm(addend.to(a.dtype), a, b.mT, beta=beta, alpha=alpha)
-    if shift:
-        out.diagonal(dim1=-2, dim2=-1).add_(shift)
-    return out.to(dtype)

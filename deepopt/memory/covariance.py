@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepopt.memory.linear import Linear
-from deepopt.ops import frobenius, gram_average, inverse_power
+from deepopt.ops import frobenius, gram_average, inverse_power, matmul
 
 LINEAR = Linear()
 
@@ -121,6 +121,7 @@ class Covariance:
         before = frobenius(momentum)
         for side in self._sides(grad):
             root = state[f"root_{side}"]
-            momentum = root @ momentum if side == "left" else momentum @ root
+            left = side == "left"
+            momentum = matmul(root, momentum) if left else matmul(momentum, root)
         after = frobenius(momentum).clamp_min(torch.finfo(grad.dtype).tiny)
         return momentum * (before / after)[:, None, None]

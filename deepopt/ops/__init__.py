@@ -13,6 +13,7 @@ from deepopt.ops.coordinate_mlp import (
 from deepopt.ops.delta_write import delta_write
 from deepopt.ops.gram_average import gram_average
 from deepopt.ops.inverse_power import inverse_power
+from deepopt.ops.matmul import matmul
 from deepopt.ops.move import move_
 from deepopt.ops.multi_scale_write import multi_scale_write
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
@@ -34,6 +35,7 @@ __all__ = [
     "frobenius",
     "gram_average",
     "inverse_power",
+    "matmul",
     "move_",
     "multi_scale_write",
     "newton_schulz",

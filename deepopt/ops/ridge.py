@@ -40,7 +40,9 @@ def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, T
     short = keys if wide else keys.mT
     added = (1 / unit).clamp_min(16 * size * eps) * torch.eye(size, dtype=dtype, device=keys.device)
     factor = torch.linalg.cholesky_ex(added + strength / unit * (short @ short.mT)).L
-    solved = torch.cholesky_solve(short, factor)
+    # Not cholesky_solve, which a CUDA graph cannot capture.
+    solved = torch.linalg.solve_triangular(factor, short, upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, solved, upper=True)
     solved = solved if wide else solved.mT
     recalled = (old @ keys.mT) @ solved if wide else old @ (keys.mT @ solved)
     new = old - strength / unit * recalled

@@ -77,7 +77,9 @@ def step(
 
 
 def _has_kernel(params: list[Tensor], group: dict[str, Any]) -> bool:
-    if group["foreach"] is not None or group["differentiable"] or group["capturable"]:
+    if group["foreach"] is not None or group["differentiable"]:
+        return False
+    if group["capturable"] and params[0].device.type != "cuda":  # counts are read on the device
         return False
     if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         return False

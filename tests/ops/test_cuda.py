@@ -8,6 +8,7 @@ import torch
 import deepopt
 from deepopt.ops import adamw_, backend, combine, frobenius, move_, multi_scale_write, resize
 from deepopt.ops.operator import UNAVAILABLE
+from tests.gpu import captured, no_waiting
 
 pytestmark = pytest.mark.skipif("cuda" in UNAVAILABLE, reason=UNAVAILABLE.get("cuda", ""))
 CUDA = torch.device("cuda")
@@ -30,47 +31,31 @@ def assert_close(ours, theirs):
         torch.testing.assert_close([x.cpu() for x in kind], [x.cpu() for x in other])
 
 
-@pytest.fixture
-def no_waiting():
-    """Raises where the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_operators_do_not_wait_for_the_device(no_waiting):
+def test_operators_do_not_wait_for_the_device():
     given, steps = lists(), [torch.zeros(()) for _ in range(3)]
-    with backend("cuda"):
+    ones, norm, rows = (torch.ones(*size, device=CUDA) for size in ((1,), (1,), (1, 64)))
+    host = torch.zeros(1)
+    with backend("cuda"), no_waiting():
         adamw_(*given, [], [], *RATES)
         adamw_(*given[:4], steps, [], [], *RATES)
         move_(given[0], given[1], [], [], 1e-2, 0.1)
         matrices = given[0][0][None]
-        combine([matrices, matrices], torch.ones(2, 1, device=CUDA))
+        combine([matrices, matrices], ones.expand(2, 1))
         frobenius(matrices)
-        norm, rows = torch.zeros(1, device=CUDA), torch.zeros(1, 64, device=CUDA)
-        for step in (steps[0][None], torch.ones(1, device=CUDA)):
+        for step in (host, ones):
             states = (step + 1, norm, rows, rows)
-            gain = torch.ones(1, device=CUDA)
-            resize([matrices], None, matrices, gain, matrices, *states, 0.9, 0.99, 1.5, None)
-        step = torch.ones(1, device=CUDA)
-        multi_scale_write(matrices, matrices, matrices, step, 0.9, 3, 0.99)
+            resize([matrices], None, matrices, ones, matrices, *states, 0.9, 0.99, 1.5, None)
+        multi_scale_write(matrices, matrices, matrices, ones, 0.9, 3, 0.99)
 
 
 def test_a_replayed_graph_goes_on_counting():
     given = lists()
     expected = on_cpu(given)
     with backend("cuda"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # loads the kernels before the capture
-            adamw_(*copy.deepcopy(given), [], [], *RATES)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            adamw_(*given, [], [], *RATES)
+        adamw_(*copy.deepcopy(given), [], [], *RATES)  # loads the kernels before the capture
+        replay = captured(lambda: adamw_(*given, [], [], *RATES), warm_up=0)
         for _ in range(3):
-            graph.replay()
+            replay()
     for _ in range(3):
         adamw_(*expected, [], [], *RATES)
     assert [int(step) for step in given[4]] == [3, 3, 3]
@@ -79,27 +64,18 @@ def test_a_replayed_graph_goes_on_counting():
 
 def test_a_graph_of_an_optimizer_step_replays_to_the_same_parameters():
     made = []
-    for captured in (True, False):
+    for replayed in (True, False):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 16)).to(CUDA)
         optimizer = deepopt.DeepMomentum(model.parameters(), lr=1e-2, capturable=True)
         for param in model.parameters():
             param.grad = torch.randn_like(param)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # state is made before the capture
+        play = captured(optimizer.step) if replayed else optimizer.step
+        if not replayed:
             for _ in range(3):
                 optimizer.step()
-        torch.cuda.current_stream().wait_stream(side)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step()
-            for _ in range(4):
-                graph.replay()
-        else:
-            for _ in range(4):
-                optimizer.step()
+        for _ in range(4):
+            play()
         made.append([param.detach().clone() for param in model.parameters()])
     torch.testing.assert_close(*made)
 
@@ -129,6 +105,16 @@ def test_tensors_of_another_device_than_the_current_one():
         assert torch.cuda.current_device() == 0
     adamw_(*expected, [], [], *RATES)
     assert_close(given, expected)
+
+
+def test_tensors_of_host_and_device_are_refused():
+    for index in (0, 1, 2):
+        given = lists()
+        given[index][2] = given[index][2].cpu()
+        with backend("cuda"), pytest.raises(RuntimeError, match="one device"):
+            adamw_(*given, [], [], *RATES)
+        with backend("cuda"), pytest.raises(RuntimeError, match="one device"):
+            move_(given[0], [g.cpu() for g in given[1]], [], [], 1e-2, 0.1)
 
 
 def test_tensors_of_two_devices_are_refused():

@@ -3,7 +3,6 @@
 ``python tests/triton/aot.py cuda:90``: needs triton, but neither a GPU nor a driver.
 """
 
-import copy
 import json
 import re
 import subprocess
@@ -20,7 +19,9 @@ from triton.compiler import ASTSource
 
 from deepopt.ops.triton.delta import erase_kernel
 from deepopt.ops.triton.scaling import CHUNK, divide_kernel, norm_kernel
+from deepopt.ops.triton.split import split_kernel
 from deepopt.ops.triton.symmetric import symmetric_kernel
+from deepopt.ops.triton.tiles import ERASE, EXACT, LARGE, SMALL, SPLIT, Tile, adapted
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What the launcher finds in whole numbers: those that 16 divides, and strides of one.
@@ -30,12 +31,13 @@ POINTERS = {"out_ptr": "fp32", "momentum_ptr": "fp32", "grad_ptr": "fp32", "norm
 
 
 def compiled(kernel: Any, types: dict[str, str], unit: set[str], constants: dict[str, Any],
-             config: triton.Config, target: GPUTarget) -> Any:  # fmt: skip
+             options: dict[str, int], target: GPUTarget) -> Any:  # fmt: skip
     """The kernel as the launcher would compile it for tensors of these types and strides."""
     function = kernel
     while not isinstance(function, triton.JITFunction):
         function = function.fn
-    constants = {**constants, **config.kwargs, **dict.fromkeys(unit, 1)}
+    constants = {**constants, **dict.fromkeys(unit, 1)}
+    constants |= {name: size for name, size in options.items() if name.isupper()}
     signature, hints = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -48,8 +50,8 @@ def compiled(kernel: Any, types: dict[str, str], unit: set[str], constants: dict
         if signature[name] != "constexpr" and (whole or name.endswith("_ptr")):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=target, options=options)
+    launch = {name: number for name, number in options.items() if not name.isupper()}
+    return triton.compile(source, target=target, options=launch)
 
 
 def used_on_nvidia(kernel: Any) -> dict[str, Any]:
@@ -90,16 +92,14 @@ def used_on_amd(kernel: Any) -> dict[str, Any]:
 def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
     """(name, compiled kernel) for every kernel, type and tile that the package launches."""
 
-    def compile(kernel: Any, numbers: Iterable[int], types: dict[str, str], unit: set[str],
-                **constants: bool) -> Iterator[tuple[str, Any]]:  # fmt: skip
-        for number in numbers:
-            config = copy.copy(kernel.configs[number])
-            if target.backend == "hip":
-                config.num_stages = 2  # as on a machine with such a GPU
-            tile = "x".join(map(str, config.kwargs.values()))
-            layout = "".join(sorted(name[0] for name in unit if name.endswith("row")))
-            name = f"{kernel.base_fn.__name__} {'/'.join(types.values())} {tile} {layout}".strip()
-            yield name, compiled(kernel, types, unit, constants, config, target)
+    def compile(kernel: Any, tile: Tile, types: dict[str, str], unit: set[str],
+                **constants: bool) -> tuple[str, Any]:  # fmt: skip
+        major = int(target.arch) // 10 if target.backend == "cuda" else 0
+        tile = adapted(tile, target.backend, major)
+        layout = "".join(sorted(name[0] for name in unit if name.endswith("row")))
+        blocks = f"{tile.rows}x{tile.columns}x{tile.depth}"
+        name = f"{kernel.fn.__name__} {'/'.join(types.values())} {blocks} {layout}".strip()
+        return name, compiled(kernel, types, unit, constants, tile.options(), target)
 
     # Sizes that the tile divides, and sizes that only 16 divides.
     even, masked = {"EVEN": True, "EVEN_K": True}, {"EVEN": False, "EVEN_K": False}
@@ -108,15 +108,18 @@ def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
     def square(dtype: str) -> dict[str, str]:
         return dict.fromkeys(("a_ptr", "b_ptr", "addend_ptr", "out_ptr"), dtype)
 
-    half, single = range(len(symmetric_kernel.configs) - 1), [-1]
-    yield from compile(symmetric_kernel, half, square("bf16"), rows, HAS_ADDEND=True, **even)
-    yield from compile(symmetric_kernel, [0], square("fp16"), columns, HAS_ADDEND=False, **masked)
-    yield from compile(symmetric_kernel, single, square("fp32"), rows, HAS_ADDEND=True, **even)
-    half = range(len(erase_kernel.configs) - 1)
-    yield from compile(erase_kernel, half, {"a_ptr": "fp32", "b_ptr": "bf16"}, rows, **even)
-    yield from compile(erase_kernel, [0], {"a_ptr": "bf16", "b_ptr": "bf16"}, rows, **masked)
-    yield from compile(erase_kernel, single, {"a_ptr": "fp32", "b_ptr": "fp32"}, rows, **even)
-    chunk = triton.Config({"CHUNK": CHUNK}, num_warps=8)
+    single = {"a_ptr": "fp32", "b_ptr": "fp32"}
+    yield compile(symmetric_kernel, LARGE, square("bf16"), rows, HAS_ADDEND=True, **even)
+    yield compile(symmetric_kernel, SMALL, square("bf16"), rows, HAS_ADDEND=True, **even)
+    yield compile(symmetric_kernel, LARGE, square("fp16"), columns, HAS_ADDEND=False, **masked)
+    yield compile(symmetric_kernel, EXACT, square("fp32"), rows, HAS_ADDEND=True, **even)
+    mixed = ERASE._replace(stages=3)
+    yield compile(erase_kernel, mixed, {"a_ptr": "fp32", "b_ptr": "bf16"}, rows, **even)
+    yield compile(erase_kernel, ERASE, {"a_ptr": "bf16", "b_ptr": "bf16"}, rows, **masked)
+    yield compile(erase_kernel, EXACT, single, rows, **even)
+    yield compile(split_kernel, SPLIT, single, rows, HAS_UNITS=False, **even)
+    yield compile(split_kernel, SPLIT, single, columns, HAS_UNITS=True, **masked)
+    chunk = {"CHUNK": CHUNK, "num_warps": 8}
     yield "norm_kernel fp32 chunk", compiled(norm_kernel, {}, set(), {}, chunk, target)
     types = {"out_ptr": "fp16"}
     yield "divide_kernel fp32/fp16 chunk", compiled(divide_kernel, types, set(), {}, chunk, target)

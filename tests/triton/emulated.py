@@ -15,9 +15,10 @@ from triton.runtime import interpreter
 import deepopt.ops
 from deepopt.memory import Delta
 from deepopt.ops import frobenius, polar_express
-from deepopt.ops.triton import delta_write, erase, half_product, newton_schulz
+from deepopt.ops.triton import delta_write, erase, newton_schulz, split_product, symmetric_product
 
 on_triton = importlib.import_module("deepopt.ops.triton.newton_schulz")  # not the function
+on_covariance = importlib.import_module("deepopt.ops.triton.covariance")
 
 reference = deepopt.ops.newton_schulz.reference
 
@@ -96,7 +97,7 @@ def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
     ("shape", "layout"),
     [(shape, "rows") for shape in SHAPES] + [((3, 33, 45), "transposed"), ((3, 33, 45), "gaps")],
 )
-def test_half_product_is_as_near_as_its_sums_allow(shape, dtype, layout):
+def test_a_symmetric_product_is_as_near_as_its_sums_allow(shape, dtype, layout):
     batch, size, depth = shape
     x = torch.randn(shape).to(dtype)
     addend = torch.randn(batch, size, size)
@@ -106,7 +107,7 @@ def test_half_product_is_as_near_as_its_sums_allow(shape, dtype, layout):
     expected = 0.5 * wide @ wide.mT - 0.25 * addend.double() + 2 * eye
     total = 0.5 * wide.abs() @ wide.abs().mT + 0.25 * addend.double().abs() + 2 * eye
     for out in (torch.float32, dtype):
-        found = half_product(view, view, addend, 0.5, -0.25, 2.0, out)
+        found = symmetric_product(view, view, addend, alpha=0.5, beta=-0.25, shift=2.0, dtype=out)
         assert found.dtype == out
         assert torch.equal(found, found.mT)
         _within(found, expected, (depth + 4) * HALF * total + ROUNDING[out] * expected.abs())
@@ -116,7 +117,7 @@ def test_products_of_commuting_matrices_are_symmetric_to_the_last_bit():
     x = torch.randn(2, 50, 20, dtype=torch.float64) / 7
     gram = x @ x.mT
     power = gram @ gram
-    found = half_product(gram.half(), power.half(), None, 1.0, 0.0, 0.0, torch.float32)
+    found = symmetric_product(gram.half(), power.half(), dtype=torch.float32)
     assert torch.equal(found, found.mT)
     expected = gram.half().double() @ power.half().double()
     lower = torch.tril(torch.ones(50, 50, dtype=torch.bool))
@@ -147,6 +148,59 @@ def test_erase_is_as_near_as_its_sums_allow(shape, types):
     _within(erased, norm, torch.linalg.matrix_norm(bound) + 32 * HALF * norm)
     norm = torch.linalg.matrix_norm(momentum.double())
     _within(before, norm, 32 * HALF * norm)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-20, 1e15), (1e30, 1e-9)])
+@pytest.mark.parametrize(("shape", "layout"), [((2, 33, 45), "transposed"), ((1, 40, 16), "gaps")])
+def test_a_split_product_is_as_near_as_float32(shape, layout, scales):
+    batch, m, depth = shape
+    a = _strided(scales[0] * torch.randn(shape), layout)
+    b = _strided(scales[1] * torch.randn(batch, depth, 35), layout)
+    a[:, ::3] *= 1e-3  # entries of many sizes
+    expected = a.double() @ b.double()
+    # Both operands lose 2^-22, and what is far below their norms 2^-36 of those.
+    norms = torch.linalg.matrix_norm(a.double()) * torch.linalg.matrix_norm(b.double())
+    bound = (depth + 12) * HALF * (a.double().abs() @ b.double().abs())
+    _within(split_product(a, b), expected, bound + 2.0**-34 * norms[:, None, None])
+
+
+def test_a_split_product_of_bounded_matrices_needs_no_units():
+    a, b = torch.randn(2, 40, 33), torch.randn(2, 33, 17)
+    expected = a.double() @ b.double()
+    bound = 45 * HALF * (a.double().abs() @ b.double().abs())
+    _within(split_product(a, b, bounded=True), expected, bound + 2.0**-30)
+
+
+def test_a_split_product_without_depth_is_zero():
+    assert torch.equal(
+        split_product(torch.ones(1, 3, 0), torch.ones(1, 0, 4)), torch.zeros(1, 3, 4)
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 72), (1, 48, 17)])
+def test_gram_average_is_that_of_rounded_keys(shape):
+    grad, scale, kept = torch.randn(shape), torch.full(shape[:1], 6.0), torch.rand(shape[0])
+    of_rows = shape[1] <= shape[2]
+    gram = torch.randn(shape[0], min(shape[1:]), min(shape[1:]))
+    gram = gram @ gram.mT
+    found = on_covariance.gram_average(gram, grad, scale, kept, 0.05, of_rows)
+    keys = (grad / 6.0).bfloat16().double()
+    keys = keys if of_rows else keys.mT
+    expected = kept.double()[:, None, None] * gram.double() + 0.05 * keys @ keys.mT
+    total = gram.double().abs() + 0.05 * keys.abs() @ keys.abs().mT
+    assert torch.equal(found, found.mT)
+    _within(found, expected, (max(shape[1:]) + 4) * HALF * total)
+
+
+@pytest.mark.parametrize("power", [0.5, 0.25])
+@pytest.mark.parametrize("rank", [10, 60])
+def test_roots_are_those_of_eigenvalues(power, rank):
+    """Of a Gram matrix in float32, whose rounding bounds what any method can tell of small ones."""
+    factor = torch.randn(1, 34, rank)
+    gram = factor @ factor.mT
+    found = on_covariance.inverse_power(gram, power, 1e-6)
+    exact = deepopt.ops.inverse_power.reference(gram.double(), power, 1e-6)
+    assert (found - exact).norm() < (0.02 if rank < 34 else 1e-3) * exact.norm()
 
 
 def test_norms_survive_squares_beyond_float32():

@@ -52,9 +52,9 @@ MATRIX_UNITS = {
     "cuda:100": "UTCHMMA",
     "hip:gfx942": "v_mfma",
 }
-# Registers of a thread, by tile. 255 is all there are, enough for one block of eight warps; with
-# 128 two of them fit. AMD's 168 leave room for three waves of four.
-REGISTERS = {"128x128": 255, "128x64": 144, "64x128": 144, "64x64": 208, "chunk": 64}
+# Registers of a thread, by tile. 255 is all there are: one block of eight warps or, as the H100's
+# fastest tiles have, two of four. AMD's 168 leave room for three waves of four.
+REGISTERS = {"128x128": 255, "128x64": 255, "64x64": 208, "chunk": 64}
 REGISTERS_ON_AMD = 168
 
 
@@ -63,7 +63,7 @@ def test_machine_code_has_no_spills_wide_loads_and_matrix_instructions(target, t
     done = run(FOLDER / "aot.py", target, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     kernels, amd = json.loads(done.stdout), target.startswith("hip")
-    assert len(kernels) == 12
+    assert len(kernels) == 11
     for name, usage in kernels.items():
         assert usage["spills"] == 0, name
         tile = "x".join(name.split()[2].split("x")[:2])
@@ -71,7 +71,8 @@ def test_machine_code_has_no_spills_wide_loads_and_matrix_instructions(target, t
         assert usage["registers"] <= most, (name, usage["registers"])
         count = usage["instructions"]
         # float32 stays float32: NVIDIA's matrix units would round it to tf32.
-        if "chunk" not in name and (amd or "fp32/fp32" not in name):
+        exact = "fp32/fp32" in name and "split" not in name
+        if "chunk" not in name and (amd or not exact):
             assert any(code.startswith(MATRIX_UNITS[target]) for code in count), name
         assert_wide(name, count, "global_load" if amd else "LDG")
 
@@ -81,5 +82,5 @@ def assert_wide(name, count, prefix):
     loads = {code: n for code, n in count.items() if code.startswith(prefix) and "BAR" not in code}
     narrow = {code: n for code, n in loads.items() if not code.endswith((".128", "dwordx4"))}
     assert len(loads) > len(narrow), name
-    numbers = {"erase_kernel": 2, "divide_kernel": 1}.get(name.split()[0], 0)
+    numbers = {"erase_kernel": 2, "divide_kernel": 1, "split_kernel": 4}.get(name.split()[0], 0)
     assert sum(narrow.values()) <= numbers, (name, narrow)

@@ -1,0 +1,77 @@
+"""Which tiles a kernel uses: those that were fastest on an H200 (docs/results/gpu.md).
+
+They are fixed, not tried when a kernel is first met: every candidate is one more compilation, and
+trying three took ten seconds of a first step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SMALLEST = 32
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the result, depth of a turn of the loop, warps, and turns read ahead."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """As a kernel's launch takes them."""
+        blocks = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# Emulation runs program after program, about a millisecond each: tiles that leave edges and tails
+# in matrices of a few dozen rows.
+EMULATED = Tile(SMALLEST, SMALLEST, 16, 4, 1)
+EXACT = Tile(64, 64, 32, 4, 4)
+"""For float32 operands, which no matrix unit multiplies."""
+LARGE, SMALL = Tile(128, 128, 64, 4, 3), Tile(64, 64, 128, 4, 3)
+"""Of symmetric products in half precision."""
+FEW = 256
+"""Side up to which small tiles leave fewer processors idle."""
+ERASE = Tile(128, 64, 64, 4, 4)
+SPLIT = Tile(128, 64, 32, 4, 3)
+
+
+def symmetric_tile(operand: Tensor) -> Tile:
+    """For :func:`~deepopt.ops.triton.symmetric.symmetric_product` of ``operand``, (B, m, k)."""
+    if operand.dtype == torch.float32:
+        return on_device(EXACT, operand)
+    return on_device(SMALL if operand.shape[-2] <= FEW else LARGE, operand)
+
+
+def erase_tile(a: Tensor, b: Tensor) -> Tile:
+    """For :func:`~deepopt.ops.triton.delta.erase` of these operands."""
+    if b.dtype == torch.float32:
+        return on_device(EXACT, b)
+    # A float32 operand takes twice the shared memory.
+    return on_device(ERASE._replace(stages=3) if a.dtype == torch.float32 else ERASE, b)
+
+
+def on_device(tile: Tile, operand: Tensor) -> Tile:
+    """The tile as the operand's device can take it."""
+    if not operand.is_cuda:
+        return EMULATED
+    if torch.version.hip:
+        return adapted(tile, "hip")
+    return adapted(tile, "cuda", torch.cuda.get_device_capability(operand.device)[0])
+
+
+def adapted(tile: Tile, backend: str, major: int = 9) -> Tile:
+    """For a GPU of another kind than the H100's.
+
+    Elsewhere four warps have too few registers for more than 64 x 64 sums and what comes after
+    them. AMD's 64 KiB of shared memory hold two turns of the loop.
+    """
+    if backend == "hip":
+        tile = tile._replace(stages=2)
+    if (backend, major) != ("cuda", 9) and tile.rows * tile.columns > 64 * 64:
+        tile = tile._replace(warps=8)
+    return tile
