@@ -2,6 +2,10 @@
 PYTHON ?= python3
 TORCH  ?= torch torchvision
 VENV   ?= .venv
+# Of make gpu: how long it may take, where its results go, and REHEARSE=1 to try it without a GPU
+MINUTES  ?= 9
+OUT      ?= runs/gpu
+REHEARSE ?=
 # Passed on: make train ARGS="--steps 100", make test ARGS="-k muon"
 ARGS   ?=
 # Processes of the test suite
@@ -12,7 +16,7 @@ STAMP := $(VENV)/installed
 # Tests beside the suite: they take packages or processes of their own.
 INTEGRATION := $(wildcard tests/integration tests/distributed)
 
-.PHONY: train test test-integration test-sanitized lint format clean
+.PHONY: train test test-integration test-sanitized gpu lint format clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
@@ -26,6 +30,11 @@ test-integration: $(STAMP)-trainers
 # Kernels for the CPU under the address and undefined-behaviour sanitizers
 test-sanitized: $(STAMP)
 	tests/sanitized/run $(abspath $(BIN))/python
+
+# All that a GPU has to show. It takes the python3 that holds torch, as a bare machine has it.
+gpu: $(if $(REHEARSE),$(STAMP))
+	$(if $(REHEARSE),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes $(MINUTES) --out '$(OUT)' \
+		$(if $(REHEARSE),--rehearse) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

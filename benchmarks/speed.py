@@ -10,7 +10,6 @@ of what was measured.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -30,7 +29,6 @@ from matplotlib.figure import Figure
 from benchmarks import work
 from benchmarks.speed_cases import CASES, Case, Line, Row, Setting
 from benchmarks.swap import markdown
-from benchmarks.work import Rates
 from deepopt.hope.checkpoint import write_atomically
 from deepopt.hope.report import read_metrics
 
@@ -351,71 +349,6 @@ def plot(path: Path, lines: dict[Run, Line]) -> None:
     figure.savefig(path, dpi=100)
 
 
-# -- The roofline page ---------------------------------------------------------------------------
-
-H100 = Rates(copy=3.35e12, stream=3.35e12, float32=67e12, bfloat16=989e12)
-"""NVIDIA's data sheet for the SXM board: HBM3, float32 outside of tensor cores, dense bfloat16."""
-EFFICIENCY = Rates(copy=0.85, stream=0.85, float32=0.7, bfloat16=0.6)
-"""Assumed of well-made kernels, not measured: shares of the data sheet's rates."""
-MARKS = ("<!-- predictions: written by `python -m benchmarks speed --roofline` -->", "<!-- end -->")
-
-
-def predictions() -> str:
-    """Step times on an H100, from counted bytes and FLOPs alone."""
-    usable = Rates(*(rate * share for rate, share in zip(H100, EFFICIENCY, strict=True)))
-    models = {
-        "GPT-2-small, 85 M": work.transformer(768, 12),
-        "GPT-2-XL, 1.5 B": work.transformer(1600, 48),
-    }
-    rules: dict[str, work.Rule] = {
-        "AdamW, float32": lambda m, n: work.adamw(m * n),
-        "AdamW, bfloat16 with float32 state": lambda m, n: work.adamw(m * n, 2),
-        "torch Muon": work.muon,
-        "DeepMomentum linear": functools.partial(work.linear, least=True),
-        "DeepMomentum delta": functools.partial(work.delta, least=True, products="bfloat16"),
-        "DeepMomentum covariance": functools.partial(
-            work.covariance, least=True, root_flops=lambda r: 46 * 2.0 * r**3
-        ),
-        "DeepMomentum mlp": functools.partial(work.mlp, least=True),
-        "M3": functools.partial(work.m3, least=True),
-        "DMGD row": work.dmgd_row,
-        "DMGD coordinate": work.dmgd_coordinate,
-    }
-    table = [["matrices of", "step", "GB", "TFLOP", "bytes alone, ms", "FLOPs alone, ms", "ms"]]
-    for model, shapes in models.items():
-        for name, rule in rules.items():
-            phases = work.over(shapes, rule)
-            seconds = (
-                work.traffic_seconds(phases, usable),
-                work.product_seconds(phases, usable),
-                work.roofline_seconds(phases, usable),
-            )
-            table.append(
-                [
-                    model,
-                    name,
-                    number(work.total_bytes(phases) / 1e9),
-                    number(work.total_flops(phases) / 1e12),
-                    *(number(second * 1e3) for second in seconds),
-                ]
-            )
-    return markdown(table)
-
-
-def write_roofline(page: Path) -> None:
-    """Put the table between the page's marks.
-
-    Raises:
-        ValueError: the page has no such marks.
-    """
-    text = page.read_text()
-    if not all(mark in text for mark in MARKS):
-        raise ValueError(f"{page} must have the lines {MARKS[0]!r} and {MARKS[1]!r}")
-    before, rest = text.split(MARKS[0], 1)
-    _, after = rest.split(MARKS[1], 1)
-    page.write_text("\n\n".join([before + MARKS[0], predictions(), MARKS[1] + after]))
-
-
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks speed", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
@@ -424,12 +357,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--quick", action="store_true", help="few repeats, to try it")
     parser.add_argument("--fresh", action="store_true", help="repeat cases that have a line")
-    parser.add_argument("--roofline", action="store_true", help="write docs/roofline.md, and end")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.roofline:
-        write_roofline(ROOT / "docs" / "roofline.md")
-        return 0
     if arguments.worker:
         setting = Setting(**json.loads(arguments.worker))
         print(json.dumps(execute(Run(arguments.cases[0], setting.threads), setting)))

@@ -204,6 +204,7 @@ def covariance(
     dtype: str = "bfloat16",
     least: bool = False,
     root_flops: Callable[[int], float] = lambda r: 11.0 * r**3,
+    split: bool = False,
 ) -> Work:
     """The Gram matrix of the short side takes up the gradient, its root, refreshed once in
     ``PERIOD`` steps, multiplies the momentum.
@@ -215,13 +216,23 @@ def covariance(
         least: as above.
         root_flops: of a root of r x r; by default of a decomposition into eigenvectors, about
             9 r³, and the product of two of them.
+        split: as on a GPU, where keys are rounded to bfloat16, each float32 product is three in
+            half precision, and a root is 30 of those and ten squares.
     """
     r, big = sorted((m, n))
     size, square, outer = FLOAT * m * n, FLOAT * r * r, 2.0 * r * r * big
+    products, times, root = (
+        ("bfloat16", 3, 190.0 * r**3) if split else ("float32", 1, root_flops(r))
+    )
     return [
-        Phase("Gram matrix", size + 2 * square, (0.5 if least else 1.0) * outer),
-        Phase("root", 2 * square / PERIOD, root_flops(r) / PERIOD),
-        Phase("root times momentum", 3 * size + square + m * n * _input(dtype), outer),
+        Phase("Gram matrix", size + 2 * square, (0.5 if least else 1.0) * outer, products),
+        Phase("root", 2 * square / PERIOD, root / PERIOD, products),
+        Phase(
+            "root times momentum",
+            3 * size + square + m * n * _input(dtype),
+            times * outer,
+            products,
+        ),
         *newton_schulz(m, n, dtype, least),
         *_move(m, n, dtype),
     ]

@@ -15,7 +15,7 @@ from torch.utils._device import _device_constructors
 torch.set_num_threads(1)
 
 DEVICE = os.environ.get("DEEPOPT_TEST_DEVICE", "cpu")
-"""Where tensors are made that name no device: with "cuda" the suites of the optimizers run there."""
+"""Where tensors are made that name no device: "cuda" brings the optimizers' suites there."""
 
 
 class MadeOnTheCpu(TorchFunctionMode):

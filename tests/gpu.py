@@ -1,7 +1,7 @@
 """The GPU that tests run on, and in a rehearsal the CPU in its place.
 
-DEEPOPT_REHEARSE=1 runs the tests for a GPU on the CPU, so that their own code is tried where there is
-no GPU. Graphs are then played by calling the function again, and nothing can wait.
+DEEPOPT_REHEARSE=1 runs the tests for a GPU on the CPU, so that their own code is tried where there
+is no GPU. Graphs are then played by calling the function again, and nothing can wait.
 """
 
 import os

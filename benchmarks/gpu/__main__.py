@@ -1,12 +1,13 @@
-"""All that a GPU has to show, stage by stage: ``python3 -m benchmarks.gpu --minutes 9 --out DIR``.
+"""Runs all stages of ``make gpu``: ``python3 -m benchmarks.gpu --minutes 9 --out DIR``.
 
-Needs torch, Triton, pytest, hypothesis, ninja and nvcc, and nothing from a network. Every stage runs
-in a process of its own with a time limit, and leaves its log and its lines in DIR when it ends; one
-that fails, hangs or crashes does not stop the next. A summary that fits on a screen comes last and
-is DIR/summary.md.
+It needs torch, Triton, pytest, hypothesis, ninja and nvcc, and no network. Every stage runs in a
+process of its own with a time limit, and leaves its log and its lines in DIR when it ends. A stage
+that fails, hangs or crashes does not stop the next. A summary that fits on a screen is printed last
+and written to DIR/summary.md; DIR/report.md has all that was measured.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,13 +16,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.stages import PLANTED, STAGES, Stage
-from benchmarks.gpu.summary import summary
+from benchmarks.gpu.summary import report, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "triton", "pytest", "hypothesis", "ninja")
@@ -40,11 +43,8 @@ def run(stage: Stage, folder: Path, seconds: float, rehearse: bool) -> dict[str,
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
-        **stage.environment,
-        **({"DEEPOPT_REHEARSE": "1", "TRITON_INTERPRET": "1"} if rehearse else {}),
+        **({"DEEPOPT_REHEARSE": "1", "TRITON_INTERPRET": "1"} if rehearse else stage.environment),
     }
-    if rehearse:
-        environment.pop("DEEPOPT_TEST_DEVICE", None)
     path = folder / f"{stage.name}.log"
     begun = time.monotonic()
     with open(path, "w") as log:
@@ -77,10 +77,8 @@ def run(stage: Stage, folder: Path, seconds: float, rehearse: bool) -> dict[str,
 
 def end(process: subprocess.Popen[Any]) -> None:
     """Kill what is left of a stage."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -92,9 +90,8 @@ def outcome(code: int | None) -> str:
 
 def told(log: str, code: int | None) -> str:
     """The line of a log that says most."""
-    counts = re.findall(
-        r"^\W*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", log, re.MULTILINE
-    )
+    closing = r"^\W*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s"
+    counts = re.findall(closing, log, re.MULTILINE)
     if counts:
         return counts[-1]
     lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]
@@ -134,7 +131,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (9)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="(runs/gpu)")
     parser.add_argument("--rehearse", action="store_true", help="try the script without a GPU")
-    parser.add_argument("--planted", action="store_true", help="with planted faults, to rehearse")
     known = {stage.name: stage for stage in (*STAGES, *PLANTED)}
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"(all of {', '.join(known)})")
     arguments = parser.parse_args(argv)
@@ -155,18 +151,25 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.rehearse and "card" not in about["machine"]:
         print("torch finds no GPU here; `make gpu REHEARSE=1` tries the script without one")
         return 2
-    results = []
-    for stage in chosen:
+    lock = threading.Lock()
+
+    def result_of(stage: Stage) -> dict[str, Any]:
         left = end_of_all - time.monotonic()
         if left < LEAST:
             result = {"stage": stage.name, "outcome": "not run", "note": "no time was left"}
         else:
             result = run(stage, folder, min(stage.seconds, left), arguments.rehearse)
-        results.append(result)
-        with open(folder / "stages.jsonl", "a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{stage.name}: {result['outcome']}, {result['note']}", flush=True)
-        (folder / "summary.md").write_text(summary(folder))
+        with lock:
+            with open(folder / "stages.jsonl", "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{stage.name}: {result['outcome']}, {result['note']}", flush=True)
+            (folder / "summary.md").write_text(summary(folder))
+        return result
+
+    # One after the other on a GPU; a rehearsal, which times nothing that counts, uses all cores.
+    with ThreadPoolExecutor(os.cpu_count() if arguments.rehearse else 1) as pool:
+        results = list(pool.map(result_of, chosen))
+    (folder / "report.md").write_text(report(folder))
     print("\n" + summary(folder))
     wrong = [
         stage.name

@@ -1,4 +1,4 @@
-"""Builds the extensions in place for the card that is there alone: ``python -m benchmarks.gpu.build``."""
+"""Builds the extensions in place for this card: ``python -m benchmarks.gpu.build``."""
 
 import os
 import subprocess

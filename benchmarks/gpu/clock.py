@@ -1,4 +1,4 @@
-"""How steps are timed on a GPU, and what the card can do; on the CPU the same calls, to rehearse."""
+"""How steps are timed on a GPU, and what the card can do; a CPU takes the same calls."""
 
 import statistics
 import time
@@ -42,9 +42,8 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.on_gpu = self.device.type == "cuda"
-        self._flushed = torch.empty(
-            2**28 if self.on_gpu else 2**20, dtype=torch.uint8, device=device
-        )
+        size = 2**28 if self.on_gpu else 2**20
+        self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
         if self.on_gpu:
             self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -112,33 +111,32 @@ def rates(clock: Clock, quick: bool = False) -> Rates:
     if not clock.on_gpu:
         return measure_rates("cpu", *((2**20, 128) if quick else ()))
     device = clock.device
-    entries = 2**28
-    a, b, c, grad = (torch.ones(entries, device=device) for _ in range(4))
-
-    def stream() -> None:  # AdamW's traffic: three tensors read and written, one read
-        torch.add(a, grad, out=a)
-        torch.mul(b, 1.0, out=b)
-        torch.mul(c, 1.0, out=c)
-
-    def product(size: int, dtype: torch.dtype) -> tuple[Step, float]:
-        left, right = torch.randn(2, size, size, device=device).to(dtype)
-        return lambda: left @ right, 2.0 * size**3
 
     def best(step: Step, amount: float) -> float:
         for _ in range(3):
             step()
         return amount / quartiles([clock.work(step) for _ in range(10)]).median
 
+    def product(size: int, dtype: torch.dtype) -> float:
+        left, right = torch.randn(2, size, size, device=device).to(dtype)
+        return best(lambda: left @ right, 2.0 * size**3)
+
+    tensors = torch.ones(4, 2**28, device=device)
+
+    def stream() -> None:  # AdamW's traffic: three tensors read and written, one read
+        torch.add(tensors[0], tensors[3], out=tensors[0])
+        torch.mul(tensors[1], 1.0, out=tensors[1])
+        torch.mul(tensors[2], 1.0, out=tensors[2])
+
     found = {
-        "copy": best(lambda: a.copy_(grad), 8.0 * entries),
-        "stream": best(stream, 28.0 * entries),
+        "copy": best(lambda: tensors[0].copy_(tensors[3]), 8.0 * 2**28),
+        "stream": best(stream, 28.0 * 2**28),
+        "float32": product(4096, torch.float32),
+        "bfloat16": product(8192, torch.bfloat16),
+        "float64": product(4096, torch.float64),
     }
-    del a, b, c, grad
-    found["float32"] = best(*product(4096, torch.float32))
-    found["bfloat16"] = best(*product(8192, torch.bfloat16))
-    found["float64"] = best(*product(4096, torch.float64))
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
-    found["tf32"] = best(*product(8192, torch.float32))
+    found["tf32"] = product(8192, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = before
     return Rates(**found)

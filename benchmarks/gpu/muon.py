@@ -38,14 +38,14 @@ class CompiledMuon(Optimizer):
         self._updated = torch.compile(updated, dynamic=False) if on_gpu else updated
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for param in group["params"]:
                 by_shape.setdefault(param.shape, []).append(param)
             for shape, params in by_shape.items():
                 state = self.state[params[0]]
-                grads = torch.stack([param.grad for param in params])
+                grads = torch.stack([param.grad for param in params if param.grad is not None])
                 if not state:
                     state["momentum"] = torch.zeros_like(grads)
                 momentum, update = self._updated(state["momentum"], grads, group["retention"])

@@ -1,6 +1,7 @@
 """Every kernel alone, beside what bytes and FLOPs allow: ``python -m benchmarks.gpu.operators``."""
 
 import argparse
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,106 +50,106 @@ def gram(b: int, m: int, n: int) -> Work:
     return [Phase("gram", b * 4.0 * (r * big + 2 * r * r), b * 1.0 * r * r * big, "bfloat16")]
 
 
+def split(b: int, m: int, n: int) -> Work:
+    """Three products in half precision."""
+    r, big = sorted((m, n))
+    bytes_ = b * 4.0 * (r * r + 2 * r * big)
+    return [Phase("product", bytes_, b * 6.0 * r * r * big, "bfloat16")]
+
+
 def short(x: Tensor) -> Tensor:
     return x if x.shape[-2] <= x.shape[-1] else x.mT
 
 
-def kernels(on_gpu: bool) -> list[Kernel]:
-    found = [
-        Kernel(
-            "adamw_",
-            lambda t: ops.adamw_(
-                [t["x"]],
-                [t["g"]],
-                [t["m"]],
-                [t["v"]],
-                [t["host"]],
-                [],
-                [],
-                1e-3,
-                0.9,
-                0.99,
-                1e-8,
-                0.1,
-                False,
-            ),
-            one(28),
-        ),
-        Kernel("move_", lambda t: ops.move_([t["x"]], [t["g"]], [], [], 1e-3, 0.1), one(12)),
-        Kernel("lerp (torch)", lambda t: t["m"].lerp(t["g"], 0.1), one(12)),
-        Kernel("combine of 2", lambda t: ops.combine([t["m"], t["g"]], t["two"]), one(12)),
-        Kernel("row_products of 2", lambda t: ops.row_products([t["m"], t["g"]]), one(8)),
-        Kernel("frobenius", lambda t: ops.frobenius(t["g"]), one(4)),
-        Kernel(
-            "resize",
-            lambda t: ops.resize(
-                [t["x"]],
-                None,
-                t["m"],
-                t["one"],
-                t["g"],
-                t["step"],
-                t["one"],
-                t["rows"],
-                t["rows"],
-                0.9,
-                0.99,
-                1.5,
-                None,
-            ),
-            one(4 * 5),
-        ),
-        Kernel(
-            "multi_scale_write",
-            lambda t: ops.multi_scale_write(t["m"], t["v"], t["g"], t["step"], 0.9, 10, 0.99),
-            one(24),
-        ),
-        Kernel(
-            "coordinate_mlp",
-            lambda t: ops.coordinate_mlp(
-                t["m"], t["one"], [t["m"], t["g"]], t["pairs"], t["weights"]
-            ),
-            one(16, work.coordinate_mlp_flops(2, work.TANH_OPERATIONS)),
-        ),
-        Kernel(
-            "coordinate_mlp_gradient",
-            lambda t: ops.coordinate_mlp_gradient(
-                t["m"], t["one"], [t["m"], t["g"]], t["pairs"], t["weights"], t["x"], t["one"]
-            ),
-            one(16, work.coordinate_mlp_gradient_flops(2, work.TANH_OPERATIONS)),
-        ),
-        Kernel(
-            "newton_schulz, 5 steps",
-            lambda t: ops.newton_schulz(t["g"], ops.polar_express(5), torch.bfloat16),
-            stacked(lambda m, n: work.newton_schulz(m, n, least=True)),
-        ),
-        Kernel(
-            "delta_write",
-            lambda t: ops.delta_write(t["m"], t["g"], t["one"], t["one"], 0.3, 0.9),
-            stacked(lambda m, n: work.delta_write(m, n, least=True)),
-        ),
-        Kernel(
-            "gram_average",
-            lambda t: ops.gram_average(
-                t["gram"], t["g"], t["one"], t["one"], 0.05, t["g"].shape[1] <= t["g"].shape[2]
-            ),
-            gram,
-        ),
-        Kernel(
-            "X Xᵀ, bfloat16 (torch)", lambda t: short(t["half"]) @ short(t["half"]).mT, symmetric
-        ),
-    ]
-    if on_gpu:
-        from deepopt.ops.triton import symmetric_product
+def symmetric_product(x: Tensor) -> Tensor:
+    """The kernel's, which takes no CPU tensors."""
+    if not x.is_cuda:
+        return x @ x.mT
+    return importlib.import_module("deepopt.ops.triton").symmetric_product(x, x)
 
-        found.append(
-            Kernel(
-                "X Xᵀ, bfloat16",
-                lambda t: symmetric_product(short(t["half"]), short(t["half"])),
-                symmetric,
-            )
-        )
-    return found
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        "adamw_",
+        lambda t: ops.adamw_(
+            [t["x"]],
+            [t["g"]],
+            [t["m"]],
+            [t["v"]],
+            [t["host"]],
+            [],
+            [],
+            1e-3,
+            0.9,
+            0.99,
+            1e-8,
+            0.1,
+            False,
+        ),
+        one(28),
+    ),
+    Kernel("move_", lambda t: ops.move_([t["x"]], [t["g"]], [], [], 1e-3, 0.1), one(12)),
+    Kernel("lerp (torch)", lambda t: t["m"].lerp(t["g"], 0.1), one(12)),
+    Kernel("combine of 2", lambda t: ops.combine([t["m"], t["g"]], t["two"]), one(12)),
+    Kernel("row_products of 2", lambda t: ops.row_products([t["m"], t["g"]]), one(8)),
+    Kernel("frobenius", lambda t: ops.frobenius(t["g"]), one(4)),
+    Kernel(
+        "resize",
+        lambda t: ops.resize(
+            [t["x"]],
+            None,
+            t["m"],
+            t["one"],
+            t["g"],
+            t["step"],
+            t["one"],
+            t["rows"],
+            t["rows"],
+            0.9,
+            0.99,
+            1.5,
+            None,
+        ),
+        one(4 * 5),
+    ),
+    Kernel(
+        "multi_scale_write",
+        lambda t: ops.multi_scale_write(t["m"], t["v"], t["g"], t["step"], 0.9, 10, 0.99),
+        one(24),
+    ),
+    Kernel(
+        "coordinate_mlp",
+        lambda t: ops.coordinate_mlp(t["m"], t["one"], [t["m"], t["g"]], t["pairs"], t["weights"]),
+        one(16, work.coordinate_mlp_flops(2, work.TANH_OPERATIONS)),
+    ),
+    Kernel(
+        "coordinate_mlp_gradient",
+        lambda t: ops.coordinate_mlp_gradient(
+            t["m"], t["one"], [t["m"], t["g"]], t["pairs"], t["weights"], t["x"], t["one"]
+        ),
+        one(16, work.coordinate_mlp_gradient_flops(2, work.TANH_OPERATIONS)),
+    ),
+    Kernel(
+        "newton_schulz, 5 steps",
+        lambda t: ops.newton_schulz(t["g"], ops.polar_express(5), torch.bfloat16),
+        stacked(lambda m, n: work.newton_schulz(m, n, least=True)),
+    ),
+    Kernel(
+        "delta_write",
+        lambda t: ops.delta_write(t["m"], t["g"], t["one"], t["one"], 0.3, 0.9),
+        stacked(lambda m, n: work.delta_write(m, n, least=True)),
+    ),
+    Kernel(
+        "gram_average",
+        lambda t: ops.gram_average(
+            t["gram"], t["g"], t["one"], t["one"], 0.05, t["g"].shape[1] <= t["g"].shape[2]
+        ),
+        gram,
+    ),
+    Kernel("X Xᵀ, bfloat16 (torch)", lambda t: short(t["half"]) @ short(t["half"]).mT, symmetric),
+    Kernel("X Xᵀ, bfloat16", lambda t: symmetric_product(short(t["half"])), symmetric),
+    Kernel("float32 product, r x r by G", lambda t: ops.matmul(*t["factors"]), split),
+)
 
 
 def inputs(shape: tuple[int, int, int], device: torch.device, seed: int) -> dict[str, Any]:
@@ -157,11 +158,12 @@ def inputs(shape: tuple[int, int, int], device: torch.device, seed: int) -> dict
     def drawn(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator, device=device)
 
-    b, m, n = shape
+    b, m, _ = shape
     found: dict[str, Any] = {key: drawn(*shape) for key in ("x", "g", "m")}
     found["v"] = drawn(*shape).square()
     found["half"] = found["g"].bfloat16()
     keys = short(found["g"])
+    found["factors"] = (keys @ keys.mT, keys.contiguous())
     found["gram"] = keys @ keys.mT / keys.shape[-1]
     found["one"] = torch.ones(b, device=device) * 4
     found["step"] = torch.full((b,), 7.0, device=device)
@@ -198,7 +200,7 @@ def main() -> None:
     machine = rates(clock, arguments.quick)
     about = {"device": arguments.device, "quick": arguments.quick}
     write_line(arguments.out, {"kind": "rates", "race": "operators", **about, **machine._asdict()})
-    for kernel in kernels(clock.on_gpu):
+    for kernel in KERNELS:
         for m, n in ((64, 80),) if arguments.quick else SIDES:
             shape = (2 if arguments.quick else BATCH, m, n)
             where = {"kind": "operator", **about, "operator": kernel.name, "shape": shape}

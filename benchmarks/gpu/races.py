@@ -1,4 +1,4 @@
-"""Optimizers by turns on the same gradients: ``python -m benchmarks.gpu.races --out DIR RACE …``."""
+"""Optimizers by turns on the same gradients: ``python -m benchmarks.gpu.races RACE …``."""
 
 import argparse
 import random

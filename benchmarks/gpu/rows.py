@@ -1,13 +1,13 @@
 """What is measured on a GPU, and what each row of it should take: one table for both.
 
-``docs/roofline.md`` is written from it before a measurement, and the summary of ``make gpu`` divides
-what was measured by the same numbers.
+``docs/roofline.md`` is written from it before a measurement, and ``make gpu`` divides what it
+measures by the same numbers.
 """
 
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Race:
     contenders: Mapping[str, Contender]
     dtype: torch.dtype = torch.float32
     goals: Sequence[Goal] = ()
-    bandwidth: Mapping[str, float] | None = None
+    bandwidth: Mapping[str, float] = field(default_factory=dict)
     """Contenders that should reach a share of the copy's bandwidth."""
 
 
@@ -91,9 +91,7 @@ def on_matrices(title: str, width: int, layers: int) -> Race:
         "delta": Contender(deep("delta"), least(work.delta, products="bfloat16")),
         "mlp": Contender(deep("mlp"), least(work.mlp)),
         "covariance": Contender(
-            deep("covariance"),
-            least(work.covariance, root_flops=lambda r: 46 * 2.0 * r**3),
-            work.PERIOD,
+            deep("covariance"), least(work.covariance, split=True), work.PERIOD
         ),
         "M3": Contender(lambda p: M3(p, lr=LR, path="matrix"), least(work.m3), work.PERIOD),
     }

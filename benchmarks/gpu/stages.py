@@ -1,7 +1,7 @@
 """The stages of ``make gpu``, in the order of their value.
 
-A stage is a command. It has a process of its own and a time limit, and in a rehearsal, without a GPU,
-another command that runs as much of it as a CPU can.
+A stage is a command with a time limit. In a rehearsal, without a GPU, another command takes its
+place, which runs as much of it as a CPU can.
 """
 
 import os
@@ -50,7 +50,7 @@ class Stage:
     expected: str = "passed"
 
 
-def tests(*arguments: str, jobs: int = 0) -> list[str]:
+def pytest(*arguments: str, jobs: int = 0) -> list[str]:
     """pytest on some files; ``jobs`` processes of it, where xdist is there."""
     return [*BASE, *(["-n", str(jobs)] if jobs and xdist() else []), *arguments]
 
@@ -83,9 +83,9 @@ def sanitizer(tool: str) -> Stage:
     return Stage(
         tool,
         f"compute-sanitizer {tool}: every operator on the GPU",
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests(*SANITIZED)],
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest(*SANITIZED)],
         60,
-        tests("tests/ops/test_parity.py", "-k", "same_bit_for_bit and cuda and frobenius"),
+        pytest("tests/ops/test_parity.py", "-k", "same_bit_for_bit and cuda and frobenius"),
         needs="compute-sanitizer",
     )
 
@@ -102,24 +102,24 @@ STAGES = (
     Stage(
         "parity",
         "every operator on cuda and triton against float64",
-        tests("tests/ops/test_parity.py", "-k", "cuda or triton", jobs=8),
+        pytest("tests/ops/test_parity.py", "-k", "cuda or triton", jobs=8),
         90,
-        tests("tests/ops/test_cuda_emulation.py", "-k", "frobenius or library"),
+        pytest("tests/ops/test_cuda_emulation.py", "-k", "frobenius or library"),
     ),
     Stage(
         "kernels",
         "Triton's kernels at the sizes they are for; graphs and streams",
-        tests("tests/triton/test_on_gpu.py", "tests/ops/test_cuda.py", jobs=4),
+        pytest("tests/triton/test_on_gpu.py", "tests/ops/test_cuda.py", jobs=4),
         90,
-        tests("tests/triton/emulated.py", "-k", "symmetric_product_is"),
+        pytest("tests/triton/emulated.py", "-k", "symmetric_product_is"),
         {},
     ),
     Stage(
         "steps",
         "steps, graphs, scaling, rounding, checkpoints; Hope; FSDP2 on NCCL",
-        tests(*ON_GPU, jobs=8),
+        pytest(*ON_GPU, jobs=8),
         90,
-        tests(*ON_GPU, "-k", "DeltaMomentum-default or hope or linear"),
+        pytest(*ON_GPU, "-k", "DeltaMomentum-default or hope or linear"),
     ),
     Stage(
         "elementwise",
@@ -141,6 +141,13 @@ STAGES = (
         timing("operators"),
         60,
         timing("operators", quick=True),
+    ),
+    Stage(
+        "tiles",
+        "which tiles the matrix kernels should use",
+        module("tiles", "--out", "{out}"),
+        45,
+        module("tiles", "--help"),
     ),
     Stage(
         "training",
@@ -166,17 +173,17 @@ STAGES = (
     Stage(
         "contract",
         "what torch asks of an optimizer, with parameters on the GPU",
-        tests(*CONTRACT, jobs=12),
+        pytest(*CONTRACT, jobs=12),
         120,
-        tests("tests/optim/test_contract.py", "-k", "repr"),
+        pytest("tests/optim/test_contract.py", "-k", "repr"),
         {"DEEPOPT_TEST_DEVICE": "cuda"},
     ),
     Stage(
         "upstream",
         "PyTorch's own optimizer tests on the GPU",
-        tests("tests/upstream"),
+        pytest("tests/upstream"),
         120,
-        tests("tests/upstream"),
+        pytest("tests/upstream"),
         {"DEEPOPT_TEST_DEVICE": "cuda"},
         needs="DEEPOPT_TORCH_TESTS",
     ),

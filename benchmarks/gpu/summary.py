@@ -1,17 +1,23 @@
-"""A run's results on one screen, made from the lines in its folder alone."""
+"""A run's results as tables, made from the lines in its folder alone.
 
+``python -m benchmarks.gpu.summary FOLDER PAGE`` puts all of them between the marks of a page.
+"""
+
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from benchmarks.gpu.rows import races as known_races
 
-Line = dict[str, Any]
+Line: TypeAlias = dict[str, Any]
+Table: TypeAlias = list[tuple[str, ...]]
+MARKS = ("<!-- written by `python -m benchmarks.gpu.summary` -->", "<!-- end -->")
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file, of those that are about the same thing the last."""
+    """The lines of a file; of those that are about the same thing, the last."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     keys = ("kind", "stage", "race", "contender", "operator", "shape", "model", "what", "device")
     found: dict[str, Line] = {}
@@ -23,79 +29,98 @@ def read(path: Path) -> list[Line]:
 
 
 def summary(folder: Path) -> str:
-    """Stages, goals and times, in Markdown."""
-    about = json.loads((folder / "machine.json").read_text())
-    stages, rows = read(folder / "stages.jsonl"), read(folder / "rows.jsonl")
-    what = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
-    parts = [f"{'REHEARSAL on ' if about['rehearsal'] else ''}{what}", table(stage_rows(stages))]
-    for part in (race_rows(rows), operator_rows(rows), training_rows(rows)):
-        if len(part) > 1:
-            parts.append(table(part))
-    if met := goals(rows):
-        parts.append(table([("goal", "measured", "bound", ""), *met]))
-    for line in rows:
-        if line["kind"] == "failed":
-            where = line.get("contender") or line.get("operator") or line.get("model")
-            parts.append(f"{where} failed: {line['note']}")
+    """What fits on a screen: stages, goals and the times of steps."""
+    rows = read(folder / "rows.jsonl")
+    parts = [machine(folder), aligned(stage_rows(read(folder / "stages.jsonl")))]
+    parts += tables(rows, goal_rows, race_rows)
+    parts += [f"failed: {name_of(line)}: {line['note'][:90]}" for line in of_kind(rows, "failed")]
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: Iterable[Iterable[str]]) -> str:
-    """Aligned columns, which Markdown takes too."""
-    rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def report(folder: Path) -> str:
+    """All that was measured."""
+    rows = read(folder / "rows.jsonl")
+    makers = (goal_rows, race_rows, operator_rows, training_rows, tile_rows)
+    return "\n\n".join([machine(folder), *tables(rows, *makers)]) + "\n"
+
+
+def machine(folder: Path) -> str:
+    about = json.loads((folder / "machine.json").read_text())
+    what = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
+    return ("REHEARSAL on " if about["rehearsal"] else "") + what
+
+
+def tables(rows: list[Line], *makers: Callable[[list[Line]], Table]) -> list[str]:
+    """Those that have rows."""
+    return [aligned(made) for maker in makers if len(made := maker(rows)) > 1]
+
+
+def name_of(line: Line) -> str:
+    return str(line.get("contender") or line.get("operator") or line.get("model"))
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> str:
+    """A table that both a terminal and Markdown show in columns."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
+        for row in table
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def stage_rows(stages: list[Line]) -> list[tuple[str, ...]]:
-    found = [("stage", "outcome", "s", "note")]
+def stage_rows(stages: list[Line]) -> Table:
+    table: Table = [("stage", "outcome", "s", "note")]
     for line in stages:
         seconds = str(round(line["seconds"])) if "seconds" in line else ""
-        found.append((line["stage"], line["outcome"], seconds, line["note"].replace("|", "/")[:70]))
-    return found
+        note = line["note"].replace("|", "/")[:70]
+        table.append((line["stage"], line["outcome"], seconds, note))
+    return table
 
 
 def ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.3g}"
 
 
-def race_rows(rows: list[Line]) -> list[tuple[str, ...]]:
-    """Times of steps; ``work`` is the device's alone, ``wall`` with the host's, from idle to idle."""
-    found = [
-        ("race", "contender", "ms", "of first", "predicted ms", "x", "graph ms", "wall ms", "copy")
+def of_kind(rows: list[Line], kind: str) -> list[Line]:
+    return [line for line in rows if line["kind"] == kind]
+
+
+def race_rows(rows: list[Line]) -> Table:
+    """Times of steps: of the device alone, in a graph, and with the host from idle to idle."""
+    table: Table = [
+        ("race", "contender", "ms", "of first", "predicted", "x", "graph", "wall", "of copy's rate")
     ]
-    rates = latest(rows, "rates")
-    for line in (line for line in rows if line["kind"] == "race"):
-        first = first_of(rows, line)
-        name = line["race"] if line["device"] != "cpu" or line["quick"] else (
-            f"{line['race']}, CPU, {line['threads']} threads"
-        )  # fmt: skip
-        copy = line["bytes"] / line["work"][0] / rates[key_of(line)]["copy"]
-        found.append(
+    rates = {key_of(line): line for line in of_kind(rows, "rates")}
+    lines = of_kind(rows, "race")
+    for line in lines:
+        first = next(other for other in lines if key_of(other) == key_of(line))
+        seconds, name = line["work"][0], line["race"]
+        if line["device"] == "cpu" and not line["quick"]:
+            name += f", CPU, {line['threads']} threads"
+        share = line["bytes"] / seconds / rates[key_of(line)]["copy"]
+        table.append(
             (
                 name,
                 line["contender"],
-                ms(line["work"][0]),
-                f"{line['work'][0] / first['work'][0]:.2f}",
+                ms(seconds),
+                f"{seconds / first['work'][0]:.2f}",
                 ms(line["predicted"]),
-                f"{line['work'][0] / line['predicted']:.2f}",
+                f"{seconds / line['predicted']:.2f}",
                 ms(line["graph"][0] if line["graph"] else None),
                 ms(line["wall"][0]),
-                f"{copy:.0%}",
+                f"{share:.0%}",
             )
         )
-    return found
+    return table
 
 
-def operator_rows(rows: list[Line]) -> list[tuple[str, ...]]:
-    found = [("operator", "shape", "ms", "predicted ms", "x", "GB/s", "TFLOP/s")]
-    for line in (line for line in rows if line["kind"] == "operator"):
+def operator_rows(rows: list[Line]) -> Table:
+    table: Table = [("operator", "shape", "ms", "predicted", "x", "GB/s", "TFLOP/s")]
+    for line in of_kind(rows, "operator"):
         seconds = line["work"][0]
-        found.append(
+        table.append(
             (
                 line["operator"],
                 " x ".join(map(str, line["shape"])),
@@ -106,14 +131,14 @@ def operator_rows(rows: list[Line]) -> list[tuple[str, ...]]:
                 f"{line['flops'] / seconds / 1e12:.0f}" if line["flops"] else "",
             )
         )
-    return found
+    return table
 
 
-def training_rows(rows: list[Line]) -> list[tuple[str, ...]]:
-    found = [("model", "what", "wall ms", "predicted ms", "tokens/s", "of 0.5 M tokens' step")]
-    for line in (line for line in rows if line["kind"] == "training"):
+def training_rows(rows: list[Line]) -> Table:
+    table: Table = [("model", "what", "wall ms", "predicted", "tokens/s", "of 0.5 M tokens' step")]
+    for line in of_kind(rows, "training"):
         share, rate = line.get("share_of_half_a_million"), line.get("tokens_per_second")
-        found.append(
+        table.append(
             (
                 line["model"],
                 line["what"],
@@ -123,53 +148,76 @@ def training_rows(rows: list[Line]) -> list[tuple[str, ...]]:
                 f"{share:.1%}" if share else "",
             )
         )
-    return found
+    return table
 
 
-def goals(rows: list[Line]) -> list[tuple[str, ...]]:
-    """What was asked for on an H100, and whether it is so."""
-    found = []
-    races = {(x["race"], x["contender"]): x for x in rows if x["kind"] == "race" and on_gpu(x)}
-    rates = latest(rows, "rates")
+def tile_rows(rows: list[Line]) -> Table:
+    """Of every product the three fastest tiles, and cuBLAS."""
+    table: Table = [("product", "shape", "tile: rows, columns, depth, warps, stages", "ms")]
+    cases: dict[tuple[str, str], list[Line]] = {}
+    for line in of_kind(rows, "tile"):
+        cases.setdefault((line["operator"], str(line["shape"])), []).append(line)
+    for lines in cases.values():
+        ranked = sorted(lines, key=lambda line: line["work"][0])
+        for line in [x for x in ranked if x in ranked[:3] or "cuBLAS" in x["what"]]:
+            shape = " x ".join(map(str, line["shape"]))
+            table.append((line["operator"], shape, line["what"], ms(line["work"][0])))
+    return table
+
+
+def goal_rows(rows: list[Line]) -> Table:
+    """What was asked for on an H100, and whether it is so on this card."""
+    table: Table = [("goal", "measured", "bound", "")]
+
+    def add(what: str, value: float, bound: float, at_least: bool = False) -> None:
+        met = value >= bound if at_least else value <= bound
+        sign, verdict = ">=" if at_least else "<=", "met" if met else "NOT met"
+        table.append((what, f"{value:.3g}", f"{sign} {bound:g}", verdict))
+
+    lines = {(x["race"], x["contender"]): x for x in of_kind(rows, "race") if x["device"] != "cpu"}
+    rates = {key_of(line): line for line in of_kind(rows, "rates")}
     for name, race in known_races().items():
         for goal in race.goals:
-            pair = [races.get((name, who)) for who in (goal.contender, goal.baseline)]
-            if all(pair):
-                value = pair[0]["work"][0] / pair[1]["work"][0]
+            if {(name, goal.contender), (name, goal.baseline)} <= lines.keys():
+                ours, theirs = lines[name, goal.contender], lines[name, goal.baseline]
                 what = f"{name}: {goal.contender} / {goal.baseline}"
-                found.append(
-                    (what, f"{value:.2f}", f"<= {goal.limit:.2f}", verdict(value <= goal.limit))
-                )
-        for who, share in (race.bandwidth or {}).items():
-            if line := races.get((name, who)):
+                add(what, ours["work"][0] / theirs["work"][0], goal.limit)
+        for who, share in race.bandwidth.items():
+            if line := lines.get((name, who)):
                 value = line["bytes"] / line["work"][0] / rates[key_of(line)]["copy"]
-                what = f"{name}: {who}, share of the copy's bandwidth"
-                found.append((what, f"{value:.0%}", f">= {share:.0%}", verdict(value >= share)))
-    for line in rows:
-        if line["kind"] == "training" and line["what"] == "DeepMomentum delta" and on_gpu(line):
-            value = line["share_of_half_a_million"]
-            found.append(
-                ("step's share of 0.5 M tokens", f"{value:.1%}", "<= 8%", verdict(value <= 0.08))
-            )
-    return found
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "NOT met"
-
-
-def on_gpu(line: Line) -> bool:
-    return line["device"] != "cpu"
+                add(f"{name}: {who}, share of the copy's rate", value, share, at_least=True)
+    for line in of_kind(rows, "training"):
+        if line["what"] == "DeepMomentum delta" and line["device"] != "cpu":
+            share = line["share_of_half_a_million"]
+            add("a step's share of one of 0.5 M tokens", share, 0.08)
+    return table
 
 
 def key_of(line: Line) -> tuple[str, str]:
     return line["race"], line["device"]
 
 
-def latest(rows: list[Line], kind: str) -> dict[tuple[str, str], Line]:
-    return {key_of(line): line for line in rows if line["kind"] == kind}
+def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two marks of a page.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    old = page.read_text()
+    if not all(mark in old for mark in marks):
+        raise ValueError(f"{page} must have the lines {marks[0]!r} and {marks[1]!r}")
+    before, rest = old.split(marks[0], 1)
+    after = rest.split(marks[1], 1)[1]
+    page.write_text("\n\n".join([before + marks[0], text.strip(), marks[1] + after]))
 
 
-def first_of(rows: list[Line], line: Line) -> Line:
-    """The line of the race's first contender, to which others are compared."""
-    return next(x for x in rows if x["kind"] == "race" and key_of(x) == key_of(line))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("page", type=Path)
+    arguments = parser.parse_args()
+    put_between(arguments.page, MARKS, report(arguments.folder))
+
+
+if __name__ == "__main__":
+    main()

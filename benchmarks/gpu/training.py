@@ -5,174 +5,170 @@ beside a Transformer of as many parameters.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Muon
 
 import deepopt
 from benchmarks import work
-from benchmarks.gpu.clock import Clock, quartiles, rates
+from benchmarks.gpu.clock import Clock, Quartiles, quartiles, rates
 from benchmarks.gpu.rows import LR, predicted_seconds, write_line
 from benchmarks.transformer import Transformer, TransformerConfig
 from benchmarks.work import Phase, Work
 from deepopt.hope import Hope, HopeConfig
 
-BATCH_TOKENS = 2**19
+Step: TypeAlias = Callable[[], Any]
+STEP_TOKENS = 2**19
 """Of the step that an optimizer's share is of, as GPT-2-small is trained."""
+GPT2 = TransformerConfig(vocab_size=50304, dim=768, layers=12, heads=12)
+GPT2_BATCH = (16, 1024)
+HOPE = HopeConfig(vocab_size=256, dim=1024, layers=12, heads=16)
+HOPE_BATCH = (4, 2048)
 
 
-def steps(model: nn.Module) -> dict[str, Callable[[], Any]]:
-    """The optimizers' steps by name; Muon's takes embeddings, heads and vectors to AdamW."""
-    hidden = hidden_matrices(model)
-    others = [param for param in model.parameters() if all(param is not h for h in hidden)]
+# -- What it should take ---------------------------------------------------------------------------
 
-    def muon() -> Callable[[], Any]:
-        parts = [Muon(hidden, lr=LR), AdamW(others, lr=LR, fused=True)]
-        return lambda: [part.step() for part in parts]
 
-    def adamw() -> Callable[[], Any]:
-        return AdamW(model.parameters(), lr=LR, fused=True).step
+def matrices(config: TransformerConfig) -> list[tuple[int, int]]:
+    """The hidden ones, which Muon and DeepMomentum step as matrices."""
+    d, e = config.dim, config.expansion * config.dim
+    return [*[(d, d)] * 4, (e, d), (d, e)] * config.layers
 
-    def deep(memory: str) -> Callable[[], Any]:
+
+def rest(config: TransformerConfig) -> int:
+    """Entries of the embedding, the head and the norms, which AdamW steps."""
+    return 2 * config.vocab_size * config.dim + (2 * config.layers + 1) * config.dim
+
+
+def passes_work(config: TransformerConfig, batch: tuple[int, int]) -> Work:
+    """Forward and backward: six FLOPs per weight of a product and token, and attention's."""
+    weights = sum(m * n for m, n in matrices(config)) + config.vocab_size * config.dim
+    attention = config.layers * config.dim * batch[1]  # causal: half of all pairs
+    return [Phase("products", 0.0, 6.0 * batch[0] * batch[1] * (weights + attention), "bfloat16")]
+
+
+def step_work(config: TransformerConfig) -> dict[str, Work]:
+    """Of the optimizers' steps, by name."""
+    hidden, others = matrices(config), work.adamw(rest(config))
+
+    def ours(rule: Callable[..., Work], **options: Any) -> Work:
+        least = functools.partial(rule, least=True, **options)
+        return [*work.over(hidden, least), *others]
+
+    return {
+        "AdamW fused": work.adamw(sum(m * n for m, n in hidden) + rest(config)),
+        "torch Muon": [*work.over(hidden, work.muon), *others],
+        "DeepMomentum linear": ours(work.linear),
+        "DeepMomentum delta": ours(work.delta, products="bfloat16"),
+    }
+
+
+# -- Measurements ----------------------------------------------------------------------------------
+
+
+def steps(model: nn.Module) -> dict[str, Step]:
+    """The optimizers' steps by name; beside Muon, AdamW takes embeddings, head and vectors."""
+    groups = deepopt.param_groups(model)
+    hidden = [p for group in groups if group["path"] == "matrix" for _, p in group["params"]]
+    known = set(map(id, hidden))
+    others = [param for param in model.parameters() if id(param) not in known]
+    parts = [Muon(hidden, lr=LR), AdamW(others, lr=LR, fused=True)]
+
+    def deep(memory: str) -> Step:
         return deepopt.DeepMomentum(deepopt.param_groups(model), lr=LR, memory=memory).step
 
     return {
-        "AdamW fused": adamw(),
-        "torch Muon": muon(),
+        "AdamW fused": AdamW(model.parameters(), lr=LR, fused=True).step,
+        "torch Muon": lambda: [part.step() for part in parts],
         "DeepMomentum linear": deep("linear"),
         "DeepMomentum delta": deep("delta"),
     }
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What DeepMomentum steps as matrices."""
-    return [
-        param
-        for group in deepopt.param_groups(model)
-        if group["path"] == "matrix"
-        for _, param in group["params"]
-    ]
-
-
-def matrices(model: nn.Module) -> list[tuple[int, int]]:
-    return [(param.shape[0], param.shape[1]) for param in hidden_matrices(model)]
-
-
-def passes(model: nn.Module, batch: tuple[int, int], clock: Clock, repeats: int) -> dict[str, Any]:
-    """Seconds of forward and backward passes, gradients set to none before each."""
-    tokens = torch.randint(model.config.vocab_size, batch, device=clock.device)
+def passes(
+    model: nn.Module, vocab_size: int, batch: tuple[int, int], clock: Clock, repeats: int
+) -> Quartiles:
+    """Seconds of a forward and a backward pass."""
+    tokens = torch.randint(vocab_size, batch, device=clock.device)
+    forward = torch.compile(model) if clock.on_gpu and isinstance(model, Transformer) else model
 
     def step() -> None:
         for param in model.parameters():
             param.grad = None
         with torch.autocast(clock.device.type, torch.bfloat16):
-            loss = model(tokens, tokens).loss
+            loss = forward(tokens, tokens).loss
         loss.backward()
 
     for _ in range(3):
         step()
-    issue = clock.issue(step)
-    seconds = quartiles([clock.wall(step) for _ in range(repeats)])
-    return {"wall": seconds, "issue": issue, "tokens": tokens.numel()}
+    return quartiles([clock.wall(step) for _ in range(repeats)])
 
 
-def products(model: nn.Module, tokens: int, length: int) -> Work:
-    """Forward and backward: six FLOPs per parameter of a product and token, and attention's."""
-    config = model.config
-    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    weights -= config.vocab_size * config.dim  # the embedding's table is read, not multiplied
-    attention = 6.0 * config.layers * config.dim * length  # causal: half of 12
-    return [Phase("products", 0.0, tokens * (6.0 * weights + attention), "bfloat16")]
-
-
-def gpt2(clock: Clock, quick: bool, folder: Path, about: dict[str, Any]) -> None:
-    sizes = {"dim": 64, "layers": 2, "heads": 2, "vocab_size": 128} if quick else {
-        "dim": 768, "layers": 12, "heads": 12, "vocab_size": 50304,
-    }  # fmt: skip
-    batch, length = (2, 16) if quick else (16, 1024)
+def gpt2(clock: Clock, quick: bool, folder: Path) -> None:
+    config, batch, repeats = GPT2, GPT2_BATCH, 10
+    if quick:
+        config, batch, repeats = TransformerConfig(128, 64, 2, 2), (2, 16), 2
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(**sizes)).to(clock.device)
-    machine = rates(clock, quick)
-    repeats = 2 if quick else 10
-    model.forward = torch.compile(model.forward) if clock.on_gpu else model.forward
-    passed = passes(model, (batch, length), clock, repeats)
-    tokens, one = passed["tokens"], passed["wall"].median
-    line = {"kind": "training", **about, "model": "GPT-2-small"}
-    predicted = predicted_seconds(products(model, tokens, length), machine)
-    write_line(folder, {**line, "what": "forward and backward", **passed, "predicted": predicted})
-    entries = sum(param.numel() for param in model.parameters())
-    rest = entries - sum(m * n for m, n in matrices(model))
-    least = {
-        "AdamW fused": work.adamw(entries),
-        "torch Muon": [*work.over(matrices(model), work.muon), *work.adamw(rest)],
-        **{
-            f"DeepMomentum {name}": [
-                *work.over(matrices(model), lambda m, n, r=rule: r(m, n, least=True)),
-                *work.adamw(rest),
-            ]
-            for name, rule in (("linear", work.linear), ("delta", work.delta))
-        },
-    }
+    model = Transformer(config).to(clock.device)
+    machine, tokens = rates(clock, quick), batch[0] * batch[1]
+    about = {"kind": "training", "device": clock.device.type, "model": "GPT-2-small"}
+    passed = passes(model, config.vocab_size, batch, clock, repeats)
+    predicted = predicted_seconds(passes_work(config, batch), machine)
+    found = {"what": "forward and backward", "wall": passed, "predicted": predicted}
+    write_line(folder, {**about, **found})
     for name, step in steps(model).items():
         for _ in range(3):
             step()
-        issue = clock.issue(step)
         seconds = quartiles([clock.wall(step) for _ in range(repeats)])
-        whole = BATCH_TOKENS / tokens * one
-        write_line(
-            folder,
-            {
-                **line,
-                "what": name,
-                "wall": seconds,
-                "work": quartiles([clock.work(step, issue) for _ in range(repeats)]),
-                "predicted": predicted_seconds(least[name], machine),
-                "tokens_per_second": tokens / (one + seconds.median),
-                "share_of_half_a_million": seconds.median / whole,
-            },
-        )
+        found = {
+            "what": name,
+            "wall": seconds,
+            "predicted": predicted_seconds(step_work(config)[name], machine),
+            "tokens_per_second": tokens / (passed.median + seconds.median),
+            "share_of_half_a_million": seconds.median / (passed.median * STEP_TOKENS / tokens),
+        }
+        write_line(folder, {**about, **found})
 
 
-def hope(clock: Clock, quick: bool, folder: Path, about: dict[str, Any]) -> None:
-    """Forward and backward at d = 1024, 12 layers, 2,048 tokens; as many parameters in both."""
-    size = (
-        {"dim": 64, "layers": 1, "heads": 2} if quick else {"dim": 1024, "layers": 12, "heads": 16}
-    )
-    batch = (1, 64) if quick else (4, 2048)
+def hope(clock: Clock, quick: bool, folder: Path) -> None:
+    """Forward and backward of Hope, and of a Transformer of as many parameters."""
+    config, batch, repeats = HOPE, HOPE_BATCH, 5
+    if quick:
+        config, batch, repeats = HopeConfig(dim=64, layers=1, heads=2), (1, 64), 2
     torch.manual_seed(0)
-    ours = Hope(HopeConfig(vocab_size=256, **size))
+    ours = Hope(config)
     wanted = sum(param.numel() for param in ours.parameters())
+    sizes = (config.vocab_size, config.dim, config.layers, config.heads)
     theirs = min(
-        (TransformerConfig(vocab_size=256, expansion=e, **size) for e in range(1, 17)),
-        key=lambda config: abs(parameters_of(config) - wanted),
+        (TransformerConfig(*sizes, expansion=e) for e in range(1, 17)),
+        key=lambda it: abs(sum(m * n for m, n in matrices(it)) + rest(it) - wanted),
     )
-    models: dict[str, Callable[[], nn.Module]] = {
-        "Transformer": lambda: Transformer(theirs), "Hope": lambda: ours,
-    }  # fmt: skip
-    for name, make in models.items():
+    makers = {"Transformer": lambda: Transformer(theirs), "Hope": lambda: ours}
+    for name, make in makers.items():
         model = make().to(clock.device)
-        line = {"kind": "training", **about, "model": f"{name}, d = {size['dim']}"}
-        line["parameters"] = sum(param.numel() for param in model.parameters())
+        about = {"kind": "training", "device": clock.device.type}
+        about["model"] = f"{name}, d = {config.dim}, {batch[1]} tokens"
+        if clock.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
-            passed = passes(model, batch, clock, 2 if quick else 5)
+            passed = passes(model, config.vocab_size, batch, clock, repeats)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
-            write_line(folder, {**line, "kind": "failed", "note": reason})
+            write_line(folder, {**about, "kind": "failed", "note": reason})
             continue
-        rate = passed["tokens"] / passed["wall"].median
-        found = {"what": "forward and backward", **passed, "tokens_per_second": rate}
-        if clock.on_gpu:
-            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        write_line(folder, {**line, **found})
-
-
-def parameters_of(config: TransformerConfig) -> int:
-    return config.layers * config.dim**2 * (4 + 2 * config.expansion)
+        found = {
+            "what": "forward and backward",
+            "wall": passed,
+            "parameters": sum(param.numel() for param in model.parameters()),
+            "tokens_per_second": batch[0] * batch[1] / passed.median,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if clock.on_gpu else None,
+        }
+        write_line(folder, {**about, **found})
 
 
 def main() -> None:
@@ -182,9 +178,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     clock = Clock(arguments.device)
-    about = {"device": arguments.device, "quick": arguments.quick}
-    gpt2(clock, arguments.quick, arguments.out, about)
-    hope(clock, arguments.quick, arguments.out, about)
+    gpt2(clock, arguments.quick, arguments.out)
+    hope(clock, arguments.quick, arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepopt.ops.triton.scaling import norms
-from deepopt.ops.triton.tiles import SPLIT, on_device
+from deepopt.ops.triton.tiles import split_tile
 
 
 @triton.heuristics(
@@ -89,7 +89,7 @@ def split_product(a: Tensor, b: Tensor, bounded: bool = False) -> Tensor:
 
     With high = fp16(x) and low = fp16(2048 (x - high)), x is high + low / 2048 but for 2⁻²² of it,
     or 2⁻³⁶ where it is smaller than 2⁻¹⁴. Three products of such parts, with sums in float32, ran
-    on an H200 at 125 TFLOP/s, where float32 without matrix units reached 48 and float64 62.
+    on an H200 at 115 TFLOP/s, where float32 without matrix units reached 46 and float64 62.
 
     Args:
         a: shape (B, m, k), float32, of any strides below 2²⁴ in a matrix.
@@ -107,7 +107,7 @@ def split_product(a: Tensor, b: Tensor, bounded: bool = False) -> Tensor:
     out = a.new_empty(batch, m, n)
     if not out.numel():
         return out
-    tile = on_device(SPLIT, a)
+    tile = split_tile(a)
     units = (a, b) if bounded else (_units(a), _units(b))
     split_kernel[(batch * triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
         a, b, out, batch, m, n, depth, *a.stride(), *b.stride(), *units,

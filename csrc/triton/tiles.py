@@ -55,6 +55,11 @@ def erase_tile(a: Tensor, b: Tensor) -> Tile:
     return on_device(ERASE._replace(stages=3) if a.dtype == torch.float32 else ERASE, b)
 
 
+def split_tile(a: Tensor) -> Tile:
+    """For :func:`~deepopt.ops.triton.split.split_product`."""
+    return on_device(SPLIT, a)
+
+
 def on_device(tile: Tile, operand: Tensor) -> Tile:
     """The tile as the operand's device can take it."""
     if not operand.is_cuda:

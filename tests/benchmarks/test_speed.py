@@ -226,21 +226,3 @@ def test_every_case_has_a_baseline_and_targets_name_its_contenders():
     for name, case in speed_cases.CASES.items():
         assert set(case.threads) <= {1, 2}, name
         assert case.title, name
-
-
-def test_the_roofline_page_has_todays_predictions():
-    text = (speed.ROOT / "docs" / "roofline.md").read_text()
-    assert speed.predictions() in text, "run `python -m benchmarks speed --roofline`"
-    assert "predictions. Nothing on this page was measured" in text
-
-
-def test_a_page_without_marks_is_refused(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="must have the lines"):
-        speed.write_roofline(page)
-    page.write_text(f"before\n\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\n\nafter\n")
-    speed.write_roofline(page)
-    assert page.read_text() == (
-        f"before\n\n{speed.MARKS[0]}\n\n{speed.predictions()}\n\n{speed.MARKS[1]}\n\nafter\n"
-    )

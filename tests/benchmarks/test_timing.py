@@ -1,3 +1,4 @@
+import math
 import time
 
 import pytest
@@ -64,4 +65,5 @@ def test_the_share_of_products_tells_products_from_the_rest():
 
 def test_rates_are_positive():
     rates = timing.measure_rates("cpu", elements=1000, size=16)
-    assert all(rate > 0 for rate in rates)
+    assert all(rate > 0 for rate in rates[:4])
+    assert all(math.isnan(rate) for rate in rates[4:])  # a GPU's alone

@@ -153,7 +153,7 @@ def test_erase_is_as_near_as_its_sums_allow(shape, types):
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-20, 1e15), (1e30, 1e-9)])
 @pytest.mark.parametrize(("shape", "layout"), [((2, 33, 45), "transposed"), ((1, 40, 16), "gaps")])
 def test_a_split_product_is_as_near_as_float32(shape, layout, scales):
-    batch, m, depth = shape
+    batch, _, depth = shape
     a = _strided(scales[0] * torch.randn(shape), layout)
     b = _strided(scales[1] * torch.randn(batch, depth, 35), layout)
     a[:, ::3] *= 1e-3  # entries of many sizes

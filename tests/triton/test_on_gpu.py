@@ -21,7 +21,6 @@ from deepopt.ops.triton import (
     split_product,
     symmetric_product,
 )
-
 from tests.gpu import captured, no_waiting
 
 reference = deepopt.ops.newton_schulz.reference
