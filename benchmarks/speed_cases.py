@@ -30,7 +30,7 @@ from benchmarks.timing import (
 from benchmarks.work import Rates, Work
 from deepopt import DMGD, M3, DeepMomentum, ops
 from deepopt._compat import multiplies_bfloat16_faster
-from deepopt.optim.output_map import orthogonalize
+from deepopt.optim.output_map import Orthogonal
 
 Line = dict[str, Any]
 Row = dict[str, Any]
@@ -364,8 +364,8 @@ def strides(setting: Setting, shape: Sequence[int] = (64, 32, 3, 3), steps: int 
 def singular_values(setting: Setting, shapes: Shapes = ((768, 768), (768, 3072))) -> Line:
     """How far from 1 the singular values σ of orthogonalised matrices are."""
     device = setting.device
-    group = DeepMomentum([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
     steps = work.NS_STEPS
+    deep = Orthogonal(steps)
 
     def torchs(matrix: Tensor) -> Tensor:
         param = nn.Parameter(torch.zeros_like(matrix))
@@ -376,7 +376,7 @@ def singular_values(setting: Setting, shapes: Shapes = ((768, 768), (768, 3072))
 
     maps: dict[str, Callable[[Tensor], Tensor]] = {
         "torch Muon": torchs,
-        "DeepMomentum": lambda matrix: orthogonalize(matrix[None], group)[0],
+        "DeepMomentum": lambda matrix: deep.orthogonalize(matrix[None])[0],
         "DeepMomentum, in float32": lambda matrix: ops.newton_schulz(
             matrix[None], ops.polar_express(steps), torch.float32
         )[0],

@@ -12,6 +12,7 @@ from deepopt.memory.covariance import Covariance
 from deepopt.memory.delta import Delta
 from deepopt.memory.delta_rule import DeltaRule
 from deepopt.memory.elementwise import Elementwise, OuterProduct
+from deepopt.memory.gradient import Gradient
 from deepopt.memory.linear import Linear
 from deepopt.memory.mlp import MLP
 from deepopt.memory.module import Module
@@ -25,14 +26,16 @@ __all__ = [
     "Delta",
     "DeltaRule",
     "Elementwise",
+    "Gradient",
     "Linear",
     "Memory",
     "Module",
     "MultiScale",
+    "OnePass",
     "OuterProduct",
     "Preconditioned",
-    "read",
     "resolve",
+    "write_and_read",
 ]
 
 
@@ -75,10 +78,23 @@ class Memory(Protocol):
         ...
 
 
-def read(
+class OnePass(Protocol):
+    """What a memory adds to :class:`Memory` where one pass can both write and read."""
+
+    def write_and_read(
+        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+    ) -> Tensor:
+        """:meth:`Memory.write`, and then what :meth:`Memory.read` returns."""
+        ...
+
+
+def write_and_read(
     memory: Memory, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The momentum of ``memory``, and what it is still to be multiplied by; None: nothing."""
+    """Write ``grad``; return the momentum, and what it is still to be multiplied by, or None."""
+    if both := getattr(memory, "write_and_read", None):
+        return both(state, grad, retention), None
+    memory.write(state, grad, retention)
     if factored := getattr(memory, "read_factored", None):
         momentum, gain = factored(state, grad, retention)
         return momentum, gain

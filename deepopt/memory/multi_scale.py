@@ -79,12 +79,10 @@ class MultiScale:
         return state
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        self.write_and_read_fast(state, grad, retention)
+        self._write(state, grad, retention)
 
-    def write_and_read_fast(
-        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
-    ) -> Tensor:
-        """:meth:`write`, and then the fast momentum's look-ahead, shape (B, m, n)."""
+    def _write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        """Write, and return the fast momentum's look-ahead, shape (B, m, n)."""
         if self.gate:
             cosines = [_cosine(grad, state[key]) for key in ("momentum", "slow")]
             state["agreement"] = state["agreement"].lerp(torch.stack(cosines, -1), 1 - retention)
@@ -113,6 +111,18 @@ class MultiScale:
         fast, slow = state["agreement"].unbind(-1)
         best = torch.maximum(fast, slow).clamp_min(torch.finfo(grad.dtype).tiny)
         return weight * slow.clamp_min(0.0) / best
+
+
+class FastOfMultiScale(MultiScale):
+    """The same memory, which reads out its fast momentum alone, in the pass that writes both."""
+
+    def write_and_read(
+        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+    ) -> Tensor:
+        return self._write(state, grad, retention)
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        return LINEAR.read(state, grad, retention)
 
 
 @dataclass(frozen=True)

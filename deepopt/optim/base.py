@@ -1,7 +1,8 @@
 """What torch asks of an optimizer, once for every class of the package.
 
-A class says in :meth:`MemoryOptimizer._init_matrices` and :meth:`MemoryOptimizer._read_update` what
-its memory keeps and what step it reads from it; groups, flags, state and checkpoints are done here.
+A class says in :meth:`MemoryOptimizer._memory` and :meth:`MemoryOptimizer._output_map` which memory
+takes the gradient in and which map makes an update of what it recalls; groups, flags, state and
+checkpoints are done here.
 """
 
 import math
@@ -23,14 +24,17 @@ from deepopt._compat import (
     scalar_dtype,
     use_grad_for_differentiable,
 )
+from deepopt.memory import Memory, write_and_read
 from deepopt.ops import move_
 from deepopt.ops.rounding import put, roundings, wide
 from deepopt.optim import elementwise, groups, routing, sharding
 from deepopt.optim.elementwise import state_dtype
+from deepopt.optim.output_map import Identity, OutputMap
 from deepopt.optim.rounding import check_rounding, lows_and_seeds
 from deepopt.optim.stacking import Joints, State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
+IDENTITY = Identity()
 
 ENTRIES_AT_ONCE = 2**19
 """Of matrices that a CPU steps in one call, unless a single one has more.
@@ -71,17 +75,20 @@ class Bucket(NamedTuple):
 class MemoryOptimizer(Optimizer):
     """An optimizer that steps matrices in batches of one shape and the rest by AdamW.
 
-    State of a matrix parameter: ``step``, and the tensors of :meth:`_init_matrices` with a leading
-    dimension, the number of matrices in the parameter. State of any other: that of AdamW.
+    State of a matrix parameter: ``step``, and the tensors of its memory and its output map with a
+    leading dimension, the number of matrices in the parameter. State of any other: that of AdamW.
     """
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 2, "stack": 3}
     """Dimensions that a path asks of a parameter; at 0, a vector is a matrix of one column."""
     _objects: ClassVar[tuple[str, ...]] = ("memory",)
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
+    _made_from: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the memory and the output map are made from."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._joints: Joints = {}
+        self._made: dict[int, tuple[list[Any], Memory, OutputMap]] = {}
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
         if self._least_dims["matrix"]:  # a rule for vectors too has nothing against embeddings
@@ -115,13 +122,13 @@ class MemoryOptimizer(Optimizer):
         if group["path"] not in routing.PATHS:
             raise ValueError(f"Invalid path: {group['path']!r}; choose from {routing.PATHS}")
 
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        """State for matrices ``like``, shape (B, m, n): tensors with leading size B."""
+    def _memory(self, group: Group) -> Memory:
+        """What the gradients of a group's matrices are written into; raises for bad arguments."""
         raise NotImplementedError
 
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        """Write ``grad`` (B, m, n) into ``state`` and return what ``lr`` multiplies."""
-        raise NotImplementedError
+    def _output_map(self, group: Group) -> OutputMap:
+        """What makes an update of the momentum that the memory reads out."""
+        return IDENTITY
 
     def _gradient(
         self, param: Tensor, grad: Tensor | None, path: routing.Path, group: Group
@@ -337,10 +344,27 @@ class MemoryOptimizer(Optimizer):
             states.update(zip(fresh, made, strict=True))
         return [states[param] for param in bucket.params]
 
+    def _init_matrices(self, like: Tensor, group: Group) -> State:
+        """State for matrices ``like``, shape (B, m, n): tensors with leading size B."""
+        whole = dict(self._memory(group).init(like))
+        mapped = self._output_map(group).init(like)
+        if own := whole.keys() & {"step", "low", *mapped}:
+            raise ValueError(
+                f"Invalid memory: its state must not use the names {own}, which are the optimizer's "
+                "own"
+            )
+        return {**whole, **mapped}
+
+    def _parts(self, group: Group) -> tuple[Memory, OutputMap]:
+        """The group's memory and output map, made anew when one of their arguments has changed."""
+        values = [group[name] for name in self._made_from]
+        made = self._made.get(id(group))
+        if made is None or made[0] != values:
+            made = self._made[id(group)] = (values, self._memory(group), self._output_map(group))
+        return made[1:]
+
     def _make_state(self, like: Tensor, group: Group) -> State:
         whole = self._init_matrices(like, group)
-        if own := whole.keys() & {"step", "low"}:
-            raise ValueError(f"state {sorted(own)} is the optimizer's own; give it another name")
         for key, tensor in whole.items():
             if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
                 raise ValueError(
@@ -402,7 +426,14 @@ class MemoryOptimizer(Optimizer):
         if found_inf is not None:
             skip = found_inf.to(grad.device).squeeze() > 0
             grad = torch.where(skip, torch.zeros_like(grad), grad)
-        update = self._read_update(state, grad, group)
+        (memory, output_map), betas = self._parts(group), group["betas"]
+        momentum, gain = write_and_read(memory, state, grad, betas[0])
+        if momentum.shape != grad.shape:
+            raise ValueError(
+                f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
+                f"{tuple(grad.shape)}; it must return one momentum per gradient"
+            )
+        update = output_map(momentum, state, grad, betas, gain)
         if unknown := state.keys() - before.keys():
             raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
         if found_inf is not None:
@@ -446,7 +477,7 @@ class MemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._joints = {}
+        self._joints, self._made = {}, {}
         for group in self.param_groups:  # flags that an older version did not have
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

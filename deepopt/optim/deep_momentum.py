@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt import memory as memories
 from deepopt.memory import Memory
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import check_output_map, init_output_map, output_map
+from deepopt.optim.output_map import ORTHOGONAL_OPTIONS, Orthogonal, OutputMap
 
 
 class DeepMomentum(MemoryOptimizer):
@@ -87,6 +87,8 @@ class DeepMomentum(MemoryOptimizer):
     Where the gradient is not finite the state is not finite either, as with torch's AdamW.
     """
 
+    _made_from = ("memory", *ORTHOGONAL_OPTIONS)
+
     def __init__(
         self,
         params: ParamsT,
@@ -132,32 +134,20 @@ class DeepMomentum(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        memory = memories.resolve(group["memory"])
+        memory = self._memory(group)
         if group["capturable"] and not getattr(memory, "capturable", True):
             raise RuntimeError(
                 f"memory {type(memory).__name__} does not support capturable=True: it decides on "
                 "the host when to refresh; choose another memory"
             )
-        check_output_map(group)
+        self._output_map(group)
 
     def _describe(self, key: str, value: Any) -> str:
         known = key == "memory" and isinstance(value, str) and value in memories.BUILT_IN
         return super()._describe(key, memories.resolve(value) if known else value)
 
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        state = dict(memories.resolve(group["memory"]).init(like))
-        reserved = {"step", "grad_norm", "row_moment", "row_weight"} & state.keys()
-        if reserved:
-            raise ValueError(f"Invalid memory: its state must not use the names {reserved}")
-        return {**state, **init_output_map(like, group)}
+    def _memory(self, group: Group) -> Memory:
+        return memories.resolve(group["memory"])
 
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        memory, retention = memories.resolve(group["memory"]), group["betas"][0]
-        memory.write(state, grad, retention)
-        momentum, gain = memories.read(memory, state, grad, retention)
-        if momentum.shape != grad.shape:
-            raise ValueError(
-                f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
-                f"{tuple(grad.shape)}; it must return one momentum per gradient"
-            )
-        return output_map(momentum, state, grad, group, gain)
+    def _output_map(self, group: Group) -> OutputMap:
+        return Orthogonal.of(group)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt._compat import is_distributed
+from deepopt.memory import Gradient, Memory
 from deepopt.ops.ridge import ridge, widened
 from deepopt.optim import routing
 from deepopt.optim.base import Bucket, Group, MemoryOptimizer
@@ -15,6 +16,7 @@ from deepopt.optim.capture import forget_inputs, seen_inputs
 from deepopt.optim.elementwise import state_dtype
 
 RULES = ("implicit", "scalar", "literal")
+GRADIENT = Gradient()
 
 
 class DeltaGradientDescent(MemoryOptimizer):
@@ -173,11 +175,8 @@ class DeltaGradientDescent(MemoryOptimizer):
             for param in bucket.params:
                 forget_inputs(param)
 
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        return {}
-
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        return grad
+    def _memory(self, group: Group) -> Memory:
+        return GRADIENT
 
 
 def _toward_regression(

@@ -84,6 +84,7 @@ class DeltaMomentum(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("preconditioner",)
+    _made_from = ("rule", "lr", "inner_lr", "preconditioner", "betas", "capturable")
 
     def __init__(
         self,
@@ -143,11 +144,3 @@ class DeltaMomentum(MemoryOptimizer):
         rate = rate.squeeze() if isinstance(rate, Tensor) else rate
         preconditioner = resolve(group["preconditioner"], group["betas"][1], group["capturable"])
         return DeltaRule(preconditioner, group["rule"], rate)
-
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        return self._memory(group).init(like)
-
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        memory, retention = self._memory(group), group["betas"][0]
-        memory.write(state, grad, retention)
-        return memory.read(state, grad, retention)

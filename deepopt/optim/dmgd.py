@@ -1,6 +1,7 @@
 """DMGD: gradient descent whose momentum is a module, trained inside the step (Eqs 50-52)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -9,18 +10,11 @@ from torch.optim.optimizer import ParamsT
 from deepopt.memory.module import Factory, Module, tanh_mlp
 from deepopt.ops import adam_size, normalized
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import init_output_map, orthogonalize, output_map
+from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, Rms, State
 
 _OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
 
-# DeepMomentum's defaults, without its rows.
-_NEWTON_SCHULZ: Group = {
-    "ns_steps": 5,
-    "ns_coefficients": None,
-    "row_norm": False,
-    "rms_cap": 1.5,
-    "update_rms": None,
-}
+ORTHOGONAL = Orthogonal(row_norm=False)
 
 
 class DMGD(MemoryOptimizer):
@@ -112,6 +106,9 @@ class DMGD(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("memory", "objective", "feature_map", "preconditioner", "output_map")
+    _made_from = (
+        *_objects, "granularity", "hidden", "inner_lr", "inner_steps", "time_scales",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -189,45 +186,75 @@ class DMGD(MemoryOptimizer):
         more = ("preconditioner", "time_scales")
         return Module(factory, **{key: group[key] for key in (*options, *more)})
 
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        state = self._memory(group).init(like)
-        if group["objective"] == "literal":
-            return state
-        return {**state, **init_output_map(like, _NEWTON_SCHULZ)}
-
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        memory, betas = self._memory(group), group["betas"]
-        memory.write(state, grad, betas[0])
-        momentum = memory.read(state, grad, betas[0])
+    def _output_map(self, group: Group) -> OutputMap:
         mapping, literal = group["output_map"], group["objective"] == "literal"
         if mapping is None:
             mapping = "identity" if literal else "rms"
         if literal:
-            return _mapped(momentum, mapping)
-        # What the memory recalls is no average that starts at zero: it needs no bias correction.
-        betas = (0.0, betas[1])
+            return Mapped(mapping)
         if mapping == "newton_schulz":
-            return output_map(momentum, state, grad, {**_NEWTON_SCHULZ, "betas": betas})
-        update = _mapped(momentum, mapping)
-        size, state["grad_norm"] = adam_size(
-            momentum, grad, state["grad_norm"], state["step"], betas
-        )
-        return update * size[:, None, None] if mapping == "rms" else update
+            return Recalled(ORTHOGONAL)
+        return Recalled(Rms() if mapping == "rms" else AtItsSize(mapping))
 
 
-def _mapped(momentum: Tensor, mapping: str | Callable[[Tensor], Tensor]) -> Tensor:
-    """The output map without the size; a callable is applied to what the paper calls momentum."""
-    if mapping == "identity":
-        return momentum
-    if mapping == "rms":
-        return normalized(momentum)
-    if mapping == "newton_schulz":
-        return orthogonalize(momentum, _NEWTON_SCHULZ)
-    assert callable(mapping)
-    update = -mapping(-momentum)
-    if update.shape != momentum.shape:
-        raise ValueError(
-            f"Invalid output_map: it returned {tuple(update.shape)} for "
-            f"{tuple(momentum.shape)}; it must keep the shape"
-        )
-    return update
+@dataclass(frozen=True)
+class Recalled:
+    """A map of what the memory recalls, which is no average that starts at zero.
+
+    It needs no bias correction: the momentum's retention counts as 0.
+    """
+
+    inner: OutputMap
+
+    def init(self, like: Tensor) -> State:
+        return self.inner.init(like)
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        return self.inner(momentum, state, grad, (0.0, betas[1]), gain)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A map without the size; a function is given what the paper calls momentum. State: none."""
+
+    mapping: str | Callable[[Tensor], Tensor]
+
+    def init(self, like: Tensor) -> State:
+        return {}
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        if self.mapping == "identity":
+            return momentum
+        if self.mapping == "rms":
+            return normalized(momentum)
+        if self.mapping == "newton_schulz":
+            return ORTHOGONAL.orthogonalize(momentum)
+        assert callable(self.mapping)
+        update = -self.mapping(-momentum)
+        if update.shape != momentum.shape:
+            raise ValueError(
+                f"Invalid output_map: it returned {tuple(update.shape)} for "
+                f"{tuple(momentum.shape)}; it must keep the shape"
+            )
+        return update
+
+
+class AtItsSize(Mapped):
+    """The same, which keeps the gradient's running norm as :class:`Rms` does, and does not use it.
+
+    Its checkpoints are those of the maps that do.
+    """
+
+    def init(self, like: Tensor) -> State:
+        return Rms().init(like)
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        update = super().__call__(momentum, state, grad, betas, gain)
+        _, state["grad_norm"] = adam_size(momentum, grad, state["grad_norm"], state["step"], betas)
+        return update

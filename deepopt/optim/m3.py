@@ -1,18 +1,20 @@
 """M3: momenta at two time scales, each orthogonalised (Alg. 1, Eq 75)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deepopt.memory import MultiScale
-from deepopt.memory.multi_scale import MultiScaleSums
+from deepopt.memory import Memory, MultiScale
+from deepopt.memory.multi_scale import FastOfMultiScale, MultiScaleSums
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import check_output_map, init_output_map, orthogonalize, output_map
+from deepopt.optim.output_map import ORTHOGONAL_OPTIONS, Betas, Orthogonal, OutputMap, State
 
 MIXES = ("post", "pre")
+MEMORY_OPTIONS = ("slow_chunk", "beta3", "alpha", "ramp", "gate")
 
 
 class M3(MemoryOptimizer):
@@ -118,6 +120,10 @@ class M3(MemoryOptimizer):
     the hyper-parameters; there is no official code.
     """
 
+    _made_from = (
+        *MEMORY_OPTIONS, *ORTHOGONAL_OPTIONS, "mix", "literal", "betas", "eps", "capturable",
+    )  # fmt: skip
+
     def __init__(
         self,
         params: ParamsT,
@@ -175,7 +181,7 @@ class M3(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        _memory(group)
+        self._memory(group)
         if group["mix"] not in MIXES:
             raise ValueError(f"Invalid mix: {group['mix']!r}; choose from {MIXES}")
         if group["literal"] and group["mix"] != "post":
@@ -183,51 +189,86 @@ class M3(MemoryOptimizer):
                 f"Invalid mix: {group['mix']!r} with literal=True; Alg. 1 mixes after "
                 "Newton-Schulz, use mix='post'"
             )
-        check_output_map(group)
+        self._output_map(group)
 
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        slow = {"slow_update": torch.zeros_like(like)} if group["mix"] == "post" else {}
+    def _memory(self, group: Group) -> Memory:
         if group["literal"]:
-            return {**_sums(group).init(like), **slow}
-        return {**_memory(group).init(like), **slow, **init_output_map(like, group)}
+            return MultiScaleSums(group["betas"][1], group["beta3"])
+        # Mixed after Newton-Schulz, the slow momentum is the output map's to read.
+        cls = MultiScale if group["mix"] == "pre" else FastOfMultiScale
+        return cls(**{name: group[name] for name in MEMORY_OPTIONS})
 
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        retention = group["betas"][0]
-        if group["literal"]:
-            sums = _sums(group)
-            sums.write(state, grad, retention)
-            fast = orthogonalize(sums.read(state, grad, retention), group)
-            update = fast + group["alpha"] * self._slow_update(state, group)
-            return update / (state["squares"].sqrt() + group["eps"])
-        memory = _memory(group)
+    def _output_map(self, group: Group) -> OutputMap:
+        orthogonal = Orthogonal.of(group)
         if group["mix"] == "pre":
-            memory.write(state, grad, retention)
-            # What is read has the fast momentum's size.
-            return output_map(memory.read(state, grad, retention), state, grad, group)
-        fast = memory.write_and_read_fast(state, grad, retention)
-        slow = self._slow_update(state, group), memory.weight(state, grad)
-        return output_map(fast, state, grad, group, beside=slow)
+            return orthogonal  # what is read has the fast momentum's size
+        slow = SlowUpdate(orthogonal, group["slow_chunk"], group["capturable"])
+        if group["literal"]:
+            return LiteralMix(slow, group["alpha"], group["eps"])
+        return MixedAfter(slow, self._memory(group))
 
-    @staticmethod
-    def _slow_update(state: dict[str, Tensor], group: Group) -> Tensor:
-        """O2 of the chunk before; where a chunk ends, state gets its own, for the next step on."""
-        current, ends = state["slow_update"], state["step"] % group["slow_chunk"] == 0
-        if group["capturable"]:  # a graph cannot depend on which rows are due
-            new = orthogonalize(state["slow"], group)
+
+@dataclass(frozen=True)
+class SlowUpdate:
+    """O2 of Alg. 1: the slow momentum made orthogonal, anew at the end of every chunk.
+
+    State: 1 float per parameter.
+    """
+
+    orthogonal: Orthogonal
+    chunk: int
+    capturable: bool
+
+    def init(self, like: Tensor) -> State:
+        return {"slow_update": torch.zeros_like(like)}
+
+    def __call__(self, state: State) -> Tensor:
+        """That of the chunk before; where a chunk ends, state gets its own, for the next step."""
+        current, ends = state["slow_update"], state["step"] % self.chunk == 0
+        orthogonalize = self.orthogonal.orthogonalize
+        if self.capturable:  # a graph cannot depend on which rows are due
+            new = orthogonalize(state["slow"])
             state["slow_update"] = torch.where(ends[:, None, None], new, current)
         elif ends.all():
-            state["slow_update"] = orthogonalize(state["slow"], group)
+            state["slow_update"] = orthogonalize(state["slow"])
         elif ends.any():
             rows = ends.nonzero().squeeze(-1).to(current.device, non_blocking=True)
-            new = orthogonalize(state["slow"][rows], group)
+            new = orthogonalize(state["slow"][rows])
             state["slow_update"] = current.index_copy(0, rows, new)
         return current
 
 
-def _memory(group: Group) -> MultiScale:
-    names = ("slow_chunk", "beta3", "alpha", "ramp", "gate")
-    return MultiScale(**{name: group[name] for name in names})
+@dataclass(frozen=True)
+class MixedAfter:
+    """Newton-Schulz of the fast momentum, and beside it the slow update at the memory's weight."""
+
+    slow: SlowUpdate
+    memory: Memory
+
+    def init(self, like: Tensor) -> State:
+        return {**self.slow.init(like), **self.slow.orthogonal.init(like)}
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        assert isinstance(self.memory, MultiScale)
+        beside = self.slow(state), self.memory.weight(state, grad)
+        return self.slow.orthogonal(momentum, state, grad, betas, gain, beside)
 
 
-def _sums(group: Group) -> MultiScaleSums:
-    return MultiScaleSums(group["betas"][1], group["beta3"])
+@dataclass(frozen=True)
+class LiteralMix:
+    """The last line of Alg. 1 as printed, over the root of the sum of squares."""
+
+    slow: SlowUpdate
+    alpha: float
+    eps: float
+
+    def init(self, like: Tensor) -> State:
+        return self.slow.init(like)
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        update = self.slow.orthogonal.orthogonalize(momentum) + self.alpha * self.slow(state)
+        return update / (state["squares"].sqrt() + self.eps)

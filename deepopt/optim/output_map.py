@@ -1,103 +1,178 @@
-"""The output map of the matrix path: a momentum made orthogonal, as large as AdamW's step (Eq 52).
+"""Output maps: what makes an update of the momentum that a memory reads out (Eq 52)."""
 
-Its options are those of the group: ``ns_steps``, ``ns_coefficients``, ``row_norm``, ``rms_cap`` and
-``update_rms``; :class:`DeepMomentum` documents them.
-"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from deepopt._compat import multiplies_bfloat16_faster
-from deepopt.ops import newton_schulz, orthogonal_update, polar_express
+from deepopt.ops import adam_size, newton_schulz, normalized, orthogonal_update, polar_express
 from deepopt.ops.newton_schulz import Coefficients
 from deepopt.ops.products import SHORTEST
-from deepopt.optim.base import Group
+
+State: TypeAlias = dict[str, Tensor]
+Betas: TypeAlias = tuple[float, float]
+
+ORTHOGONAL_OPTIONS = ("ns_steps", "ns_coefficients", "row_norm", "update_rms", "rms_cap")
+"""Arguments of an optimizer that :meth:`Orthogonal.of` takes from its group."""
 
 
-def check_output_map(group: Group) -> None:
-    """Raise ValueError for the first of the output map's options that is out of range."""
-    if group["update_rms"] is not None and not group["update_rms"] > 0.0:
-        raise ValueError(f"Invalid update_rms: {group['update_rms']}; it must be positive, or None")
-    if not group["rms_cap"] >= 1.0:
-        raise ValueError(f"Invalid rms_cap: {group['rms_cap']}; it must be at least 1")
-    if not isinstance(group["ns_steps"], int) or not 1 <= group["ns_steps"] < 100:
-        raise ValueError(
-            f"Invalid ns_steps: {group['ns_steps']}; it must be a whole number from 1 to 99"
-        )
-    abc = group["ns_coefficients"]
-    if abc is not None and [isinstance(x, int | float) for x in abc] != [True] * 3:
-        raise ValueError(f"Invalid ns_coefficients: {abc}; give three numbers or None")
+class OutputMap(Protocol):
+    """From a momentum, shape (B, m, n), to the update that the learning rate multiplies.
+
+    As with memories, the leading dimension stacks independent matrices, and hyper-parameters are
+    attributes. A map keeps state of its own beside the memory's, under names that differ from it.
+    """
+
+    def init(self, like: Tensor) -> State:
+        """State for momenta ``like``: tensors with leading size B."""
+        ...
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        """The update.
+
+        Args:
+            momentum: what the memory read.
+            state: the memory's and this map's, and ``step``; new values are assigned.
+            grad: the gradient.
+            betas: the group's: retention of the momentum, and of second moments.
+            gain: what the momentum is still to be multiplied by, shape (B,); None: nothing.
+        """
+        ...
 
 
-def init_output_map(like: Tensor, group: Group) -> dict[str, Tensor]:
-    """The state of :func:`output_map`."""
-    state = {}
-    if group["update_rms"] is None:
-        state["grad_norm"] = like.new_zeros(len(like))
-    if group["row_norm"]:
-        state["row_moment"] = like.new_zeros(like.shape[:2])
-        state["row_weight"] = like.new_zeros(like.shape[:2])
-    return state
+class Identity:
+    """The update is the momentum itself. State: none."""
+
+    def init(self, like: Tensor) -> State:
+        return {}
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
+    ) -> Tensor:
+        return momentum if gain is None else momentum * gain[:, None, None]
 
 
-def orthogonalize(momentum: Tensor, group: Group) -> Tensor:
-    """Newton-Schulz with the group's steps and coefficients."""
-    return newton_schulz(momentum, _coefficients(group), _products_dtype(momentum))
+@dataclass(frozen=True)
+class Orthogonal:
+    """The momentum made orthogonal, with its rows normalized, as large as AdamW's update would be.
 
-
-def output_map(
-    momentum: Tensor,
-    state: dict[str, Tensor],
-    grad: Tensor,
-    group: Group,
-    gain: Tensor | None = None,
-    beside: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """A momentum, orthogonalised, with its rows normalised, as large as AdamW's update would be.
+    :class:`deepopt.DeepMomentum` gives the equations.
 
     Args:
-        momentum: an average of gradients, shape (B, m, n).
-        state: with what :func:`init_output_map` made, and ``step``.
-        grad: the gradient.
-        group: its ``betas`` and the options above.
-        gain: how many times as large the average is, shape (B,); None: once.
-        beside: another orthogonal update and its weight, shape (B,): the weighted sum with it takes
-            the place of the momentum's, at the norm of that.
+        steps: of Newton-Schulz, from 1 to 99.
+        coefficients: (a, b, c) of every step, or None for the Polar Express ones.
+        row_norm: divide rows by their running root mean square.
+        update_rms: a fixed root mean square, or None for that of AdamW's update.
+        rms_cap: the most that an update which lacks rank is enlarged by, at least 1.
+
+    State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.
+
+    Raises:
+        ValueError: an argument out of range, by the name that optimizers have for it.
     """
-    keys = [] if group["update_rms"] is not None else ["grad_norm"]
-    keys += ["row_moment", "row_weight"] if group["row_norm"] else []
-    given = {key: state[key] for key in keys}
-    beta1, beta2 = group["betas"]
-    other, weight = beside or (None, None)
-    # Under another default dtype than the matrices', counts are of that one.
-    step = state["step"].float() if momentum.dtype == torch.float32 else state["step"]
-    update, *new = orthogonal_update(
-        momentum,
-        _coefficients(group),
-        _products_dtype(momentum),
-        other,
-        weight,
-        gain,
-        grad,
-        step,
-        given.get("grad_norm"),
-        given.get("row_moment"),
-        given.get("row_weight"),
-        beta1,
-        beta2,
-        group["rms_cap"],
-        group["update_rms"],
-    )
-    state.update(zip(keys, new, strict=True))
-    return update
+
+    steps: int = 5
+    coefficients: Sequence[float] | None = None
+    row_norm: bool = True
+    update_rms: float | None = None
+    rms_cap: float = 1.5
+    _coefficients: Coefficients = field(init=False, repr=False, compare=False)
+    _kept: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "Orthogonal":
+        """From the arguments of an optimizer's group."""
+        return cls(*(group[name] for name in ORTHOGONAL_OPTIONS))
+
+    def __post_init__(self) -> None:
+        if self.update_rms is not None and not self.update_rms > 0.0:
+            raise ValueError(f"Invalid update_rms: {self.update_rms}; it must be positive, or None")
+        if not self.rms_cap >= 1.0:
+            raise ValueError(f"Invalid rms_cap: {self.rms_cap}; it must be at least 1")
+        if not isinstance(self.steps, int) or not 1 <= self.steps < 100:
+            raise ValueError(
+                f"Invalid ns_steps: {self.steps}; it must be a whole number from 1 to 99"
+            )
+        abc = self.coefficients
+        if abc is not None and [isinstance(x, int | float) for x in abc] != [True] * 3:
+            raise ValueError(f"Invalid ns_coefficients: {abc}; give three numbers or None")
+        every = polar_express(self.steps) if abc is None else [tuple(abc)] * self.steps
+        kept = ("grad_norm",) if self.update_rms is None else ()
+        object.__setattr__(self, "_coefficients", every)
+        object.__setattr__(
+            self, "_kept", (*kept, "row_moment", "row_weight") if self.row_norm else kept
+        )
+
+    def init(self, like: Tensor) -> State:
+        sizes = {"grad_norm": like.shape[:1]}
+        return {key: like.new_zeros(sizes.get(key, like.shape[:2])) for key in self._kept}
+
+    def orthogonalize(self, momentum: Tensor) -> Tensor:
+        """Newton-Schulz alone."""
+        return newton_schulz(momentum, self._coefficients, products_dtype(momentum))
+
+    def __call__(
+        self,
+        momentum: Tensor,
+        state: State,
+        grad: Tensor,
+        betas: Betas,
+        gain: Tensor | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The update; ``beside`` is another one, orthogonal, and its weight, shape (B,).
+
+        Their weighted sum then takes the place of the momentum's own, at the norm of that.
+        """
+        kept = self._kept
+        other, weight = beside or (None, None)
+        # Under another default dtype than the matrices', counts are of that one.
+        step = state["step"].float() if momentum.dtype == torch.float32 else state["step"]
+        update, *new = orthogonal_update(
+            momentum,
+            self._coefficients,
+            products_dtype(momentum),
+            other,
+            weight,
+            gain,
+            grad,
+            step,
+            state["grad_norm"] if self.update_rms is None else None,
+            state["row_moment"] if self.row_norm else None,
+            state["row_weight"] if self.row_norm else None,
+            *betas,
+            self.rms_cap,
+            self.update_rms,
+        )
+        state.update(zip(kept, new, strict=True))
+        return update
 
 
-def _coefficients(group: Group) -> Coefficients:
-    coefficients, steps = group["ns_coefficients"], group["ns_steps"]
-    return polar_express(steps) if coefficients is None else [tuple(coefficients)] * steps
+@dataclass(frozen=True)
+class Rms:
+    """The momentum over its root mean square, as large as AdamW's update would be.
+
+    State: 1 per matrix.
+    """
+
+    def init(self, like: Tensor) -> State:
+        return {"grad_norm": like.new_zeros(len(like))}
+
+    def __call__(
+        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None = None
+    ) -> Tensor:
+        size, state["grad_norm"] = adam_size(
+            momentum, grad, state["grad_norm"], state["step"], betas, gain
+        )
+        return normalized(momentum) * size[:, None, None]
 
 
-def _products_dtype(matrices: Tensor) -> torch.dtype:
+def products_dtype(matrices: Tensor) -> torch.dtype:
     """bfloat16 where it is faster: Newton-Schulz corrects its own rounding."""
     worthwhile = matrices.dtype == torch.float32 and min(matrices.shape[-2:]) >= SHORTEST
     narrow = worthwhile and multiplies_bfloat16_faster(matrices.device)

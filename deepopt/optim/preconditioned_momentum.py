@@ -86,6 +86,7 @@ class PreconditionedMomentum(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("preconditioner",)
+    _made_from = ("preconditioner", "betas", "capturable")
 
     def __init__(
         self,
@@ -128,11 +129,3 @@ class PreconditionedMomentum(MemoryOptimizer):
         return Preconditioned(
             resolve(group["preconditioner"], group["betas"][1], group["capturable"])
         )
-
-    def _init_matrices(self, like: Tensor, group: Group) -> dict[str, Tensor]:
-        return self._memory(group).init(like)
-
-    def _read_update(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        memory, retention = self._memory(group), group["betas"][0]
-        memory.write(state, grad, retention)
-        return memory.read(state, grad, retention)

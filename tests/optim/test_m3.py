@@ -9,7 +9,8 @@ from torch import nn
 import deepopt
 from deepopt.memory import MultiScale
 from deepopt.ops import polar_express
-from deepopt.optim.m3 import M3, orthogonalize
+from deepopt.optim.m3 import M3, SlowUpdate
+from deepopt.optim.output_map import Orthogonal
 from tests import literal_m3
 
 MUON = (3.4445, -4.7750, 2.0315)
@@ -207,12 +208,10 @@ def test_state_is_three_floats_per_parameter_or_two():
 
 
 def test_the_slow_update_is_computed_once_per_chunk_and_for_the_rows_that_are_due(monkeypatch):
-    from deepopt.optim import m3
-
     seen = []
-    orthogonalize = m3.orthogonalize
+    original = Orthogonal.orthogonalize
     monkeypatch.setattr(
-        m3, "orthogonalize", lambda x, group: seen.append(len(x)) or orthogonalize(x, group)
+        Orthogonal, "orthogonalize", lambda self, x: seen.append(len(x)) or original(self, x)
     )
     params = [nn.Parameter(torch.zeros(16, 24)) for _ in range(3)]
     optimizer = M3(params, slow_chunk=3, ramp=0)
@@ -233,10 +232,10 @@ def test_the_slow_update_is_computed_once_per_chunk_and_for_the_rows_that_are_du
 def test_rows_whose_chunk_ends_get_their_slow_update_and_others_keep_theirs(steps, due, capturable):
     slow, old = stream(2), stream(2, seed=1)
     state = {"step": torch.tensor(steps), "slow": slow, "slow_update": old}
-    group = {**M3([nn.Parameter(torch.zeros(2, 2))]).param_groups[0], "slow_chunk": 3}
-    assert M3._slow_update(state, {**group, "capturable": capturable}) is old
+    orthogonal = Orthogonal()
+    assert SlowUpdate(orthogonal, 3, capturable)(state) is old
     for row in range(2):
-        expected = orthogonalize(slow[row : row + 1], group)[0] if row in due else old[row]
+        expected = orthogonal.orthogonalize(slow[row : row + 1])[0] if row in due else old[row]
         torch.testing.assert_close(state["slow_update"][row], expected)
 
 
