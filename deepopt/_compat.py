@@ -4,6 +4,7 @@ They move between minor releases: whatever a release lacks gets its fallback in 
 no other file knows torch versions apart.
 """
 
+import functools
 import sys
 
 import torch
@@ -15,6 +16,14 @@ from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
 from torch.optim.optimizer import _get_capturable_supported_devices as capturable_devices
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
 from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
+
+# Raises, as torch's optimizers do, where a graph is captured without capturable=True.
+graph_capture_health_check = getattr(  # torch 2.12 and before: another name
+    Optimizer,
+    "_accelerator_graph_capture_health_check"
+    if hasattr(Optimizer, "_accelerator_graph_capture_health_check")
+    else "_cuda_graph_capture_health_check",
+)
 
 __all__ = [
     "adam",
@@ -29,14 +38,6 @@ __all__ = [
     "scalar_dtype",
     "use_grad_for_differentiable",
 ]
-
-
-def graph_capture_health_check(optimizer: Optimizer) -> None:
-    """Raise, as torch's optimizers do, where a graph is captured without ``capturable=True``."""
-    name = "_accelerator_graph_capture_health_check"  # torch 2.12 and before: another name
-    if not hasattr(optimizer, name):
-        name = "_cuda_graph_capture_health_check"
-    getattr(optimizer, name)()
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
@@ -55,6 +56,7 @@ def is_distributed(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+@functools.lru_cache
 def multiplies_bfloat16_faster(device: torch.device) -> bool:
     """Whether matrix products on ``device`` run natively in bfloat16, at a multiple of float32."""
     if device.type == "cuda":

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepopt.ops.step_size import frobenius, running_root
+from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.triton.scaling import divided, tile_norm
 from deepopt.ops.triton.symmetric import symmetric_product
 from deepopt.ops.triton.tiles import erase_tile

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepopt.ops.step_size import frobenius
+from deepopt.ops.norms import frobenius
 
 CHUNK = 4096
 """Elements of a matrix that a block of threads takes: 16 for each of 256 threads."""

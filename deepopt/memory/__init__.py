@@ -35,7 +35,6 @@ __all__ = [
     "OuterProduct",
     "Preconditioned",
     "resolve",
-    "write_and_read",
 ]
 
 
@@ -86,19 +85,6 @@ class OnePass(Protocol):
     ) -> Tensor:
         """:meth:`Memory.write`, and then what :meth:`Memory.read` returns."""
         ...
-
-
-def write_and_read(
-    memory: Memory, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Write ``grad``; return the momentum, and what it is still to be multiplied by, or None."""
-    if both := getattr(memory, "write_and_read", None):
-        return both(state, grad, retention), None
-    memory.write(state, grad, retention)
-    if factored := getattr(memory, "read_factored", None):
-        momentum, gain = factored(state, grad, retention)
-        return momentum, gain
-    return memory.read(state, grad, retention), None
 
 
 BUILT_IN: dict[str, type[Memory]] = {

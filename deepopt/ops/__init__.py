@@ -17,11 +17,17 @@ from deepopt.ops.matmul import matmul
 from deepopt.ops.move import move_
 from deepopt.ops.multi_scale_write import multi_scale_write
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
+from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import backend, load_extensions
-from deepopt.ops.orthogonal_update import orthogonal_update
-from deepopt.ops.resize import adam_size, resize
 from deepopt.ops.ridge import ridge
-from deepopt.ops.step_size import adam_ratio, frobenius, rms_gain, row_gains, running_root
+from deepopt.ops.update import (
+    adam_ratio,
+    adam_size,
+    orthogonal_update,
+    resize,
+    rms_gain,
+    row_gains,
+)
 
 __all__ = [
     "adam_ratio",

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepopt.ops.norms import frobenius
 from deepopt.ops.operator import operator
-from deepopt.ops.step_size import frobenius
 
 
 def root_mean_square(matrices: Tensor) -> Tensor:

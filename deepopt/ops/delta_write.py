@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import operator
 from deepopt.ops.products import is_small, worth_rounding
-from deepopt.ops.step_size import frobenius, running_root
 
 
 @operator(

@@ -58,6 +58,11 @@ def move_(
     Raises:
         ValueError: both ``lows`` and ``seeds``, or not as many as parameters.
     """
+    if not lows and not seeds:
+        for param, update in zip(params, updates, strict=True):
+            dtype = _computed_in(param)
+            param.copy_(param.to(dtype) * (1 - lr * weight_decay) - update.to(dtype) * lr)
+        return
     kept = roundings(params, lows, seeds)
     for param, update, rounding in zip(params, updates, kept, strict=True):
         dtype = _computed_in(param)

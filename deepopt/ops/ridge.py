@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepopt.ops.step_size import frobenius
+from deepopt.ops.norms import frobenius
 
 
 def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor]:

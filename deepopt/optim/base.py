@@ -6,6 +6,7 @@ checkpoints are done here.
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -24,7 +25,7 @@ from deepopt._compat import (
     scalar_dtype,
     use_grad_for_differentiable,
 )
-from deepopt.memory import Memory, write_and_read
+from deepopt.memory import Memory
 from deepopt.ops import move_
 from deepopt.ops.rounding import put, roundings, wide
 from deepopt.optim import elementwise, groups, routing, sharding
@@ -35,6 +36,7 @@ from deepopt.optim.stacking import Joints, State, distribute, stacked
 
 Group: TypeAlias = dict[str, Any]
 IDENTITY = Identity()
+NO_ROUNDING: tuple[list[Tensor], list[int]] = ([], [])
 
 ENTRIES_AT_ONCE = 2**19
 """Of matrices that a CPU steps in one call, unless a single one has more.
@@ -52,15 +54,11 @@ class Kind(NamedTuple):
     sides: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    state_dtype: torch.dtype
     mesh: Any = None
     """Of DTensors."""
     dealt: bool = False
     """Whether ranks have pieces of matrices, or several the same ones."""
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether a few matrices at a time are faster."""
-        return self.mesh is None and self.device.type == "cpu"
 
 
 class Bucket(NamedTuple):
@@ -70,6 +68,26 @@ class Bucket(NamedTuple):
     group: Group
     params: list[Tensor]
     grads: list[Tensor]
+
+    @property
+    def dealt(self) -> bool:
+        """Whether ranks share its matrices out among themselves."""
+        return self.kind is not None and self.kind.dealt
+
+
+class Kinds(NamedTuple):
+    """Those of a group's parameters, and what they were found from."""
+
+    params: list[Tensor]
+    asked: list[Any]
+    told: list[tuple[Any, ...]]
+    kinds: list[Kind | None]
+
+
+KIND_OPTIONS = (
+    "path", "split", "param_names", "reasons", "rounding", "differentiable",
+)  # fmt: skip
+KIND_ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
 class MemoryOptimizer(Optimizer):
@@ -83,11 +101,14 @@ class MemoryOptimizer(Optimizer):
     """Dimensions that a path asks of a parameter; at 0, a vector is a matrix of one column."""
     _objects: ClassVar[tuple[str, ...]] = ("memory",)
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
+    _looks_at_inputs: ClassVar[bool] = False
+    """Whether :meth:`_gradients` has something to do."""
     _made_from: ClassVar[tuple[str, ...]] = ()
     """Arguments that the memory and the output map are made from."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._joints: Joints = {}
+        self._kept_kinds: dict[int, Kinds] = {}
         self._made: dict[int, tuple[list[Any], Memory, OutputMap]] = {}
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
@@ -130,14 +151,12 @@ class MemoryOptimizer(Optimizer):
         """What makes an update of the momentum that the memory reads out."""
         return IDENTITY
 
-    def _gradient(
-        self, param: Tensor, grad: Tensor | None, path: routing.Path, group: Group
-    ) -> Tensor | None:
-        """What ``param`` is stepped with, from its unscaled gradient, which must not be written to.
+    def _gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
+        """What a group's parameters are stepped with, from their unscaled gradients.
 
-        None lets the parameter rest.
+        These must not be written to. None lets a parameter rest.
         """
-        return grad
+        return grads
 
     def _describe(self, key: str, value: Any) -> str:
         """An argument that can be an object, as plain text: what a checkpoint knows it by."""
@@ -201,20 +220,16 @@ class MemoryOptimizer(Optimizer):
         # All that can be wrong with a parameter or a gradient shows before any parameter moves.
         buckets: list[Bucket] = []
         for group in self.param_groups:
-            params, routes = group["params"], routing.routes(group)
-            grads = [param.grad for param in params]
+            grads: list[Tensor | None] = [param.grad for param in group["params"]]
             if scale is not None:
                 # In float32: what loss scaling keeps from underflow must not underflow here.
                 grads = [
                     None if grad is None else grad.to(state_dtype(param)) / scale.to(grad.device)
-                    for param, grad in zip(params, grads, strict=True)
+                    for param, grad in zip(group["params"], grads, strict=True)
                 ]
-            if group["path"] != "elementwise":
-                grads = [
-                    self._gradient(param, grad, route.path, group)
-                    for param, grad, route in zip(params, grads, routes, strict=True)
-                ]
-            buckets += self._buckets(group, routes, grads)
+            if group["path"] != "elementwise" and self._looks_at_inputs:
+                grads = self._gradients(grads, group)
+            buckets += self._buckets(group, grads)
         self._step_buckets(buckets, self.state, found_inf)
         return loss
 
@@ -222,23 +237,20 @@ class MemoryOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(self.defaults["fused"])
 
-    def _buckets(
-        self, group: Group, routes: Sequence[routing.Route], grads: Sequence[Tensor | None]
-    ) -> list[Bucket]:
+    def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call.
 
         Args:
             group: of this optimizer.
-            routes: of its parameters, as :func:`routing.routes` gives them.
-            grads: what they are stepped with, in the same order.
+            grads: what its parameters are stepped with, in their order.
         """
-        _check_foreach(group)  # torch would find a rate that became a tensor after matrices moved
+        if isinstance(group["lr"], Tensor):  # torch would find one after matrices have moved
+            _check_foreach(group)
         buckets: list[Bucket] = []
         last: dict[Kind | bool, Bucket] = {}
         entries: dict[Kind, int] = {}
-        capturable, rounding = group["capturable"], group["rounding"]
-        small = elementwise.SMALL
-        for param, route, grad in zip(group["params"], routes, grads, strict=True):
+        capturable, small = group["capturable"], elementwise.SMALL
+        for param, kind, grad in zip(group["params"], self._kinds(group), grads, strict=True):
             if grad is None:
                 continue
             if grad.is_sparse:
@@ -248,19 +260,17 @@ class MemoryOptimizer(Optimizer):
                     "If capturable=True, params and state_steps must be on supported devices: "
                     f"{capturable_devices()}."
                 )
-            if rounding != "nearest" and is_distributed(param):
-                raise RuntimeError(
-                    f"rounding={rounding!r} does not support DTensor parameters; use "
-                    "rounding='nearest'"
-                )
-            kind = None
-            if route.path != "elementwise" and param.numel():
-                kind, grad = self._kind(param, grad, route, group)
-                entries[kind] = entries.get(kind, 0) + param.numel()
-                if entries[kind] > ENTRIES_AT_ONCE and kind.in_parts:
-                    last.pop(kind, None)
-                    entries[kind] = param.numel()
-            alike = param.numel() <= small if kind is None else kind
+            if kind is None:
+                alike: Kind | bool = param.numel() <= small
+            else:
+                alike = kind
+                if kind.mesh is not None:
+                    grad = sharding.place(grad, param)
+                elif kind.device.type == "cpu":  # where a few matrices at a time are faster
+                    entries[kind] = entries.get(kind, 0) + param.numel()
+                    if entries[kind] > ENTRIES_AT_ONCE:
+                        last.pop(kind, None)
+                        entries[kind] = param.numel()
             bucket = last.get(alike)
             if bucket is None:
                 bucket = last[alike] = Bucket(kind, group, [], [])
@@ -269,19 +279,53 @@ class MemoryOptimizer(Optimizer):
             bucket.grads.append(grad)
         return buckets
 
-    def _kind(
-        self, param: Tensor, grad: Tensor, route: routing.Route, group: Group
-    ) -> tuple[Kind, Tensor]:
-        """What a parameter of matrices can be stepped with, and its gradient laid out like it."""
+    def _kinds(self, group: Group) -> list[Kind | None]:
+        """Of every parameter of a group what its matrices can be stepped with; None: element-wise.
+
+        They are kept from step to step, until a parameter or what they depend on is another.
+        """
+        params = group["params"]
+        asked = list(map(group.get, KIND_OPTIONS))
+        told = list(map(KIND_ATTRIBUTES, params))
+        kept = self._kept_kinds.get(id(group))
+        if (
+            kept is not None
+            and kept.told == told
+            and kept.asked == asked
+            and all(map(operator.is_, kept.params, params))
+        ):
+            return kept.kinds
+        kinds = [
+            self._kind(param, route, group)
+            for param, route in zip(params, routing.routes(group), strict=True)
+        ]
+        self._kept_kinds[id(group)] = Kinds(list(params), asked, told, kinds)
+        return kinds
+
+    def _kind(self, param: Tensor, route: routing.Route, group: Group) -> Kind | None:
+        distributed = is_distributed(param)
+        if distributed and group["rounding"] != "nearest":
+            raise RuntimeError(
+                f"rounding={group['rounding']!r} does not support DTensor parameters; use "
+                "rounding='nearest'"
+            )
+        if route.path == "elementwise" or not param.numel():
+            return None
         path, split = route.path, route.split
-        sides = routing.sides(param, path, split)
-        kind = Kind(path, split, sides, param.dtype, param.device)
-        if not is_distributed(param):
-            return kind, grad
+        kind = Kind(
+            path,
+            split,
+            routing.sides(param, path, split),
+            param.dtype,
+            param.device,
+            state_dtype(param),
+        )
+        if not distributed:
+            return kind
         if group["differentiable"]:
             raise RuntimeError("`differentiable` does not support DTensor parameters")
         dealt = not sharding.at_home(sharding.spread(param, path, split))
-        return kind._replace(mesh=sharding.mesh(param), dealt=dealt), sharding.place(grad, param)
+        return kind._replace(mesh=sharding.mesh(param), dealt=dealt)
 
     def _step_buckets(
         self, buckets: Sequence[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None = None
@@ -291,8 +335,9 @@ class MemoryOptimizer(Optimizer):
         joined = len(self._joints)
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
-        dealt = [(b, own) for b, own in zip(buckets, owns, strict=True) if b.kind and b.kind.dealt]
-        self._step_dealt([b for b, _ in dealt], [own for _, own in dealt], found_inf)
+        dealt = [pair for pair in zip(buckets, owns, strict=True) if pair[0].dealt]
+        if dealt:
+            self._step_dealt([b for b, _ in dealt], [own for _, own in dealt], found_inf)
         for bucket, own in zip(buckets, owns, strict=True):
             found = None if found_inf is None else found_inf.to(bucket.params[0].device)
             if bucket.kind is None:
@@ -312,7 +357,7 @@ class MemoryOptimizer(Optimizer):
     def _init_states(self, bucket: Bucket, states: dict[Tensor, Any]) -> list[State]:
         """The states of a bucket's parameters, made where there are none yet."""
         kind, group = bucket.kind, bucket.group
-        own: list[Any] = [states.get(param) for param in bucket.params]
+        own: list[Any] = list(map(states.get, bucket.params))
         if all(own):
             return own
         fresh = [param for param, state in zip(bucket.params, own, strict=True) if not state]
@@ -350,14 +395,14 @@ class MemoryOptimizer(Optimizer):
         mapped = self._output_map(group).init(like)
         if own := whole.keys() & {"step", "low", *mapped}:
             raise ValueError(
-                f"Invalid memory: its state must not use the names {own}, which are the optimizer's "
-                "own"
+                f"Invalid memory: its state must not use the names {own}, which are the "
+                "optimizer's own"
             )
         return {**whole, **mapped}
 
     def _parts(self, group: Group) -> tuple[Memory, OutputMap]:
         """The group's memory and output map, made anew when one of their arguments has changed."""
-        values = [group[name] for name in self._made_from]
+        values = list(map(group.__getitem__, self._made_from))
         made = self._made.get(id(group))
         if made is None or made[0] != values:
             made = self._made[id(group)] = (values, self._memory(group), self._output_map(group))
@@ -377,11 +422,11 @@ class MemoryOptimizer(Optimizer):
         self, bucket: Bucket, kind: Kind, states: list[State], found_inf: Tensor | None
     ) -> None:
         group, params = bucket.group, bucket.params
-        grads = [routing.matrices(grad, kind.path, kind.split) for grad in bucket.grads]
-        counts = [len(grad) for grad in grads]
+        grads = [grad.reshape(-1, *kind.sides) for grad in bucket.grads]
+        counts = list(map(len, grads))
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads) if len(grads) > 1 else grads[0]
-            grad = grad.to(state_dtype(params[0]))
+            grad = grad.to(kind.state_dtype)
             keys = [key for key in states[0] if key not in ("step", "low")]
             with stacked(states, keys, group["differentiable"], self._joints) as whole:
                 pairs = zip(states, counts, strict=True)
@@ -391,7 +436,10 @@ class MemoryOptimizer(Optimizer):
             updates = [
                 p.reshape(q.shape) for p, q in zip(update.split(counts), params, strict=True)
             ]
-            self._move(params, updates, lows_and_seeds(params, states, group), group, found_inf)
+            kept = NO_ROUNDING
+            if group["rounding"] != "nearest":
+                kept = lows_and_seeds(params, states, group)
+            self._move(params, updates, kept, group, found_inf)
         self._count(states, found_inf)
 
     def _step_dealt(
@@ -427,7 +475,15 @@ class MemoryOptimizer(Optimizer):
             skip = found_inf.to(grad.device).squeeze() > 0
             grad = torch.where(skip, torch.zeros_like(grad), grad)
         (memory, output_map), betas = self._parts(group), group["betas"]
-        momentum, gain = write_and_read(memory, state, grad, betas[0])
+        gain = None
+        if both := getattr(memory, "write_and_read", None):
+            momentum = both(state, grad, betas[0])
+        else:
+            memory.write(state, grad, betas[0])
+            if factored := getattr(memory, "read_factored", None):
+                momentum, gain = factored(state, grad, betas[0])
+            else:
+                momentum = memory.read(state, grad, betas[0])
         if momentum.shape != grad.shape:
             raise ValueError(
                 f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
@@ -477,7 +533,7 @@ class MemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._joints, self._made = {}, {}
+        self._joints, self._made, self._kept_kinds = {}, {}, {}
         for group in self.param_groups:  # flags that an older version did not have
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -99,6 +99,8 @@ class DeltaGradientDescent(MemoryOptimizer):
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _warned = False
 
+    _looks_at_inputs = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -144,9 +146,18 @@ class DeltaGradientDescent(MemoryOptimizer):
                 f"Invalid decay_scale: {scale}; it must be a number from 0 on, or None"
             )
 
+    def _gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
+        return [
+            self._gradient(param, grad, route.path, group)
+            for param, grad, route in zip(
+                group["params"], grads, routing.routes(group), strict=True
+            )
+        ]
+
     def _gradient(
         self, param: Tensor, grad: Tensor | None, path: routing.Path, group: Group
     ) -> Tensor | None:
+        """What ``param`` is stepped with, from its gradient and the inputs it was seen with."""
         if grad is None or grad.is_sparse or path == "elementwise":
             return grad
         if param.ndim < 2 or not param.numel():

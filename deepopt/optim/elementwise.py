@@ -113,7 +113,7 @@ def _joint(
     To hand many small tensors over costs more than their arithmetic.
     """
     joint = joints.get(id(states[0]))
-    if joint is not None and joint.is_of(own):
+    if joint is not None and joint.is_of([*own[0], *own[1], *own[2]]):
         return joint
     if not _can_be_joined(params, own):
         return None
@@ -128,7 +128,7 @@ def _join(states: list[State], own: list[list[Tensor]]) -> Joint:
         parts = joined.split([tensor.numel() for tensor in tensors])
         for state, tensor, part in zip(states, tensors, parts, strict=True):
             state[key] = part.view(tensor.shape)
-    return Joint([[state[key] for state in states] for key in KEYS], whole)
+    return Joint([state[key] for key in KEYS for state in states], whole)
 
 
 def _can_be_joined(params: list[Tensor], own: list[list[Tensor]]) -> bool:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from deepopt.optim.base import MemoryOptimizer
-from deepopt.optim.routing import routes
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 States: TypeAlias = dict[str, dict[str, Tensor]]
@@ -62,7 +61,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         stepped = make({name: param.detach() for name, param in params.items()})
         group = stepped.param_groups[0]
         states: dict[Tensor, Any] = {}
-        for bucket in stepped._buckets(group, routes(group), group["params"]):
+        for bucket in stepped._buckets(group, group["params"]):
             stepped._init_states(bucket, states)
         return dict(zip(params, (states[param] for param in group["params"]), strict=True))
 
@@ -81,7 +80,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         }
         group = stepped.param_groups[0]
         given = [grads.get(name) for name in new]
-        buckets = stepped._buckets(group, routes(group), given)
+        buckets = stepped._buckets(group, given)
         stepped._step_buckets(buckets, states)
         return new, {name: states[param] for name, param in new.items()}
 

@@ -24,16 +24,16 @@ class Joint(NamedTuple):
     arithmetic.
     """
 
-    own: list[list[Tensor]]
+    own: list[Tensor]
+    """Key by key, and under each parameter by parameter."""
     whole: list[Tensor]
 
-    def is_of(self, own: list[list[Tensor]]) -> bool:
+    def is_of(self, own: list[Tensor]) -> bool:
         """Whether the state still consists of these very tensors."""
-        if len(own) != len(self.own) or _storage(own[0][0]) != _storage(self.whole[0]):
-            return False
-        return all(
-            len(these) == len(those) and all(map(operator.is_, these, those))
-            for these, those in zip(own, self.own, strict=True)
+        return (
+            len(own) == len(self.own)
+            and all(map(operator.is_, own, self.own))
+            and own[0].untyped_storage()._cdata == self.whole[0].untyped_storage()._cdata
         )
 
 
@@ -62,15 +62,16 @@ def stacked(
             the old ones.
         joints: what has been found to be stacked already, for the steps to come.
     """
-    own: list[list[Tensor]] = [[state[key] for state in states] for key in keys]
-    counts = [len(tensor) for tensor in own[0]] if keys else []
+    own = [state[key] for key in keys for state in states]
+    counts = list(map(len, own[: len(states)]))
     old: dict[str, Tensor] = {}
     apart = set()
     joint = joints.get(id(states[0]))
     if joint is not None and keys and not differentiable and joint.is_of(own):
         old = dict(zip(keys, joint.whole, strict=True))
     else:
-        for key, parts in zip(keys, own, strict=True):
+        for index, key in enumerate(keys):
+            parts = own[index * len(states) : (index + 1) * len(states)]
             if not differentiable and _adjacent(parts):
                 old[key] = _joined(parts)
                 continue
@@ -81,7 +82,7 @@ def stacked(
                 # Parts of a larger storage stay in it: each of them would keep all of it alive.
                 apart.add(key)
         if keys and not differentiable and not apart:
-            own = [[state[key] for state in states] for key in keys]
+            own = [state[key] for key in keys for state in states]
             joints[id(states[0])] = Joint(own, list(old.values()))
     new = dict(old)
     yield new
@@ -98,11 +99,14 @@ def stacked(
 
 def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Raise ValueError where a state tensor's shape or dtype has changed."""
-    for key in old:
-        if _kind(new[key]) != _kind(old[key]):
+    for key, before in old.items():
+        now = new[key]
+        if now is before:
+            continue
+        if not isinstance(now, Tensor) or (now.shape, now.dtype) != (before.shape, before.dtype):
             raise ValueError(
-                f"state {key!r} was a tensor of {_kind(old[key])} and cannot become one of "
-                f"{_kind(new[key])}: keep what init made"
+                f"state {key!r} was a tensor of {_kind(before)} and cannot become one of "
+                f"{_kind(now)}: keep what init made"
             )
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch import nn
 import deepopt
 from deepopt import memory as memories
 from deepopt.memory import BUILT_IN, Covariance
+from deepopt.ops import backend
+
+PACKAGE = Path(deepopt.__file__).parent
 
 
 @pytest.fixture(params=BUILT_IN)
@@ -227,3 +232,35 @@ def test_state_that_has_left_the_optimizer_is_not_kept_alive():
     optimizer.state.clear()
     step()
     assert [ref() for ref in old] == [None] * len(old)
+
+
+class Traced:
+    """The package's own Python functions that ran, with their files; comprehensions count."""
+
+    def __enter__(self):
+        self.calls, self.files = 0, set()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def _note(self, frame, event, _):
+        name = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in name.parents:
+            self.calls += 1
+            self.files.add(name.name)
+
+
+@pytest.mark.parametrize("memory", ["linear", "delta"])
+def test_a_step_on_one_matrix_is_short_enough_to_be_followed(memory):
+    param = nn.Parameter(torch.randn(64, 80))
+    param.grad = torch.randn(64, 80)
+    optimizer = deepopt.DeepMomentum([param], memory=memory, path="matrix")
+    with backend("reference"):
+        for _ in range(2):  # what is made once
+            optimizer.step()
+        with Traced() as found:
+            optimizer.step()
+    assert len(found.files) <= 10, sorted(found.files)
+    assert found.calls <= 60

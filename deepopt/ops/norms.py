@@ -1,0 +1,26 @@
+"""Norms of matrices and their running means, safe over all of a float's range."""
+
+import torch
+from torch import Tensor
+
+from deepopt.ops.operator import operator
+
+
+@operator("(Tensor matrices) -> Tensor", lambda matrices: matrices.dtype == torch.float32)
+def frobenius(matrices: Tensor) -> Tensor:
+    """Frobenius norm of every matrix, shape (B,), also where squares leave the range of floats.
+
+    It is at most the largest number of the dtype, and NaN where an entry is not finite.
+    """
+    info = torch.finfo(matrices.dtype)
+    scale = matrices.detach().abs().amax((-2, -1)).clamp_min(info.tiny)
+    norm = torch.linalg.matrix_norm(matrices / scale[:, None, None])
+    return (norm * scale).clamp_max(info.max)
+
+
+def running_root(root: Tensor, value: Tensor, share: float | Tensor) -> Tensor:
+    """The root of the running mean of squares, sqrt((1 - share) root² + share value²), safely."""
+    tiny = torch.finfo(root.dtype).tiny
+    larger = torch.maximum(root, value).detach().clamp_min(tiny)
+    mean = (root / larger).square().lerp((value / larger).square(), share)
+    return mean.clamp_min(tiny).sqrt() * larger  # the slope of a root is infinite at zero

@@ -1,0 +1,281 @@
+"""What makes an update of a momentum: Newton-Schulz, and how far it goes (Eq 52)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepopt.ops.newton_schulz import Coefficients, newton_schulz
+from deepopt.ops.norms import frobenius, running_root
+from deepopt.ops.operator import operator
+
+
+def _supports(
+    updates: Sequence[Tensor],
+    weight: Tensor | None,
+    momentum: Tensor,
+    gain: Tensor | None,
+    grad: Tensor,
+    step: Tensor,
+    grad_norm: Tensor | None,
+    row_moment: Tensor | None,
+    row_weight: Tensor | None,
+    beta1: float,
+    beta2: float,
+    *_: float | None,
+) -> bool:
+    given = (*updates, weight, momentum, gain, grad, step, grad_norm, row_moment, row_weight)
+    numbers = isinstance(beta1, int | float) and isinstance(beta2, int | float)
+    return numbers and all(x is None or x.dtype == torch.float32 for x in given)
+
+
+@operator(
+    "(Tensor[] updates, Tensor? weight, Tensor momentum, Tensor? gain, Tensor grad, Tensor step, "
+    "Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
+    "float beta1, float beta2, float rms_cap, float? update_rms) -> Tensor[]",
+    _supports,
+)
+def resize(
+    updates: Sequence[Tensor],
+    weight: Tensor | None,
+    momentum: Tensor,
+    gain: Tensor | None,
+    grad: Tensor,
+    step: Tensor,
+    grad_norm: Tensor | None,
+    row_moment: Tensor | None,
+    row_weight: Tensor | None,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    rms_cap: float,
+    update_rms: float | None,
+) -> list[Tensor]:
+    """An orthogonalised update with its rows normalised, as large as AdamW's would be.
+
+    All of it is linear: the update is read once for the squares of its rows, and once to be
+    multiplied by a factor for each of them.
+
+    Args:
+        updates: one or two, shape (B, m, n). The sum with the second one takes the place of the
+            first, at the first one's norm.
+        weight: of the second update in that sum, shape (B,).
+        momentum: the average of gradients whose size counts, in their units, shape (B, m, n).
+        gain: how many times as large that average is, shape (B,); None: once.
+        grad: the gradient, shape (B, m, n).
+        step: gradients in the averages so far, shape (B,), on the matrices' device or the host.
+        grad_norm: running root of the mean squared norm of the gradient, shape (B,); None where
+            ``update_rms`` is given, and then momentum, gradient and steps are not read.
+        row_moment, row_weight: what :func:`deepopt.ops.row_gains` keeps, shape (B, m); None leaves
+            the rows as they are.
+        beta1, beta2: retentions of the averages of gradients and of squares.
+        rms_cap: the most that an update of low rank is enlarged by, at least 1.
+        update_rms: root mean square of an orthogonal update; None: that of AdamW's.
+
+    Returns:
+        The update, contiguous, and the new ``grad_norm``, ``row_moment`` and ``row_weight``, of
+        those that are given.
+
+    Cost: updates are read twice, gradient and momentum once, the result is written once.
+
+    Raises:
+        ValueError: (RuntimeError in kernels) arguments that belong together are not given together.
+    """
+    if len(updates) != (1 if weight is None else 2):
+        raise ValueError(
+            f"Invalid updates: {len(updates)} with weight={weight}; give one, or two and the "
+            "weight of the second"
+        )
+    if (grad_norm is None) == (update_rms is None):
+        raise ValueError(f"Invalid update_rms: {update_rms}; give either grad_norm or update_rms")
+    if (row_moment is None) != (row_weight is None):
+        raise ValueError("Invalid row_weight; give row_moment and row_weight, or neither")
+    rows, columns = updates[0].shape[-2:]
+    tiny = torch.finfo(updates[0].dtype).tiny
+    state = []
+    weights = updates[0].new_ones(1, len(updates[0]))
+    square = updates[0].square().sum(-1)
+    norm = square.sum(-1).clamp_min(tiny).sqrt()
+    if weight is not None:
+        weights, beside = torch.stack([weights[0], weight]), weight[:, None]
+        mixed, other = (updates[0] * updates[1]).sum(-1), updates[1].square().sum(-1)
+        square = square + 2 * beside * mixed + beside.square() * other
+        square = square.clamp_min(0.0)  # a sum of products, which are rounded
+        shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
+        square, weights = square * shrink.square()[:, None], weights * shrink
+    factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), rms_cap)
+    if grad_norm is not None:
+        size, grad_norm = adam_size(momentum, grad, grad_norm, step, (beta1, beta2), gain)
+        factor = factor * size
+        state.append(grad_norm)
+    elif update_rms is not None:
+        factor = factor * update_rms
+    weights = weights * factor
+    if row_moment is not None and row_weight is not None:
+        gains, *row_state = row_gains(square / columns, row_moment, row_weight, beta2)
+        weights = weights[:, :, None] * gains
+        state.extend(row_state)
+    weights = weights.reshape(*weights.shape[:2], -1, 1)
+    result = weights[0] * updates[0]
+    if weight is not None:
+        result = result + weights[1] * updates[1]
+    return [result.contiguous(), *state]
+
+
+def adam_size(
+    momentum: Tensor,
+    grad: Tensor,
+    grad_norm: Tensor,
+    step: Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """AdamW's root mean square for every matrix and the new ``grad_norm``, as in :func:`resize`."""
+    grad_norm = running_root(grad_norm, frobenius(grad), 1 - betas[1])
+    return adam_ratio(momentum, grad_norm, step, betas, gain), grad_norm
+
+
+def adam_ratio(
+    momentum: Tensor,
+    grad_norm: Tensor,
+    step: Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    gain: Tensor | None = None,
+) -> Tensor:
+    """The root mean square that AdamW's update would have, of each matrix as a whole.
+
+    AdamW divides the averaged gradient by the root of the averaged squared gradient: about 1 where
+    gradients agree, sqrt((1 - beta1) / (1 + beta1)) where they are noise, and towards 0 once they
+    stop. An orthogonalised update has lost that size; this restores it.
+
+    Args:
+        momentum: averages of the gradient, in its units, shape (B, m, n).
+        grad_norm: running roots of the mean squared Frobenius norm of the gradient, shape (B,).
+        step: gradients in the averages so far, shape (B,), for their bias corrections.
+        betas: retentions of the two averages.
+        gain: how many times as large as ``momentum`` the averages are, shape (B,); None: once.
+
+    Returns:
+        Shape (B,), between 0 and 1.
+    """
+    # No host waits for the copy of a step count to the device.
+    first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
+    first = first.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
+    second = second.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
+    tiny = torch.finfo(grad_norm.dtype).tiny
+    # Norms first: corrected, the largest of them would leave the range.
+    ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
+    return (ratio if gain is None else ratio * gain).clamp_max(1.0)
+
+
+def row_gains(
+    square: Tensor, moment: Tensor, weight: Tensor, retention: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors that divide each row by the root of its running mean square and keep matrices' norms.
+
+    A row is an output neuron: rows that the orthogonalisation leaves long or short step after
+    step come to move equally far (NorMuon, arXiv 2510.05491). Zero rows do not count, and each
+    row has a bias correction of its own: a neuron that wakes late, or again, moves like the others
+    and not by the root of its silence further.
+
+    Args:
+        square: mean squares of the rows, shape (B, m): all there is to know of the matrices.
+        moment: running sums of mean squares, shape (B, m).
+        weight: of what went into the sums, shape (B, m); their quotient is the mean.
+        retention: share of the old moment that is kept, in [0, 1).
+
+    Returns:
+        The factors, the new moment and the new weight, all of shape (B, m).
+    """
+    seen = square > 0
+    moment = torch.where(seen, moment.lerp(square, 1 - retention), moment)
+    weight = torch.where(seen, weight.lerp(torch.ones_like(weight), 1 - retention), weight)
+    tiny = torch.finfo(square.dtype).tiny
+    mean = (moment / weight.clamp_min(tiny)).clamp_min(tiny)
+    before = square.sum(-1, keepdim=True).clamp_min(tiny)
+    after = (square / mean).sum(-1, keepdim=True).clamp_min(tiny)
+    return mean.rsqrt() * (before / after).sqrt(), moment, weight
+
+
+def rms_gain(norm: Tensor, rank: int, cap: float) -> Tensor:
+    """Factor that brings a Frobenius norm to that of a semi-orthogonal matrix, in [1, cap].
+
+    Without the cap a rank-one matrix would be blown up until its single direction carries the
+    norm of all: for 512 x 512 that is a spectral step 23 times too large.
+
+    Args:
+        norm: of any shape.
+        rank: the largest that the matrices can have, their shorter side.
+        cap: at least 1.
+    """
+    return (rank**0.5 / norm).clamp(1.0, cap)
+
+
+def _both_support(
+    momentum: Tensor,
+    coefficients: Coefficients,
+    dtype: torch.dtype,
+    beside: Tensor | None,
+    weight: Tensor | None,
+    *rest: Any,
+) -> bool:
+    updates = [momentum] if beside is None else [momentum, beside]
+    has_kernel = newton_schulz.supports(momentum, coefficients, dtype)
+    return has_kernel and resize.supports(updates, weight, momentum, *rest)
+
+
+@operator(
+    "(Tensor momentum, float[][] coefficients, ScalarType dtype, Tensor? beside, Tensor? weight, "
+    "Tensor? gain, Tensor grad, Tensor step, "
+    "Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
+    "float beta1, float beta2, float rms_cap, float? update_rms) -> Tensor[]",
+    _both_support,
+)
+def orthogonal_update(
+    momentum: Tensor,
+    coefficients: Coefficients,
+    dtype: torch.dtype,
+    beside: Tensor | None,
+    weight: Tensor | None,
+    gain: Tensor | None,
+    grad: Tensor,
+    step: Tensor,
+    grad_norm: Tensor | None,
+    row_moment: Tensor | None,
+    row_weight: Tensor | None,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    rms_cap: float,
+    update_rms: float | None,
+) -> list[Tensor]:
+    """:func:`deepopt.ops.newton_schulz` of a momentum, and :func:`deepopt.ops.resize` of that.
+
+    Together they need no memory between them: kernels resize in place.
+
+    Args:
+        momentum: shape (B, m, n).
+        coefficients, dtype: as for ``newton_schulz``.
+        beside: a second update, shape (B, m, n), or None.
+        weight, gain, grad, step, grad_norm, row_moment, row_weight, beta1, beta2, rms_cap, \
+        update_rms: as for ``resize``.
+
+    Returns:
+        The update, contiguous, and the new ``grad_norm``, ``row_moment`` and ``row_weight``, of
+        those that are given.
+    """
+    update = newton_schulz(momentum, coefficients, dtype)
+    return resize(
+        [update] if beside is None else [update, beside],
+        weight,
+        momentum,
+        gain,
+        grad,
+        step,
+        grad_norm,
+        row_moment,
+        row_weight,
+        beta1,
+        beta2,
+        rms_cap,
+        update_rms,
+    )
