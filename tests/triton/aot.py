@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deepopt.ops.triton.delta import erase_kernel
-from deepopt.ops.triton.scaling import CHUNK, divide_kernel, norm_kernel
+from deepopt.ops.triton.scaling import CHUNK, OPTIONS, divide_kernel, norm_kernel
 from deepopt.ops.triton.split import split_kernel
 from deepopt.ops.triton.symmetric import symmetric_kernel
 from deepopt.ops.triton.tiles import ERASE, EXACT, LARGE, SMALL, SPLIT, Tile, adapted
@@ -137,7 +137,7 @@ def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
     yield compile(erase_kernel, EXACT, single, rows, **even)
     yield compile(split_kernel, SPLIT, single, rows, HAS_UNITS=False, **even)
     yield compile(split_kernel, SPLIT, single, columns, HAS_UNITS=True, **masked)
-    chunk = {"CHUNK": CHUNK, "num_warps": 8}
+    chunk = {"CHUNK": CHUNK, **OPTIONS}
     yield "norm_kernel fp32 chunk", compiled(norm_kernel, {}, set(), {}, chunk, target)
     types = {"out_ptr": "fp16"}
     yield "divide_kernel fp32/fp16 chunk", compiled(divide_kernel, types, set(), {}, chunk, target)

@@ -71,7 +71,8 @@ SPILLS = {("3.5", "cuda:90"): 16, ("3.6", "cuda:90"): 8}
 
 @pytest.mark.parametrize("target", MATRIX_UNITS)
 def test_machine_code_has_no_spills_wide_loads_and_matrix_instructions(target, tmp_path):
-    done = run(FOLDER / "aot.py", target, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    done = run("-W", "error::UserWarning", FOLDER / "aot.py", target,
+               TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr
     (version, kernels), amd = json.loads(done.stdout), target.startswith("hip")
     spills = SPILLS.get((".".join(version.split(".")[:2]), target), 0)
