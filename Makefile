@@ -10,13 +10,15 @@ REHEARSE ?=
 ARGS   ?=
 # Processes of the test suite
 JOBS   ?= 2
+# Versions of Triton that test-versions takes beside the installed one
+TRITONS ?= 3.5.1 3.6.0 3.9.0
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/installed
 # Tests beside the suite: they take packages or processes of their own.
 INTEGRATION := $(wildcard tests/integration tests/distributed)
 
-.PHONY: train test test-integration test-sanitized gpu lint format clean
+.PHONY: train test test-integration test-sanitized test-versions gpu lint format clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
@@ -30,6 +32,10 @@ test-integration: $(STAMP)-trainers
 # Kernels for the CPU under the address and undefined-behaviour sanitizers
 test-sanitized: $(STAMP)
 	tests/sanitized/run $(abspath $(BIN))/python
+
+# Kernels under other versions of Triton, extensions against the oldest torch's headers
+test-versions: $(STAMP)
+	JOBS=$(JOBS) tests/versions/run $(abspath $(BIN))/python '$(TRITONS)'
 
 # All that a GPU has to show. It takes the python3 that holds torch, as a bare machine has it.
 gpu: $(if $(REHEARSE),$(STAMP))

@@ -125,6 +125,8 @@ def erase(
     batch, m, n = momentum.shape
     momentum, grad = momentum.contiguous(), grad.contiguous()
     out = torch.empty_like(momentum)
+    if not out.numel():
+        return out, momentum.new_zeros(batch), momentum.new_zeros(batch)
     tile = erase_tile(a, b)
     slots = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     norms = momentum.new_empty(batch, 2, slots)
@@ -133,11 +135,10 @@ def erase(
     else:
         retention = momentum.new_full((1,), retention)
 
-    if out.numel():
-        erase_kernel[(batch * slots,)](
-            a, b, momentum, grad, coefficient, retention, out, norms,
-            batch, m, n, a.shape[-1], slots, *a.stride(), *b.stride(), **tile.options(),
-        )  # fmt: skip
+    erase_kernel[(batch * slots,)](
+        a, b, momentum, grad, coefficient, retention, out, norms,
+        batch, m, n, a.shape[-1], slots, *a.stride(), *b.stride(), **tile.options(),
+    )  # fmt: skip
     erased, before = frobenius(norms.reshape(2 * batch, 1, slots)).reshape(batch, 2).unbind(1)
     return out, erased, before
 

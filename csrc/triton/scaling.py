@@ -6,9 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from deepopt.ops.norms import frobenius
+from deepopt.ops.triton.tiles import FUSED
 
 CHUNK = 4096
 """Elements of a matrix that a block of threads takes: 16 for each of 256 threads."""
+OPTIONS = {"num_warps": 8, **FUSED}
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def norms(matrices: Tensor) -> Tensor:
     chunks = max(triton.cdiv(length, CHUNK), 1)
     parts = torch.zeros(batch, 1, chunks, device=matrices.device, dtype=torch.float32)
     if matrices.numel():
-        norm_kernel[(batch * chunks,)](matrices, parts, length, CHUNK, num_warps=8)
+        norm_kernel[(batch * chunks,)](matrices, parts, length, CHUNK, **OPTIONS)
     return frobenius(parts)
 
 
@@ -61,5 +63,5 @@ def divided(matrices: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(matrices, dtype=dtype)
     if length := out[0].numel() if len(out) else 0:
         grid = (len(out) * triton.cdiv(length, CHUNK),)
-        divide_kernel[grid](matrices, divisors, out, length, CHUNK, num_warps=8)
+        divide_kernel[grid](matrices, divisors, out, length, CHUNK, **OPTIONS)
     return out

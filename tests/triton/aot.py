@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deepopt.ops.triton.delta import erase_kernel
-from deepopt.ops.triton.scaling import CHUNK, divide_kernel, norm_kernel
+from deepopt.ops.triton.scaling import CHUNK, OPTIONS, divide_kernel, norm_kernel
 from deepopt.ops.triton.split import split_kernel
 from deepopt.ops.triton.symmetric import symmetric_kernel
 from deepopt.ops.triton.tiles import ERASE, EXACT, LARGE, SMALL, SPLIT, Tile, adapted
@@ -54,6 +54,23 @@ def compiled(kernel: Any, types: dict[str, str], unit: set[str], constants: dict
     return triton.compile(source, target=target, options=launch)
 
 
+ON_NVIDIA = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE
+)
+ON_AMD = re.compile(r"^\t([a-z]+_[a-z0-9_]+)", re.MULTILINE)
+
+
+def looped(code: str) -> str:
+    """The lines of a disassembly that a branch leads back over: loops, and what lies between."""
+    lines, labels, found = code.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = number
+        elif (target := re.search(r"(?:BRA|branch).*?(\.L\w+)", line)) and target[1] in labels:
+            found += lines[labels[target[1]] : number]
+    return "\n".join(found)
+
+
 def used_on_nvidia(kernel: Any) -> dict[str, Any]:
     """Registers, spills and instructions of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -67,11 +84,11 @@ def used_on_nvidia(kernel: Any) -> dict[str, Any]:
         usage = tool("cuobjdump", "--dump-resource-usage")
         code = tool("nvdisasm", "-c", "-ndf")
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
     return {
         "registers": int(numbers["REG"]),
         "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
-        "instructions": Counter(re.findall(instruction, code, re.MULTILINE)),
+        "instructions": Counter(ON_NVIDIA.findall(code)),
+        "looped": Counter(ON_NVIDIA.findall(looped(code))),
     }
 
 
@@ -85,7 +102,8 @@ def used_on_amd(kernel: Any) -> dict[str, Any]:
     return {
         "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
-        "instructions": Counter(re.findall(r"^\t([a-z]+_[a-z0-9_]+)", code, re.MULTILINE)),
+        "instructions": Counter(ON_AMD.findall(code)),
+        "looped": Counter(ON_AMD.findall(looped(code))),
     }
 
 
@@ -119,19 +137,19 @@ def cases(target: GPUTarget) -> Iterator[tuple[str, Any]]:
     yield compile(erase_kernel, EXACT, single, rows, **even)
     yield compile(split_kernel, SPLIT, single, rows, HAS_UNITS=False, **even)
     yield compile(split_kernel, SPLIT, single, columns, HAS_UNITS=True, **masked)
-    chunk = {"CHUNK": CHUNK, "num_warps": 8}
+    chunk = {"CHUNK": CHUNK, **OPTIONS}
     yield "norm_kernel fp32 chunk", compiled(norm_kernel, {}, set(), {}, chunk, target)
     types = {"out_ptr": "fp16"}
     yield "divide_kernel fp32/fp16 chunk", compiled(divide_kernel, types, set(), {}, chunk, target)
 
 
 def main(backend: str, architecture: str) -> None:
-    """Print {name: usage} of all kernels for one target."""
+    """Print Triton's version and {name: usage} of all kernels for one target."""
     if backend == "cuda":
         target, used = GPUTarget("cuda", int(architecture), 32), used_on_nvidia
     else:
         target, used = GPUTarget("hip", architecture, 64), used_on_amd
-    print(json.dumps({name: used(kernel) for name, kernel in cases(target)}))
+    print(json.dumps([triton.__version__, {name: used(kernel) for name, kernel in cases(target)}]))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,19 @@ def _with_bfloat16(builder=interpreter.InterpreterBuilder):
 _with_bfloat16()
 
 
+def _with_lengths_from_numpy(patch=interpreter._patch_lang_tensor):
+    """Let a loop's length be the array of one element that Triton 3.6 hands to numpy 2.4."""
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+_with_lengths_from_numpy()
+
+
 def _within(found, expected, bound):
     """Every element is as near as its own sum allows."""
     assert found.shape == expected.shape

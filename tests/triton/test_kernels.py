@@ -18,7 +18,9 @@ ROOT = FOLDER.parents[1]
 
 def run(*command, **environment):
     """A Python process of its own, because Triton reads these variables when it is imported."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    # What was there before may name another Triton than the installed one: tests/versions/run.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -28,6 +30,11 @@ def run(*command, **environment):
         timeout=300,
         check=False,
     )
+
+
+def test_every_process_has_the_same_triton():
+    done = run("-c", "import triton; print(triton.__file__)")
+    assert done.stdout.strip() == importlib.util.find_spec("triton").origin, done.stderr
 
 
 def test_kernels_compute_in_emulation_what_they_promise(tmp_path):
@@ -56,24 +63,32 @@ MATRIX_UNITS = {
 # fastest tiles have, two of four. AMD's 168 leave room for three waves of four.
 REGISTERS = {"128x128": 255, "128x64": 255, "64x64": 208, "chunk": 64}
 REGISTERS_ON_AMD = 168
+# Bytes on the stack of a thread. The code that older versions make for an H100 sets up to four
+# registers aside around a loop, never in one: of the float32 erase_kernel, and in 3.5 of the masked
+# split_kernel. Newer versions need none.
+SPILLS = {("3.5", "cuda:90"): 16, ("3.6", "cuda:90"): 8}
 
 
 @pytest.mark.parametrize("target", MATRIX_UNITS)
 def test_machine_code_has_no_spills_wide_loads_and_matrix_instructions(target, tmp_path):
-    done = run(FOLDER / "aot.py", target, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    done = run("-W", "error::UserWarning", FOLDER / "aot.py", target,
+               TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    kernels, amd = json.loads(done.stdout), target.startswith("hip")
+    (version, kernels), amd = json.loads(done.stdout), target.startswith("hip")
+    spills = SPILLS.get((".".join(version.split(".")[:2]), target), 0)
     assert len(kernels) == 11
     for name, usage in kernels.items():
-        assert usage["spills"] == 0, name
+        assert usage["spills"] <= spills, name
         tile = "x".join(name.split()[2].split("x")[:2])
         most = REGISTERS_ON_AMD if amd else REGISTERS[tile]
         assert usage["registers"] <= most, (name, usage["registers"])
         count = usage["instructions"]
-        # float32 stays float32: NVIDIA's matrix units would round it to tf32.
-        exact = "fp32/fp32" in name and "split" not in name
-        if "chunk" not in name and (amd or not exact):
-            assert any(code.startswith(MATRIX_UNITS[target]) for code in count), name
+        if "chunk" not in name:
+            # float32 stays float32: NVIDIA's matrix units would round it to tf32.
+            exact = not amd and "fp32/fp32" in name and "split" not in name
+            multiply, looped = "FFMA" if exact else MATRIX_UNITS[target], usage["looped"]
+            assert any(code.startswith(multiply) for code in looped), name
+            assert not any(code.startswith(("LDL", "STL")) for code in looped), name
         assert_wide(name, count, "global_load" if amd else "LDG")
 
 
