@@ -121,7 +121,7 @@ void straight(float* result, const std::vector<Term>& terms, int64_t rows, int64
                                            : nullptr;
   const int64_t tile = at_once || terms.size() == 1 ? kChunk : kTile;
   const int64_t tiles = (length + tile - 1) / tile;
-  const int64_t grain = std::max<int64_t>(1, 4 * kChunk / std::max<int64_t>(1, std::min(length, tile)));
+  const int64_t grain = std::max<int64_t>(1, kWorth / std::max<int64_t>(1, std::min(length, tile)));
   torch::stable::parallel_for(0, rows * tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t row = c / tiles, from = c % tiles * tile;
@@ -147,22 +147,21 @@ void straight(float* result, const std::vector<Term>& terms, int64_t rows, int64
 void turned(float* result, const std::vector<Term>& terms, bool by_row) {
   const auto& x = terms[0].x;
   const int64_t m = x.rows, n = x.columns;
-  const int64_t down = (m + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(0, x.batch * down, std::max<int64_t>(1, kChunk / (kBlock * n)), [&](int64_t begin, int64_t end) {
+  const int64_t down = (m + kBlock - 1) / kBlock, along = (n + kBlock - 1) / kBlock;
+  const int64_t grain = kWorth / (kBlock * kBlock);
+  torch::stable::parallel_for(0, x.batch * down * along, grain, [&](int64_t begin, int64_t end) {
     alignas(64) char square[kBlock * kBlock * 4];
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t b = c / down, i0 = c % down * kBlock, rows = std::min(kBlock, m - i0);
-      for (int64_t j0 = 0; j0 < n; j0 += kBlock) {
-        const int64_t columns = std::min(kBlock, n - j0);
-        for (const Term& t : terms) {
-          if (t.x.transposed) {
-            (t.width == 4 ? turn4 : turn2)(square, t.at((b * n + j0) * m + i0), rows, columns, m);
-          }
-          for (int64_t i = 0; i < rows; ++i) {
-            const int64_t row = b * m + i0 + i, at = row * n + j0;
-            const char* from = t.x.transposed ? square + i * kBlock * t.width : t.at(at);
-            t.add(result + at, t.coefficients[by_row ? row : b], from, columns);
-          }
+      const int64_t b = c / along / down, i0 = c / along % down * kBlock, j0 = c % along * kBlock;
+      const int64_t rows = std::min(kBlock, m - i0), columns = std::min(kBlock, n - j0);
+      for (const Term& t : terms) {
+        if (t.x.transposed) {
+          (t.width == 4 ? turn4 : turn2)(square, t.at((b * n + j0) * m + i0), rows, columns, m);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t row = b * m + i0 + i, at = row * n + j0;
+          const char* from = t.x.transposed ? square + i * kBlock * t.width : t.at(at);
+          t.add(result + at, t.coefficients[by_row ? row : b], from, columns);
         }
       }
     }

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kMostFeatures = 4;
 constexpr int64_t kTile = 512;  // entries
+constexpr int64_t kFew = kChunk;  // entries that are worth a thread: each takes long here
 constexpr int kLanes = 16;      // in which gradients are summed, on every processor
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
@@ -167,7 +168,7 @@ Tensor coordinate_mlp(Tensor base, Tensor reach, std::vector<Tensor> features, T
       tile.forward(given, b, at, count);
       finish(rule, to + at, given.base + at, tile.value, count);
     }
-  });
+  }, kFew);
   return result;
 }
 
@@ -198,7 +199,7 @@ Tensor coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor> fe
       for (int j = 0; j < kLanes; ++j) sum += double(sums[s * kLanes + j]);
       partial[c * numbers + s] = sum;
     }
-  });
+  }, kFew);
   Tensor gradient = torch::stable::empty(weights.sizes(), ScalarType::Float);
   float* to = gradient.mutable_data_ptr<float>();
   for (int64_t b = 0; b < given.batch; ++b) {

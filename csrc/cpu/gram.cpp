@@ -34,10 +34,11 @@ void average(
         const int64_t row = i * kPanel + strip, column = j * kPanel;
         out.store(row, column, added(kept, old.load(row, column), scaled(share, product)));
       });
-  torch::stable::parallel_for(0, keys.panels, 1, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * kPanel; row < std::min(last * kPanel, size); ++row) {
+  over_triangle(keys.panels, [&](int64_t, int64_t i, int64_t j, int64_t strip) {
+    const int64_t first = j * kPanel + strip, last = std::min((i + 1) * kPanel, size);
+    for (int64_t row = first; row < std::min(first + kStrip, size); ++row) {
       const int64_t computed = (row / kHalf + 1) * kHalf;
-      for (int64_t column = computed; column < size; ++column) {
+      for (int64_t column = std::max(computed, i * kPanel); column < last; ++column) {
         to[row * size + column] = to[column * size + row];
       }
     }

@@ -25,13 +25,13 @@ struct __attribute__((visibility("hidden"))) Matrices {  // as torch's Tensor is
 };
 
 // Calls f(b, begin, end) for every matrix' entries in chunks of at most kChunk, in parallel; chunk
-// number c of matrix b is number b * chunks_of(entries) + c.
+// number c of matrix b is number b * chunks_of(entries) + c. `worth` entries are worth a thread.
 inline int64_t chunks_of(int64_t entries) { return (entries + kChunk - 1) / kChunk; }
 
 template <class F>
-void for_pieces(int64_t batch, int64_t entries, const F& f) {
+void for_pieces(int64_t batch, int64_t entries, const F& f, int64_t worth = kWorth) {
   const int64_t each = chunks_of(entries);
-  const int64_t grain = std::max<int64_t>(1, 4 * kChunk / std::max<int64_t>(1, std::min(entries, kChunk)));
+  const int64_t grain = std::max<int64_t>(1, worth / std::max<int64_t>(1, std::min(entries, kChunk)));
   torch::stable::parallel_for(0, batch * each, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t from = c % each * kChunk;

@@ -31,7 +31,8 @@ using torch::stable::Tensor;
 using bf16 = torch::headeronly::BFloat16;
 using fp16 = torch::headeronly::Half;
 
-constexpr int64_t kChunk = 1 << 15;  // entries: enough to hide a call, few enough to share out
+constexpr int64_t kChunk = 1 << 13;  // entries: enough to hide a call, few enough to share out
+constexpr int64_t kWorth = 4 * kChunk;  // entries that are worth a thread, as in torch
 
 // The same place of N tensors of one shape: where it is, and how far it is to the next entry.
 template <size_t N>
@@ -172,7 +173,11 @@ void for_chunks(const std::vector<Walk<N>>& walks, const F& f) {
   for (const auto& walk : walks) {
     first.push_back(first.back() + (walk.count() + kChunk - 1) / kChunk);
   }
-  torch::stable::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
+  int64_t entries = 0;
+  for (const auto& walk : walks) entries += walk.count();
+  // Of small tensors eight are worth a thread: they cost more than their entries.
+  const int64_t grain = entries < first.back() * (kChunk / 2) ? 8 : kWorth / kChunk;
+  torch::stable::parallel_for(0, first.back(), grain, [&](int64_t begin, int64_t end) {
     size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t c = begin; c < end; ++c) {
       while (c >= first[t + 1]) ++t;

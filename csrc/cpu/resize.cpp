@@ -23,7 +23,7 @@ void measure(ResizeTensors& of, const std::vector<Tensor>& updates, const Tensor
     rule.momentum = of.read(frobenius(momentum));
     rule.step = of.read(step);
   }
-  const int64_t grain = std::max<int64_t>(1, kChunk / 8 / std::max<int64_t>(1, rule.rows));
+  const int64_t grain = std::max<int64_t>(1, kWorth / 8 / std::max<int64_t>(1, rule.rows));
   torch::stable::parallel_for(0, rule.batch, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) rule(b, Alone{});
   });

@@ -307,7 +307,7 @@ class DeltaWrite : Tall {
 template <class F>
 void over_batch(const Shape& shape, const F& f) {
   const int64_t work = shape.rows * shape.columns * std::min(shape.rows, shape.columns);
-  const int64_t grain = std::max<int64_t>(1, kChunk * 2 / std::max<int64_t>(1, work));
+  const int64_t grain = std::max<int64_t>(1, kWorth * 2 / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, shape.batch, grain, f);
 }
 

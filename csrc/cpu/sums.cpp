@@ -137,7 +137,7 @@ Tensor row_products(std::vector<Tensor> tensors) {
   const auto* a = static_cast<const float*>(x.data());
   const auto* b = static_cast<const float*>(y.data());
   if (!x.transposed) {
-    const int64_t grain = std::max<int64_t>(1, 4 * kChunk / std::max<int64_t>(1, n));
+    const int64_t grain = std::max<int64_t>(1, kWorth / std::max<int64_t>(1, n));
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         double sums[3];

@@ -11,7 +11,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
-#include <cstring>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -47,16 +46,14 @@ namespace {
 
 using namespace deepopt::bfloat16;
 
-// Calls body(first, last) on parts of a batch. Threads share the batch where it is large enough for
-// all of them, and otherwise the products of one matrix after the other; each matrix comes out the
-// same either way.
+// Calls body(first, last) on parts of a batch. Threads take as many matrices each, and share the
+// products of those that are left over, one matrix after the other; each comes out the same either
+// way.
 template <class Body>
 void over_batch(int64_t batch, const Body& body) {
-  if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    torch::stable::parallel_for(0, batch, 1, body);
-  } else {
-    body(0, batch);
-  }
+  const int64_t shared = batch % static_cast<int64_t>(torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, batch - shared, 1, body);
+  if (shared) body(batch - shared, batch);
 }
 
 // The largest |a x + b x³ + c x⁵| for x in [0, upper], up to some 1e-5 of it.
@@ -85,10 +82,11 @@ class NewtonSchulz {
         short_(panels_for(std::min(rows, columns))),
         long_(panels_for(std::max(rows, columns))),
         scratch_(
-            2 * Scratch::panels_bytes(short_, long_) + 4 * Scratch::panels_bytes(short_, short_) +
+            3 * Scratch::panels_bytes(short_, long_) + 4 * Scratch::panels_bytes(short_, short_) +
             Scratch::blocks_bytes(short_)),
         rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
         columns_(scratch_.panels(panels_for(n_), panels_for(m_))),
+        fresh_(scratch_.panels(long_, short_)),
         gram_(scratch_.panels(short_, short_)),
         change_(scratch_.panels(short_, short_)),
         factor_(scratch_.panels(short_, short_)),
@@ -118,7 +116,7 @@ class NewtonSchulz {
   // third step needs anyway, must show no eigenvalue above what exact steps can reach. Otherwise
   // returns false without having written, and the first steps are to be taken one by one.
   bool iterate(const float* from, float* to, bool first_pair) {
-    pack_matrix({from, m_, n_}, std::sqrt(sum_of_squares(from, m_ * n_)), &rows_, &columns_);
+    pack_matrix({from, m_, n_}, norm(from, m_ * n_), &rows_, &columns_);
     const auto steps = static_cast<int64_t>(coefficients_.size());
     for (int64_t step = 0; step < steps;) {
       const Coefficients& abc = coefficients_[step];
@@ -177,33 +175,32 @@ class NewtonSchulz {
   }
 
   // X ← own X + factor X, packed again or, where `to` is given, only into the caller's matrix.
-  // Panels on the long side are independent of each other; each is overwritten once it was used.
+  // Panels on the long side, which multiply, are written beside the old ones: so blocks are
+  // independent of each other.
   void multiply_by(const Panels& factor, float own, float* to) {
-    const Panels& longs = wide_ ? columns_ : rows_;
+    const Panels& left = wide_ ? factor : rows_;
+    const Panels& right = wide_ ? columns_ : factor;
+    const Panels& rows = wide_ ? rows_ : fresh_;
+    const Panels& columns = wide_ ? fresh_ : columns_;
     const Rows<float> out{to, m_, n_};
-    torch::stable::parallel_for(0, long_, 1, [&](int64_t first, int64_t last) {
-      Scratch memory(Scratch::panels_bytes(1, short_));
-      const Panels fresh = memory.panels(1, short_);
-      for (int64_t at = first; at < last; ++at) {
-        for (int64_t other = 0; other < short_; ++other) {
-          const int64_t i = wide_ ? other : at, j = wide_ ? at : other;
-          const Panels& left = wide_ ? factor : rows_;
-          const Panels& right = wide_ ? columns_ : factor;
-          for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
-            const int64_t row = i * kPanel + strip, column = j * kPanel;
-            Tile tile = multiply(left.panel(i) + strip, right.panel(j), factor.pairs);
-            if (own != 0.0f) tile = added(own, unpack_mirrored(columns_.panel(j), row), tile);
-            if (to) {
-              out.store(row, column, tile);
-            } else {
-              pack(tile, wide_ ? rows_.panel(i) : fresh.words, strip, column);
-              pack_mirrored(tile, wide_ ? fresh.words : columns_.panel(j), row);
-            }
+    torch::stable::parallel_for(0, long_ * short_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t at = block / short_, other = block % short_;
+        const int64_t i = wide_ ? other : at, j = wide_ ? at : other;
+        for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+          const int64_t row = i * kPanel + strip, column = j * kPanel;
+          Tile tile = multiply(left.panel(i) + strip, right.panel(j), factor.pairs);
+          if (own != 0.0f) tile = added(own, unpack_mirrored(columns_.panel(j), row), tile);
+          if (to) {
+            out.store(row, column, tile);
+          } else {
+            pack(tile, rows.panel(i), strip, column);
+            pack_mirrored(tile, columns.panel(j), row);
           }
         }
-        if (!to) std::memcpy(longs.panel(at), fresh.words, 4 * kPanel * fresh.pairs);
       }
     });
+    if (!to) std::swap(wide_ ? columns_ : rows_, fresh_);
   }
 
   std::vector<Coefficients> coefficients_;
@@ -211,7 +208,7 @@ class NewtonSchulz {
   bool wide_;
   int64_t short_, long_;  // in panels
   Scratch scratch_;
-  Panels rows_, columns_;
+  Panels rows_, columns_, fresh_;
   Panels gram_, change_, factor_, product_;
   float* gram32_;
   bool pairs_;
@@ -243,17 +240,17 @@ class DeltaWrite {
   Average run(
       const float* momentum, const float* grad, Average old, double retention, double rate,
       float* to) {
-    const double grad_norm = std::sqrt(sum_of_squares(grad, m_ * n_));
+    const double grad_norm = norm(grad, m_ * n_);
     pack_matrix({grad, m_, n_}, grad_norm, wide_ ? &key_rows_ : nullptr, &key_columns_);
-    const double momentum_norm = std::sqrt(sum_of_squares(momentum, m_ * n_));
+    const double momentum_norm = norm(momentum, m_ * n_);
     pack_matrix({momentum, m_, n_}, momentum_norm, &momentum_, nullptr);
 
     // Rounded up by what rounding the Gram matrix may have taken from it.
     const double bound = std::pow(square_norm(), 0.125) * (1.0 + 1.0 / 512.0);
     const double largest = 3.4028234663852886e38;
-    const double norm = std::min(bound * grad_norm, largest);
-    const double average = std::sqrt(0.9 * old.norm * old.norm + 0.1 * norm * norm);
-    const double divisor = std::max(average, norm);
+    const double current = std::min(bound * grad_norm, largest);
+    const double average = std::sqrt(0.9 * old.norm * old.norm + 0.1 * current * current);
+    const double divisor = std::max(average, current);
     const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor;  // NaN stays NaN
     const double erase = rate * ratio * ratio;
     const double erased = write(
@@ -268,11 +265,12 @@ class DeltaWrite {
   double square_norm() {
     const Panels& keys = wide_ ? key_rows_ : key_columns_;
     symmetric_product(keys, keys, {nullptr, &gram_});
-    std::vector<double> sums(gram_.panels * (gram_.panels + 1) / 2);
+    std::vector<double> sums(gram_.panels * (gram_.panels + 1) / 2 * kStrips);
     symmetric_product(
         gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& tile) {
-          sums[block] += (i == j ? 1.0 : 2.0) * sum_of_squares(tile);
-          if (i == j && strip >= kHalf) sums[block] += sum_of_squares<1>(tile);
+          double& sum = sums[block * kStrips + strip / kStrip];
+          sum = (i == j ? 1.0 : 2.0) * sum_of_squares(tile);
+          if (i == j && strip >= kHalf) sum += sum_of_squares<1>(tile);
         });
     return total(sums);
   }
@@ -286,47 +284,51 @@ class DeltaWrite {
     const auto root = static_cast<float>(std::ldexp(1.0, exponent / 2));
     const auto rest = static_cast<float>(erase / root);
     if (wide_) {
-      torch::stable::parallel_for(0, short_ * short_, 1, [&](int64_t first, int64_t last) {
-        for (int64_t block = first; block < last; ++block) {
+      const int64_t strips = short_ * short_ * kStrips;
+      torch::stable::parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; ++at) {
+          const int64_t block = at / kStrips, strip = at % kStrips * kStrip;
           const int64_t i = block / short_, j = block % short_;
-          for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
-            pack(
-                multiply(momentum_.panel(i) + strip, key_rows_.panel(j), momentum_.pairs),
-                recalled_.panel(i), strip, j * kPanel);
-          }
+          pack(
+              multiply(momentum_.panel(i) + strip, key_rows_.panel(j), momentum_.pairs),
+              recalled_.panel(i), strip, j * kPanel);
         }
       });
     }
     const Panels& left = wide_ ? recalled_ : momentum_;
     const Panels& right = wide_ ? key_columns_ : gram_;
     const Rows<float> out{to, m_, n_};
-    const int64_t chunks = (right.panels + kAhead - 1) / kAhead;
-    std::vector<double> sums(chunks * left.panels);
-    torch::stable::parallel_for(0, chunks * left.panels, 1, [&](int64_t first, int64_t last) {
+    const int64_t blocks = left.panels * right.panels;
+    std::vector<double> sums(blocks);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+      int64_t ahead = first;
       for (int64_t block = first; block < last; ++block) {
-        const int64_t i = block % left.panels, j0 = block / left.panels * kAhead;
-        take_in(momentum, retention, grad, i * kPanel, j0 * kPanel, to);
-        for (int64_t j = j0; j < std::min(j0 + kAhead, right.panels); ++j) {
-          for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
-            const int64_t row = i * kPanel + strip, column = j * kPanel;
-            const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
-            sums[block] += sum_of_squares(erased);
-            out.store(row, column,
-                      added(-root, scaled(rest, erased), out.load(row, column)));
-          }
+        const int64_t j0 = block / (kAhead * left.panels) * kAhead;
+        const int64_t width = std::min(kAhead, right.panels - j0);
+        const int64_t place = block - j0 * left.panels;
+        const int64_t i = place / width, j = j0 + place % width;
+        if (block == ahead) {
+          ahead = std::min(last, block + j0 + width - j);
+          take_in(momentum, retention, grad, i * kPanel, j * kPanel, ahead - block, to);
+        }
+        for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
+          const int64_t row = i * kPanel + strip, column = j * kPanel;
+          const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
+          sums[block] += sum_of_squares(erased);
+          out.store(row, column, added(-root, scaled(rest, erased), out.load(row, column)));
         }
       }
     });
     return std::sqrt(total(sums));
   }
 
-  // Writes retention M + (1 - retention) G, of a panel's rows and kAhead panels of columns. Along the
+  // Writes retention M + (1 - retention) G, of a panel's rows and some panels of columns. Along the
   // rows: tiles of both, as the products come to them, would be waited for.
   void take_in(
       const float* momentum, float retention, const float* grad, int64_t first_row,
-      int64_t first_column, float* to) const {
+      int64_t first_column, int64_t panels, float* to) const {
     const __m512 kept = _mm512_set1_ps(retention), share = _mm512_set1_ps(1.0f - retention);
-    const int64_t columns = std::min(kAhead * kPanel, n_ - first_column);
+    const int64_t columns = std::min(panels * kPanel, n_ - first_column);
     for (int64_t row = first_row; row < std::min(first_row + kPanel, m_); ++row) {
       for (int64_t column = 0; column < columns; column += 16) {
         const int64_t at = row * n_ + first_column + column;
@@ -339,14 +341,8 @@ class DeltaWrite {
     }
   }
 
-  static double total(const std::vector<double>& sums) {
-    double sum = 0.0;
-    for (const double part : sums) sum += part;
-    return sum;
-  }
-
-  // Panels of columns that take in the gradient at a time: few enough to stay in the cache until
-  // something is erased from them, and to be shared out among threads.
+  // Most panels of columns that take in the gradient at a time: few enough to stay in the cache
+  // until something is erased from them. A thread whose share is less takes in that.
   static constexpr int64_t kAhead = 32;
 
   int64_t m_, n_;

@@ -31,6 +31,7 @@
 #include <cstdlib>
 #include <new>
 #include <utility>
+#include <vector>
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                  \
@@ -49,6 +50,7 @@ namespace deepopt::bfloat16 {
 
 constexpr int64_t kPanel = 32;  // rows of a panel
 constexpr int64_t kStrip = 8;  // rows of a tile
+constexpr int64_t kStrips = kPanel / kStrip;
 constexpr int64_t kBlock = kPanel * kPanel;
 constexpr int64_t kHalf = kPanel / 2;  // side of the quarter of a diagonal block that is left out
 
@@ -105,7 +107,7 @@ class Scratch {
 
  private:
   static constexpr int64_t kPage = int64_t{1} << 21;
-  static constexpr int64_t kMostKept = int64_t{1} << 25;  // the scratch of 768 x 3072 is half of it
+  static constexpr int64_t kMostKept = int64_t{1} << 25;  // 768 x 3072 takes two thirds of it
 
   struct Block {
     char* base = nullptr;
@@ -179,8 +181,9 @@ inline void pack_mirrored(const Tile& tile, uint32_t* panel, int64_t first_row) 
   }
 }
 
-// Packs a tile as it is: its rows are rows `strip` ... `strip` + 7 of `panel`, its columns lie along
-// the depth from `first_column` on. A transposition of 8 x 16 words.
+// Packs a tile, or its first half, as it is: its rows are rows `strip` ... `strip` + 7 of `panel`, its
+// columns lie along the depth from `first_column` on. A transposition of 8 x 16 words.
+template <int kHalves = 2>
 inline void pack(const Tile& tile, uint32_t* panel, int64_t strip, int64_t first_column) {
   __m512i row[kStrip], twos[kStrip], fours[kStrip];
 #pragma GCC unroll 8
@@ -211,6 +214,7 @@ inline void pack(const Tile& tile, uint32_t* panel, int64_t strip, int64_t first
     };
     store(c, _mm512_castsi512_si256(low));
     store(4 + c, _mm512_extracti64x4_epi64(low, 1));
+    if (kHalves == 1) continue;
     store(8 + c, _mm512_castsi512_si256(high));
     store(12 + c, _mm512_extracti64x4_epi64(high, 1));
   }
@@ -314,6 +318,24 @@ inline double sum_of_squares(const float* data, int64_t count) {
       _mm512_add_pd(_mm512_add_pd(sums[0], sums[1]), _mm512_add_pd(sums[2], sums[3])));
 }
 
+inline double total(const std::vector<double>& sums) {
+  double sum = 0.0;
+  for (const double part : sums) sum += part;
+  return sum;
+}
+
+// ‖x‖, from sums of chunks: their number must not follow that of threads.
+inline double norm(const float* data, int64_t count) {
+  constexpr int64_t chunk = 1 << 13, worth = 4;  // entries; chunks that are worth a thread
+  std::vector<double> sums((count + chunk - 1) / chunk);
+  torch::stable::parallel_for(0, sums.size(), worth, [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) {
+      sums[at] = sum_of_squares(data + at * chunk, std::min(chunk, count - at * chunk));
+    }
+  });
+  return std::sqrt(total(sums));
+}
+
 // Of a tile, or of its first half.
 template <int kHalves = 2>
 inline double sum_of_squares(const Tile& tile) {
@@ -403,8 +425,9 @@ inline void store(float* at, const Tile& tile) {
 inline void pack_matrix(
     Rows<const float> matrix, double norm, const Panels* rows, const Panels* columns) {
   const Reciprocal factor(norm);
-  torch::stable::parallel_for(0, panels_for(matrix.rows), 1, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * kPanel; row < last * kPanel; row += kStrip) {
+  const int64_t strips = panels_for(matrix.rows) * kStrips;
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * kStrip; row < last * kStrip; row += kStrip) {
       for (int64_t column = 0; column < panels_for(matrix.columns) * kPanel; column += kPanel) {
         const Tile tile = scaled(factor.second, scaled(factor.first, matrix.load(row, column)));
         if (rows) pack(tile, rows->panel(row / kPanel), row % kPanel, column);
@@ -414,24 +437,35 @@ inline void pack_matrix(
   });
 }
 
-// Calls use(block, I, J, strip, tile) for every tile in the lower triangle of blocks of A Bᵀ, which
-// must be symmetric. `block` counts them: row of blocks by row of blocks. In those on the diagonal
-// the upper right quarter is zero: whoever stores tiles mirrors the lower left one into it.
+// Calls use(block, I, J, strip) for every strip in the lower triangle of blocks of a matrix, which
+// threads share strip by strip: six panels have 21 blocks, too few for sixteen threads. `block` counts
+// the blocks: row of blocks by row of blocks.
 template <class Use>
-void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
-  const int64_t count = a.panels * (a.panels + 1) / 2;
+void over_triangle(int64_t panels, const Use& use) {
+  const int64_t count = panels * (panels + 1) / 2 * kStrips;
   torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    int64_t i = 0;
-    while ((i + 1) * (i + 2) / 2 <= first) ++i;
-    for (int64_t block = first, j = first - i * (i + 1) / 2; block < last; ++block) {
-      for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
-        const auto *rows = a.panel(i) + strip, *columns = b.panel(j);
-        const bool half = i == j && strip < kHalf;
-        use(block, i, j, strip,
-            half ? multiply<1>(rows, columns, a.pairs) : multiply(rows, columns, a.pairs));
-      }
+    int64_t block = first / kStrips, i = 0;
+    while ((i + 1) * (i + 2) / 2 <= block) ++i;
+    int64_t j = block - i * (i + 1) / 2;
+    for (int64_t at = first; at < last; ++at) {
+      use(block, i, j, at % kStrips * kStrip);
+      if ((at + 1) % kStrips) continue;
+      ++block;
       if (++j > i) ++i, j = 0;
     }
+  });
+}
+
+// Calls use(block, I, J, strip, tile) for every tile in the lower triangle of blocks of A Bᵀ, which
+// must be symmetric. In the blocks on the diagonal the upper right quarter is zero: whoever needs it
+// mirrors the lower left one, and does not store the zeros, which may come after it.
+template <class Use>
+void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
+  over_triangle(a.panels, [&](int64_t block, int64_t i, int64_t j, int64_t strip) {
+    const auto *rows = a.panel(i) + strip, *columns = b.panel(j);
+    const bool half = i == j && strip < kHalf;
+    use(block, i, j, strip,
+        half ? multiply<1>(rows, columns, a.pairs) : multiply(rows, columns, a.pairs));
   });
 }
 
@@ -446,10 +480,14 @@ struct Target {
     if (shift != 0.0f && i == j) tile = shifted(shift, tile, strip);
     if (blocks) store(blocks + block * kBlock + strip * kPanel, tile);
     if (packed) {
+      if (i == j && strip < kHalf) {  // the other half is another strip's, maybe another thread's
+        pack<1>(tile, packed->panel(i), strip, j * kPanel);
+        return;
+      }
       pack(tile, packed->panel(i), strip, j * kPanel);
       if (i != j) {
         pack_mirrored(tile, packed->panel(j), i * kPanel + strip);
-      } else if (strip >= kHalf) {
+      } else {
         pack_mirrored<1>(tile, packed->panel(j), i * kPanel + strip);
       }
     }
