@@ -115,7 +115,7 @@ def resize(
         gains, *row_state = row_gains(square / columns, row_moment, row_weight, beta2)
         weights = weights[:, :, None] * gains
         state.extend(row_state)
-    weights = weights.reshape(*weights.shape[:2], -1, 1)
+    weights = weights[..., None] if row_moment is not None else weights[..., None, None]
     result = weights[0] * updates[0]
     if weight is not None:
         result = result + weights[1] * updates[1]
