@@ -63,7 +63,7 @@ dist: $(STAMP)
 
 clean:
 	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find deepopt benchmarks csrc tests -name __pycache__ -prune -exec rm -rf {} +
+	find deepopt benchmarks csrc tests docs -name __pycache__ -prune -exec rm -rf {} +
 	rm -f deepopt/_C_*.so
 
 # The stamp holds the TORCH it was made with; another one makes the set-up run again. It is removed
