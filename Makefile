@@ -18,7 +18,7 @@ STAMP := $(VENV)/installed
 # Tests beside the suite: they take packages or processes of their own.
 INTEGRATION := $(wildcard tests/integration tests/distributed)
 
-.PHONY: train test test-integration test-sanitized test-versions gpu lint format clean
+.PHONY: train test test-integration test-sanitized test-versions gpu docs lint format dist clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
@@ -42,6 +42,11 @@ gpu: $(if $(REHEARSE),$(STAMP))
 	$(if $(REHEARSE),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes $(MINUTES) --out '$(OUT)' \
 		$(if $(REHEARSE),--rehearse) $(ARGS)
 
+# The site, in build/site; any warning, such as a link that leads nowhere, fails it.
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+	@echo 'written: build/site/index.html'
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,9 +56,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A source distribution and a wheel, in dist/
+dist: $(STAMP)
+	$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('dist')"
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+
 clean:
 	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find deepopt benchmarks csrc tests -name __pycache__ -prune -exec rm -rf {} +
+	find deepopt benchmarks csrc tests docs -name __pycache__ -prune -exec rm -rf {} +
 	rm -f deepopt/_C_*.so
 
 # The stamp holds the TORCH it was made with; another one makes the set-up run again. It is removed
@@ -72,5 +82,11 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 
 $(STAMP)-trainers: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[trainers]' \
+		$(foreach package,$(TORCH),'$(package)')
+	touch '$@'
+
+# DEEPOPT_EXT=0: the extensions are built already and stay.
+$(STAMP)-docs: $(STAMP)
+	DEEPOPT_EXT=0 $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[docs]' \
 		$(foreach package,$(TORCH),'$(package)')
 	touch '$@'

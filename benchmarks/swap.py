@@ -4,13 +4,14 @@ For each model AdamW is tried at five learning rates a factor of two apart (seed
 them, and at the same weight decay, schedule, steps and data, every optimizer trains the model from
 the same initial weights, with two seeds. Every finished run is a line of ``swap.jsonl``, with all
 that its outcome depends on but the code; a run that has a line is not repeated, so that an
-interrupted benchmark goes on, and ``--fresh`` repeats them all. ``swap.md`` is written from the
-lines alone.
+interrupted benchmark goes on, and ``--fresh`` repeats them all. ``swap.md`` and ``swap.png`` are
+written from the lines alone; ``--report`` writes them again and runs nothing.
 """
 
 import argparse
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.transformer import Transformer, TransformerConfig
@@ -121,16 +123,25 @@ def bits(line: Line) -> float:
 
 
 class Results:
-    """The lines of a JSONL file, by run: those that were made in today's setting."""
+    """The lines of a JSONL file, by run.
 
-    def __init__(self, path: Path, fresh: bool = False) -> None:
+    Args:
+        path: of the file.
+        fresh: forget its lines.
+        of_any_setting: read all lines, and leave the file as it is. Otherwise those count that
+            were made in today's setting, and the others are dropped.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False, of_any_setting: bool = False) -> None:
         self.path = path
         self.lines: dict[Run, Line] = {}
         names = [field.name for field in dataclasses.fields(Run)]
         for line in [] if fresh else read_metrics(path):
             run = Run(**{name: line[name] for name in names})
-            if setting(run).items() <= line.items():
+            if of_any_setting or setting(run).items() <= line.items():
                 self.lines[run] = line
+        if of_any_setting:
+            return
         # Without what a kill has torn, and without lines of another setting.
         write_atomically(path, "".join(json.dumps(x) + "\n" for x in self.lines.values()).encode())
 
@@ -181,6 +192,7 @@ def report(results: Results, steps: dict[str, int], command: str) -> str:
         "same batches. AdamW's learning rate is its best of five on seed 0; the others run at that "
         "rate and weight decay, untouched. torch's Muon runs with `match_rms_adamw` on what is a "
         "two-dimensional hidden matrix and AdamW on the rest, because it takes nothing else.",
+        "![bits per byte](swap.png)",
         f"Python {any_line['python']}, torch {any_line['torch']}, data sha256 "
         f"`{any_line['data_sha256']}`.",
     ]
@@ -233,6 +245,42 @@ def report(results: Results, steps: dict[str, int], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def picture(results: Results, steps: dict[str, int]) -> bytes:
+    """Every run of the swap as a dot beside AdamW's mean, model by model, as a PNG."""
+    figure = Figure(figsize=(8.5, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+    for axes, (model, count) in zip(panels, steps.items(), strict=True):
+        runs = swaps(model, best_rate(results, model, count), count)
+        labels = list(dict.fromkeys(run.label for run in runs))
+        for row, label in enumerate(labels):
+            found = [bits(results.lines[run]) for run in runs if run.label == label]
+            mean, ours = sum(found) / len(found), label.startswith("DeepMomentum")
+            color = "C0" if ours else "0.45"
+            axes.plot(found, [row] * len(found), "o", color=color, markersize=4, alpha=0.6)
+            axes.plot([mean], [row], "|", color=color, markersize=16, markeredgewidth=2)
+            if math.isfinite(mean):
+                axes.annotate(
+                    f"{mean:.3f}",
+                    (mean, row),
+                    xytext=(0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=color,
+                )
+            if row == 0:
+                axes.axvline(mean, color="0.7", linestyle=":", linewidth=1)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.9)
+        axes.margins(x=0.12)
+        axes.set_title(f"{model}, {results.lines[runs[0]]['parameters'] / 1e6:.1f} M", fontsize=10)
+        axes.set_xlabel("bits per byte on held-out files, lower is better", fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, metadata={"Software": None})
+    return image.getvalue()
+
+
 def average(lines: Sequence[Line], key: str) -> float:
     """NaN where a run diverged: it has no such value."""
     return sum(line.get(key, math.nan) for line in lines) / len(lines)
@@ -250,17 +298,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (all cores)")
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="(all)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help=f"({defaults.steps})")
-    parser.add_argument("--fresh", action="store_true", help="repeat all runs")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="repeat all runs")
+    again.add_argument("--report", action="store_true", help="write table and picture, run nothing")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.out / "swap.jsonl", arguments.fresh)
+    results = Results(arguments.out / "swap.jsonl", arguments.fresh, arguments.report)
     steps = dict.fromkeys(arguments.models, arguments.steps)
-    results.complete([run for m, count in steps.items() for run in sweep(m, count)], arguments.jobs)
-    best = {m: best_rate(results, m, count) for m, count in steps.items()}
-    results.complete(
-        [r for m, count in steps.items() for r in swaps(m, best[m], count)], arguments.jobs
-    )
-    command = " ".join(["python -m benchmarks swap", *argv])
+    if not arguments.report:
+        first = [run for m, count in steps.items() for run in sweep(m, count)]
+        results.complete(first, arguments.jobs)
+        best = {m: best_rate(results, m, count) for m, count in steps.items()}
+        second = [run for m, count in steps.items() for run in swaps(m, best[m], count)]
+        results.complete(second, arguments.jobs)
+    given = [argument for argument in argv if argument != "--report"]
+    command = " ".join(["python -m benchmarks swap", *given])
     (arguments.out / "swap.md").write_text(report(results, steps, command))
-    print(f"written: {arguments.out / 'swap.md'}", file=sys.stderr)
+    write_atomically(arguments.out / "swap.png", picture(results, steps))
+    print(f"written: {arguments.out / 'swap.md'} and swap.png", file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
@@ -90,6 +91,25 @@ def test_source_that_does_not_compile_is_left_out_unless_demanded(tmp_path, mode
     assert (done.returncode == 0) == (mode == "auto"), done.stderr
     assert ("deepopt: deepopt._C_cpu not built" in done.stderr) == (mode == "auto")
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_source_distribution_has_what_its_build_needs(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("csrc", "deepopt"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__py*"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=tree, env={**os.environ, "DEEPOPT_EXT": "0"},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")
+              if path.suffix in (".cpp", ".cu", ".cuh", ".h")}  # fmt: skip
+    assert len(needed) > 30
+    assert needed <= held
 
 
 def test_the_python_code_of_the_readme_runs():

@@ -93,11 +93,25 @@ def test_lines_of_another_setting_and_torn_lines_do_not_count(results, monkeypat
     assert not Results(results.path).lines
 
 
+def test_the_report_is_written_again_from_lines_of_any_setting_without_a_run(
+    results, monkeypatch, tmp_path
+):
+    before = results.path.read_text()
+    monkeypatch.setattr(swap, "execute", None)
+    monkeypatch.setitem(swap.CONFIGS, "Hope", swap.HopeConfig(dim=64))
+    command = ["--report", "--out", str(tmp_path), "--models", "Hope", "--steps", "70"]
+    assert swap.main(command) == 0
+    assert results.path.read_text() == before
+    assert "| Muon | 2.7500 | 2.2500 |" in (tmp_path / "swap.md").read_text()
+    assert (tmp_path / "swap.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_that_diverges_counts_as_infinitely_bad_and_is_shown(results):
     run = Run("Hope", "Muon", None, 4e-3, 0, 70)
     results.lines[run] = {**vars(run), "diverged": "the loss is nan"}
     text = swap.report(results, {"Hope": 70}, "python -m benchmarks swap")
     assert "| Muon | inf | 2.2500 | inf | +inf | nan | nan | nan |" in text
+    assert swap.picture(results, {"Hope": 70}).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("arguments", [[], ["swop"]])
