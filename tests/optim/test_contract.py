@@ -1,6 +1,7 @@
 """What torch and its users ask of an optimizer, over every class of the registry.
 
-An entry of ``deepopt/optim/registry.py`` brings a class under all of these.
+An entry of ``deepopt/optim/registry.py``, with its arguments in ``inputs.py``, brings a class under
+all of these.
 """
 
 import copy
@@ -22,7 +23,9 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepopt
-from deepopt.optim import base, registry
+from deepopt.optim import base
+from deepopt.optim.registry import REGISTRY
+from tests.optim.contract.inputs import INPUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(captured|element-wise).*:UserWarning")
 
@@ -34,9 +37,9 @@ class Wrapped(deepopt.Continuum):
         super().__init__(deepopt.DeepMomentum(params, **options), chunk, reduce=reduce)
 
 
-ENTRIES = [(Wrapped if e.wraps else e.cls, e) for e in registry.REGISTRY.values()]
-SETTLED = [(cls, options) for cls, entry in ENTRIES for options in entry.options]
-LITERAL = [(cls, options) for cls, entry in ENTRIES for options in entry.literal]
+ENTRIES = [(Wrapped if e.wraps else e.cls, INPUTS[name]) for name, e in REGISTRY.items()]
+SETTLED = [(cls, options) for cls, inputs in ENTRIES for options in inputs.options]
+LITERAL = [(cls, options) for cls, inputs in ENTRIES for options in inputs.literal]
 DEFAULT = [cls for cls, _ in ENTRIES]
 
 
@@ -137,9 +140,14 @@ def feed(optimizer, params, stream):
 # -- arguments --------------------------------------------------------------------------------
 
 
+def test_every_class_of_the_registry_has_inputs_and_nothing_else_has():
+    assert INPUTS.keys() == REGISTRY.keys()
+    assert all(inputs.options for inputs in INPUTS.values())
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "error", "message"),
-    [(cls, *case) for cls, entry in ENTRIES for case in (*registry.COMMON_ERRORS, *entry.errors)],
+    [(cls, *case) for cls, inputs in ENTRIES for case in inputs.all_errors],
     ids=label,
 )
 def test_bad_arguments_are_refused_by_name_before_anything_else(cls, arguments, error, message):

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.optim import registry
+from deepopt.optim.registry import REGISTRY
 from tests.gpu import DEVICE, captured, capturing_allowed, needs_gpu, no_waiting
+from tests.optim.contract.inputs import INPUTS
 
 pytestmark = [
     needs_gpu,
@@ -17,9 +18,9 @@ SHAPES = [(64, 192), (64, 192), (192, 64), (24, 32), (7,), ()]
 SMALL = [(24, 32), (32, 24), (24, 32), (7,)]
 CASES = [
     (entry.cls, options)
-    for entry in registry.REGISTRY.values()
+    for name, entry in REGISTRY.items()
     if not entry.wraps
-    for options in (*entry.options, *entry.literal)
+    for options in (*INPUTS[name].options, *INPUTS[name].literal)
 ]
 
 
@@ -30,7 +31,7 @@ def label(value):
 
 
 every = pytest.mark.parametrize(("cls", "options"), CASES, ids=label)
-every_class = pytest.mark.parametrize("cls", [e.cls for e in registry.REGISTRY.values()][:-1])
+every_class = pytest.mark.parametrize("cls", [e.cls for e in REGISTRY.values() if not e.wraps])
 
 
 def stream(shapes, steps, seed=1):
