@@ -32,7 +32,7 @@ from deepopt.data import stdlib_corpus
 from deepopt.hope import Hope, HopeConfig
 from deepopt.hope.checkpoint import write_atomically
 from deepopt.hope.report import read_metrics
-from deepopt.hope.train import TrainConfig, Trainer
+from deepopt.hope.trainer import TrainConfig, Trainer
 from deepopt.memory import resolve
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
