@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.tables import markdown
 from benchmarks.transformer import Transformer, TransformerConfig
 from deepopt.data import stdlib_corpus
 from deepopt.hope import Hope, HopeConfig
@@ -236,11 +237,6 @@ def report(results: Results, steps: dict[str, int], command: str) -> str:
 def average(lines: Sequence[Line], key: str) -> float:
     """NaN where a run diverged: it has no such value."""
     return sum(line.get(key, math.nan) for line in lines) / len(lines)
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([rows[0], "|" + " --- |" * len(table[0]), *rows[1:]])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from benchmarks import work
 from benchmarks.speed import catalog
 from benchmarks.speed.case import Case, Line, Run
 from benchmarks.speed.race import seconds_of
-from benchmarks.swap import markdown
+from benchmarks.tables import markdown
 
 
 def judged(case: Case, line: Line) -> list[tuple[str, str, str, str]]:

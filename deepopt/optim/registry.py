@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from deepopt._table import in_columns
 from deepopt.optim.continuum import Continuum
 from deepopt.optim.deep_momentum import DeepMomentum
 from deepopt.optim.delta_gradient_descent import DeltaGradientDescent
@@ -99,12 +100,7 @@ class Table(dict[str, Entry]):
     def __str__(self) -> str:
         rows = [("name", "class", "equations", "state: floats per parameter", "cost: FLOPs")]
         rows += [(n, e.cls.__name__, e.equations, e.state, e.cost) for n, e in self.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
+        return in_columns(rows)
 
     __repr__ = __str__
 
