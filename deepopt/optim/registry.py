@@ -1,7 +1,8 @@
 """Every optimizer of the package: what it is and what it costs.
 
-An entry here puts a class into the table that users see. A second entry of the same name, in
-``tests/optim/contract/inputs.py``, holds its arguments for the contract tests.
+An entry here puts a class into the table that users see and lets ``create_optimizer`` make it. A
+second entry of the same name, in ``tests/optim/contract/inputs.py``, holds its arguments for the
+contract tests.
 """
 
 from dataclasses import dataclass
