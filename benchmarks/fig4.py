@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.swap import markdown
+from benchmarks.tables import markdown
 from deepopt.hope.checkpoint import write_atomically
 from deepopt.memory.delta_rule import DeltaRule
 from deepopt.memory.preconditioned import Preconditioned

@@ -29,12 +29,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.tables import markdown
 from benchmarks.transformer import Transformer, TransformerConfig
 from deepopt.data import stdlib_corpus
 from deepopt.hope import Hope, HopeConfig
 from deepopt.hope.checkpoint import write_atomically
 from deepopt.hope.report import read_metrics
-from deepopt.hope.train import TrainConfig, Trainer
+from deepopt.hope.trainer import TrainConfig, Trainer
 from deepopt.memory import resolve
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
@@ -284,11 +285,6 @@ def picture(results: Results, steps: dict[str, int]) -> bytes:
 def average(lines: Sequence[Line], key: str) -> float:
     """NaN where a run diverged: it has no such value."""
     return sum(line.get(key, math.nan) for line in lines) / len(lines)
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([rows[0], "|" + " --- |" * len(table[0]), *rows[1:]])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.work import Rates, Work
 
+Clock = Literal["cpu", "wall"]
 PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot")}
 """Operators whose own time is that of matrix products."""
 PRODUCT_OPERATORS = {
@@ -41,22 +42,53 @@ class Contender:
     """It takes part in one of so many rounds: for the slow ones that no target needs."""
 
 
+class Summary(TypedDict):
+    """Seconds of a step: medians and quartiles of the runs."""
+
+    runs: int
+    cpu: float
+    cpu_low: float
+    cpu_high: float
+    wall: float
+    wall_low: float
+    wall_high: float
+
+
+class Quartiles(NamedTuple):
+    """Seconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def quartiles(seconds: Sequence[float], period: int = 1) -> Quartiles:
+    """Of the means over whole periods of steps."""
+    means = [
+        statistics.fmean(seconds[first : first + period])
+        for first in range(0, len(seconds) - period + 1, period)
+    ]
+    low, median, high = statistics.quantiles(means, n=4) if len(means) > 1 else means * 3
+    return Quartiles(median, low, high)
+
+
 @dataclass
 class Times:
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
 
-    def summary(self, period: int) -> dict[str, Any]:
+    def summary(self, period: int) -> Summary:
         """Median and quartiles of the runs, means over whole periods of steps."""
-        found: dict[str, Any] = {"runs": len(self.cpu) // period}
-        for clock, steps in (("cpu", self.cpu), ("wall", self.wall)):
-            runs = [
-                statistics.fmean(steps[first : first + period])
-                for first in range(0, len(steps) - period + 1, period)
-            ]
-            low, median, high = statistics.quantiles(runs, n=4) if len(runs) > 1 else runs * 3
-            found |= {clock: median, f"{clock}_low": low, f"{clock}_high": high}
-        return found
+        cpu, wall = quartiles(self.cpu, period), quartiles(self.wall, period)
+        return {
+            "runs": len(self.cpu) // period,
+            "cpu": cpu.median,
+            "cpu_low": cpu.low,
+            "cpu_high": cpu.high,
+            "wall": wall.median,
+            "wall_low": wall.low,
+            "wall_high": wall.high,
+        }
 
 
 def synchronize(device: str) -> None:
@@ -64,7 +96,7 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def clock_of(device: str) -> str:
+def clock_of(device: str) -> Clock:
     """Which time counts: on one thread of the CPU its own, which other processes do not slow."""
     return "cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall"
 
@@ -81,7 +113,7 @@ def timed(step: Callable[[], Any], device: str) -> tuple[float, float]:
 
 def interleave(
     contenders: Sequence[Contender], seconds: float, device: str, most: int = 400
-) -> list[dict[str, Any]]:
+) -> list[Summary]:
     """Time the contenders in turns, step by step.
 
     Each round has an order of its own. All have been stepped before, twice. It

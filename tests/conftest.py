@@ -12,6 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+pytest.register_assert_rewrite("tests.optim.contract.helpers")  # for the messages of its asserts
+
 torch.set_num_threads(1)
 
 DEVICE = os.environ.get("DEEPOPT_TEST_DEVICE", "cpu")

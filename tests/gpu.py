@@ -64,6 +64,11 @@ def capturing_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     with monkeypatch.context() as patch:
-        patch.setattr(base, "capturable_devices", lambda: ["cpu"])
-        patch.setattr(adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+        pretend_that_cpus_capture(patch)
         yield
+
+
+def pretend_that_cpus_capture(patch: pytest.MonkeyPatch) -> None:
+    """Let ``capturable=True`` take parameters on the CPU, until ``patch`` is undone."""
+    patch.setattr(base, "capturable_devices", lambda: ["cpu"])
+    patch.setattr(adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])

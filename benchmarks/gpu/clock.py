@@ -1,36 +1,17 @@
 """How steps are timed on a GPU, and what the card can do; a CPU takes the same calls."""
 
-import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.timing import measure_rates
+from benchmarks.timing import measure_rates, quartiles
 from benchmarks.work import Rates
 
 Step = Callable[[], Any]
 CYCLES = 2e9
 """Of a GPU's clock per second, about: what the pause before a timed step is counted in."""
-
-
-class Quartiles(NamedTuple):
-    """Seconds."""
-
-    median: float
-    low: float
-    high: float
-
-
-def quartiles(seconds: list[float], period: int = 1) -> Quartiles:
-    """Of the means over whole periods of steps."""
-    means = [
-        statistics.fmean(seconds[first : first + period])
-        for first in range(0, len(seconds) - period + 1, period)
-    ]
-    low, median, high = statistics.quantiles(means, n=4) if len(means) > 1 else means * 3
-    return Quartiles(median, low, high)
 
 
 class Clock:

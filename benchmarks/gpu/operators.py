@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import work
-from benchmarks.gpu.clock import Clock, captured, quartiles, rates
+from benchmarks.gpu.clock import Clock, captured, rates
 from benchmarks.gpu.rows import predicted_seconds, write_line
+from benchmarks.timing import quartiles
 from benchmarks.work import Phase, Work
 from deepopt import ops
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import work
-from benchmarks.gpu.clock import Clock, Quartiles, captured, quartiles, rates
+from benchmarks.gpu.clock import Clock, captured, rates
 from benchmarks.gpu.rows import Contender, predicted_seconds, races, write_line
+from benchmarks.timing import Quartiles, quartiles
 
 ROUNDS = 30
 """A multiple of the period of every contender."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks import work
 from benchmarks.gpu import operators, training
 from benchmarks.gpu.rows import predicted_seconds, races
-from benchmarks.gpu.summary import Table, aligned, ms, put_between, read
+from benchmarks.gpu.summary import Table, ms, put_between, read
+from benchmarks.tables import markdown
 from benchmarks.work import Rates, Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,7 @@ def predictions(rates: Rates) -> str:
                 ms(predicted_seconds(phases, rates)),
             )
         )
-    return aligned(machine) + "\n\n" + aligned(table)
+    return "\n\n".join(markdown(rows, aligned=True) for rows in (machine, table))
 
 
 if __name__ == "__main__":

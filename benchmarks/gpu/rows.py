@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW
 
 from benchmarks import work
 from benchmarks.gpu.muon import CompiledMuon
+from benchmarks.speed.optimizers import LR, Make, deep, deep_adamw, m3, torch_muon
 from benchmarks.work import Rates, Work
-from deepopt import M3, DeepMomentum
-
-LR = 1e-4
-Make = Callable[[list[nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -64,17 +60,11 @@ def elementwise(
         "AdamW fused": Contender(
             lambda p: AdamW(p, lr=LR, fused=True), work.adamw(entries, width, width)
         ),
-        "DeepMomentum": Contender(
-            lambda p: DeepMomentum(p, lr=LR, path="elementwise"), work.adamw(entries, width)
-        ),
+        "DeepMomentum": Contender(deep_adamw(LR), work.adamw(entries, width)),
     }
     return Race(
         title, shapes, contenders, dtype, (Goal("DeepMomentum", "AdamW fused", 1.0),), **about
     )
-
-
-def deep(memory: str) -> Make:
-    return lambda params: DeepMomentum(params, lr=LR, memory=memory, path="matrix")
 
 
 def on_matrices(title: str, width: int, layers: int) -> Race:
@@ -84,16 +74,14 @@ def on_matrices(title: str, width: int, layers: int) -> Race:
         return work.over(shapes, functools.partial(rule, least=True, **options))
 
     contenders = {
-        "torch Muon": Contender(
-            lambda p: Muon(p, lr=LR, ns_steps=work.NS_STEPS), work.over(shapes, work.muon)
-        ),
+        "torch Muon": Contender(torch_muon, work.over(shapes, work.muon)),
         "linear": Contender(deep("linear"), least(work.linear)),
         "delta": Contender(deep("delta"), least(work.delta, products="bfloat16")),
         "mlp": Contender(deep("mlp"), least(work.mlp)),
         "covariance": Contender(
             deep("covariance"), least(work.covariance, split=True), work.PERIOD
         ),
-        "M3": Contender(lambda p: M3(p, lr=LR, path="matrix"), least(work.m3), work.PERIOD),
+        "M3": Contender(m3, least(work.m3), work.PERIOD),
     }
     limits = {"linear": 0.60, "delta": 0.70, "mlp": 0.90, "covariance": 1.20}
     goals = [Goal(name, "torch Muon", limit) for name, limit in limits.items()]

@@ -74,7 +74,7 @@ ON_GPU = [
     "tests/optim/test_on_gpu.py", "tests/hope/test_on_gpu.py", "tests/distributed/test_on_gpu.py",
 ]  # fmt: skip
 # Made under a mode that torch.compile does not look through.
-CONTRACT = ["tests/optim/test_contract.py", "-k", "not recompile"]
+CONTRACT = "tests/optim/contract"
 SANITIZED = ["tests/ops/test_parity.py", "-k", "same_bit_for_bit and (cuda or triton)"]
 COMPILERS = str(max(1, min(16, os.cpu_count() or 1)))
 
@@ -173,9 +173,9 @@ STAGES = (
     Stage(
         "contract",
         "what torch asks of an optimizer, with parameters on the GPU",
-        pytest(*CONTRACT, jobs=12),
+        pytest(CONTRACT, "-k", "not recompile", jobs=12),
         120,
-        pytest("tests/optim/test_contract.py", "-k", "repr"),
+        pytest(CONTRACT, "-k", "repr"),
         {"DEEPOPT_TEST_DEVICE": "cuda"},
     ),
     Stage(

@@ -5,11 +5,12 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.gpu.rows import races as known_races
+from benchmarks.tables import markdown
 
 Line: TypeAlias = dict[str, Any]
 Table: TypeAlias = list[tuple[str, ...]]
@@ -31,7 +32,7 @@ def read(path: Path) -> list[Line]:
 def summary(folder: Path) -> str:
     """What fits on a screen: stages, goals and the times of steps."""
     rows = read(folder / "rows.jsonl")
-    parts = [machine(folder), aligned(stage_rows(read(folder / "stages.jsonl")))]
+    parts = [machine(folder), markdown(stage_rows(read(folder / "stages.jsonl")), aligned=True)]
     parts += tables(rows, goal_rows, race_rows)
     parts += [f"failed: {name_of(line)}: {line['note'][:90]}" for line in of_kind(rows, "failed")]
     return "\n\n".join(parts) + "\n"
@@ -52,22 +53,11 @@ def machine(folder: Path) -> str:
 
 def tables(rows: list[Line], *makers: Callable[[list[Line]], Table]) -> list[str]:
     """Those that have rows."""
-    return [aligned(made) for maker in makers if len(made := maker(rows)) > 1]
+    return [markdown(made, aligned=True) for maker in makers if len(made := maker(rows)) > 1]
 
 
 def name_of(line: Line) -> str:
     return str(line.get("contender") or line.get("operator") or line.get("model"))
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> str:
-    """A table that both a terminal and Markdown show in columns."""
-    table = list(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def stage_rows(stages: list[Line]) -> Table:

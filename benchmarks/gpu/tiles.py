@@ -10,8 +10,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.clock import Clock, captured, quartiles
+from benchmarks.gpu.clock import Clock, captured
 from benchmarks.gpu.rows import write_line
+from benchmarks.timing import quartiles
 
 Call = Callable[[], Any]
 # Rows, columns, depth, warps, stages.

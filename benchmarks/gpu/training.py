@@ -16,8 +16,9 @@ from torch.optim import AdamW, Muon
 
 import deepopt
 from benchmarks import work
-from benchmarks.gpu.clock import Clock, Quartiles, quartiles, rates
+from benchmarks.gpu.clock import Clock, rates
 from benchmarks.gpu.rows import LR, predicted_seconds, write_line
+from benchmarks.timing import Quartiles, quartiles
 from benchmarks.transformer import Transformer, TransformerConfig
 from benchmarks.work import Phase, Work
 from deepopt.hope import Hope, HopeConfig

@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deepopt.hope.cms import check_chunks
+from deepopt.hope.options import about, documented
 
 
+@documented
 @dataclass(frozen=True)
 class HopeConfig:
-    """Everything that decides the shape and the arithmetic of a `Hope` model.
+    """Everything that decides the shape and the arithmetic of a `Hope` model."""
 
-    Args:
-        vocab_size: number of tokens; 256 reads bytes.
-        dim: width of the residual stream; a multiple of `heads`.
-        layers: number of blocks.
-        heads: number of heads; every head owns its five memories, of width `dim // heads`.
-        memory_hidden: hidden width of a memory; None means the width of a head.
-        memory_chunk: tokens over which the gradient of the main memory is taken at one anchor.
-        projection_chunk: the same for the four memories that generate keys, values, inner learning
-            rates and retentions; these also stay constant, as projections, inside their chunk.
-        max_inner_lr: upper end of the inner learning rate, eta = max_inner_lr * sigmoid(.). With
-            untrained weights 0.1 was stable over 1,024 tokens, and 0.5 was not.
-        momentum: whether the memories' updates have momentum (S_t of Titans).
-        conv_width: tokens seen by the causal depthwise convolutions.
-        cms_chunks: chunk, in tokens, of every level of the continuum memory system, fastest first;
-            each a multiple of the one before.
-        cms_expansion: hidden width of a CMS level's MLP, as a multiple of `dim`.
-    """
-
-    vocab_size: int = 256
-    dim: int = 128
-    layers: int = 2
-    heads: int = 4
-    memory_hidden: int | None = None
-    memory_chunk: int = 32
-    projection_chunk: int = 64
-    max_inner_lr: float = 0.02
-    momentum: bool = True
-    conv_width: int = 4
-    cms_chunks: tuple[int, ...] = (256, 1024)
-    cms_expansion: int = 2
+    vocab_size: int = field(default=256, metadata=about("number of tokens; 256 reads bytes"))
+    dim: int = field(
+        default=128, metadata=about("width of the residual stream; a multiple of `heads`")
+    )
+    layers: int = field(default=2, metadata=about("number of blocks"))
+    heads: int = field(
+        default=4,
+        metadata=about(
+            "number of heads; every head owns its five memories, of width `dim // heads`"
+        ),
+    )
+    memory_hidden: int | None = field(
+        default=None,
+        metadata=about("hidden width of a memory; None means the width of a head", type=int),
+    )
+    memory_chunk: int = field(
+        default=32,
+        metadata=about("tokens over which the gradient of the main memory is taken at one anchor"),
+    )
+    projection_chunk: int = field(
+        default=64,
+        metadata=about(
+            "the same for the four memories that generate keys, values, inner learning rates and "
+            "retentions; these also stay constant, as projections, inside their chunk"
+        ),
+    )
+    max_inner_lr: float = field(
+        default=0.02,
+        metadata=about(
+            "upper end of the inner learning rate, eta = max_inner_lr * sigmoid(.)",
+            "With untrained weights 0.1 was stable over 1,024 tokens, and 0.5 was not.",
+        ),
+    )
+    momentum: bool = field(
+        default=True,
+        metadata=about("whether the memories' updates have momentum (S_t of Titans)"),
+    )
+    conv_width: int = field(
+        default=4, metadata=about("tokens seen by the causal depthwise convolutions")
+    )
+    cms_chunks: tuple[int, ...] = field(
+        default=(256, 1024),
+        metadata=about(
+            "chunk, in tokens, of every level of the continuum memory system, fastest first; each "
+            "a multiple of the one before"
+        ),
+    )
+    cms_expansion: int = field(
+        default=2, metadata=about("hidden width of a CMS level's MLP, as a multiple of `dim`")
+    )
 
     def __post_init__(self) -> None:
         for name in (

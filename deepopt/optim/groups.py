@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deepopt._table import in_columns
 from deepopt.optim.modules import route_model
 from deepopt.optim.routing import (
     PATHS,
@@ -131,16 +132,10 @@ class RoutingTable(tuple[Row, ...]):
                     row.reason + (" (frozen)" if row.frozen else ""),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        ]
         in_matrices = [row for row in self if row.matrices]
         rest = [row for row in self if not row.matrices]
-        return "\n".join(
-            [*lines, f"as matrices: {_total(in_matrices)}; element-wise: {_total(rest)}"]
-        )
+        totals = f"as matrices: {_total(in_matrices)}; element-wise: {_total(rest)}"
+        return f"{in_columns(cells)}\n{totals}"
 
     __repr__ = __str__
 

@@ -11,10 +11,11 @@ from torch import nn
 from benchmarks import work
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import roofline, summary
-from benchmarks.gpu.clock import Clock, quartiles
+from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.muon import CompiledMuon
 from benchmarks.gpu.rows import races
 from benchmarks.gpu.stages import PLANTED, STAGES, Stage
+from benchmarks.timing import quartiles
 from benchmarks.work import Rates
 
 MACHINE = {"machine": {"card": "a card"}, "rehearsal": False}

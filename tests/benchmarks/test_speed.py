@@ -4,9 +4,19 @@ import json
 import pytest
 import torch
 
-from benchmarks import speed, speed_cases, work
-from benchmarks.speed import Results, Run
-from benchmarks.speed_cases import Case, Setting, ratio
+from benchmarks import work
+from benchmarks.speed import catalog, command, optimizers
+from benchmarks.speed.case import Case, Run, Setting
+from benchmarks.speed.command import Results
+from benchmarks.speed.coordinate_mlp import coordinate_mlp, peak_share
+from benchmarks.speed.correctness import farther, inputs, singular_values, strides
+from benchmarks.speed.elementwise import elementwise
+from benchmarks.speed.matrices import SPLIT, matrices
+from benchmarks.speed.overheads import buckets, memory
+from benchmarks.speed.race import ratio
+from benchmarks.speed.report import report
+from benchmarks.speed.scaling import exponent, scaling
+from deepopt import ops
 
 QUICK = Setting(quick=True)
 
@@ -19,7 +29,7 @@ def raced(name, seconds, **more):
 
 
 def line(case, threads, **found):
-    conditions = {**speed.conditions(Setting()), "code_sha256": "0123456789ab" * 5}
+    conditions = {**command.conditions(Setting()), "code_sha256": "0123456789ab" * 5}
     rates = dict.fromkeys(work.Rates._fields, 2e9)
     return {"case": case, "threads": threads, **conditions, "rates": rates, "clock": "cpu", **found}
 
@@ -32,7 +42,7 @@ def results(tmp_path, monkeypatch):
         "race": Case("A race", None, [ratio("ours", "theirs", 0.6)], "theirs", note="As it is."),
         "table": Case("A table", None, [], threads=(1,)),
     }
-    monkeypatch.setattr(speed, "CASES", cases)
+    monkeypatch.setattr(catalog, "CASES", cases)
     rows = [
         raced("theirs", 4.0, products_share=0.75),
         raced("ours", 2.0),
@@ -45,7 +55,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_the_report_has_targets_times_and_shares_from_the_lines_alone(results):
-    text = speed.report(results.lines, "python -m benchmarks speed")
+    text = report(results.lines, "python -m benchmarks speed")
     assert "| race | 1 | ours / theirs | 0.500 | <= 0.600 | met |" in text
     assert (
         "| ours | 2,000 (2,000 to 2,000) | 2,000 (2,000 to 2,000) | 0.50 "
@@ -66,16 +76,16 @@ def test_the_report_has_targets_times_and_shares_from_the_lines_alone(results):
 def test_whether_a_target_is_met_follows_from_the_numbers(results):
     lines = results.lines
     lines[Run("race", 1)]["rows"][1]["cpu"] = 2.5
-    assert "| ours / theirs | 0.625 | <= 0.600 | NOT met |" in speed.report(lines, "")
+    assert "| ours / theirs | 0.625 | <= 0.600 | NOT met |" in report(lines, "")
     lines[Run("race", 1)]["rows"][1] = {"contender": "ours", "not_run": "because"}
-    assert "| ours / theirs | nan | <= 0.600 | not measured |" in speed.report(lines, "")
+    assert "| ours / theirs | nan | <= 0.600 | not measured |" in report(lines, "")
 
 
 def test_the_report_tells_of_quick_runs_and_of_different_code(results):
     for one in results.lines.values():
         one["quick"] = True
     results.lines[Run("table", 1)]["code_sha256"] = "f" * 60
-    text = speed.report(results.lines, "")
+    text = report(results.lines, "")
     assert "not to be quoted" in text
     assert "lines of different code" in text
 
@@ -99,7 +109,7 @@ def test_finished_cases_are_not_repeated_and_failed_ones_leave_the_others(
             raise RuntimeError("its process ended with 1")
         return line(run.case, run.threads, rows=[raced("theirs", 1.0), raced("ours", 1.0)])
 
-    monkeypatch.setattr(speed, "execute_apart", execute)
+    monkeypatch.setattr(command, "execute_apart", execute)
     del results.lines[Run("table", 1)]
     with pytest.raises(RuntimeError, match="1 cases failed"):
         results.complete([Run("race", 1), Run("table", 1), Run("race", 2)], Setting())
@@ -110,8 +120,8 @@ def test_finished_cases_are_not_repeated_and_failed_ones_leave_the_others(
 
 
 def test_the_command_runs_cases_in_processes_of_their_own(tmp_path, capsys):
-    command = ["--quick", "--out", str(tmp_path), "--cases", "strides"]
-    assert speed.main(command) == 0
+    arguments = ["--quick", "--out", str(tmp_path), "--cases", "strides"]
+    assert command.main(arguments) == 0
     (written,) = map(json.loads, (tmp_path / "speed.jsonl").read_text().splitlines())
     assert (written["case"], written["threads"], written["quick"]) == ("strides", 1, True)
     assert len(written["code_sha256"]) == 64
@@ -119,7 +129,7 @@ def test_the_command_runs_cases_in_processes_of_their_own(tmp_path, capsys):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
     capsys.readouterr()
-    assert speed.main(command) == 0
+    assert command.main(arguments) == 0
     assert "1/1" not in capsys.readouterr().out
 
 
@@ -133,15 +143,15 @@ def test_the_command_runs_cases_in_processes_of_their_own(tmp_path, capsys):
 )
 def test_wrong_arguments_are_told(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        speed.main([*arguments, "--out", str(tmp_path)])
+        command.main([*arguments, "--out", str(tmp_path)])
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_race_of_matrices_has_every_optimizer_and_its_counts():
-    found = speed_cases.matrices([(8, 12)], 0.0, speed_cases.SPLIT)(QUICK)
+    found = matrices([(8, 12)], 0.0, SPLIT)(QUICK)
     rows = {row["contender"]: row for row in found["rows"]}
-    assert rows.keys() == set(speed_cases.SPLIT)
+    assert rows.keys() == set(SPLIT)
     linear = rows["DeepMomentum linear"]
     assert linear["flops"] == work.total_flops(work.newton_schulz(8, 12))
     assert 0 < linear["products_share"] < 1
@@ -149,80 +159,80 @@ def test_a_race_of_matrices_has_every_optimizer_and_its_counts():
 
 
 def test_a_race_of_the_element_wise_path_counts_wide_state_for_narrow_parameters():
-    found = speed_cases.elementwise([(50,), (30,)], 0.0, torch.bfloat16)(QUICK)
+    found = elementwise([(50,), (30,)], 0.0, torch.bfloat16)(QUICK)
     moved = {row["contender"]: row["bytes"] for row in found["rows"]}
     assert moved["AdamW fused"] == 14 * 80
     assert moved["DeepMomentum"] == 22 * 80
 
 
 def test_what_another_package_raises_is_its_result(monkeypatch):
-    monkeypatch.setattr(speed_cases, "OTHERS", ("torch Muon",))
-    known = speed_cases.matrix_optimizers("cpu")
+    monkeypatch.setattr(optimizers, "OTHERS", ("torch Muon",))
+    known = optimizers.matrix_optimizers("cpu")
 
     def broken(params):
         raise ImportError("not here")
 
     changed = {**known, "torch Muon": (broken, *known["torch Muon"][1:])}
-    monkeypatch.setattr(speed_cases, "matrix_optimizers", lambda device: changed)
+    monkeypatch.setattr(optimizers, "matrix_optimizers", lambda device: changed)
     names = ("torch Muon", "DeepMomentum linear")
-    found = speed_cases.matrices([(8, 12)], 0.0, names)(QUICK)
+    found = matrices([(8, 12)], 0.0, names)(QUICK)
     assert found["rows"][1] == {"contender": "torch Muon", "not_run": "ImportError: not here"}
 
 
 def test_torchs_fused_kernel_is_wrong_about_strides_and_ours_is_not():
-    found = speed_cases.strides(QUICK, shape=(4, 3, 2, 2))
+    found = strides(QUICK, shape=(4, 3, 2, 2))
     errors = {row["contender"]: row["largest error"] for row in found["details"]}
     assert errors["DeepMomentum"] < 1e-6
 
 
 def test_singular_values_are_compared_input_by_input():
-    found = speed_cases.singular_values(QUICK, shapes=((16, 24),))
+    found = singular_values(QUICK, shapes=((16, 24),))
     assert len(found["details"]) == 3 * 3
     first, second = found["details"][:2]
     assert (first["contender"], second["contender"]) == ("torch Muon", "DeepMomentum")
-    assert speed_cases.farther(found) > 0
+    assert farther(found) > 0
     second["90% within"] = 7 * first["90% within"]
-    assert speed_cases.farther(found) >= 7
+    assert farther(found) >= 7
 
 
 def test_the_inputs_have_the_condition_that_they_are_named_after():
-    made = speed_cases.inputs(6, 9)["condition 1e+03"]
+    made = inputs(6, 9)["condition 1e+03"]
     values = torch.linalg.svdvals(made)
     assert float(values[0] / values[-1]) == pytest.approx(1e3, rel=1e-3)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_coordinate_mlps_rate_counts_a_tanh_in_two_ways(gradient, monkeypatch):
-    monkeypatch.setattr(speed_cases.ops, "backend", lambda name: contextlib.nullcontext())
-    found = speed_cases.coordinate_mlp(gradient, (2, 4, 5), 0.0)(QUICK)
+    monkeypatch.setattr(ops, "backend", lambda name: contextlib.nullcontext())
+    found = coordinate_mlp(gradient, (2, 4, 5), 0.0)(QUICK)
     kernel = [d for d in found["details"] if d["contender"] == "kernel"]
     assert [d["FLOPs of a tanh"] for d in kernel] == [1, work.TANH_OPERATIONS]
-    share = speed_cases.peak_share("kernel", 1).value(found)
+    share = peak_share("kernel", 1).value(found)
     assert share == kernel[0]["of the float32 products' rate"] > 0
 
 
 def test_the_exponent_is_that_of_the_power_law():
     points = [{"parameters": n, "ms": 3.0 * n**1.2} for n in (10, 100, 5000)]
-    assert speed_cases.exponent(points) == pytest.approx(1.2)
+    assert exponent(points) == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("optimizer", ["elementwise", "delta"])
 def test_scaling_measures_every_size_that_a_minute_allows(optimizer):
     sizes = (1e-4, 2e-4, 4e-4)
-    found = speed_cases.scaling(optimizer, sizes, minute=60.0, side=4)(QUICK)
+    found = scaling(optimizer, sizes, minute=60.0, side=4)(QUICK)
     assert [d["parameters"] for d in found["details"]] == pytest.approx([100, 200, 400], abs=8)
-    found = speed_cases.scaling(optimizer, sizes, minute=0.0, side=4)(QUICK)
+    found = scaling(optimizer, sizes, minute=0.0, side=4)(QUICK)
     assert len(found["details"]) == 1
 
 
 def test_every_shape_is_a_bucket_and_memory_is_that_of_one():
-    found = speed_cases.buckets(QUICK, count=2, repeats=2)
+    found = buckets(QUICK, count=2, repeats=2)
     assert {d["buckets"] for d in found["details"]} == {2}
-    found = speed_cases.memory(QUICK, shapes=((8, 16), (16, 8)), count=2)
+    found = memory(QUICK, shapes=((8, 16), (16, 8)), count=2)
     assert {d["MB of a bucket"] for d in found["details"]} == {2 * 8 * 16 * 4 / 1e6}
 
 
 def test_every_case_has_a_baseline_and_targets_name_its_contenders():
-    for name, case in speed_cases.CASES.items():
+    for name, case in catalog.CASES.items():
         assert set(case.threads) <= {1, 2}, name
         assert case.title, name

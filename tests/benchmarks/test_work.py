@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import work
-from benchmarks.speed_cases import matrix_optimizers
+from benchmarks.speed.optimizers import matrix_optimizers
 from benchmarks.work import Phase, Rates
 from deepopt import ops
 

@@ -28,8 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from world import check, main
 
 import deepopt
-from deepopt.optim import output_map, registry, sharding
+from deepopt.optim import output_map, sharding
 from deepopt.optim.capture import forget_inputs, seen_inputs
+from deepopt.optim.registry import REGISTRY
+from tests.optim.contract.inputs import INPUTS
 
 MEMORIES = ("linear", "covariance", "delta")
 STEPS = 4
@@ -161,8 +163,8 @@ def fsdp_equals_one_process_with_even_uneven_and_empty_shards(folder: Path) -> N
 @check(2)
 def every_registered_class_steps_shards_as_it_steps_whole_parameters(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    for entry in registry.REGISTRY.values():
-        for options in () if entry.wraps else entry.options:
+    for name, entry in REGISTRY.items():
+        for options in () if entry.wraps else INPUTS[name].options:
             for shape in ((33, 20), (20, 33), (7,), ()):
                 plain, spread = _pair(shape, mesh, [Shard(0) if shape else Replicate()])
                 _step_both(plain, spread, cls=entry.cls, **options)

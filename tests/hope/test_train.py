@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from deepopt.hope import HopeConfig, checkpoint, report
-from deepopt.hope import train as training
-from deepopt.hope.train import TrainConfig, Trainer, main, train
+from deepopt.hope import trainer as training
+from deepopt.hope.train import main
+from deepopt.hope.trainer import TrainConfig, Trainer, train
 from deepopt.optim.registry import REGISTRY
 
 # The slow CMS level learns every fourth step, so that interruptions leave gradients pending.
@@ -360,6 +361,32 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(config, monkeypatch, cap
     state = checkpoint.load(config.out / "checkpoint.safetensors")
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+# -- help --------------------------------------------------------------------------------------
+
+
+def test_help_describes_every_option_also_where_python_drops_docstrings():
+    environment = {**os.environ, "COLUMNS": "200"}
+    shown = []
+    for flags in ([], ["-OO"]):
+        command = [sys.executable, *flags, "-m", "deepopt.hope.train", "--help"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    assert shown[0] == shown[1]
+    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(HopeConfig)):
+        if field.name in ("model", "vocab_size"):
+            continue
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", shown[0]), field.name
+        assert field.metadata["help"] in " ".join(shown[0].split()), field.name
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, HopeConfig])
+def test_the_docstring_of_a_configuration_has_its_options(cls):
+    for field in dataclasses.fields(cls):
+        assert field.name == "model" or f"    {field.name}: " in cls.__doc__
+    assert "Args:" in cls.__doc__
 
 
 # -- checkpoints -------------------------------------------------------------------------------

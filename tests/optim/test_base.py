@@ -1,4 +1,4 @@
-"""What the base class does beyond the contract that test_contract.py holds every class to."""
+"""What the base class does beyond the contract that tests/optim/contract holds every class to."""
 
 import copy
 import io

@@ -5,32 +5,27 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.optim import registry
 from tests.gpu import DEVICE, captured, capturing_allowed, needs_gpu, no_waiting
+from tests.optim.contract.helpers import (
+    DEFAULT,
+    EXPECTED_WARNINGS,
+    LITERAL,
+    SETTLED,
+    Wrapped,
+    label,
+    refuses_capturable,
+    values,
+)
 
-pytestmark = [
-    needs_gpu,
-    pytest.mark.filterwarnings("ignore:.*(captured|element-wise).*:UserWarning"),
-]
+pytestmark = [needs_gpu, EXPECTED_WARNINGS]
 # Sides of 64 and more are orthogonalised in half precision, smaller ones in float32.
 SHAPES = [(64, 192), (64, 192), (192, 64), (24, 32), (7,), ()]
 SMALL = [(24, 32), (32, 24), (24, 32), (7,)]
-CASES = [
-    (entry.cls, options)
-    for entry in registry.REGISTRY.values()
-    if not entry.wraps
-    for options in (*entry.options, *entry.literal)
-]
+EVERY_CASE = [case for case in SETTLED + LITERAL if case[0] is not Wrapped]
+EVERY_CLASS = [cls for cls in DEFAULT if cls is not Wrapped]
 
-
-def label(value):
-    if isinstance(value, type):
-        return value.__name__
-    return ",".join(map(str, value)) or "default" if isinstance(value, dict) else None
-
-
-every = pytest.mark.parametrize(("cls", "options"), CASES, ids=label)
-every_class = pytest.mark.parametrize("cls", [e.cls for e in registry.REGISTRY.values()][:-1])
+every = pytest.mark.parametrize(("cls", "options"), EVERY_CASE, ids=label)
+every_class = pytest.mark.parametrize("cls", EVERY_CLASS, ids=label)
 
 
 def stream(shapes, steps, seed=1):
@@ -51,21 +46,9 @@ def feed(optimizer, params, gradients):
         optimizer.step()
 
 
-def values(params):
-    return [param.detach().clone() for param in params]
-
-
-def capturable(cls, options):
-    try:
-        cls([torch.zeros(1)], **options, capturable=True)
-    except RuntimeError as error:
-        return "does not support capturable=True" not in str(error)
-    return True
-
-
 @every
 def test_a_replayed_graph_is_the_eager_step(cls, options, monkeypatch):
-    if not capturable(cls, options):
+    if refuses_capturable(cls, options):
         pytest.skip("this memory decides on the host, and says so: nothing to capture")
     found = []
     for replayed in (True, False):

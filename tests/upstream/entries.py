@@ -12,7 +12,8 @@ import torch
 from torch.testing._internal import common_optimizers as upstream
 
 from deepopt.optim import routing
-from deepopt.optim.registry import COMMON_ERRORS, REGISTRY, Entry
+from deepopt.optim.registry import REGISTRY
+from tests.optim.contract.inputs import INPUTS, Inputs
 
 
 def set_smallest_side(side: int) -> None:
@@ -40,7 +41,7 @@ assert routing.route(torch.empty(10, 5)).path == "matrix"
 COMPLEX = upstream.DecorateInfo(with_usual_routes, "TestOptimRenewed", "test_complex")
 
 
-def inputs_of(entry: Entry) -> Any:
+def inputs_of(ours: Inputs) -> Any:
     """Constructor inputs as upstream wants them: without flags, and all of them descending."""
 
     def inputs(device: str, dtype: Any = None) -> list[upstream.OptimizerInput]:
@@ -56,7 +57,7 @@ def inputs_of(entry: Entry) -> Any:
         chosen += [{"lr": 1e-2, "weight_decay": 0.01}, {"weight_decay": 0.1, "maximize": True}]
         # Upstream's quadratics are steep, uphill above all, and not every rule is stable there; and
         # its state-dict hooks look for rates of 0.002 and 0.003, which no input may start from.
-        chosen += [{"weight_decay": 0.0, **options, "lr": 1e-4} for options in entry.options]
+        chosen += [{"weight_decay": 0.0, **options, "lr": 1e-4} for options in ours.options]
         return [
             upstream.OptimizerInput(params=None, kwargs=dict(kwargs), desc=str(kwargs))
             for kwargs in chosen
@@ -65,7 +66,7 @@ def inputs_of(entry: Entry) -> Any:
     return inputs
 
 
-def errors_of(entry: Entry) -> Any:
+def errors_of(ours: Inputs) -> Any:
     def error_inputs(device: str, dtype: Any) -> list[upstream.ErrorOptimizerInput]:
         found = upstream.get_error_inputs_for_all_optims(device, dtype)
         if upstream._get_device_type(device) == "cpu":
@@ -76,7 +77,7 @@ def errors_of(entry: Entry) -> Any:
                     error_type=kind,
                     error_regex=re.escape(message),
                 )
-                for kwargs, kind, message in (*COMMON_ERRORS, *entry.errors)
+                for kwargs, kind, message in ours.all_errors
             ]
         return found
 
@@ -90,8 +91,8 @@ upstream.optim_db[:] = [
     *(
         upstream.OptimizerInfo(
             entry.cls,
-            optim_inputs_func=inputs_of(entry),
-            optim_error_inputs_func=errors_of(entry),
+            optim_inputs_func=inputs_of(INPUTS[name]),
+            optim_error_inputs_func=errors_of(INPUTS[name]),
             scheduler_inputs=ADAMW.scheduler_inputs,
             supported_impls=("foreach", "differentiable", "fused"),
             not_og_supported_flags=(),
@@ -100,7 +101,7 @@ upstream.optim_db[:] = [
             has_capturable_arg=True,
             decorators=(COMPLEX,),
         )
-        for entry in REGISTRY.values()
+        for name, entry in REGISTRY.items()
         if not entry.wraps
     ),
 ]

@@ -1,0 +1,69 @@
+"""The text of an option stands beside its field; docstrings and ``--help`` are made from it.
+
+A docstring alone would not do for ``--help``: under ``python -OO`` there is none.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+Class = TypeVar("Class", bound=type)
+
+
+def about(
+    help: str, note: str = "", default: str = "", type: Callable[[str], Any] | None = None
+) -> dict[str, Any]:
+    """Metadata of a dataclass field that is an option.
+
+    Args:
+        help: what the option is, in a few words, without a period.
+        note: whole sentences that the docstring has in addition.
+        default: what the default, None, stands for.
+        type: makes the value from text where the default is None.
+    """
+    return {"help": help, "note": note, "default": default, "type": type}
+
+
+def documented(cls: Class) -> Class:
+    """Append the texts of a dataclass's fields to its docstring, if Python keeps docstrings."""
+    if cls.__doc__:
+        lines = [_documentation(field) for field in dataclasses.fields(cls) if field.metadata]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__), "", "Args:", *lines])
+    return cls
+
+
+def _documentation(field: "dataclasses.Field[Any]") -> str:
+    about = field.metadata
+    default = f"; None for {about['default']}" if about["default"] else ""
+    text = f"{field.name}: {about['help']}{default}. {about['note']}".rstrip()
+    return textwrap.fill(text, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+
+
+def add_options(parser: "argparse._ActionsContainer", defaults: Any, leave_out: str) -> None:
+    """Add a command-line option for every field of a configuration but one.
+
+    Args:
+        parser: a parser or a group of its options.
+        defaults: the configuration with the default values.
+        leave_out: the field that gets no option.
+    """
+    for field in dataclasses.fields(defaults):
+        if field.name != leave_out:
+            default = getattr(defaults, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(flag, default=default, **_argument(field.metadata, default))
+
+
+def _argument(about: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    help = about["help"].replace("%", "%%")
+    if default is False:
+        return {"help": help, "action": "store_true"}
+    help += f" ({about['default'] or default})"
+    if default is True:
+        return {"help": help, "action": argparse.BooleanOptionalAction}
+    if isinstance(default, tuple):
+        return {"help": help, "nargs": "+", "type": type(default[0])}
+    return {"help": help, "type": about["type"] or type(default)}

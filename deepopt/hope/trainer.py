@@ -1,0 +1,397 @@
+"""The training loop of Hope, and the configuration of a run.
+
+A run is a function of its configuration and its data. It can be interrupted at any moment, even
+killed, and goes on with ``resume`` bit for bit from its last checkpoint. All that it writes lies
+in ``out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
+from deepopt.hope import Hope, HopeConfig, generate
+from deepopt.hope.optimizers import build_optimizers, optimizer_class
+from deepopt.hope.options import about, documented
+from deepopt.memory import BUILT_IN
+
+try:
+    from deepopt.hope import checkpoint
+    from deepopt.hope.report import Progress, keep_lines, plot
+except ImportError as missing:
+    raise ImportError(
+        f"training needs {missing.name}: pip install 'deepopt-torch[hope]'"
+    ) from missing
+
+OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png")
+MAX_GRAD_NORM = 1.0
+
+
+@documented
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    out: Path = field(metadata=about("directory for everything the run writes"))
+    data: Path | None = field(
+        default=None,
+        metadata=about(
+            "text file or directory", default="the Python standard library's sources", type=Path
+        ),
+    )
+    optimizer: str = field(
+        default="DeepMomentum",
+        metadata=about("of deepopt or torch.optim", "The name of the class may be in any case."),
+    )
+    memory: str | None = field(
+        default=None,
+        metadata=about(
+            f"DeepMomentum's memory: {', '.join(BUILT_IN)}", default="its default", type=str
+        ),
+    )
+    lr: float = field(
+        default=4e-3,
+        metadata=about(
+            "peak of the learning rate, on AdamW's scale",
+            "`deepopt.hope.optimizers.RATES` has the scales of the other optimizers.",
+        ),
+    )
+    weight_decay: float = field(
+        default=0.1,
+        metadata=about(
+            "the optimizer's, of all parameters",
+            "It is decoupled in AdamW, Muon and deepopt's optimizers.",
+        ),
+    )
+    steps: int = field(default=800, metadata=about("optimizer steps"))
+    batch_size: int = field(default=8, metadata=about("sequences per step"))
+    seq_len: int = field(default=256, metadata=about("bytes per sequence"))
+    warmup: int = field(
+        default=50, metadata=about("steps of linear warm-up; then linear decay to zero")
+    )
+    seed: int = field(default=0, metadata=about("of weights, batches and samples"))
+    eval_every: int = field(
+        default=100, metadata=about("steps between evaluations on held-out text")
+    )
+    eval_windows: int = field(
+        default=128, metadata=about("sequences per evaluation", "They are always the same ones.")
+    )
+    save_every: int = field(default=50, metadata=about("steps between checkpoints"))
+    device: str = field(default="cpu", metadata=about("where to train"))
+    resume: bool = field(default=False, metadata=about("go on from the checkpoint in --out"))
+    overwrite: bool = field(default=False, metadata=about("discard the run in --out"))
+    quiet: bool = field(default=False, metadata=about("no progress"))
+    model: HopeConfig = field(default_factory=HopeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_windows", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: give one of them")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(
+                f"warmup={self.warmup}: must be at least 0 and below steps={self.steps}"
+            )
+        if self.model.vocab_size != 256:
+            raise ValueError(f"vocab_size={self.model.vocab_size}: must be 256, tokens are bytes")
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={self.device!r}: cannot be used here ({reason})") from error
+
+    def trajectory(self, corpus: Corpus) -> dict[str, Any]:
+        """The options that decide every weight: a resumed run must agree in all of them."""
+        aside = {"out", "data", "eval_every", "eval_windows", "save_every", "device"}
+        aside |= {"resume", "overwrite", "quiet", "model"}
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in aside}
+        options["optimizer"] = optimizer_class(self.optimizer).__name__
+        model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.model).items()}
+        return {**options, **model, "data_sha256": corpus.sha256}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run comes to.
+
+    Attributes:
+        val_loss: mean cross entropy on the held-out bytes, in nats.
+        val_bits_per_byte: the same in bits.
+        parameters: number of the model's parameters.
+        state_floats_per_parameter: the optimizer's state in units of a float32 per parameter.
+        model_cpu_seconds: mean over the steps of this process but its first, forward and backward
+            pass.
+        optimizer_cpu_seconds: likewise, the optimizer's step; both are NaN if there was no step.
+    """
+
+    val_loss: float
+    val_bits_per_byte: float
+    parameters: int
+    state_floats_per_parameter: float
+    model_cpu_seconds: float
+    optimizer_cpu_seconds: float
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate for ``step``, counted from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
+
+
+class Trainer:
+    """A run, ready to start or to go on: what is wrong with its input shows when it is made.
+
+    Args:
+        config: the run.
+        build_model: makes the model; None for Hope as in ``config.model``. Another model, for a
+            comparison, is called with tokens and targets and returns something with a ``loss``.
+
+    Raises:
+        ValueError: an option, the data or the checkpoint does not fit; ``out`` is untouched.
+        OSError: the data cannot be read.
+    """
+
+    def __init__(
+        self, config: TrainConfig, build_model: Callable[[], nn.Module] | None = None
+    ) -> None:
+        self.config = config
+        if config.data and config.data.resolve() in config.out.resolve().parents:
+            raise ValueError(
+                f"out={config.out} lies inside data={config.data}, so that the run would become "
+                "part of its own text; choose another --out"
+            )
+        self.corpus = load_corpus(config.data) if config.data else stdlib_corpus()
+        for part in (self.corpus.train, self.corpus.val):
+            sample_batch(part, 1, config.seq_len, config.seed, 0)  # raises where text is too short
+        self.trajectory = config.trajectory(self.corpus)
+
+        torch.manual_seed(config.seed)
+        self.model = (build_model() if build_model else Hope(config.model)).to(config.device)
+        self.optimizers = build_optimizers(
+            self.model,
+            config.optimizer,
+            config.lr,
+            config.weight_decay,
+            config.memory,
+            config.seq_len,
+        )
+        self.step = 0
+        self.rng_state = torch.get_rng_state()
+        self.model_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+
+        found = [name for name in OUTPUTS if self._path(name).exists()]
+        if config.resume:
+            self._load()
+        elif found and not config.overwrite:
+            go_on = "go on with --resume, " if "checkpoint.safetensors" in found else ""
+            raise ValueError(
+                f"out={config.out} holds a run already ({', '.join(found)}); {go_on}"
+                "discard it with --overwrite, or choose another --out"
+            )
+
+    def run(self, stop: threading.Event | None = None) -> TrainResult:
+        """Train from here to the last step.
+
+        Args:
+            stop: once set, the run saves a checkpoint after the step it is in and ends.
+
+        Raises:
+            KeyboardInterrupt: it ended because of ``stop``.
+            FloatingPointError: the loss or a gradient is not finite; the checkpoint stays.
+            OSError: the disk did not take an output; the previous checkpoint stays.
+        """
+        config = self.config
+        config.out.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            for name in OUTPUTS:
+                self._path(name).unlink(missing_ok=True)
+            self._save()
+        keep_lines(self._path("metrics.jsonl"), self.step)
+        torch.set_rng_state(self.rng_state)
+
+        val_loss = math.nan
+        name, tokens = self.trajectory["optimizer"], config.batch_size * config.seq_len
+        progress = Progress(name, self.step, config.steps, tokens, config.quiet)
+        with open(self._path("metrics.jsonl"), "a") as metrics, progress:
+
+            def log(**values: Any) -> None:
+                metrics.write(json.dumps({"step": self.step, **values}) + "\n")
+
+            while self.step < config.steps:
+                values = self.train_step()
+                log(**values)
+                progress.show(values["loss"])
+                last = self.step == config.steps
+                if last or self.step % config.eval_every == 0:
+                    val_loss = self.evaluate()
+                    log(val_loss=val_loss, val_bits_per_byte=val_loss / math.log(2))
+                    progress.show_validation(val_loss)
+                stopped = stop is not None and stop.is_set()
+                if last or stopped or self.step % config.save_every == 0:
+                    # The metrics first: lines beyond a checkpoint are cut, missing ones are lost.
+                    metrics.flush()
+                    os.fsync(metrics.fileno())
+                    self._save()
+                if stopped and not last:
+                    raise KeyboardInterrupt
+
+        if math.isnan(val_loss):  # resumed when there was nothing left to do
+            val_loss = self.evaluate()
+        if isinstance(self.model, Hope):
+            checkpoint.write_atomically(
+                self._path("samples.txt"), self.samples(self.model).encode()
+            )
+        plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
+        return self._result(val_loss)
+
+    def train_step(self) -> dict[str, float]:
+        """Take one step and return what there is to log about it."""
+        config = self.config
+        factor = lr_factor(self.step, config.steps, config.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.zero_grad()
+        tokens, targets = sample_batch(
+            self.corpus.train, config.batch_size, config.seq_len, config.seed, self.step
+        )
+
+        began = time.process_time()
+        loss = self.model(tokens.to(config.device), targets.to(config.device)).loss
+        self._check_finite("loss", loss)
+        loss.backward()
+        model_seconds = time.process_time() - began
+        with ExitStack() as chunks:  # what is clipped is what is applied
+            for optimizer in self.optimizers:
+                chunks.enter_context(optimizer.due())
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+            self._check_finite("norm of the gradient", norm)
+            began = time.process_time()
+            for optimizer in self.optimizers:
+                optimizer.optimizer.step()
+            optimizer_seconds = time.process_time() - began
+
+        self.step += 1
+        self.model_seconds.append(model_seconds)
+        self.optimizer_seconds.append(optimizer_seconds)
+        return {
+            "loss": loss.item(),
+            "bits_per_byte": loss.item() / math.log(2),
+            "lr": config.lr * factor,
+            "grad_norm": norm.item(),
+            "model_cpu_seconds": round(model_seconds, 6),
+            "optimizer_cpu_seconds": round(optimizer_seconds, 6),
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the mean loss on the held-out windows, in nats."""
+        config, total, count = self.config, 0.0, 0
+        for tokens, targets in evaluation_batches(
+            self.corpus.val, config.batch_size, config.seq_len, config.eval_windows
+        ):
+            loss = self.model(tokens.to(config.device), targets.to(config.device)).loss
+            total += loss.item() * len(tokens)
+            count += len(tokens)
+        return total / count
+
+    def samples(
+        self, model: Hope, prompts: int = 3, prompt_len: int = 64, length: int = 400
+    ) -> str:
+        """Return continuations of held-out text."""
+        generator = torch.Generator(self.config.device).manual_seed(self.config.seed)
+        prompt_len = min(prompt_len, self.config.seq_len)
+        ((tokens, _),) = evaluation_batches(self.corpus.val, prompts, prompt_len, prompts)
+        tokens = tokens.to(self.config.device)
+        try:
+            continued = generate(
+                model, tokens, length, temperature=0.8, top_k=50, generator=generator
+            )
+        except FloatingPointError as error:
+            return f"no samples: {error}\n"
+        texts = []
+        for row in continued.tolist():
+            prompt, text = (
+                bytes(part).decode(errors="replace") for part in (row[:prompt_len], row)
+            )
+            texts.append(f"=== prompt\n{prompt}\n=== prompt and continuation\n{text}\n")
+        return "\n".join(texts)
+
+    def _path(self, name: str) -> Path:
+        return self.config.out / name
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value.item()} at step {self.step + 1} with lr={self.config.lr}; "
+                f"the last checkpoint is kept in {self.config.out}; start anew with a smaller lr"
+            )
+
+    def _save(self) -> None:
+        state = {
+            "trajectory": self.trajectory,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng_state": torch.get_rng_state(),
+        }
+        checkpoint.save(self._path("checkpoint.safetensors"), state)
+
+    def _load(self) -> None:
+        path = self._path("checkpoint.safetensors")
+        if not path.exists():
+            raise ValueError(f"out={self.config.out} holds no checkpoint; start without --resume")
+        state = checkpoint.load(path)
+        theirs = state["trajectory"]
+        if differences := [
+            f"{name}={theirs.get(name)!r} there and {self.trajectory.get(name)!r} here"
+            for name in sorted(theirs.keys() | self.trajectory.keys())
+            if theirs.get(name) != self.trajectory.get(name)
+        ]:
+            raise ValueError(
+                f"{path} belongs to another run: {'; '.join(differences)}; "
+                "give the options of that run, or choose another --out"
+            )
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.rng_state = state["rng_state"]
+
+    def _result(self, val_loss: float) -> TrainResult:
+        parameters = sum(param.numel() for param in self.model.parameters())
+        state_bytes = sum(
+            value.numel() * value.element_size()
+            for optimizer in self.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        return TrainResult(
+            val_loss=val_loss,
+            val_bits_per_byte=val_loss / math.log(2),
+            parameters=parameters,
+            state_floats_per_parameter=state_bytes / 4 / parameters,
+            model_cpu_seconds=statistics.fmean(self.model_seconds[1:] or [math.nan]),
+            optimizer_cpu_seconds=statistics.fmean(self.optimizer_seconds[1:] or [math.nan]),
+        )
+
+
+def train(config: TrainConfig, build_model: Callable[[], nn.Module] | None = None) -> TrainResult:
+    """Train as ``config`` says and return the outcome; see :class:`Trainer`."""
+    return Trainer(config, build_model).run()

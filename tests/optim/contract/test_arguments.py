@@ -1,0 +1,83 @@
+"""What an optimizer accepts as arguments and what it refuses."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import deepopt
+from deepopt.optim.registry import REGISTRY
+from tests.optim.contract.helpers import (
+    ENTRIES,
+    EXPECTED_WARNINGS,
+    Wrapped,
+    every,
+    every_class,
+    label,
+    make_model,
+    moved,
+    run,
+    values,
+)
+from tests.optim.contract.inputs import INPUTS
+
+pytestmark = EXPECTED_WARNINGS
+
+
+def test_every_class_of_the_registry_has_inputs_and_nothing_else_has():
+    assert INPUTS.keys() == REGISTRY.keys()
+    assert all(inputs.options for inputs in INPUTS.values())
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "error", "message"),
+    [(cls, *case) for cls, inputs in ENTRIES for case in inputs.all_errors],
+    ids=label,
+)
+def test_bad_arguments_are_refused_by_name_before_anything_else(cls, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        cls([torch.zeros(1)] if cls is Wrapped else None, **arguments)
+    optimizer = cls([nn.Parameter(torch.randn(3))])
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(3))], **arguments})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(error, match=re.escape(message)):
+        cls([{"params": [nn.Parameter(torch.randn(3))], **arguments}])
+
+
+@every_class
+def test_an_empty_list_and_a_bare_tensor_are_refused_as_torch_refuses_them(cls):
+    with pytest.raises(ValueError, match="empty parameter list"):
+        cls([])
+    with pytest.raises(TypeError, match="params argument"):
+        cls(torch.zeros(3))
+
+
+@every
+def test_it_takes_whatever_torch_takes_for_parameters(cls, options):
+    model = make_model()
+    for params in (
+        model.parameters(),
+        list(model.named_parameters()),
+        [
+            {"params": model[:3].parameters(), "weight_decay": 0.0},
+            {"params": list(model[3:].parameters())},
+        ],
+        deepopt.param_groups(model),
+    ):
+        before = values(model.parameters())
+        run(model, cls(params, **options), 1)
+        assert moved(model.parameters(), before)
+
+
+@every_class
+def test_every_argument_is_a_value_of_the_group_and_shows_in_the_repr(cls):
+    optimizer = cls(make_model().parameters())
+    inner = deepopt.DeepMomentum if cls is Wrapped else cls
+    names = inspect.signature(inner).parameters.keys() - {"params"}
+    assert {"lr", "betas", "weight_decay", "maximize", "foreach", "fused"} <= names
+    assert names <= optimizer.param_groups[0].keys()
+    for name in names:
+        assert f"    {name}: " in repr(optimizer)
