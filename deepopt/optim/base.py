@@ -39,10 +39,11 @@ IDENTITY = Identity()
 NO_ROUNDING: tuple[list[Tensor], list[int]] = ([], [])
 
 ENTRIES_AT_ONCE = 2**19
-"""Of matrices that a CPU steps in one call, unless a single one has more.
+"""Upper bound on the matrix entries stepped in one call on the CPU.
 
-What a step makes on the way is then small enough that the allocator keeps it for the next call; it
-gives more back to the system, and touching fresh memory can cost more than the arithmetic.
+A single larger matrix still goes alone. The temporaries of a call are then small enough that the
+allocator keeps them for the next one. It returns larger ones to the system, and touching fresh
+memory can cost more than the arithmetic.
 """
 
 
@@ -56,9 +57,9 @@ class Kind(NamedTuple):
     device: torch.device
     state_dtype: torch.dtype
     mesh: Any = None
-    """Of DTensors."""
+    """The device mesh of DTensors; None for ordinary tensors."""
     dealt: bool = False
-    """Whether ranks have pieces of matrices, or several the same ones."""
+    """Whether ranks hold pieces of matrices, or the same matrices: they then share the work out."""
 
 
 class Bucket(NamedTuple):
@@ -76,7 +77,7 @@ class Bucket(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """Those of a group's parameters, and what they were found from."""
+    """The kinds of a group's parameters, and what they were derived from."""
 
     params: list[Tensor]
     asked: list[Any]
@@ -87,6 +88,7 @@ class Kinds(NamedTuple):
 KIND_OPTIONS = (
     "path", "split", "param_names", "reasons", "rounding", "differentiable",
 )  # fmt: skip
+"""Arguments of a group that a kind depends on."""
 KIND_ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
@@ -280,9 +282,10 @@ class MemoryOptimizer(Optimizer):
         return buckets
 
     def _kinds(self, group: Group) -> list[Kind | None]:
-        """Of every parameter of a group what its matrices can be stepped with; None: element-wise.
+        """The kind of every parameter of a group; None for those of the element-wise path.
 
-        They are kept from step to step, until a parameter or what they depend on is another.
+        Kinds are kept from step to step, until a parameter or an argument that they depend on
+        changes.
         """
         params = group["params"]
         asked = list(map(group.get, KIND_OPTIONS))
@@ -299,10 +302,15 @@ class MemoryOptimizer(Optimizer):
             self._kind(param, route, group)
             for param, route in zip(params, routing.routes(group), strict=True)
         ]
-        self._kept_kinds[id(group)] = Kinds(list(params), asked, told, kinds)
+        self._kept_kinds[id(group)] = Kinds(list(params), _copied(asked), told, kinds)
         return kinds
 
     def _kind(self, param: Tensor, route: routing.Route, group: Group) -> Kind | None:
+        """What a parameter must share with others to be stepped with them.
+
+        Raises:
+            RuntimeError: a DTensor parameter with a flag or a rounding that it does not support.
+        """
         distributed = is_distributed(param)
         if distributed and group["rounding"] != "nearest":
             raise RuntimeError(
@@ -405,7 +413,8 @@ class MemoryOptimizer(Optimizer):
         values = list(map(group.__getitem__, self._made_from))
         made = self._made.get(id(group))
         if made is None or made[0] != values:
-            made = self._made[id(group)] = (values, self._memory(group), self._output_map(group))
+            parts = self._memory(group), self._output_map(group)
+            made = self._made[id(group)] = (_copied(values), *parts)
         return made[1:]
 
     def _make_state(self, like: Tensor, group: Group) -> State:
@@ -691,6 +700,11 @@ class MemoryOptimizer(Optimizer):
         for group in self.param_groups:
             for param, _, route in routing.routed(group):
                 yield group, param, route
+
+
+def _copied(values: list[Any]) -> list[Any]:
+    """``values`` with copies of its lists, so that a change in place shows as a difference."""
+    return [list(value) if isinstance(value, list) else value for value in values]
 
 
 def _check_foreach(group: Group) -> None:

@@ -22,7 +22,7 @@ from deepopt.optim.routing import (
 FEWEST_FLOATS = 10_000
 """With fewer floats in matrices a model is a toy, and its routing not worth a warning."""
 MOST_TABLES = 4
-"""As many parameters of a table's shape are believed to be tables."""
+"""Parameters with the shape of a known embedding are treated as embeddings, up to this many."""
 
 
 def param_groups(

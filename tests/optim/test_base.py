@@ -264,3 +264,19 @@ def test_a_step_on_one_matrix_is_short_enough_to_be_followed(memory):
             optimizer.step()
     assert len(found.files) <= 10, sorted(found.files)
     assert found.calls <= 60
+
+
+def test_arguments_that_are_changed_in_place_count_from_then_on():
+    def final(changed):
+        param = nn.Parameter(torch.zeros(20, 24))
+        options = {"preconditioner": "diagonal", "betas": [0.9, 0.9]}
+        optimizer = deepopt.PreconditionedMomentum([param], **options)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(4):
+            if step == 2 and changed:
+                optimizer.param_groups[0]["betas"][1] = 0.0
+            param.grad = torch.randn(20, 24, generator=generator)
+            optimizer.step()
+        return param.detach()
+
+    assert not torch.equal(final(changed=True), final(changed=False))
