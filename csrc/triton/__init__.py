@@ -61,4 +61,7 @@ operators.inverse_power.backend(
         and damping**-power <= 2**14  # what half precision holds
     ),
 )(inverse_power)
-operators.matmul.backend("triton", supports=lambda a, b: _takes(a) and _takes(b))(split_product)
+operators.matmul.backend(
+    "triton",
+    supports=lambda a, b: a.ndim == b.ndim == 3 and len(a) == len(b) and _takes(a) and _takes(b),
+)(split_product)

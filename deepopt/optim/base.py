@@ -85,9 +85,9 @@ class Kinds(NamedTuple):
     kinds: list[Kind | None]
 
 
-KIND_OPTIONS = (
-    "path", "split", "param_names", "reasons", "rounding", "differentiable",
-)  # fmt: skip
+NO_ARGUMENTS = ("params", "param_names", "reasons")
+"""What a group has beside its arguments."""
+KIND_OPTIONS = ("path", "split", "param_names", "reasons")
 """Arguments of a group that a kind depends on."""
 KIND_ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
@@ -105,8 +105,6 @@ class MemoryOptimizer(Optimizer):
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
     _looks_at_inputs: ClassVar[bool] = False
     """Whether :meth:`_gradients` has something to do."""
-    _made_from: ClassVar[tuple[str, ...]] = ()
-    """Arguments that the memory and the output map are made from."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._joints: Joints = {}
@@ -262,11 +260,18 @@ class MemoryOptimizer(Optimizer):
                     "If capturable=True, params and state_steps must be on supported devices: "
                     f"{capturable_devices()}."
                 )
+            if group["rounding"] != "nearest" and is_distributed(param):
+                raise RuntimeError(
+                    f"rounding={group['rounding']!r} does not support DTensor parameters; use "
+                    "rounding='nearest'"
+                )
             if kind is None:
                 alike: Kind | bool = param.numel() <= small
             else:
                 alike = kind
                 if kind.mesh is not None:
+                    if group["differentiable"]:
+                        raise RuntimeError("`differentiable` does not support DTensor parameters")
                     grad = sharding.place(grad, param)
                 elif kind.device.type == "cpu":  # where a few matrices at a time are faster
                     entries[kind] = entries.get(kind, 0) + param.numel()
@@ -299,24 +304,17 @@ class MemoryOptimizer(Optimizer):
         ):
             return kept.kinds
         kinds = [
-            self._kind(param, route, group)
+            self._kind(param, route)
             for param, route in zip(params, routing.routes(group), strict=True)
         ]
-        self._kept_kinds[id(group)] = Kinds(list(params), _copied(asked), told, kinds)
+        # A DTensor can come to be placed otherwise, which its attributes above do not tell.
+        if all(kind is None or kind.mesh is None for kind in kinds):
+            self._forget_left_groups()
+            self._kept_kinds[id(group)] = Kinds(list(params), _copied(asked), told, kinds)
         return kinds
 
-    def _kind(self, param: Tensor, route: routing.Route, group: Group) -> Kind | None:
-        """What a parameter must share with others to be stepped with them.
-
-        Raises:
-            RuntimeError: a DTensor parameter with a flag or a rounding that it does not support.
-        """
-        distributed = is_distributed(param)
-        if distributed and group["rounding"] != "nearest":
-            raise RuntimeError(
-                f"rounding={group['rounding']!r} does not support DTensor parameters; use "
-                "rounding='nearest'"
-            )
+    def _kind(self, param: Tensor, route: routing.Route) -> Kind | None:
+        """What a parameter must share with others to be stepped with them."""
         if route.path == "elementwise" or not param.numel():
             return None
         path, split = route.path, route.split
@@ -328,10 +326,8 @@ class MemoryOptimizer(Optimizer):
             param.device,
             state_dtype(param),
         )
-        if not distributed:
+        if not is_distributed(param):
             return kind
-        if group["differentiable"]:
-            raise RuntimeError("`differentiable` does not support DTensor parameters")
         dealt = not sharding.at_home(sharding.spread(param, path, split))
         return kind._replace(mesh=sharding.mesh(param), dealt=dealt)
 
@@ -409,13 +405,30 @@ class MemoryOptimizer(Optimizer):
         return {**whole, **mapped}
 
     def _parts(self, group: Group) -> tuple[Memory, OutputMap]:
-        """The group's memory and output map, made anew when one of their arguments has changed."""
-        values = list(map(group.__getitem__, self._made_from))
+        """The group's memory and output map, made anew when an argument of the group is replaced.
+
+        Arguments are compared by identity: what equality means is up to objects of the user. What
+        can change in place, tensors and lists, lets nothing be kept.
+        """
+        values = [value for name, value in group.items() if name not in NO_ARGUMENTS]
         made = self._made.get(id(group))
-        if made is None or made[0] != values:
-            parts = self._memory(group), self._output_map(group)
-            made = self._made[id(group)] = (_copied(values), *parts)
-        return made[1:]
+        if (
+            made is not None
+            and len(made[0]) == len(values)
+            and all(map(operator.is_, made[0], values))
+        ):
+            return made[1:]
+        parts = self._memory(group), self._output_map(group)
+        if not any(isinstance(value, Tensor | list) for value in values):
+            self._forget_left_groups()
+            self._made[id(group)] = (values, *parts)
+        return parts
+
+    def _forget_left_groups(self) -> None:
+        """Keep nothing alive that has left the optimizer."""
+        ids = set(map(id, self.param_groups))
+        self._made = {key: made for key, made in self._made.items() if key in ids}
+        self._kept_kinds = {key: kept for key, kept in self._kept_kinds.items() if key in ids}
 
     def _make_state(self, like: Tensor, group: Group) -> State:
         whole = self._init_matrices(like, group)

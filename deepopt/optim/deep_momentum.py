@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt import memory as memories
 from deepopt.memory import Memory
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import ORTHOGONAL_OPTIONS, Orthogonal, OutputMap
+from deepopt.optim.output_map import Orthogonal, OutputMap
 
 
 class DeepMomentum(MemoryOptimizer):
@@ -86,8 +86,6 @@ class DeepMomentum(MemoryOptimizer):
     Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, sections 4.2 to 4.4 and App. B.
     Where the gradient is not finite the state is not finite either, as with torch's AdamW.
     """
-
-    _made_from = ("memory", *ORTHOGONAL_OPTIONS)
 
     def __init__(
         self,

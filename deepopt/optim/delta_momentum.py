@@ -84,7 +84,6 @@ class DeltaMomentum(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("preconditioner",)
-    _made_from = ("rule", "lr", "inner_lr", "preconditioner", "betas", "capturable")
 
     def __init__(
         self,

@@ -106,9 +106,6 @@ class DMGD(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("memory", "objective", "feature_map", "preconditioner", "output_map")
-    _made_from = (
-        *_objects, "granularity", "hidden", "inner_lr", "inner_steps", "time_scales",
-    )  # fmt: skip
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from deepopt.memory import Memory, MultiScale
 from deepopt.memory.multi_scale import FastOfMultiScale, MultiScaleSums
 from deepopt.optim.base import Group, MemoryOptimizer
-from deepopt.optim.output_map import ORTHOGONAL_OPTIONS, Betas, Orthogonal, OutputMap, State
+from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, State
 
 MIXES = ("post", "pre")
 MEMORY_OPTIONS = ("slow_chunk", "beta3", "alpha", "ramp", "gate")
@@ -120,10 +120,6 @@ class M3(MemoryOptimizer):
     the hyper-parameters; there is no official code.
     """
 
-    _made_from = (
-        *MEMORY_OPTIONS, *ORTHOGONAL_OPTIONS, "mix", "literal", "betas", "eps", "capturable",
-    )  # fmt: skip
-
     def __init__(
         self,
         params: ParamsT,
@@ -181,7 +177,7 @@ class M3(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        self._memory(group)
+        MultiScale(**{name: group[name] for name in MEMORY_OPTIONS})  # the literal form checks none
         if group["mix"] not in MIXES:
             raise ValueError(f"Invalid mix: {group['mix']!r}; choose from {MIXES}")
         if group["literal"] and group["mix"] != "post":

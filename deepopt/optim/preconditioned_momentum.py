@@ -86,7 +86,6 @@ class PreconditionedMomentum(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("preconditioner",)
-    _made_from = ("preconditioner", "betas", "capturable")
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """What the base class does beyond the contract that tests/optim/contract holds every class to."""
 
 import copy
+import gc
 import io
 import sys
 import weakref
@@ -280,3 +281,70 @@ def test_arguments_that_are_changed_in_place_count_from_then_on():
         return param.detach()
 
     assert not torch.equal(final(changed=True), final(changed=False))
+
+
+def test_a_replaced_learning_rate_of_equal_value_has_a_derivative_of_its_own():
+    lrs = [torch.tensor(0.1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    param = torch.eye(3, dtype=torch.float64).requires_grad_().clone()
+    optimizer = deepopt.DeltaMomentum([param], lr=lrs[0], differentiable=True)
+    generator = torch.Generator().manual_seed(0)
+    for lr in lrs:
+        optimizer.param_groups[0]["lr"] = lr
+        param.grad = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+        optimizer.step()
+    (found,) = torch.autograd.grad(param.sum(), lrs[1])
+
+    def last(rate):
+        other = torch.eye(3, dtype=torch.float64)
+        twin = deepopt.DeltaMomentum([other], lr=0.1)
+        numbers = torch.Generator().manual_seed(0)
+        for value in (0.1, rate):
+            twin.param_groups[0]["lr"] = value
+            other.grad = torch.randn(3, 3, dtype=torch.float64, generator=numbers)
+            twin.step()
+        return other.sum()
+
+    expected = (last(0.1 + 1e-6) - last(0.1 - 1e-6)) / 2e-6
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_memory_may_be_replaced_by_one_that_refuses_to_be_compared():
+    class Incomparable(memories.Linear):
+        def __eq__(self, other):
+            raise RuntimeError("ambiguous")
+
+        __hash__ = None
+
+    param = nn.Parameter(torch.zeros(20, 24))
+    optimizer = deepopt.DeepMomentum([param], memory=Incomparable())
+    for _ in range(2):
+        optimizer.param_groups[0]["memory"] = Incomparable()
+        param.grad = torch.ones(20, 24)
+        optimizer.step()
+
+
+def test_parameters_that_have_left_the_optimizer_are_not_kept_alive():
+    old, new = (nn.Parameter(torch.randn(20, 24)) for _ in range(2))
+    optimizer = deepopt.DeepMomentum([old])
+    old.grad, new.grad = torch.ones(20, 24), torch.ones(20, 24)
+    optimizer.step()
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    optimizer.add_param_group({"params": [new]})
+    optimizer.step()
+    kept = weakref.ref(old)
+    del old
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_subclass_may_make_its_memory_from_an_argument_of_its_own():
+    class Own(deepopt.DeepMomentum):
+        def _memory(self, group):
+            return Covariance(refresh=group.get("refresh", 10))
+
+    optimizer = Own([nn.Parameter(torch.zeros(20, 24))])
+    group = optimizer.param_groups[0]
+    assert optimizer._parts(group)[0].refresh == 10
+    group["refresh"] = 3
+    assert optimizer._parts(group)[0].refresh == 3

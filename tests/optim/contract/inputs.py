@@ -191,6 +191,7 @@ INPUTS: dict[str, Inputs] = {
             ({"alpha": -1.0}, ValueError, "Invalid alpha: -1.0"),
             ({"slow_chunk": 0}, ValueError, "Invalid slow_chunk: 0"),
             ({"mix": "mid"}, ValueError, "Invalid mix: 'mid'"),
+            ({"literal": True, "slow_chunk": 0}, ValueError, "Invalid slow_chunk: 0"),
             ({"mix": "pre", "literal": True}, ValueError, "Invalid mix: 'pre' with literal=True"),
             ({"ramp": -1}, ValueError, "Invalid ramp: -1"),
             ({"update_rms": 0.0}, ValueError, "Invalid update_rms: 0.0"),
