@@ -6,6 +6,8 @@ no other file knows torch versions apart.
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ __all__ = [
     "is_distributed",
     "multiplies_bfloat16_faster",
     "scalar_dtype",
+    "undisturbed",
     "use_grad_for_differentiable",
 ]
 
@@ -65,3 +68,18 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Nothing that the caller has switched on changes what is computed inside.
+
+    Autocast is off, tensors are ordinary ones in inference mode too, and neither a default device
+    nor another ``TorchFunctionMode`` of the caller's sees the calls.
+    """
+    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        else:
+            yield

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from deepopt._compat import disable_dynamo
 from deepopt.optim.base import Group
-from deepopt.optim.elementwise import state_dtype
+from deepopt.optim.engine.adamw_path import state_dtype
 
 REDUCTIONS = ("mean", "sum")
 PARTIAL = ("step", "discard")

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from deepopt import routing
 from deepopt._compat import is_distributed
 from deepopt.memory import Gradient, Memory
 from deepopt.ops.ridge import ridge, widened
-from deepopt.optim import routing
 from deepopt.optim.base import Bucket, Group, MemoryOptimizer
-from deepopt.optim.capture import forget_inputs, seen_inputs
-from deepopt.optim.elementwise import state_dtype
+from deepopt.optim.engine.adamw_path import state_dtype
+from deepopt.optim.layer_inputs import forget_inputs, seen_inputs
 
 RULES = ("implicit", "scalar", "literal")
 GRADIENT = Gradient()

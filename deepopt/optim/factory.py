@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deepopt.optim.groups import param_groups
 from deepopt.optim.registry import REGISTRY
-from deepopt.optim.routing import unwrapped
+from deepopt.routing.groups import param_groups
+from deepopt.routing.rules import unwrapped
 
 _MERGES_WITH_PREVIOUS = 99999
 """A timm matcher's last number for parameters that belong to the layer before, as a final norm."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from deepopt._compat import undisturbed
 from deepopt.optim.base import MemoryOptimizer
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -61,8 +62,8 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         stepped = make({name: param.detach() for name, param in params.items()})
         group = stepped.param_groups[0]
         states: dict[Tensor, Any] = {}
-        for bucket in stepped._buckets(group, group["params"]):
-            stepped._init_states(bucket, states)
+        with undisturbed():
+            stepped._states(stepped._buckets(group, group["params"]), states)
         return dict(zip(params, (states[param] for param in group["params"]), strict=True))
 
     def update(
@@ -80,8 +81,8 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         }
         group = stepped.param_groups[0]
         given = [grads.get(name) for name in new]
-        buckets = stepped._buckets(group, given)
-        stepped._step_buckets(buckets, states)
+        with undisturbed():
+            stepped._step_buckets(stepped._buckets(group, given), states)
         return new, {name: states[param] for name, param in new.items()}
 
     return Functional(init, update)

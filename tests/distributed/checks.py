@@ -28,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from world import check, main
 
 import deepopt
-from deepopt.optim import output_map, sharding
-from deepopt.optim.capture import forget_inputs, seen_inputs
+from deepopt.optim import output_map
+from deepopt.optim.engine import sharding
+from deepopt.optim.layer_inputs import forget_inputs, seen_inputs
 from deepopt.optim.registry import REGISTRY
 from tests.optim.contract.inputs import INPUTS
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 tensor = pytest.importorskip("torch.distributed.tensor")
-from deepopt.optim import sharding  # noqa: E402
+from deepopt.optim.engine import sharding  # noqa: E402
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "distributed.md"
 REPLICATE, SHARDS = tensor.Replicate(), [tensor.Shard(0), tensor.Shard(1)]
@@ -30,7 +30,7 @@ def test_an_owner_is_sent_every_entry_once(layout):
         pieces = [
             set(itertools.product(*(range(*side) for side in piece)))
             for position, piece in enumerate(sharding.boxes(layout))
-            if sharding.sends(layout, position, owner) and sharding.overlap(piece, whole)
+            if sharding.has_to_send(layout, position, owner) and sharding.overlap(piece, whole)
         ]
         assert sum(map(len, pieces)) == len(set().union(*pieces)) == math.prod(layout.shape)
 
@@ -43,7 +43,7 @@ def test_no_rank_has_more_to_do_than_another_by_more_than_one_matrix(layout, cou
         for cost, count in counts
     )
     load = dict.fromkeys(ranks, 0.0)
-    for batch, owners in zip(batches, sharding.deal(batches), strict=True):
+    for batch, owners in zip(batches, sharding.assign(batches), strict=True):
         for (owner,) in owners:
             load[owner] += batch.cost
     assert max(load.values()) - min(load.values()) <= max(batch.cost for batch in batches)
@@ -52,7 +52,7 @@ def test_no_rank_has_more_to_do_than_another_by_more_than_one_matrix(layout, cou
 def test_few_owners_are_far_apart():
     layout = sharding.Layout((64, 64), (64,), (SHARDS[0],))
     batch = sharding.Batch(1.0, tuple(range(64)), (sharding.Spread(layout, "matrix"),) * 8)
-    ((*owners,),) = sharding.deal((batch,))
+    ((*owners,),) = sharding.assign((batch,))
     assert sorted(owner // 8 for (owner,) in owners) == list(range(8))
 
 
@@ -69,7 +69,7 @@ def plan(ranks: int) -> tuple[str, ...]:
         spread = sharding.Spread(layout, "matrix")
         batches.append(sharding.Batch(min(m, n) ** 2 * max(m, n), positions, (spread,) * count))
     flops, traffic, owned = ([0.0] * ranks for _ in range(3))
-    for (_, m, n), owners in zip(MODEL, sharding.deal(tuple(batches)), strict=True):
+    for (_, m, n), owners in zip(MODEL, sharding.assign(tuple(batches)), strict=True):
         short, long = sorted((m, n))
         for (owner,) in owners:
             flops[owner] += 5 * (4 * short**2 * long + 2 * short**3)

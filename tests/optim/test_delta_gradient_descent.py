@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import deepopt
 from deepopt import DeltaGradientDescent, capture_inputs
-from deepopt.optim.capture import seen_inputs
+from deepopt.optim.layer_inputs import seen_inputs
 from tests.literal_dgd import exact_dgd, literal_dgd
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.testing._internal import common_optimizers as upstream
 
-from deepopt.optim import routing
+from deepopt import routing
 from deepopt.optim.registry import REGISTRY
 from tests.optim.contract.inputs import INPUTS, Inputs
 

@@ -8,12 +8,10 @@ from torch import Tensor
 from deepopt._compat import adam, scalar_dtype
 from deepopt.ops import adamw_
 from deepopt.ops.rounding import put, roundings, wide
-from deepopt.optim.rounding import lows_and_seeds
-from deepopt.optim.stacking import Joint, Joints, State, owns_storage
+from deepopt.optim.engine.rounding import lows_and_seeds
+from deepopt.optim.engine.stacking import State
 
-KEYS = ("exp_avg", "exp_avg_sq", "step")
-SMALL = 2**14
-"""Entries of a parameter up to which its state is joined with that of others."""
+KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -39,7 +37,6 @@ def step(
     grads: list[Tensor],
     states: list[State],
     group: dict[str, Any],
-    joints: Joints,
     found_inf: Tensor | None = None,
 ) -> None:
     """One step of AdamW; where ``found_inf`` is 1, nothing changes.
@@ -47,7 +44,7 @@ def step(
     With ``foreach`` given it is torch's, bit for bit where the state has the parameter's dtype.
     Otherwise it is the kernel's, which has the bits of torch's fused one, but for second moments
     beyond the last whole vector, and serves tensors of any strides. Narrower parameters are stepped
-    in float32 and rounded once. What it has joined is in ``joints``, for the steps to come.
+    in float32 and rounded once.
     """
     fused = bool(group["fused"])
     if found_inf is not None and not (fused and found_inf.device.type != "cpu"):
@@ -55,25 +52,9 @@ def step(
             return
         found_inf = None
     if found_inf is None and _has_kernel(params, group):
-        grads = [  # a parameter's grad_dtype may be any
-            grad if grad.dtype == param.dtype else grad.to(state_dtype(param))
-            for param, grad in zip(params, grads, strict=True)
-        ]
-        own: list[list[Tensor]] = [[state[key] for state in states] for key in KEYS]
-        joint = _joint(params, states, own, joints)
-        if joint is not None:
-            _step_by_kernel(params, grads, states, [[whole] for whole in joint.whole], group)
-            return
-        if len({param.device for param in params}) == 1:
-            lists = [params, grads, *own[:2]]
-            for index, param in enumerate(params):
-                if param.is_complex():  # a pair of reals
-                    lists = [list(tensors) for tensors in lists]
-                    for tensors in lists:
-                        tensors[index] = torch.view_as_real(tensors[index])
-            _step_by_kernel(lists[0], lists[1], states, [*lists[2:], own[2]], group)
-            return
-    _step_by_torch(params, grads, states, group, found_inf)
+        _step_by_kernel(params, grads, states, group)
+    else:
+        _step_by_torch(params, grads, states, group, found_inf)
 
 
 def _has_kernel(params: list[Tensor], group: dict[str, Any]) -> bool:
@@ -88,60 +69,28 @@ def _has_kernel(params: list[Tensor], group: dict[str, Any]) -> bool:
 
 
 def _step_by_kernel(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    own: list[list[Tensor]],
-    group: dict[str, Any],
+    params: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
 ) -> None:
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    eps, weight_decay, maximize = group["eps"], group["weight_decay"], group["maximize"]
+    grads = [  # a parameter's grad_dtype may be any
+        grad if grad.dtype == param.dtype else grad.to(state_dtype(param))
+        for param, grad in zip(params, grads, strict=True)
+    ]
+    exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in KEYS)
+    lists = params, grads, exp_avgs, exp_avg_sqs
+    if any(param.is_complex() for param in params):  # a pair of reals
+        lists = _as_reals(params), _as_reals(grads), _as_reals(exp_avgs), _as_reals(exp_avg_sqs)
     lows, seeds = lows_and_seeds(params, states, group)
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     # fmt: off
     adamw_(
-        params, grads, own[0], own[1], own[2], lows, seeds,
-        lr, float(beta1), float(beta2), eps, weight_decay, maximize,
+        *lists, [state["step"] for state in states], lows, seeds,
+        lr, float(beta1), float(beta2), group["eps"], group["weight_decay"], group["maximize"],
     )
     # fmt: on
 
 
-def _joint(
-    params: list[Tensor], states: list[State], own: list[list[Tensor]], joints: Joints
-) -> Joint | None:
-    """The state of these parameters as one tensor per key, if it is that or can be made so.
-
-    To hand many small tensors over costs more than their arithmetic.
-    """
-    joint = joints.get(id(states[0]))
-    if joint is not None and joint.is_of([*own[0], *own[1], *own[2]]):
-        return joint
-    if not _can_be_joined(params, own):
-        return None
-    joints[id(states[0])] = _join(states, own)
-    return joints[id(states[0])]
-
-
-def _join(states: list[State], own: list[list[Tensor]]) -> Joint:
-    """Join the state under ``KEYS``; ``states`` get the views."""
-    whole = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in own]
-    for key, tensors, joined in zip(KEYS, own, whole, strict=True):
-        parts = joined.split([tensor.numel() for tensor in tensors])
-        for state, tensor, part in zip(states, tensors, parts, strict=True):
-            state[key] = part.view(tensor.shape)
-    return Joint([state[key] for key in KEYS for state in states], whole)
-
-
-def _can_be_joined(params: list[Tensor], own: list[list[Tensor]]) -> bool:
-    # Views, as of an earlier joint, stay apart: each would keep all of its storage alive.
-    return (
-        len(params) > 1
-        and all(map(owns_storage, [tensor for tensors in own for tensor in tensors]))
-        and all(param.numel() <= SMALL and param.is_contiguous() for param in params)
-        and len({(param.device, param.is_complex()) for param in params}) == 1
-        and not params[0].is_complex()
-        and all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in own)
-        and all(tensor.is_contiguous() for tensors in own for tensor in tensors)
-    )
+def _as_reals(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
 
 
 def _step_by_torch(

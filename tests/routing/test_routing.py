@@ -13,9 +13,9 @@ from torch import nn
 
 import deepopt
 from deepopt.hope import Hope
-from deepopt.optim import groups as optim_groups
-from deepopt.optim import routing
-from deepopt.optim.routing import route
+from deepopt.routing import groups as optim_groups
+from deepopt.routing import rules as routing
+from deepopt.routing.rules import route
 
 
 def paths(model):

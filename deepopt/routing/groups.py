@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepopt._table import in_columns
-from deepopt.optim.modules import route_model
-from deepopt.optim.routing import (
+from deepopt.routing.modules import route_model
+from deepopt.routing.rules import (
     PATHS,
     Path,
     Route,

@@ -1,7 +1,7 @@
 """Matrices whose entries are spread over processes (DTensors): FSDP2, tensor parallel, meshes.
 
-Newton-Schulz, and a memory's products, need whole matrices. Each step every matrix is dealt to one
-rank, its owner: an all-to-all brings the owner the pieces of the gradient and of the state, the
+Newton-Schulz, and a memory's products, need whole matrices. Each step every matrix is assigned to
+one rank, its owner: an all-to-all brings the owner the pieces of the gradient and of the state, the
 owner runs the update rule, and an all-to-all brings everybody the pieces of the update and of the
 new state. The state lives in shards between steps, so that it costs a rank what its share costs,
 and that checkpoints see nothing but DTensors.
@@ -16,15 +16,15 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepopt.optim import routing
-from deepopt.optim.stacking import State, check_kept
+from deepopt import routing
+from deepopt.optim.engine.adamw_path import state_dtype
+from deepopt.optim.engine.stacking import State, check_kept
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -97,7 +97,7 @@ def sharded_along(placement: Any) -> int | None:
     return getattr(placement, "dim", None)
 
 
-def sends(layout: Layout, position: int, owner: int) -> bool:
+def has_to_send(layout: Layout, position: int, owner: int) -> bool:
     """Whether the owner gets the piece at ``position`` from there: of replicas, from his own."""
     all_coordinates = coordinates(layout.mesh)
     return all(
@@ -143,7 +143,7 @@ def state_layout(spread: Spread, shape: tuple[int, ...]) -> Layout:
 
 
 def at_home(spread: Spread) -> bool:
-    """Whether every rank has whole matrices, and no other rank has them: nothing is dealt."""
+    """Whether every rank has whole matrices, and no other rank has them: nothing has to travel."""
     return all(
         size == 1 or _shares_matrices(spread, placement)
         for size, placement in zip(spread.layout.mesh, spread.layout.placements, strict=True)
@@ -156,7 +156,7 @@ def _shares_matrices(spread: Spread, placement: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def deal(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def assign(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For each batch, parameter and matrix the position of its owner.
 
     The dearest come first, and each goes to the rank with the least to do so far. Of equals it is
@@ -251,17 +251,12 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-@contextmanager
-def at_hand(
-    params: Sequence[Any], grads: Sequence[Any], states: Sequence[State]
-) -> Iterator[tuple[list[Tensor], list[Tensor], list[State]]]:
-    """This rank's pieces of them all, for matrices that are at home; new state is kept."""
-    here = [{key: local(tensor) for key, tensor in state.items()} for state in states]
-    yield [local(param) for param in params], [local(grad) for grad in grads], here
-    for state, mine in zip(states, here, strict=True):
-        for key, tensor in state.items():
-            if local(tensor) is not mine[key]:  # stacking moved it
-                local(tensor).copy_(mine[key])
+def local_pieces(bucket: Any, states: Sequence[State]) -> tuple[Any, list[State]]:
+    """A bucket of matrices that are at home, as this rank's pieces of them, in the same memory."""
+    mine = bucket._replace(
+        params=list(map(local, bucket.params)), grads=list(map(local, bucket.grads))
+    )
+    return mine, [{key: local(tensor) for key, tensor in state.items()} for state in states]
 
 
 def place(value: Any, param: Any, path: routing.Path = "elementwise", split: int = 1) -> Tensor:
@@ -330,7 +325,7 @@ def _subgroup(ranks: tuple[int, ...], world: Any) -> Any:
 # -- there and back --------------------------------------------------------------------------------
 
 
-class Bucket(NamedTuple):
+class ShardedBucket(NamedTuple):
     """DTensors of one mesh whose matrices have the same sides, and what they are stepped with."""
 
     sides: tuple[int, int]
@@ -340,9 +335,18 @@ class Bucket(NamedTuple):
     grads: Sequence[Any]
     states: Sequence[State]
 
+    @classmethod
+    def of(cls, bucket: Any, states: Sequence[State]) -> "ShardedBucket":
+        """A bucket of ``buckets.py`` with the states of its parameters."""
+        kind, params = bucket.kind, bucket.params
+        spreads = [spread(param, kind.path, kind.split) for param in params]
+        return cls(kind.sides, state_dtype(params[0]), params, spreads, bucket.grads, states)
+
 
 def init(
-    bucket: Bucket, shapes: Sequence[dict[str, Tensor]], make: Callable[[Tensor], dict[str, Tensor]]
+    bucket: ShardedBucket,
+    shapes: Sequence[dict[str, Tensor]],
+    make: Callable[[Tensor], dict[str, Tensor]],
 ) -> None:
     """Fill the states, each with what ``make`` gives its owner for whole matrices.
 
@@ -363,15 +367,15 @@ def init(
             state[key] = _wrap(
                 torch.empty(piece, dtype=like.dtype, device=device), layout, param.device_mesh
             )
-    for trip in _rounds([bucket]):
-        size = (len(trip.mine), *bucket.sides)
-        like = torch.empty(size, dtype=bucket.dtype, device=trip.mesh.device_type)
-        trip.hand_out(make(like) if trip.mine else {}, with_update=False)
-        trip.arrive()
+    for round_ in _rounds([bucket]):
+        size = (len(round_.mine), *bucket.sides)
+        like = torch.empty(size, dtype=bucket.dtype, device=round_.mesh.device_type)
+        round_.send(make(like) if round_.mine else {}, with_update=False)
+        round_.receive()
 
 
 def step(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[ShardedBucket],
     advance: Callable[[int, dict[str, Tensor], Tensor], Tensor],
     apply: Callable[[int, Tensor, Tensor], None],
 ) -> None:
@@ -383,17 +387,17 @@ def step(
             assigns the new state.
         apply: (number of the bucket, piece of a parameter, its update) changes the parameter.
     """
-    trips = list(_rounds(buckets))
+    rounds = list(_rounds(buckets))
     fetched = 0
-    for number, trip in enumerate(trips):
-        while fetched < min(number + 1 + ROUNDS_AHEAD, len(trips)):
-            trips[fetched].fetch()
+    for number, round_ in enumerate(rounds):
+        while fetched < min(number + 1 + ROUNDS_AHEAD, len(rounds)):
+            rounds[fetched].fetch()
             fetched += 1
-        trip.turn(advance)
+        round_.compute(advance)
         if number >= ROUNDS_AHEAD:
-            trips[number - ROUNDS_AHEAD].arrive(apply)
-    for trip in trips[-ROUNDS_AHEAD:]:
-        trip.arrive(apply)
+            rounds[number - ROUNDS_AHEAD].receive(apply)
+    for round_ in rounds[-ROUNDS_AHEAD:]:
+        round_.receive(apply)
 
 
 class _Matrix(NamedTuple):
@@ -403,7 +407,7 @@ class _Matrix(NamedTuple):
     owner: int
 
 
-def _rounds(buckets: Sequence[Bucket]) -> Iterator["_Round"]:
+def _rounds(buckets: Sequence[ShardedBucket]) -> Iterator["_Round"]:
     """The matrices of all buckets, as many at a time as an owner can take."""
     batches = [
         Batch(
@@ -413,7 +417,7 @@ def _rounds(buckets: Sequence[Bucket]) -> Iterator["_Round"]:
         )
         for bucket in buckets
     ]
-    for number, (bucket, owners) in enumerate(zip(buckets, deal(tuple(batches)), strict=True)):
+    for number, (bucket, owners) in enumerate(zip(buckets, assign(tuple(batches)), strict=True)):
         at_once = max(1, ROUND_BYTES // (math.prod(bucket.sides) * bucket.dtype.itemsize))
         taken: defaultdict[int, int] = defaultdict(int)
         rounds: defaultdict[int, list[_Matrix]] = defaultdict(list)
@@ -428,7 +432,7 @@ def _rounds(buckets: Sequence[Bucket]) -> Iterator["_Round"]:
 class _Round:
     """Some matrices of one bucket on their way to their owners and back."""
 
-    def __init__(self, number: int, bucket: Bucket, matrices: Sequence[_Matrix]) -> None:
+    def __init__(self, number: int, bucket: ShardedBucket, matrices: Sequence[_Matrix]) -> None:
         self.number, self.bucket, self.matrices = number, bucket, matrices
         self.mesh = bucket.params[0].device_mesh
         self.me = _position(self.mesh)
@@ -441,7 +445,7 @@ class _Round:
         for matrix in self.matrices:
             for _, tensor, layout, box in self._tensors(matrix):
                 held = boxes(layout)[self.me]
-                if sends(layout, self.me, matrix.owner) and (
+                if has_to_send(layout, self.me, matrix.owner) and (
                     (piece := overlap(held, box)) is not None
                 ):
                     outgoing[matrix.owner].append(local(tensor)[within(piece, held)])
@@ -454,17 +458,17 @@ class _Round:
                         size, dtype=tensor.dtype, device=self.mesh.device_type
                     )
                 for position, held in enumerate(boxes(layout)):
-                    if sends(layout, position, self.me) and (
+                    if has_to_send(layout, position, self.me) and (
                         (piece := overlap(held, box)) is not None
                     ):
                         incoming[position].append(self.whole[key][order][within(piece, box)])
         self.exchange = _Exchange(self.mesh, outgoing, incoming)
 
-    def turn(self, advance: Callable[[int, dict[str, Tensor], Tensor], Tensor]) -> None:
+    def compute(self, advance: Callable[[int, dict[str, Tensor], Tensor], Tensor]) -> None:
         """Run the update rule on what has come, and send it on."""
         self.exchange.wait()
         if not self.mine:
-            self.hand_out({})
+            self.send({})
             return
         whole = {key: tensor.flatten(0, 1) for key, tensor in self.whole.items() if key != _GRAD}
         grad = self.whole.pop(_GRAD).reshape(-1, *self.bucket.sides).to(self.bucket.dtype)
@@ -473,9 +477,9 @@ class _Round:
         before = dict(whole)
         update = advance(self.number, whole, grad)
         check_kept(before, whole)
-        self.hand_out({**whole, _GRAD: update})
+        self.send({**whole, _GRAD: update})
 
-    def hand_out(self, new: dict[str, Tensor], with_update: bool = True) -> None:
+    def send(self, new: dict[str, Tensor], with_update: bool = True) -> None:
         """Send everybody the pieces of the new state, and of the update unless there is none."""
         outgoing: defaultdict[int, list[Tensor]] = defaultdict(list)
         for order, matrix in enumerate(self.mine):
@@ -500,7 +504,7 @@ class _Round:
                     incoming[matrix.owner].append(target)
         self.exchange = _Exchange(self.mesh, outgoing, incoming)
 
-    def arrive(self, apply: Callable[[int, Tensor, Tensor], None] | None = None) -> None:
+    def receive(self, apply: Callable[[int, Tensor, Tensor], None] | None = None) -> None:
         """Put in place what has come back."""
         self.exchange.wait()
         for piece, update in self.updates:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepopt.optim.stacking import State
+from deepopt.optim.engine.stacking import State
 
 ROUNDINGS = ("nearest", "stochastic", "exact")
 

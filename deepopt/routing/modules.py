@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from deepopt.optim.routing import (
+from deepopt.routing.rules import (
     PATHS,
     Path,
     Route,

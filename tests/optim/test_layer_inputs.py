@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepopt import capture_inputs
-from deepopt.optim.capture import forget_inputs, seen_inputs
+from deepopt.optim.layer_inputs import forget_inputs, seen_inputs
 
 
 def take_inputs(param):

@@ -1,0 +1,254 @@
+"""What is saved, what is loaded, and what the user may have done to the state in between.
+
+A checkpoint is plain data and tensors. Objects such as memories are in it by their description, and
+a checkpoint of another class, other arguments or other shapes is refused before anything changes.
+"""
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from deepopt import routing
+from deepopt.optim.engine import sharding
+
+if TYPE_CHECKING:
+    from deepopt.optim.base import Group, MemoryOptimizer
+    from deepopt.optim.engine.buckets import Bucket
+
+SHAPE, DEVICE = operator.attrgetter("shape"), operator.attrgetter("device")
+
+
+# -- saving --------------------------------------------------------------------------------------
+
+
+def describe_when_saved(optimizer: "MemoryOptimizer") -> None:
+    """Let ``state_dict`` return plain data: the first of its hooks, so that the user's see it."""
+    if _describe not in optimizer._optimizer_state_dict_post_hooks.values():
+        optimizer.register_state_dict_post_hook(_describe, prepend=True)
+
+
+def _describe(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Objects become their descriptions; class and routing go along as a record."""
+    saved["optimizer"] = type(optimizer).__name__
+    saved["routing"] = [routing.labels(group) for group in optimizer.param_groups]
+    for group in saved["param_groups"]:
+        for key in group.keys() & optimizer._objects:
+            group[key] = optimizer._describe(key, group[key])
+
+
+# -- loading -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def adopting(optimizer: "MemoryOptimizer", state_dict: Any) -> Iterator[None]:
+    """For torch's ``load_state_dict``: check first, keep the optimizer's objects, copy the state.
+
+    The check comes after the user's pre-hooks, and the copies before the user's post-hooks: what
+    these hooks change counts.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "Invalid state_dict: it needs the keys 'state' and 'param_groups', as "
+            "optimizer.state_dict() has them; is this the model's?"
+        )
+    incoming: dict[str, Any] = {}
+    objects = [
+        {key: group[key] for key in optimizer._objects if key in group}
+        for group in optimizer.param_groups
+    ]
+
+    def adopt(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        _check_incoming(optimizer, given)
+        incoming.update(given)
+        adopted = [dict(group) for group in given["param_groups"]]
+        for mine, own, group in zip(optimizer.param_groups, objects, adopted, strict=False):
+            group.update(dict.fromkeys(own))  # torch would make deep copies of them
+            group.setdefault("split", mine["split"])  # from before there were splits
+        return {**given, "param_groups": adopted}
+
+    def restore(_: Optimizer) -> None:
+        for own, group in zip(objects, optimizer.param_groups, strict=True):
+            group.update(own)
+        ids = [i for group in incoming["param_groups"] for i in group["params"]]
+        for index, (group, param, route) in zip(ids, optimizer._routed(), strict=True):
+            if given := incoming["state"].get(index, {}):
+                _restore(optimizer, optimizer.state[param], given, param, route, group)
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(adopt),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _restore(
+    optimizer: "MemoryOptimizer",
+    state: dict[str, Any],
+    given: Mapping[str, Any],
+    param: Tensor,
+    route: routing.Route,
+    group: "Group",
+) -> None:
+    """Fill one parameter's state; torch would have cast all of it to the parameter's dtype."""
+    expected = _expected(optimizer, given, param, route, group)
+    for key, value in given.items():
+        if key not in expected:  # the user's
+            state[key] = tree_map_only(
+                Tensor, lambda tensor: tensor.detach().to(param.device, copy=True), value
+            )
+            continue
+        if not isinstance(value, Tensor):
+            continue
+        dtype, device = expected[key].dtype, param.device
+        if key == "step":  # torch put it where a fused step wants it
+            dtype = state[key].dtype
+            fused = group["fused"] and route.path == "elementwise"
+            device = param.device if fused or group["capturable"] else torch.device("cpu")
+        else:
+            path = route.path if param.numel() else "elementwise"
+            value = sharding.place(value, param, path, route.split)
+        state[key] = value.detach().to(device, dtype, copy=True)
+
+
+def _check_incoming(optimizer: "MemoryOptimizer", given: dict[str, Any]) -> None:
+    """Raise ValueError unless ``given`` can be this optimizer's, whole and step by step."""
+    cls = type(optimizer).__name__
+    if (saved_by := given.get("optimizer", cls)) != cls:
+        raise ValueError(
+            f"the checkpoint is of {saved_by}, the optimizer a {cls}: make the optimizer with the "
+            "checkpoint's class"
+        )
+    for mine, theirs in zip(optimizer.param_groups, given["param_groups"], strict=False):
+        if "path" not in theirs and not given["state"]:
+            raise ValueError(
+                f"the checkpoint is not of {cls}: it has neither state nor the arguments of its "
+                "groups; begin with a fresh optimizer"
+            )
+        own = {key: mine[key] for key in optimizer._objects if key in mine}
+        for key, value in own.items():
+            saved = theirs.get(key)
+            here, there = optimizer._describe(key, value), optimizer._describe(key, saved)
+            if saved is not None and here != there:
+                raise ValueError(
+                    f"the checkpoint's {key} is {there}, the optimizer's {here}: make the "
+                    "optimizer with the checkpoint's"
+                )
+        if len(theirs["params"]) != len(mine["params"]):
+            continue  # torch's own check is next, and has the better words
+        names, saved_names = mine.get("param_names"), theirs.get("param_names")
+        if names and saved_names and names != saved_names and set(names) == set(saved_names):
+            raise ValueError(
+                "the checkpoint has the same parameters in another order, and torch gives them "
+                f"their state by position: begin with {saved_names[0]!r}, as it does"
+            )
+        group = {**mine, **theirs, "params": mine["params"], **own}
+        optimizer._check_group(group)
+        routing.check_group(group, optimizer._least_dims)
+        for index, (param, name, route) in zip(
+            theirs["params"], routing.routed(group), strict=True
+        ):
+            if state := given["state"].get(index):
+                _check_state(optimizer, state, param, name or f"number {index}", route, group)
+
+
+def _check_state(
+    optimizer: "MemoryOptimizer",
+    state: Mapping[str, Any],
+    param: Tensor,
+    name: str,
+    route: routing.Route,
+    group: "Group",
+) -> None:
+    expected = _expected(optimizer, state, param, route, group)
+    if "step" not in state and not state.keys() & expected.keys():
+        return  # the user's alone: the parameter has not been stepped yet
+    if not 0 <= float(state.get("step", 0.0)) < math.inf:
+        raise ValueError(
+            f"the checkpoint's step of parameter {name} is {state['step']}; it must be the number "
+            "of its steps"
+        )
+    found = {key: tuple(getattr(state.get(key), "shape", ())) for key in expected}
+    if not expected.keys() <= state.keys() or any(
+        found[key] != tuple(like.shape) for key, like in expected.items()
+    ):
+        raise ValueError(
+            f"the checkpoint's state of parameter {name} does not fit its {route.label} path: "
+            f"expected {_shapes(expected)}, found {_shapes(state)}; make the optimizer with the "
+            "checkpoint's class, arguments and groups"
+        )
+
+
+def _expected(
+    optimizer: "MemoryOptimizer",
+    state: Mapping[str, Any],
+    param: Tensor,
+    route: routing.Route,
+    group: "Group",
+) -> dict[str, Tensor]:
+    """What the optimizer's own entries look like; low bits are there once they were needed."""
+    expected = optimizer._expected_state(param, route, group)
+    if "low" in state and param.dtype == torch.bfloat16:
+        expected["low"] = torch.empty(param.shape, dtype=torch.int16, device="meta")
+    return expected
+
+
+# -- in between ----------------------------------------------------------------------------------
+
+
+def check_states(bucket: "Bucket", states: Sequence[Any], keys: Sequence[str]) -> None:
+    """Raise RuntimeError where the user has left a state that does not fit its parameter.
+
+    Args:
+        bucket: what is about to be stepped.
+        states: of its parameters; without a step, a state is yet to be made.
+        keys: the tensors that ``init`` makes.
+    """
+    kind = bucket.kind
+    pairs = [(p, s) for p, s in zip(bucket.params, states, strict=True) if s and "step" in s]
+    for key in keys:
+        try:
+            tensors = [state[key] for _, state in pairs]
+        except KeyError:
+            raise RuntimeError(
+                f"state {key!r} of {_who(bucket, pairs[0][0])} is missing: put it back, or delete "
+                "the whole entry of optimizer.state to begin anew"
+            ) from None
+        if set(map(DEVICE, tensors)) != {kind.device}:
+            raise RuntimeError(
+                f"state {key!r} lies on {tensors[0].device}, and its parameters on {kind.device}: "
+                "bring what was moved away back before the step"
+            )
+        if kind.elementwise:
+            found: list[Any] = list(map(SHAPE, tensors))
+            wanted: list[Any] = [param.shape for param, _ in pairs]
+        else:
+            found = list(map(len, tensors))
+            wanted = [param.numel() // math.prod(kind.sides) for param, _ in pairs]
+        if found != wanted and kind.mesh is None:
+            index = next(i for i, size in enumerate(wanted) if size != found[i])
+            raise RuntimeError(
+                f"state {key!r} of {_who(bucket, pairs[index][0])} has the shape "
+                f"{tuple(tensors[index].shape)}, which does not fit: replace a state tensor only "
+                "by one of its own shape"
+            )
+
+
+def _who(bucket: "Bucket", param: Tensor) -> str:
+    names = bucket.group.get("param_names") or []
+    known = [n for p, n in zip(bucket.group["params"], names, strict=False) if p is param]
+    return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
+
+
+def _shapes(state: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {tuple(getattr(v, 'shape', ()))}" for key, v in state.items())

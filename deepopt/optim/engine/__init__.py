@@ -1,0 +1,1 @@
+"""How a batched step is carried out; nothing here knows what the step computes."""

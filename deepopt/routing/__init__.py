@@ -1,0 +1,35 @@
+"""Which parameter takes which path through an optimizer, and why.
+
+``rules.py`` decides by shape and name, ``modules.py`` by the module that owns a parameter;
+``groups.py`` makes parameter groups of these decisions, prints them and warns of doubtful ones.
+"""
+
+from deepopt.routing.groups import describe, labels, param_groups, routing_table, warn_of_groups
+from deepopt.routing.rules import (
+    PATHS,
+    Path,
+    Route,
+    check_group,
+    matrices,
+    routed,
+    routes,
+    sides,
+    unwrapped,
+)
+
+__all__ = [
+    "PATHS",
+    "Path",
+    "Route",
+    "check_group",
+    "describe",
+    "labels",
+    "matrices",
+    "param_groups",
+    "routed",
+    "routes",
+    "routing_table",
+    "sides",
+    "unwrapped",
+    "warn_of_groups",
+]
