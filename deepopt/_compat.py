@@ -6,8 +6,6 @@ no other file knows torch versions apart.
 
 import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +17,9 @@ from torch.optim.optimizer import _get_capturable_supported_devices as capturabl
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
 from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
 
+NoAutocast = torch._C._DisableAutocast
+NoTorchFunction = torch._C.DisableTorchFunction
+
 # Raises, as torch's optimizers do, where a graph is captured without capturable=True.
 graph_capture_health_check = getattr(  # torch 2.12 and before: another name
     Optimizer,
@@ -28,6 +29,8 @@ graph_capture_health_check = getattr(  # torch 2.12 and before: another name
 )
 
 __all__ = [
+    "NoAutocast",
+    "NoTorchFunction",
     "adam",
     "capturable_devices",
     "check_fused",
@@ -38,7 +41,6 @@ __all__ = [
     "is_distributed",
     "multiplies_bfloat16_faster",
     "scalar_dtype",
-    "undisturbed",
     "use_grad_for_differentiable",
 ]
 
@@ -68,18 +70,3 @@ def multiplies_bfloat16_faster(device: torch.device) -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Nothing that the caller has switched on changes what is computed inside.
-
-    Autocast is off, tensors are ordinary ones in inference mode too, and neither a default device
-    nor another ``TorchFunctionMode`` of the caller's sees the calls.
-    """
-    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                yield
-        else:
-            yield

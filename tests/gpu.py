@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.optim import adam
 
-from deepopt.optim import base
+from deepopt.optim.engine import buckets
 
 HERE = torch.cuda.is_available()
 REHEARSED = not HERE and os.environ.get("DEEPOPT_REHEARSE") == "1"
@@ -70,5 +70,5 @@ def capturing_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def pretend_that_cpus_capture(patch: pytest.MonkeyPatch) -> None:
     """Let ``capturable=True`` take parameters on the CPU, until ``patch`` is undone."""
-    patch.setattr(base, "capturable_devices", lambda: ["cpu"])
+    patch.setattr(buckets, "capturable_devices", lambda: ["cpu"])
     patch.setattr(adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])

@@ -7,7 +7,7 @@ are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step 
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from torch.optim.optimizer import ParamsT
 
 from deepopt import routing
 from deepopt._compat import (
+    NoAutocast,
+    NoTorchFunction,
     check_fused,
     disable_dynamo,
     graph_capture_health_check,
     is_distributed,
     scalar_dtype,
-    undisturbed,
     use_grad_for_differentiable,
 )
 from deepopt.memory import Memory
@@ -30,35 +31,15 @@ from deepopt.ops.rounding import put, roundings, wide
 from deepopt.optim import checkpoint
 from deepopt.optim.engine import adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
-from deepopt.optim.engine.buckets import Bucket, Group, Sorted, sort
+from deepopt.optim.engine.buckets import Bucket, Group, Parts, Sorted, sort
 from deepopt.optim.engine.rounding import check_rounding, lows_and_seeds
-from deepopt.optim.engine.stacking import State, distribute, stacked
+from deepopt.optim.engine.stacking import State, check_states, distribute, stacked
 from deepopt.optim.output_map import Identity, OutputMap
 
 IDENTITY = Identity()
+NO_ROUNDING: tuple[list[Tensor], list[int]] = ([], [])
 OWN_KEYS = ("step", "low")
 """Entries of a state that are neither the memory's nor the output map's."""
-
-
-class Parts(NamedTuple):
-    """A group's memory and output map, and the arguments of the group that they were made from."""
-
-    memory: Memory
-    output_map: OutputMap
-    arguments: dict[str, Any]
-    keys: dict[tuple[int, int], list[str]]
-    """Names of their state tensors, by the sides of the matrices."""
-
-    def hold(self, group: Group) -> bool:
-        """Whether every argument is the very object that it was.
-
-        What equality means is up to objects of the user. Tensors and lists can change in place: of
-        these nothing holds.
-        """
-        for name, value in self.arguments.items():
-            if group[name] is not value or isinstance(value, Tensor | list):
-                return False
-        return True
 
 
 class MemoryOptimizer(Optimizer):
@@ -197,7 +178,12 @@ class MemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with undisturbed():
+        with (
+            NoAutocast(),
+            NoTorchFunction(),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.defaults["differentiable"]),
+        ):
             # A GradScaler that leaves unscaling and skipping to the step sets these around it.
             scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -219,13 +205,14 @@ class MemoryOptimizer(Optimizer):
 
     def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call."""
-        _check_foreach(group)  # torch would find one after matrices have moved
+        if isinstance(group["lr"], Tensor):
+            _check_foreach(group)  # torch would find one after matrices have moved
         before = self._kept_sorted.get(id(group))
         found = Sorted.of(group, before)
         if found is not before:
             self._forget_groups_that_left()
             self._kept_sorted[id(group)] = found
-        return sort(group, found.kinds, grads, type(self).__name__)
+        return sort(group, found.kinds, grads, self._parts(group), type(self).__name__)
 
     def _forget_groups_that_left(self) -> None:
         ids = set(map(id, self.param_groups))
@@ -240,18 +227,20 @@ class MemoryOptimizer(Optimizer):
         every = self._states(buckets, states)
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
-        shared = [index for index, bucket in enumerate(buckets) if bucket.kind.shared]
-        if shared:
-            self._step_shared([buckets[i] for i in shared], [every[i] for i in shared], found_inf)
+        shared: list[tuple[Bucket, list[State]]] = []
         for bucket, own in zip(buckets, every, strict=True):
             kind = bucket.kind
             found = None if found_inf is None else found_inf.to(kind.device)
             if kind.elementwise:
                 adamw_path.step(bucket.params, bucket.grads, own, bucket.group, found)
+            elif kind.shared:
+                shared.append((bucket, own))
             elif kind.mesh is None:
                 self._step_matrices(bucket, own, found)
-            elif not kind.shared:
+            else:
                 self._step_matrices(*sharding.local_pieces(bucket, own), found)
+        if shared:  # together: what travels for one is computed while the next is on its way
+            self._step_shared(shared, found_inf)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -268,8 +257,7 @@ class MemoryOptimizer(Optimizer):
             own: list[Any] = list(map(states.get, bucket.params))
             fresh = [i for i, state in enumerate(own) if not state or "step" not in state]
             if len(fresh) < len(own):
-                keys = adamw_path.KEYS if bucket.kind.elementwise else self._keys(bucket)
-                checkpoint.check_states(bucket, own, keys)
+                check_states(bucket, own, self._keys(bucket))
             if fresh:
                 params = [bucket.params[i] for i in fresh]
                 made += zip(params, self._fresh_states(bucket, params), strict=True)
@@ -296,42 +284,22 @@ class MemoryOptimizer(Optimizer):
             sharding.init(
                 sharding.ShardedBucket.of(bucket._replace(params=params, grads=params), made),
                 [self._expected_state(param, route, group) for param in params],
-                lambda like: self._init_matrices(like, group),
+                lambda like: _init(bucket.parts, like),
             )
             return made
         counts = [len(routing.matrices(param, kind.path, kind.split)) for param in params]
-        like = torch.empty(
-            sum(counts), *kind.sides, dtype=state_dtype(params[0]), device=kind.device
-        )
-        for key, tensor in self._init_matrices(like, group).items():
+        like = torch.empty(sum(counts), *kind.sides, dtype=kind.state_dtype, device=kind.device)
+        for key, tensor in _init(bucket.parts, like).items():
             distribute(tensor, made, key, counts)
         return made
 
-    def _init_matrices(self, like: Tensor, group: Group) -> State:
-        """State for matrices ``like``, shape (B, m, n): tensors with leading size B."""
-        parts = self._parts(group)
-        whole = dict(parts.memory.init(like))
-        mapped = parts.output_map.init(like)
-        if own := whole.keys() & {*OWN_KEYS, *mapped}:
-            raise ValueError(
-                f"Invalid memory: its state must not use the names {own}, which are the "
-                "optimizer's own"
-            )
-        whole.update(mapped)
-        for key, tensor in whole.items():
-            if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
-                raise ValueError(
-                    f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
-                    f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
-                )
-        parts.keys[like.shape[1], like.shape[2]] = list(whole)
-        return whole
-
-    def _keys(self, bucket: Bucket) -> list[str]:
+    def _keys(self, bucket: Bucket) -> Sequence[str]:
         """The names of the state tensors that ``init`` makes; all others are the user's."""
-        keys, sides = self._parts(bucket.group).keys, bucket.kind.sides
+        if bucket.kind.elementwise:
+            return adamw_path.KEYS
+        keys, sides = bucket.parts.keys, bucket.kind.sides
         if sides not in keys:  # as after a checkpoint has been loaded
-            self._init_matrices(torch.empty(1, *sides, device="meta"), bucket.group)
+            _init(bucket.parts, torch.empty(1, *sides, device="meta"))
         return keys[sides]
 
     def _expected_state(
@@ -343,75 +311,47 @@ class MemoryOptimizer(Optimizer):
         if route.path == "elementwise" or not param.numel():
             return {**expected, **dict.fromkeys(adamw_path.KEYS, like)}
         rows = routing.matrices(like, route.path, route.split)
-        return {**expected, **self._init_matrices(rows, group)}
+        return {**expected, **_init(self._parts(group), rows)}
 
     # -- matrices ----------------------------------------------------------------------------
 
     def _step_matrices(self, bucket: Bucket, states: list[State], found_inf: Tensor | None) -> None:
         kind, group, params = bucket.kind, bucket.group, bucket.params
         grads = [grad.reshape(-1, *kind.sides) for grad in bucket.grads]
-        counts = list(map(len, grads))
+        steps, counts = [state["step"] for state in states], list(map(len, grads))
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads) if len(grads) > 1 else grads[0]
-            grad = grad.to(state_dtype(params[0]))
-            with stacked(states, self._keys(bucket), group["differentiable"]) as whole:
-                pairs = zip(states, counts, strict=True)
-                whole["step"] = torch.stack([s["step"] for s, n in pairs for _ in range(n)]) + 1
-                update = self._advance(whole, grad, group, found_inf)
+            grad = grad.to(kind.state_dtype)
+            with stacked(states, bucket.parts.keys[kind.sides], group["differentiable"]) as whole:
+                each = steps
+                if counts.count(1) < len(counts):
+                    each = [step for step, n in zip(steps, counts, strict=True) for _ in range(n)]
+                whole["step"] = torch.stack(each) + 1
+                update = _advance(bucket, whole, grad, found_inf)
             if len(params) == 1:
                 updates = [update.reshape(params[0].shape)]
             else:
                 parts = zip(update.split(counts), params, strict=True)
                 updates = [part.reshape(param.shape) for part, param in parts]
-            lows, seeds = lows_and_seeds(params, states, group)
+            lows, seeds = NO_ROUNDING
+            if group["rounding"] != "nearest":
+                lows, seeds = lows_and_seeds(params, states, group)
             self._move(params, updates, lows, seeds, group, found_inf, kind.wrapped)
-        _count(states, found_inf)
+        _count(steps, found_inf)
 
     def _step_shared(
-        self, buckets: list[Bucket], every: list[list[State]], found_inf: Tensor | None
+        self, shared: list[tuple[Bucket, list[State]]], found_inf: Tensor | None
     ) -> None:
+        buckets = [bucket for bucket, _ in shared]
         sharding.step(
-            list(map(sharding.ShardedBucket.of, buckets, every)),
-            lambda i, whole, grad: self._advance(whole, grad, buckets[i].group, found_inf),
+            [sharding.ShardedBucket.of(bucket, own) for bucket, own in shared],
+            lambda i, whole, grad: _advance(buckets[i], whole, grad, found_inf),
             lambda i, piece, update: self._move(
                 [piece], [update], [], [], buckets[i].group, found_inf
             ),
         )
-        for own in every:
-            _count(own, found_inf)
-
-    def _advance(
-        self, state: State, grad: Tensor, group: Group, found_inf: Tensor | None
-    ) -> Tensor:
-        """The update of matrices (B, m, n), whose new state is assigned."""
-        before = dict(state)
-        if group["maximize"]:
-            grad = -grad
-        if found_inf is not None:
-            skip = found_inf.to(grad.device).squeeze() > 0
-            grad = torch.where(skip, torch.zeros_like(grad), grad)
-        parts, betas = self._parts(group), group["betas"]
-        memory, gain = parts.memory, None
-        if one_pass := getattr(memory, "write_and_read", None):
-            momentum = one_pass(state, grad, betas[0])
-        else:
-            memory.write(state, grad, betas[0])
-            if factored := getattr(memory, "read_factored", None):
-                momentum, gain = factored(state, grad, betas[0])
-            else:
-                momentum = memory.read(state, grad, betas[0])
-        if momentum.shape != grad.shape:
-            raise ValueError(
-                f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
-                f"{tuple(grad.shape)}; it must return one momentum per gradient"
-            )
-        update = parts.output_map(momentum, state, grad, betas, gain)
-        if unknown := state.keys() - before.keys():
-            raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
-        if found_inf is not None:
-            for key in before.keys() - {"step"}:
-                state[key] = torch.where(skip, before[key], state[key])
-        return update
+        for _, own in shared:
+            _count([state["step"] for state in own], found_inf)
 
     def _move(
         self,
@@ -480,6 +420,38 @@ class MemoryOptimizer(Optimizer):
                 yield group, param, route
 
 
+def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | None) -> Tensor:
+    """The update of matrices (B, m, n), whose new state is assigned."""
+    before = dict(state)
+    if bucket.group["maximize"]:
+        grad = -grad
+    if found_inf is not None:
+        skip = found_inf.to(grad.device).squeeze() > 0
+        grad = torch.where(skip, torch.zeros_like(grad), grad)
+    parts, betas = bucket.parts, bucket.group["betas"]
+    memory, gain = parts.memory, None
+    if one_pass := getattr(memory, "write_and_read", None):
+        momentum = one_pass(state, grad, betas[0])
+    else:
+        memory.write(state, grad, betas[0])
+        if factored := getattr(memory, "read_factored", None):
+            momentum, gain = factored(state, grad, betas[0])
+        else:
+            momentum = memory.read(state, grad, betas[0])
+    if momentum.shape != grad.shape:
+        raise ValueError(
+            f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
+            f"{tuple(grad.shape)}; it must return one momentum per gradient"
+        )
+    update = parts.output_map(momentum, state, grad, betas, gain)
+    if unknown := state.keys() - before.keys():
+        raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
+    if found_inf is not None:
+        for key in before.keys() - {"step"}:
+            state[key] = torch.where(skip, before[key], state[key])
+    return update
+
+
 class _Recorded(dict[str, Any]):
     """A group that records which of its arguments are read."""
 
@@ -490,6 +462,29 @@ class _Recorded(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         self.read[key] = super().__getitem__(key)
         return self.read[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read[key] = super().get(key)
+        return super().get(key, default)
+
+
+def _init(parts: Parts, like: Tensor) -> State:
+    """State for matrices ``like``, shape (B, m, n): tensors with leading size B."""
+    whole = dict(parts.memory.init(like))
+    mapped = parts.output_map.init(like)
+    if own := whole.keys() & {*OWN_KEYS, *mapped}:
+        raise ValueError(
+            f"Invalid memory: its state must not use the names {own}, which are the optimizer's own"
+        )
+    whole.update(mapped)
+    for key, tensor in whole.items():
+        if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
+            raise ValueError(
+                f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
+                f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
+            )
+    parts.keys[like.shape[1], like.shape[2]] = list(whole)
+    return whole
 
 
 def _unscaled(
@@ -502,8 +497,7 @@ def _unscaled(
     ]
 
 
-def _count(states: Sequence[State], found_inf: Tensor | None) -> None:
-    steps = [state["step"] for state in states]
+def _count(steps: Sequence[Tensor], found_inf: Tensor | None) -> None:
     if found_inf is None:
         torch._foreach_add_(steps, 1.0)
         return

@@ -1,12 +1,11 @@
-"""What is saved, what is loaded, and what the user may have done to the state in between.
+"""What a checkpoint holds, and what is checked before one is loaded.
 
 A checkpoint is plain data and tensors. Objects such as memories are in it by their description, and
 a checkpoint of another class, other arguments or other shapes is refused before anything changes.
 """
 
 import math
-import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,6 @@ from deepopt.optim.engine import sharding
 
 if TYPE_CHECKING:
     from deepopt.optim.base import Group, MemoryOptimizer
-    from deepopt.optim.engine.buckets import Bucket
-
-SHAPE, DEVICE = operator.attrgetter("shape"), operator.attrgetter("device")
 
 
 # -- saving --------------------------------------------------------------------------------------
@@ -201,53 +197,6 @@ def _expected(
     if "low" in state and param.dtype == torch.bfloat16:
         expected["low"] = torch.empty(param.shape, dtype=torch.int16, device="meta")
     return expected
-
-
-# -- in between ----------------------------------------------------------------------------------
-
-
-def check_states(bucket: "Bucket", states: Sequence[Any], keys: Sequence[str]) -> None:
-    """Raise RuntimeError where the user has left a state that does not fit its parameter.
-
-    Args:
-        bucket: what is about to be stepped.
-        states: of its parameters; without a step, a state is yet to be made.
-        keys: the tensors that ``init`` makes.
-    """
-    kind = bucket.kind
-    pairs = [(p, s) for p, s in zip(bucket.params, states, strict=True) if s and "step" in s]
-    for key in keys:
-        try:
-            tensors = [state[key] for _, state in pairs]
-        except KeyError:
-            raise RuntimeError(
-                f"state {key!r} of {_who(bucket, pairs[0][0])} is missing: put it back, or delete "
-                "the whole entry of optimizer.state to begin anew"
-            ) from None
-        if set(map(DEVICE, tensors)) != {kind.device}:
-            raise RuntimeError(
-                f"state {key!r} lies on {tensors[0].device}, and its parameters on {kind.device}: "
-                "bring what was moved away back before the step"
-            )
-        if kind.elementwise:
-            found: list[Any] = list(map(SHAPE, tensors))
-            wanted: list[Any] = [param.shape for param, _ in pairs]
-        else:
-            found = list(map(len, tensors))
-            wanted = [param.numel() // math.prod(kind.sides) for param, _ in pairs]
-        if found != wanted and kind.mesh is None:
-            index = next(i for i, size in enumerate(wanted) if size != found[i])
-            raise RuntimeError(
-                f"state {key!r} of {_who(bucket, pairs[index][0])} has the shape "
-                f"{tuple(tensors[index].shape)}, which does not fit: replace a state tensor only "
-                "by one of its own shape"
-            )
-
-
-def _who(bucket: "Bucket", param: Tensor) -> str:
-    names = bucket.group.get("param_names") or []
-    known = [n for p, n in zip(bucket.group["params"], names, strict=False) if p is param]
-    return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
 
 
 def _shapes(state: Mapping[str, Any]) -> str:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from deepopt import routing
 from deepopt._compat import capturable_devices, is_distributed
+from deepopt.memory import Memory
 from deepopt.optim.engine import sharding
+from deepopt.optim.engine.adamw_path import state_dtype
+from deepopt.optim.output_map import OutputMap
 
 Group: TypeAlias = dict[str, Any]
 
@@ -32,12 +35,14 @@ class Kind(NamedTuple):
     """What parameters must share to be stepped in one call."""
 
     path: routing.Path
+    elementwise: bool
     device: torch.device
     split: int = 1
     sides: tuple[int, int] = (0, 0)
-    """Rows and columns of the matrices; of the element-wise path, which mixes shapes, zeros."""
+    """Rows and columns of the matrices; zeros on the element-wise path, which mixes shapes."""
     dtype: torch.dtype | None = None
     """None on the element-wise path, which mixes dtypes too."""
+    state_dtype: torch.dtype | None = None
     wrapped: bool = False
     """Whether they are of a tensor class of the user's, which knows torch's operators alone."""
     distributed: bool = False
@@ -49,9 +54,26 @@ class Kind(NamedTuple):
     """Parameters that overlap in memory are stepped one after the other, each in a turn of its own,
     so that the result does not depend on which thread comes first."""
 
-    @property
-    def elementwise(self) -> bool:
-        return self.path == "elementwise"
+
+class Parts(NamedTuple):
+    """A group's memory and output map, and the arguments of the group that they were made from."""
+
+    memory: Memory
+    output_map: OutputMap
+    arguments: dict[str, Any]
+    keys: dict[tuple[int, int], list[str]]
+    """Names of their state tensors, by the sides of the matrices; all others are the user's."""
+
+    def hold(self, group: Group) -> bool:
+        """Whether every argument is the very object that it was.
+
+        What equality means is up to objects of the user. Tensors and lists can change in place: of
+        these nothing holds.
+        """
+        for name, value in self.arguments.items():
+            if group.get(name) is not value or isinstance(value, Tensor | list):
+                return False
+        return True
 
 
 class Bucket(NamedTuple):
@@ -59,6 +81,7 @@ class Bucket(NamedTuple):
 
     kind: Kind
     group: Group
+    parts: Parts
     params: list[Tensor]
     grads: list[Tensor]
 
@@ -109,7 +132,11 @@ class Sorted(NamedTuple):
 
 
 def sort(
-    group: Group, kinds: Sequence[Kind], grads: Sequence[Tensor | None], optimizer: str
+    group: Group,
+    kinds: Sequence[Kind],
+    grads: Sequence[Tensor | None],
+    parts: Parts,
+    optimizer: str,
 ) -> list[Bucket]:
     """The parameters that have gradients, by what is stepped in one call.
 
@@ -117,6 +144,7 @@ def sort(
         group: of an optimizer.
         kinds: of its parameters, from :class:`Sorted`.
         grads: what they are stepped with; None lets a parameter rest.
+        parts: the group's.
         optimizer: the name of its class, for messages.
 
     Raises:
@@ -141,7 +169,7 @@ def sort(
                     entries[id(kind)] = param.numel()
         if bucket is None:
             _check(kind, group)
-            bucket = open_[id(kind)] = Bucket(kind, group, [], [])
+            bucket = open_[id(kind)] = Bucket(kind, group, parts, [], [])
             buckets.append(bucket)
         bucket.params.append(param)
         bucket.grads.append(grad)
@@ -170,15 +198,17 @@ def _kind(param: Tensor, route: routing.Route, turn: int) -> Kind:
     wrapped = type(param) not in PLAIN and not distributed
     if route.path == "elementwise" or not param.numel():
         return Kind(
-            "elementwise", param.device, wrapped=wrapped, distributed=distributed, turn=turn
+            "elementwise", True, param.device, wrapped=wrapped, distributed=distributed, turn=turn
         )
     path, split = route.path, route.split
     kind = Kind(
         path,
+        False,
         param.device,
         split,
         routing.sides(param, path, split),
         param.dtype,
+        state_dtype(param),
         wrapped=wrapped,
         turn=turn,
     )

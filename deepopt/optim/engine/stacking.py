@@ -7,14 +7,20 @@ state of one parameter holds that and nothing else. State tensors have a leading
 number of matrices in their parameter.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-State = dict[str, Any]
+if TYPE_CHECKING:
+    from deepopt.optim.engine.buckets import Bucket
+
+State: TypeAlias = dict[str, Any]
+
+SHAPE, DEVICE = operator.attrgetter("shape"), operator.attrgetter("device")
 
 
 @contextmanager
@@ -32,30 +38,90 @@ def stacked(
         differentiable: give the states new tensors, with their history, instead of copying into
             the old ones.
     """
-    parts = {key: [state[key] for state in states] for key in keys}
-    old = {key: _gathered(own) for key, own in parts.items()}
-    versions = {key: _version(tensor) for key, tensor in old.items()}
-    new = dict(old)
+    if len(states) == 1:
+        old = {key: states[0][key].contiguous() for key in keys}
+    else:
+        old = {key: torch.cat([state[key] for state in states]) for key in keys}
+    new, versions = dict(old), list(map(_version, old.values()))
     yield new
     check_kept(old, new)
-    for key, own in parts.items():
-        if new[key] is old[key] and (old[key] is own[0] or _version(old[key]) == versions[key]):
+    for key, version in zip(keys, versions, strict=True):
+        if new[key] is old[key] and _version(new[key]) == version:
             continue
         if differentiable:
-            distribute(new[key], states, key, list(map(len, own)))
-        elif len(own) == 1:
-            own[0].copy_(new[key])
-        else:
+            distribute(new[key], states, key)
+        elif len(states) > 1:
+            own = [state[key] for state in states]
             torch._foreach_copy_(own, list(new[key].split(list(map(len, own)))))
+        elif new[key] is not states[0][key]:
+            states[0][key].copy_(new[key])
 
 
-def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int]) -> None:
-    """Give ``state[key]`` of every state a copy of its part of ``whole``."""
+def distribute(
+    whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int] = ()
+) -> None:
+    """Give ``state[key]`` of every state a copy of its part of ``whole``.
+
+    Args:
+        whole: all parts, one after the other.
+        states: what gets them.
+        key: where.
+        counts: rows of each part (default: those of the tensors that are there).
+    """
     if len(states) == 1:
         states[0][key] = whole
         return
+    counts = counts or [len(state[key]) for state in states]
     for state, part in zip(states, whole.split(list(counts)), strict=True):
         state[key] = part.clone(memory_format=torch.contiguous_format)
+
+
+def check_states(bucket: "Bucket", states: Sequence[Any], keys: Sequence[str]) -> None:
+    """Raise RuntimeError where the user has left a state that does not fit its parameter.
+
+    Args:
+        bucket: what is about to be stepped.
+        states: of its parameters; one without a step is yet to be made, and passes.
+        keys: the tensors that ``init`` makes.
+    """
+    kind, params = bucket.kind, bucket.params
+    if not all(states):
+        made = [(p, s) for p, s in zip(params, states, strict=True) if s and "step" in s]
+        params, states = [p for p, _ in made], [s for _, s in made]
+    try:
+        tensors = [state[key] for key in keys for state in states]
+    except KeyError as error:
+        raise RuntimeError(
+            f"state {error} of {_who(bucket, 0)} or another parameter is missing: put it back, or "
+            "delete the whole entry of optimizer.state to begin anew"
+        ) from None
+    if set(map(DEVICE, tensors)) - {kind.device}:
+        where = next(tensor.device for tensor in tensors if tensor.device != kind.device)
+        raise RuntimeError(
+            f"state lies on {where}, and its parameters on {kind.device}: bring what was moved "
+            "away back before the step"
+        )
+    if kind.mesh is not None:
+        return
+    if kind.elementwise:
+        found, wanted = list(map(SHAPE, tensors)), list(map(SHAPE, params)) * len(keys)
+    else:
+        count = kind.sides[0] * kind.sides[1]
+        found = list(map(len, tensors))
+        wanted = [param.numel() // count for param in params] * len(keys)
+    if found != wanted:
+        index = next(i for i, size in enumerate(wanted) if size != found[i])
+        raise RuntimeError(
+            f"state {keys[index // len(params)]!r} of {_who(bucket, index % len(params))} has the "
+            f"shape {tuple(tensors[index].shape)}, which does not fit: replace a state tensor only "
+            "by one of its own shape"
+        )
+
+
+def _who(bucket: "Bucket", index: int) -> str:
+    param, names = bucket.params[index], bucket.group.get("param_names") or []
+    known = [n for p, n in zip(bucket.group["params"], names, strict=False) if p is param]
+    return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
 
 
 def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
@@ -71,13 +137,7 @@ def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
             )
 
 
-def _gathered(own: Sequence[Tensor]) -> Tensor:
-    """One contiguous tensor; that of a single state itself, if it is one."""
-    return own[0] if len(own) == 1 and own[0].is_contiguous() else torch.cat(list(own))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+_version = operator.attrgetter("_version")
 
 
 def _kind(value: Any) -> tuple[Any, ...]:

@@ -138,9 +138,9 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
     fewer = [{**groups[0], "params": [0]}]
     reasons = "expected step|doesn.t match|different number|of Other|neither state|Invalid|is -5"
     incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all
+    strange = [{**own, "state": adagrad.state_dict()["state"]}, {**own, "state": halved}]
     for given in (
-        {**own, "state": adagrad.state_dict()["state"]},
-        *([{**own, "state": halved}] if incomplete else []),
+        *(strange if incomplete else []),
         {**own, "param_groups": fewer},
         {**own, "param_groups": groups * 2},
         {**own, "optimizer": "Other"},
