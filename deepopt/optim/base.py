@@ -497,7 +497,7 @@ def _unscaled(
     ]
 
 
-def _count(steps: Sequence[Tensor], found_inf: Tensor | None) -> None:
+def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
     if found_inf is None:
         torch._foreach_add_(steps, 1.0)
         return

@@ -213,7 +213,8 @@ def warn_of_groups(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None
 
 
 def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int) -> None:
-    """Warn once of embeddings taken for matrices, once of a model that is mostly element-wise.
+    """Warn once each of embeddings taken for matrices, lost module types, flattened parameters,
+    and of a model that is mostly element-wise.
 
     Frozen parameters do not count, nor do up to four that are element-wise for their aspect: they
     are most likely the tables that they are taken for.
@@ -224,6 +225,20 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
             f"{_some(embeddings)} looks like an embedding and is on the path of matrices: a step "
             "that is orthogonal as a whole moves the rows of all tokens, seen or not. Use "
             "'elementwise' for it, in overrides of deepopt.param_groups or as its group's path",
+            stacklevel=stacklevel,
+        )
+    if bare := [name for _, name, found in routes if found.doubt == "bare"]:
+        warnings.warn(
+            f"the module of {_some(bare)} has lost its type, as in an exported program, so that "
+            "embeddings and heads may be taken for matrices. Make the groups from the model before "
+            "its export, or name paths in overrides of deepopt.param_groups",
+            stacklevel=stacklevel,
+        )
+    if _flattened(routes):
+        warnings.warn(
+            "no parameter is a matrix, so that all take the element-wise path, which is AdamW: "
+            "FSDP1 (FullyShardedDataParallel) and ZeRO-3 make flat vectors of matrices. Shard the "
+            "model by FSDP2, torch.distributed.fsdp.fully_shard, which keeps their shapes",
             stacklevel=stacklevel,
         )
     wide = [row for row in routes if row[2].doubt == "wide"]
@@ -239,6 +254,15 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
             "widen the layers, or name a path in overrides of deepopt.param_groups",
             stacklevel=stacklevel,
         )
+
+
+def _flattened(routes: Sequence[tuple[Tensor, str, Route]]) -> bool:
+    """Whether matrices seem to have been made vectors of."""
+    if not routes or any(param.ndim > 1 for param, _, _ in routes):
+        return False
+    flat = any(type(param).__name__ == "FlatParameter" for param, _, _ in routes)
+    wrapped = any("_fsdp_wrapped_module" in name for _, name, _ in routes)
+    return flat or wrapped or sum(param.numel() for param, _, _ in routes) >= FEWEST_FLOATS
 
 
 def _some(names: Sequence[str]) -> str:

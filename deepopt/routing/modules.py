@@ -36,6 +36,17 @@ _HIDDEN = (
 )
 
 
+_BARE = ("Module", "InterpreterModule", "UnflattenedModule")
+"""Classes of the modules of exported programs, which have forgotten what they were."""
+
+
+def module_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a scripted one, that of torch's layer which it was made from."""
+    own, original = type(module), getattr(module, "original_name", None)
+    found = getattr(nn, original, own) if isinstance(original, str) else own
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else own
+
+
 def route_model(
     model: nn.Module, overrides: Mapping[str, Path], splits: Mapping[str, int]
 ) -> list[tuple[str, Tensor, Route]]:
@@ -56,18 +67,19 @@ def route_model(
         if isinstance(holder, ParametrizationList):  # it holds the weight of the layer around it
             owner, _, local = prefix.rpartition("parametrizations.")
             module = model.get_submodule(owner.rstrip("."))
+        kind = module_type(module)
         for key, param in holder.named_parameters(recurse=False):
             pattern = split_by.get(param)
             split, words = _parts(module, local or key)
             if pattern is not None:
-                split, words = splits[pattern], type(module).__name__
+                split, words = splits[pattern], kind.__name__
             name = f"{prefix}.{key}".lstrip(".")
             found = _route_owned(param, name, module, heads, split, words)
             if pattern is not None and found.path != "elementwise":
                 found = found._replace(reason=f"{found.reason}, split {pattern!r}")
             uses.setdefault(param, []).append(found)
             parts[param] = split
-            if isinstance(module, _TABLE_MODULES):
+            if issubclass(kind, _TABLE_MODULES):
                 embeddings.add(param)
     if not uses:
         raise ValueError("model has no parameters")
@@ -106,11 +118,12 @@ def _route_owned(
     split: int,
     words: str,
 ) -> Route:
+    kind = module_type(module)
     if vector := no_matrix(param):
         return vector
-    if isinstance(module, _TABLE_MODULES):
+    if issubclass(kind, _TABLE_MODULES):
         return Route("elementwise", 1, "embedding")
-    if isinstance(module, _NORMS):
+    if issubclass(kind, _NORMS):
         return Route("elementwise", 1, "norm")
     if module in heads:
         return Route("elementwise", 1, heads[module])
@@ -120,11 +133,13 @@ def _route_owned(
             "its parts lie side by side and not one below the other; leave it whole, or make it an "
             "nn.Linear"
         )
-    if isinstance(module, _HIDDEN) or _stores_input_first(module):
-        hint = fusion_hint(name, param, split) if isinstance(module, nn.Linear) else ""
+    if issubclass(kind, _HIDDEN) or _stores_input_first(module):
+        hint = fusion_hint(name, param, split) if issubclass(kind, nn.Linear) else ""
         return unless_small(param, name, Route("matrix", split, words + hint))
     if param.ndim == 2:
-        return route(param, name, split)
+        found = route(param, name, split)
+        bare = kind.__name__ in _BARE and kind.__module__.startswith("torch.")
+        return found._replace(doubt="bare") if bare and found.reason == "by shape" else found
     if is_named_like_a_table(name):
         return Route("elementwise", 1, "named like a table")
     if math.prod(param.shape[:-2]) == 1:
@@ -138,15 +153,15 @@ def _parts(module: nn.Module, local: str) -> tuple[int, str]:
     Only torch's own: their layout is part of their definition. Of a Linear layer the shape does not
     tell whether it is fused, nor the name how.
     """
-    kind = type(module).__name__
-    if isinstance(module, nn.MultiheadAttention) and local == "in_proj_weight":
-        return 3, f"q, k, v of {kind}"
+    kind = module_type(module)
+    if issubclass(kind, nn.MultiheadAttention) and local == "in_proj_weight":
+        return 3, f"q, k, v of {kind.__name__}"
     if local.startswith(("weight_ih", "weight_hh")):
-        if isinstance(module, nn.LSTM | nn.LSTMCell):
-            return 4, f"gates of {kind}"
-        if isinstance(module, nn.GRU | nn.GRUCell):
-            return 3, f"gates of {kind}"
-    return 1, kind
+        if issubclass(kind, nn.LSTM | nn.LSTMCell):
+            return 4, f"gates of {kind.__name__}"
+        if issubclass(kind, nn.GRU | nn.GRUCell):
+            return 3, f"gates of {kind.__name__}"
+    return 1, kind.__name__
 
 
 def _stores_input_first(module: nn.Module) -> bool:
@@ -156,34 +171,42 @@ def _stores_input_first(module: nn.Module) -> bool:
 
 def _heads(model: nn.Module) -> dict[nn.Module, str]:
     """The output heads of a model, and how each was recognised."""
-    modules = list(model.named_modules())
-    tables = [m.weight for _, m in modules if isinstance(m, _TABLE_MODULES)]
+    modules = [(name, m, module_type(m)) for name, m in model.named_modules()]
+    tables = [w for _, m, kind in modules if issubclass(kind, _TABLE_MODULES) for w in _weights(m)]
     heads: dict[nn.Module, str] = {}
-    for name, module in modules:
-        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+    for name, module, kind in modules:
+        if not issubclass(kind, nn.Linear | nn.modules.conv._ConvNd):
             continue
-        if any(module.weight is table for table in tables):
+        if any(weight is table for weight in _weights(module) for table in tables):
             heads[module] = "tied head"
         elif is_named_like_a_head(name):
             heads[module] = "named like a head"
     layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
-    inner = {inside for _, m in modules if isinstance(m, layers) for inside in m.modules()}
+    inner = {inside for _, m, kind in modules if issubclass(kind, layers) for inside in m.modules()}
     hidden = [
-        m
-        for name, m in modules
-        if isinstance(m, _HIDDEN) and m not in inner and not is_lora_factor(name)
+        (m, kind)
+        for name, m, kind in modules
+        if issubclass(kind, _HIDDEN) and m not in inner and not is_lora_factor(name)
     ]
-    linears = [m for m in hidden if isinstance(m, nn.Linear)]
-    has_last = len(linears) > 1 or (len(hidden) > 1 and hidden[-1] in linears)
+    linears = [m for m, kind in hidden if issubclass(kind, nn.Linear) and _weights(m)]
+    has_last = len(linears) > 1 or (len(hidden) > 1 and hidden[-1][0] in linears)
     if not heads and has_last:
         # The layers of a stack share their shapes; a head has its own, or the vocabulary's height.
-        last = linears[-1]
-        alike = sum(m.weight.shape == last.weight.shape for m in linears)
-        if any(len(table) == last.out_features for table in tables):
-            heads[last] = "last linear layer, as tall as an embedding"
+        last = _weights(linears[-1])[0]
+        alike = sum(_weights(m)[0].shape == last.shape for m in linears)
+        if any(len(table) == len(last) for table in tables):
+            heads[linears[-1]] = "last linear layer, as tall as an embedding"
         elif alike == 1:
-            heads[last] = "last linear layer, of its own shape"
+            heads[linears[-1]] = "last linear layer, of its own shape"
     return heads
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """What a layer multiplies by: its ``weight``, or failing that its own matrices."""
+    weight = getattr(module, "weight", None)  # a parametrized one is no parameter of its own
+    if isinstance(weight, Tensor):
+        return [weight]
+    return [param for param in module.parameters(recurse=False) if param.ndim > 1]
 
 
 def _matching(model: nn.Module, pattern: str, argument: str) -> list[Tensor]:

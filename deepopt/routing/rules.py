@@ -51,7 +51,8 @@ class Route(NamedTuple):
         split: number of matrices that each of its matrices is cut into.
         reason: in a few words.
         doubt: "embedding" for an embedding whose rows are taken for a matrix's, "small" and "wide"
-            for a matrix that its shape alone sends to the element-wise path, or "".
+            for a matrix that its shape alone sends to the element-wise path, "bare" for a matrix
+            whose module has lost its type, or "".
     """
 
     path: Path
