@@ -16,9 +16,10 @@ from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
 from torch.optim.optimizer import _get_capturable_supported_devices as capturable_devices
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
 from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
+from torch.overrides import _pop_mode_temporarily as without_function_mode
 
 NoAutocast = torch._C._DisableAutocast
-NoTorchFunction = torch._C.DisableTorchFunction
+count_function_modes = torch._C._len_torch_function_stack
 
 # Raises, as torch's optimizers do, where a graph is captured without capturable=True.
 graph_capture_health_check = getattr(  # torch 2.12 and before: another name
@@ -30,10 +31,10 @@ graph_capture_health_check = getattr(  # torch 2.12 and before: another name
 
 __all__ = [
     "NoAutocast",
-    "NoTorchFunction",
     "adam",
     "capturable_devices",
     "check_fused",
+    "count_function_modes",
     "disable_dynamo",
     "graph_capture_health_check",
     "has_kernel",
@@ -42,6 +43,7 @@ __all__ = [
     "multiplies_bfloat16_faster",
     "scalar_dtype",
     "use_grad_for_differentiable",
+    "without_function_mode",
 ]
 
 

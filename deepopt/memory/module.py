@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,8 +256,15 @@ class Module:
 
 def _make(factory: Factory, inputs: int, outputs: int, device: torch.device) -> nn.Module:
     """The module, the same at every call, checked."""
-    meta = device.type == "meta"
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+    meta, dtype = device.type == "meta", torch.get_default_dtype()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("meta" if meta else "cpu"),
+        ExitStack() as at_end,
+    ):
+        if dtype != torch.float32:  # random numbers of another dtype are others
+            torch.set_default_dtype(torch.float32)
+            at_end.callback(torch.set_default_dtype, dtype)
         torch.default_generator.manual_seed(0)
         module = factory(inputs, outputs)
         if not isinstance(module, nn.Module):

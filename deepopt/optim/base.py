@@ -7,6 +7,8 @@ are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step 
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +19,14 @@ from torch.optim.optimizer import ParamsT
 from deepopt import routing
 from deepopt._compat import (
     NoAutocast,
-    NoTorchFunction,
     check_fused,
+    count_function_modes,
     disable_dynamo,
     graph_capture_health_check,
     is_distributed,
     scalar_dtype,
     use_grad_for_differentiable,
+    without_function_mode,
 )
 from deepopt.memory import Memory
 from deepopt.ops import move_
@@ -32,7 +35,7 @@ from deepopt.optim import checkpoint
 from deepopt.optim.engine import adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.engine.buckets import Bucket, Group, Parts, Sorted, sort
-from deepopt.optim.engine.rounding import check_rounding, lows_and_seeds
+from deepopt.optim.engine.rounding import check_dtypes, check_rounding, lows_and_seeds
 from deepopt.optim.engine.stacking import State, check_states, distribute, stacked
 from deepopt.optim.output_map import Identity, OutputMap
 
@@ -59,6 +62,11 @@ class MemoryOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"Invalid params: a model ({type(params).__name__}) and not its parameters; give "
+                "deepopt.param_groups(model), or model.parameters()"
+            )
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
         checkpoint.describe_when_saved(self)
@@ -70,6 +78,11 @@ class MemoryOptimizer(Optimizer):
     def _check_group(self, group: Group) -> None:
         """Raise ValueError for the first value of ``group`` that is out of range."""
         lr, betas = group["lr"], group["betas"]
+        for name in ("lr", "eps", "weight_decay"):
+            if not isinstance(group[name], Real | Tensor):
+                raise TypeError(
+                    f"Invalid {name}: {group[name]!r} is no number; give a number such as 1e-3"
+                )
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         _check_foreach(group)
@@ -131,6 +144,7 @@ class MemoryOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            check_dtypes(group)
             routing.check_group(group, self._least_dims)
         except Exception:
             self.param_groups.pop()
@@ -178,12 +192,7 @@ class MemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with (
-            NoAutocast(),
-            NoTorchFunction(),
-            torch.inference_mode(False),
-            torch.set_grad_enabled(self.defaults["differentiable"]),
-        ):
+        with undisturbed(bool(self.defaults["differentiable"])):
             # A GradScaler that leaves unscaling and skipping to the step sets these around it.
             scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -485,6 +494,25 @@ def _init(parts: Parts, like: Tensor) -> State:
             )
     parts.keys[like.shape[1], like.shape[2]] = list(whole)
     return whole
+
+
+def undisturbed(grad: bool = False) -> ExitStack:
+    """A context in which nothing that the caller has switched on changes what is computed.
+
+    Autocast is off, new tensors are ordinary ones in inference mode too, and neither a default
+    device nor another ``TorchFunctionMode`` of the caller's sees the calls.
+
+    Args:
+        grad: whether gradients are recorded inside, where the caller is in inference mode.
+    """
+    stack = ExitStack()
+    stack.enter_context(NoAutocast())
+    for _ in range(count_function_modes()):
+        stack.enter_context(without_function_mode())
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+    return stack
 
 
 def _unscaled(

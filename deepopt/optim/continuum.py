@@ -135,6 +135,15 @@ class Continuum(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.optimizer.defaults = defaults
 
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapped optimizer has beside torch's interface, such as ``train`` and ``eval``.
+
+        Private names are not passed on: torch's scaler reads what an optimizer can do from them.
+        """
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
     def add_param_group(self, param_group: Group) -> None:
         """The wrapped optimizer's, after a check of ``chunk`` and ``reduce``."""
         _check({**self.defaults, **param_group})

@@ -1,13 +1,17 @@
 """An optimizer from its name, with timm's rules for weight decay and learning rates by layer."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from deepopt.optim.continuum import Continuum
+from deepopt.optim.muon_and_adamw import MuonAndAdamW
 from deepopt.optim.registry import REGISTRY
+from deepopt.routing import Path
 from deepopt.routing.groups import param_groups
 from deepopt.routing.rules import unwrapped
 
@@ -16,16 +20,18 @@ _MERGES_WITH_PREVIOUS = 99999
 
 
 def create_optimizer(
-    model_or_params: nn.Module | ParamsT,
-    name: str,
+    model_or_params: nn.Module | ParamsT | None = None,
+    name: str | None = None,
     lr: float | Tensor | None = None,
     weight_decay: float | None = None,
     layer_decay: float | None = None,
     *,
+    overrides: Mapping[str, Path] | None = None,
+    split: Mapping[str, int] | None = None,
     filter_bias_and_bn: bool = True,
     **options: Any,
-) -> Optimizer:
-    r"""An optimizer of this package by its name, in the manner of ``timm.optim``.
+) -> Any:
+    r"""An optimizer by its name, of this package or torch's, in the manner of ``timm.optim``.
 
     A module is routed by :func:`deepopt.param_groups`, frozen parameters included. Anything else
     goes to the optimizer as it is.
@@ -44,25 +50,52 @@ def create_optimizer(
 
     Args:
         model_or_params: a module, or parameters, named parameters or parameter groups.
-        name: a key of ``deepopt.optimizers()`` or the class's name, in any case: "deep_momentum",
-            "DeepMomentum".
+        name: a key of ``deepopt.optimizers()`` or the name of a class of this package or of
+            ``torch.optim``, in any case: "deep_momentum", "DeepMomentum", "adamw". "muon" is
+            torch's for matrices beside AdamW for the rest. "continuum" wraps the optimizer named
+            by ``optimizer`` (default: "deep_momentum"), which gets all options but ``chunk`` and
+            ``reduce``.
         lr: learning rate, that of the top layer; None for the class's default (default: None).
         weight_decay: decoupled weight decay; None for the class's default (default: None).
         layer_decay: factor of the learning rate from one layer to the one below, in (0, 1]; None
             for one learning rate (default: None).
+        overrides: for a module, paths by name or pattern, as for :func:`deepopt.param_groups`
+            (default: None).
+        split: for a module, numbers of matrices by name or pattern, as for
+            :func:`deepopt.param_groups` (default: None).
         filter_bias_and_bn: for a module, no weight decay for parameters of at most one dimension,
-            those called ``bias``, and the names in ``model.no_weight_decay()`` if it has that
-            (default: True).
+            those called ``bias``, and the names in ``model.no_weight_decay`` if it has that, a
+            method or a collection (default: True).
         options: further arguments of the class. ``path`` replaces the routing by module type.
 
     Returns:
-        The optimizer; ``print`` shows its groups and their routing.
+        The optimizer; ``print`` shows its groups and their routing. Called without arguments, this
+        function itself, as Hugging Face's ``Trainer`` asks of a factory of optimizers.
 
     Raises:
         ValueError: an unknown name; a ``layer_decay`` outside (0, 1], for something other than a
             module, or for a model in which no layers are found; or what the class refuses.
         TypeError: an option that the class does not have.
     """
+    if model_or_params is None and name is None:
+        return create_optimizer
+    if model_or_params is None or name is None:
+        missing = "model_or_params" if model_or_params is None else "name"
+        raise TypeError(f"create_optimizer needs {missing}; choose a name from {_names()}")
+    if name.lower() == "continuum":
+        wrapper: dict[str, Any] = {k: options.pop(k) for k in ("chunk", "reduce") if k in options}
+        inner = create_optimizer(
+            model_or_params,
+            options.pop("optimizer", "deep_momentum"),
+            lr,
+            weight_decay,
+            layer_decay,
+            overrides=overrides,
+            split=split,
+            filter_bias_and_bn=filter_bias_and_bn,
+            **options,
+        )
+        return Continuum(inner, **wrapper)
     cls = _resolve(name)
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"Invalid layer_decay: {layer_decay}; it must be above 0 and at most 1")
@@ -70,14 +103,20 @@ def create_optimizer(
         if value is not None:
             options[key] = value
     if not isinstance(model_or_params, nn.Module):
-        if layer_decay is not None:
-            raise ValueError("layer_decay needs the layers of a model: give the module itself")
+        given = {"layer_decay": layer_decay, "overrides": overrides, "split": split}
+        if needless := [key for key, value in given.items() if value is not None]:
+            if needless != ["split"] or not isinstance(split, int):
+                raise ValueError(
+                    f"Invalid {needless[0]}: {given[needless[0]]!r}; it needs the names and layers "
+                    "of a model: give the module itself"
+                )
+            options["split"] = split
         return cls(model_or_params, **options)
 
     model = model_or_params
     layers = {} if layer_decay is None else _layers(model)
     undecayed = _undecayed(model) if filter_bias_and_bn else set()
-    routed: list[dict[str, Any]] = param_groups(model)
+    routed: list[dict[str, Any]] = param_groups(model, overrides, split)
     if "path" in options:
         routed = [{"params": list(model.named_parameters())}]
     groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
@@ -99,17 +138,32 @@ def create_optimizer(
     return optimizer
 
 
+def _torch_classes() -> dict[str, Any]:
+    """torch's own that need no closure and take dense gradients."""
+    classes = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type)}
+    for name in ("Optimizer", "LBFGS", "SparseAdam"):
+        classes.pop(name)
+    return {name.lower(): cls for name, cls in classes.items()}
+
+
+def _names() -> str:
+    return ", ".join([*REGISTRY, *(name for name in sorted(_torch_classes()))])
+
+
 def _resolve(name: str) -> Any:
-    known = {key: entry.cls for key, entry in REGISTRY.items() if not entry.wraps}
-    classes = {key.replace("_", ""): cls for key, cls in known.items()}
+    if not isinstance(name, str):
+        raise TypeError(f"Invalid name: {name!r}; choose a text from {_names()}")
+    known = {key.replace("_", ""): e.cls for key, e in REGISTRY.items() if not e.wraps}
+    classes = _torch_classes() | {"muon": MuonAndAdamW} | known
     cls = classes.get(name.replace("_", "").lower())
     if cls is None:
-        raise ValueError(f"Invalid name: {name!r}; choose from {', '.join(known)}")
+        raise ValueError(f"Invalid name: {name!r}; choose from {_names()}")
     return cls
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    listed = set(getattr(model, "no_weight_decay", set)())
+    listed = getattr(model, "no_weight_decay", ())
+    listed = set(listed() if callable(listed) else listed)
     return {
         name
         for name, param in model.named_parameters()

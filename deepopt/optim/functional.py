@@ -6,8 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deepopt._compat import NoAutocast, NoTorchFunction
-from deepopt.optim.base import MemoryOptimizer
+from deepopt.optim.base import MemoryOptimizer, undisturbed
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 States: TypeAlias = dict[str, dict[str, Tensor]]
@@ -62,7 +61,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         stepped = make({name: param.detach() for name, param in params.items()})
         group = stepped.param_groups[0]
         states: dict[Tensor, Any] = {}
-        with NoAutocast(), NoTorchFunction():
+        with undisturbed(grad=True):
             stepped._states(stepped._buckets(group, group["params"]), states)
         return dict(zip(params, (states[param] for param in group["params"]), strict=True))
 
@@ -81,7 +80,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         }
         group = stepped.param_groups[0]
         given = [grads.get(name) for name in new]
-        with NoAutocast(), NoTorchFunction():
+        with undisturbed(grad=True):
             stepped._step_buckets(stepped._buckets(group, given), states)
         return new, {name: states[param] for name, param in new.items()}
 

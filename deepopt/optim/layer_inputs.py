@@ -181,7 +181,10 @@ def _watch(
         return
     if not output.requires_grad or not output.numel():
         return
-    rows, keys = _rows(layer, (args[0] if args else kwargs["input"]).detach(), limit)
+    # Subclasses may call their input otherwise, and take more beside it.
+    given = [*args, *(kwargs.get(name) for name in ("input", *kwargs))]
+    inputs = next(value for value in given if isinstance(value, Tensor))
+    rows, keys = _rows(layer, inputs.detach(), limit)
 
     def count(_: Tensor) -> None:
         if weight not in _samples:  # a copy of the model that was recorded

@@ -21,6 +21,8 @@ from deepopt.routing.rules import (
 
 FEWEST_FLOATS = 10_000
 """With fewer floats in matrices a model is a toy, and its routing not worth a warning."""
+LONGEST_VECTOR = 2**16
+"""Norms and biases are shorter: a longer vector is likely to be a flattened matrix."""
 MOST_TABLES = 4
 """Parameters with the shape of a known embedding are treated as embeddings, up to this many."""
 
@@ -69,7 +71,9 @@ def param_groups(
             or a split matches none of them or is no path or number, or a split does not divide the
             rows.
     """
-    routes = route_model(model, overrides or {}, split or {})
+    routes = route_model(
+        model, {} if overrides is None else overrides, {} if split is None else split
+    )
     warn_of_doubts([(param, name, found) for name, param, found in routes], stacklevel=3)
     return _grouped(routes)
 
@@ -260,9 +264,11 @@ def _flattened(routes: Sequence[tuple[Tensor, str, Route]]) -> bool:
     """Whether matrices seem to have been made vectors of."""
     if not routes or any(param.ndim > 1 for param, _, _ in routes):
         return False
+    if all(found.reason == "path of the group" for _, _, found in routes):
+        return False  # asked for
     flat = any(type(param).__name__ == "FlatParameter" for param, _, _ in routes)
     wrapped = any("_fsdp_wrapped_module" in name for _, name, _ in routes)
-    return flat or wrapped or sum(param.numel() for param, _, _ in routes) >= FEWEST_FLOATS
+    return flat or wrapped or max(param.numel() for param, _, _ in routes) > LONGEST_VECTOR
 
 
 def _some(names: Sequence[str]) -> str:

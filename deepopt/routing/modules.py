@@ -53,6 +53,12 @@ def route_model(
     """Name, parameter and route of every parameter; see :func:`deepopt.param_groups`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+    for argument, value, example in (("overrides", overrides, "'matrix'"), ("split", splits, "3")):
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"Invalid {argument}: {value!r} is no dict; give one by names or patterns of "
+                f"parameters, such as {{'*.qkv.weight': {example}}}"
+            )
     for name, param in model.named_parameters():
         check_initialized(param, name)
     for split in splits.values():

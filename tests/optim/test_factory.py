@@ -58,8 +58,93 @@ def test_every_optimizer_is_made_by_its_name_in_any_case(key):
 
 
 def test_an_unknown_name_is_answered_by_those_there_are():
-    with pytest.raises(ValueError, match=r"Invalid name: 'adamw'; choose from .*deep_momentum"):
-        deepopt.create_optimizer(Encoder(), "adamw")
+    with pytest.raises(ValueError, match=r"Invalid name: 'adam9'; choose from deep_mo.*, adamw,"):
+        deepopt.create_optimizer(Encoder(), "adam9")
+    with pytest.raises(TypeError, match="create_optimizer needs name; choose a name from deep_mo"):
+        deepopt.create_optimizer(Encoder())
+
+
+@pytest.mark.parametrize("name", ["adamw", "AdamW", "sgd", "rmsprop", "muon", "continuum"])
+def test_an_optimizer_of_torch_and_a_wrapper_change_one_word(name):
+    model = Encoder()
+    optimizer = deepopt.create_optimizer(model, name, lr=0.01, weight_decay=0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    decays = {
+        param_name: group["weight_decay"]
+        for group in optimizer.param_groups
+        for param_name in group["param_names"]
+    }
+    assert decays["embed.weight"] == 0.1
+    assert decays["embed.bias"] == 0.0
+    assert sorted(decays) == sorted(name for name, _ in model.named_parameters())
+    before = [param.detach().clone() for param in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(param, old)
+
+
+def test_muon_takes_matrices_and_adamw_the_rest_and_both_are_saved_and_scheduled():
+    def made(seed):
+        torch.manual_seed(seed)
+        model = Encoder()
+        optimizer = deepopt.create_optimizer(model, "muon", lr=0.01, momentum=0.9, betas=(0.8, 0.9))
+        return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def advance(model, optimizer, scheduler, number):
+        torch.manual_seed(number)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step(), scheduler.step()
+        return [param.detach().clone() for param in model.parameters()]
+
+    run = made(0)
+    muon, adamw = run[1].parts["muon"], run[1].parts["adamw"]
+    names = {name for group in muon.param_groups for name in group["param_names"]}
+    expected = {row.name for row in deepopt.routing_table(run[0]) if row.path == "matrix"}
+    assert names == expected
+    assert {group["momentum"] for group in muon.param_groups} == {0.9}
+    assert {group["betas"] for group in adamw.param_groups} == {(0.8, 0.9)}
+    advance(*run, 1)
+    assert {group["lr"] for group in run[1].param_groups} == {0.005}
+    other = made(1)
+    other[0].load_state_dict(run[0].state_dict())
+    other[1].load_state_dict(run[1].state_dict())
+    other[2].load_state_dict(run[2].state_dict())
+    for found, wanted in zip(advance(*other, 2), advance(*run, 2), strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="Invalid state_dict: it has the keys"):
+        run[1].load_state_dict(deepopt.DeepMomentum(made(0)[0].parameters()).state_dict())
+    with pytest.raises(ValueError, match="muon needs groups with a path"):
+        deepopt.create_optimizer(run[0].parameters(), "muon")
+
+
+def test_overrides_and_splits_are_those_of_param_groups():
+    model = Encoder()
+    optimizer = deepopt.create_optimizer(
+        model, "deep_momentum", overrides={"embed.weight": "elementwise"}, split={"blocks.*": 2}
+    )
+    assert by_name(optimizer, "path")["embed.weight"] == "elementwise"
+    assert by_name(optimizer, "split")["blocks.0.1.weight"] == 2
+    with pytest.raises(ValueError, match=r"Invalid overrides: .* give the module itself"):
+        deepopt.create_optimizer(model.parameters(), "deep_momentum", overrides={"x": "matrix"})
+    with pytest.raises(TypeError, match="Invalid split: 2 is no dict"):
+        deepopt.create_optimizer(model, "deep_momentum", split=2)
+
+
+def test_parameters_without_decay_may_be_listed_in_an_attribute():
+    model = Encoder()
+    model.no_weight_decay = {"position"}
+    optimizer = deepopt.create_optimizer(model, "deep_momentum", weight_decay=0.1)
+    decays = by_name(optimizer, "weight_decay")
+    assert (decays["position"], decays["embed.weight"]) == (0.0, 0.1)
+
+
+def test_without_arguments_it_is_its_own_factory():
+    model = Encoder()
+    made = deepopt.create_optimizer()(model, name="deep_momentum", lr=0.25)
+    assert type(made) is deepopt.DeepMomentum
 
 
 def test_what_is_not_given_is_the_defaults_and_unknown_options_are_refused():

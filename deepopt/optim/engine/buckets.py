@@ -13,6 +13,7 @@ from deepopt._compat import capturable_devices, is_distributed
 from deepopt.memory import Memory
 from deepopt.optim.engine import sharding
 from deepopt.optim.engine.adamw_path import state_dtype
+from deepopt.optim.engine.rounding import check_dtypes
 from deepopt.optim.output_map import OutputMap
 
 Group: TypeAlias = dict[str, Any]
@@ -26,8 +27,8 @@ memory can cost more than the arithmetic.
 """
 PLAIN = {Tensor, torch.nn.Parameter}
 """Types of parameters that kernels can write to."""
-ROUTED_BY = ("path", "split", "param_names", "reasons")
-"""Arguments of a group that decide about the kinds of its parameters."""
+SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
+"""Arguments of a group that decide about the kinds of its parameters, or exclude some."""
 ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
@@ -102,7 +103,7 @@ class Sorted(NamedTuple):
     def of(cls, group: Group, before: "Sorted | None" = None) -> "Sorted":
         """``before``, if it still holds, else the group sorted anew."""
         params = group["params"]
-        arguments = list(map(group.get, ROUTED_BY))
+        arguments = list(map(group.get, SORTED_BY))
         attributes = list(map(ATTRIBUTES, params))
         addresses = _addresses(params)
         if (
@@ -114,6 +115,7 @@ class Sorted(NamedTuple):
             and all(map(operator.is_, before.params, params))
         ):
             return before
+        check_dtypes(group)
         found = [
             _kind(param, route, turn)
             for param, route, turn in zip(
@@ -168,7 +170,8 @@ def sort(
                     bucket = None
                     entries[id(kind)] = param.numel()
         if bucket is None:
-            _check(kind, group)
+            if group["capturable"] or group["rounding"] != "nearest" or kind.mesh is not None:
+                _check(kind, group)
             bucket = open_[id(kind)] = Bucket(kind, group, parts, [], [])
             buckets.append(bucket)
         bucket.params.append(param)

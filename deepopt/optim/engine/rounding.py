@@ -32,6 +32,19 @@ def check_rounding(group: dict[str, Any]) -> None:
         )
 
 
+def check_dtypes(group: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter that a group's rounding does nothing for."""
+    if group["rounding"] == "nearest":
+        return
+    for param in group["params"]:
+        if param.dtype == torch.float16:
+            raise ValueError(
+                f"Invalid rounding: {group['rounding']!r} for a float16 parameter of shape "
+                f"{tuple(param.shape)}; it is for bfloat16, so use rounding='nearest', or keep the "
+                "parameters in bfloat16 or float32"
+            )
+
+
 def lows_and_seeds(
     params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[int]]:

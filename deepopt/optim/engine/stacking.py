@@ -90,10 +90,12 @@ def check_states(bucket: "Bucket", states: Sequence[Any], keys: Sequence[str]) -
         params, states = [p for p, _ in made], [s for _, s in made]
     try:
         tensors = [state[key] for key in keys for state in states]
-    except KeyError as error:
+    except KeyError:
+        pairs = zip(params, states, strict=True)
+        param, lost = next((p, set(keys) - s.keys()) for p, s in pairs if set(keys) - s.keys())
         raise RuntimeError(
-            f"state {error} of {_who(bucket, 0)} or another parameter is missing: put it back, or "
-            "delete the whole entry of optimizer.state to begin anew"
+            f"state {min(lost)!r} of {_who(bucket, param)} is missing: put it back, or delete the "
+            "whole entry of optimizer.state to begin anew"
         ) from None
     if set(map(DEVICE, tensors)) - {kind.device}:
         where = next(tensor.device for tensor in tensors if tensor.device != kind.device)
@@ -111,15 +113,15 @@ def check_states(bucket: "Bucket", states: Sequence[Any], keys: Sequence[str]) -
         wanted = [param.numel() // count for param in params] * len(keys)
     if found != wanted:
         index = next(i for i, size in enumerate(wanted) if size != found[i])
+        key, param = keys[index // len(params)], params[index % len(params)]
         raise RuntimeError(
-            f"state {keys[index // len(params)]!r} of {_who(bucket, index % len(params))} has the "
-            f"shape {tuple(tensors[index].shape)}, which does not fit: replace a state tensor only "
-            "by one of its own shape"
+            f"state {key!r} of {_who(bucket, param)} has the shape {tuple(tensors[index].shape)}, "
+            "which does not fit: replace a state tensor only by one of its own shape"
         )
 
 
-def _who(bucket: "Bucket", index: int) -> str:
-    param, names = bucket.params[index], bucket.group.get("param_names") or []
+def _who(bucket: "Bucket", param: Tensor) -> str:
+    names = bucket.group.get("param_names") or []
     known = [n for p, n in zip(bucket.group["params"], names, strict=False) if p is param]
     return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
 

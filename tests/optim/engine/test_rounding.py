@@ -142,8 +142,22 @@ def test_the_rounding_can_change_in_mid_run():
 
 
 def test_other_dtypes_keep_no_low_bits():
-    run = Run(deepopt.DeepMomentum, "exact", dtype=torch.float16).step(1)
+    run = Run(deepopt.DeepMomentum, "exact", dtype=torch.float32).step(1)
     assert all("low" not in state for state in run.optimizer.state.values())
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "exact"])
+def test_float16_is_refused_when_it_is_given_and_when_it_becomes_so(rounding):
+    refused = f"Invalid rounding: '{rounding}' for a float16 parameter of shape .*bfloat16"
+    with pytest.raises(ValueError, match=refused):
+        deepopt.DeepMomentum([torch.zeros(20, 20, dtype=torch.float16)], rounding=rounding)
+    param = torch.nn.Parameter(torch.zeros(20, 20))
+    optimizer = deepopt.DeepMomentum([param], rounding=rounding)
+    param.data = param.data.half()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=refused):
+        optimizer.step()
+    assert not param.any()
 
 
 @pytest.mark.parametrize("cls", CLASSES)

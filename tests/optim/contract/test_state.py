@@ -1,0 +1,204 @@
+"""``optimizer.state`` is the user's to clear, move, replace and add to, as torch's own is."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import deepopt
+from tests.optim.contract.helpers import EXPECTED_WARNINGS, every_settled
+
+pytestmark = EXPECTED_WARNINGS
+SHAPES = [(20, 24), (20, 24), (24, 20), (3,), (5,)]
+
+
+def params_and_grads(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    return params, generator
+
+
+def step(optimizer, params, generator, count=2):
+    for _ in range(count):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+def tensors(value):
+    return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def values(optimizer, params):
+    return [copy.deepcopy(dict(optimizer.state.get(param, {}))) for param in params]
+
+
+@every_settled
+def test_every_state_tensor_owns_its_storage(cls, options):
+    params, generator = params_and_grads()
+    optimizer = cls(params, **options)
+    step(optimizer, params, generator, 3)
+    held = [t for param in params for t in tensors(dict(optimizer.state[param]))]
+    assert held
+    for tensor in held:
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    assert len({t.untyped_storage().data_ptr() for t in held if t.numel()}) == sum(
+        t.numel() > 0 for t in held
+    )
+
+
+@every_settled
+@pytest.mark.parametrize("dropped", ["all", "one"])
+def test_state_that_is_dropped_is_freed_and_begins_anew(cls, options, dropped):
+    params, generator = params_and_grads()
+    optimizer = cls(params, **options)
+    step(optimizer, params, generator)
+    gone = params if dropped == "all" else params[:1]
+    held = [weakref.ref(t) for param in gone for t in tensors(dict(optimizer.state[param]))]
+    for param in params:
+        param.grad = None
+    for param in gone:
+        del optimizer.state[param]
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
+    step(optimizer, params, generator, 1)
+    assert all(torch.isfinite(param).all() for param in params)
+    assert optimizer.state[gone[0]]["step"] == 1
+
+
+@every_settled
+def test_entries_of_the_users_are_carried_saved_and_loaded_untouched(cls, options):
+    def run(with_entries):
+        params, generator = params_and_grads()
+        optimizer = cls(params, **options)
+        for param in params if with_entries else ():  # before the first step, too
+            optimizer.state[param]["before"] = torch.ones(2, dtype=torch.float64)
+        step(optimizer, params, generator)
+        for param in params if with_entries else ():
+            optimizer.state[param]["slow_weights"] = {
+                "weights": [param.detach().clone()],
+                "note": "mine",
+            }
+        step(optimizer, params, generator)
+        return optimizer, params, generator
+
+    optimizer, params, generator = run(with_entries=True)
+    plain, others, _ = run(with_entries=False)
+    for param, other in zip(params, others, strict=True):
+        assert torch.equal(param, other)
+        own, slow = optimizer.state[param], optimizer.state[param]["slow_weights"]
+        assert own["before"].tolist() == [1.0, 1.0]
+        assert slow["note"] == "mine"
+        assert own.keys() - {"before", "slow_weights"} == plain.state[other].keys()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copies = [nn.Parameter(param.detach().clone()) for param in params]
+    resumed = cls(copies, **options)
+    resumed.load_state_dict(torch.load(file))
+    for param, clone in zip(params, copies, strict=True):
+        mine, theirs = optimizer.state[param], resumed.state[clone]
+        assert theirs["before"].dtype == torch.float64
+        assert theirs["slow_weights"]["note"] == "mine"
+        assert torch.equal(theirs["slow_weights"]["weights"][0], mine["slow_weights"]["weights"][0])
+        assert theirs["slow_weights"]["weights"][0] is not mine["slow_weights"]["weights"][0]
+    other_generator = torch.Generator()
+    other_generator.set_state(generator.get_state())
+    step(optimizer, params, generator, 1), step(resumed, copies, other_generator, 1)
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+
+
+@every_settled
+@pytest.mark.parametrize("how", ["assigned", "data", "in place"])
+def test_a_tensor_that_is_replaced_counts_at_the_next_step(cls, options, how):
+    def run(how):
+        params, generator = params_and_grads()
+        optimizer = cls(params, **options)
+        step(optimizer, params, generator)
+        for param in params:
+            state = optimizer.state[param]
+            for key in [k for k in state if k != "step"]:
+                other = state[key].detach().clone() + (state[key].dtype.is_floating_point * 0.125)
+                if how == "assigned":
+                    state[key] = other
+                elif how == "data":
+                    state[key].data = other
+                else:
+                    state[key].copy_(other)
+        step(optimizer, params, generator, 1)
+        return params
+
+    for found, expected in zip(run(how), run("in place"), strict=True):
+        assert torch.equal(found, expected)
+
+
+@every_settled
+def test_saving_changes_nothing_and_a_parameters_file_holds_that_parameter_alone(cls, options):
+    params, generator = params_and_grads()
+    optimizer = cls(params, **options)
+    step(optimizer, params, generator)
+    before = {key: value for key, value in optimizer.__dict__.items() if "hooks" in key}
+    counts = {key: list(value) for key, value in before.items()}
+    versions = [t._version for p in params for t in tensors(dict(optimizer.state[p]))]
+    optimizer.state_dict()
+    assert {key: list(optimizer.__dict__[key]) for key in counts} == counts
+    assert [t._version for p in params for t in tensors(dict(optimizer.state[p]))] == versions
+    own = dict(optimizer.state[params[0]])
+    file = io.BytesIO()
+    torch.save(own, file)
+    entries = sum(tensor.nbytes for tensor in tensors(own))
+    assert len(file.getvalue()) < entries + 4096
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.pop("momentum"), "'momentum' of parameter second of shape .* is missing"),
+        (lambda s: s.update(momentum=s["momentum"].to("meta")), "state lies on meta"),
+        (
+            lambda s: s.update(momentum=torch.ones(3, 20, 24)),
+            r"'momentum' of .*second.*\(3, 20, 24",
+        ),
+    ],
+)
+def test_a_state_that_fits_no_longer_is_refused_before_anything_moves(spoil, message):
+    params, generator = params_and_grads()
+    names = ["first", "second", "third", "fourth", "fifth"]
+    optimizer = deepopt.DeepMomentum(list(zip(names, params, strict=True)), memory="linear")
+    step(optimizer, params, generator)
+    spoil(optimizer.state[params[1]])
+    before, states = [p.detach().clone() for p in params], values(optimizer, params)
+    with pytest.raises(RuntimeError, match=message):
+        step(optimizer, params, generator, 1)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    for old, new in zip(states, values(optimizer, params), strict=True):
+        for a, b in zip(tensors(old), tensors(new), strict=True):
+            assert a.is_meta or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["auto", "elementwise"])
+def test_parameters_over_one_storage_are_stepped_one_after_the_other(path):
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            base = torch.linspace(-1, 1, 2**16).view(256, 256)
+            params = [nn.Parameter(torch.empty(0)) for _ in range(3)]
+            params[0].data, params[1].data, params[2].data = base, base, base[64:128]
+            optimizer = deepopt.DeepMomentum(params, lr=0.1, path=path)
+            for _ in range(3):
+                for param in params:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
+            return base.clone()
+        finally:
+            torch.set_num_threads(before)
+
+    expected = run(1)
+    assert torch.isfinite(expected).all()
+    for _ in range(3):
+        assert torch.equal(run(4), expected)

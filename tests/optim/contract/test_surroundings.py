@@ -1,0 +1,115 @@
+"""What a user has switched on around ``step()`` changes nothing of what it computes."""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deepopt
+from deepopt.ops import backend
+from tests.optim.contract.helpers import EXPECTED_WARNINGS, every_settled
+
+pytestmark = EXPECTED_WARNINGS
+
+
+class Functions(TorchFunctionMode):
+    """Makes every tensor that is created a float64 one, as a careless mode may."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.zeros, torch.empty, torch.zeros_like, torch.empty_like):
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "enabled grad": torch.enable_grad,
+    "default device": lambda: torch.device("meta"),
+    "default dtype": default_dtype,
+    "deterministic": deterministic,
+    "function mode": Functions,
+    "dispatch mode": Operators,
+}
+
+
+def run(cls, options, surroundings, steps=4):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(20, 24), (20, 24), (64, 80), (5,)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = cls(params, **options)
+    for number in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        with surroundings() if number in (0, 2) else nullcontext():
+            optimizer.step()
+    return optimizer, params
+
+
+@every_settled
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_the_step_is_the_same_in_all_surroundings(cls, options, name):
+    exact, expected = run(cls, options, nullcontext)
+    optimizer, params = run(cls, options, SURROUNDINGS[name])
+    for found, wanted in zip(params, expected, strict=True):
+        if name == "default dtype":  # counts are of that one, as torch's are
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(found, wanted)
+        for key, tensor in exact.state[wanted].items():
+            other = optimizer.state[found][key]
+            assert (other.device, other.is_inference()) == (tensor.device, False)
+            assert key == "step" or other.dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("memory", ["linear", "delta", "covariance", "mlp"])
+def test_autocast_leaves_the_reference_alone(memory):
+    def final(surroundings):
+        with backend("reference"):
+            return run(deepopt.DeepMomentum, {"memory": memory}, surroundings)[1]
+
+    plain, cast = final(nullcontext), final(SURROUNDINGS["autocast"])
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_a_closure_runs_in_the_users_surroundings():
+    seen = []
+    param = nn.Parameter(torch.randn(20, 24))
+    optimizer = deepopt.DeepMomentum([param])
+
+    def closure():
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        param.grad = torch.ones_like(param)
+        return torch.tensor(1.0)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        optimizer.step(closure)
+    assert seen == [(True, True)]
