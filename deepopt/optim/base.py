@@ -26,8 +26,8 @@ from deepopt._compat import (
     use_grad_for_differentiable,
 )
 from deepopt.memory import Memory
-from deepopt.ops import move_
-from deepopt.ops.rounding import put, roundings, wide
+from deepopt.ops import apply_update_
+from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim import elementwise, groups, routing, sharding
 from deepopt.optim.elementwise import state_dtype
 from deepopt.optim.output_map import Identity, OutputMap
@@ -539,17 +539,17 @@ class MemoryOptimizer(Optimizer):
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
         if found_inf is None and on_host and not group["differentiable"]:
-            move_(params, updates, *rounding, float(lr), float(group["weight_decay"]))
+            apply_update_(params, updates, *rounding, float(lr), float(group["weight_decay"]))
             return
         decay = 1 - lr * group["weight_decay"]
         for param, update, kept in zip(params, updates, roundings(params, *rounding), strict=True):
-            old = wide(param, state_dtype(param), kept)
+            old = to_fp32(param, state_dtype(param), kept)
             if group["differentiable"]:  # autograd keeps factors: not what is written to next
                 old = old.clone()
             new = old * decay - update * lr
             if found_inf is not None:
                 new = torch.where(found_inf.to(param.device).squeeze() > 0, old, new)
-            put(param, new, kept)
+            store_rounded(param, new, kept)
 
     # -- checkpoints -------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ def check_rounding(group: dict[str, Any]) -> None:
 def lows_and_seeds(
     params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[int]]:
-    """What ``ops.move_`` and ``ops.adamw_`` need for the rounding of a group: before a step.
+    """What ``apply_update_`` and ``adamw_`` need for the rounding of a group: before a step.
 
     Low bits are in ``state["low"]``, made here, for bfloat16 parameters alone. Seeds are of the
     step count and the parameter's size: the same whatever else is stepped.
