@@ -1,6 +1,7 @@
 // deepopt::combine on the CPU: a tile of the result stays in the nearest cache for all terms.
 #include "../rules/combine.h"
 
+#include "../common/matrix_arguments.h"
 #include "operators.h"
 
 namespace deepopt {
@@ -98,16 +99,16 @@ Kernel kernel_for(ScalarType dtype, bool first) {
 }
 
 struct Term {
-  Matrices x;
+  const Matrices& x;
   const float* coefficients;  // one for each matrix, or for each row
   size_t width;
   Kernel add;
 
-  Term(const Tensor& tensor, const float* c, bool first)
-      : x(tensor),
+  Term(const Matrices& matrices, const float* c, bool first)
+      : x(matrices),
         coefficients(c),
-        width(tensor.element_size()),
-        add(kernel_for(tensor.scalar_type(), first)) {}
+        width(matrices.kept.element_size()),
+        add(kernel_for(matrices.kept.scalar_type(), first)) {}
   const char* at(int64_t entry) const { return static_cast<const char*>(x.data()) + entry * width; }
 };
 
@@ -179,30 +180,19 @@ Tensor combine(std::vector<Tensor> tensors, Tensor coefficients) {
 
 void combine_into(const Tensor& result, const std::vector<Tensor>& tensors,
                   const Tensor& coefficients) {
-  const auto sizes = tensors[0].sizes();
-  const auto given = coefficients.sizes();
-  STD_TORCH_CHECK(given.size() > 1 && given.size() <= std::min<size_t>(3, sizes.size() + 1) && given[0] == int64_t(tensors.size()) &&
-                      std::equal(given.begin() + 1, given.end(), sizes.begin()),
-                  "deepopt::combine: coefficients must be of shape (tensors, B) or (tensors, B, m)");
-  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Float,
-                  "deepopt::combine: coefficients of another dtype than float32 have no kernel");
-  const Tensor factors = torch::stable::contiguous(coefficients);
-  const int64_t rows = factors.numel() / given[0];
+  const CombineArguments given(tensors, coefficients);
   if (!result.numel()) return;
   std::vector<Term> terms;
   bool same = true;
   for (size_t k = 0; k < tensors.size(); ++k) {
-    const auto shape = tensors[k].sizes();
-    STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()),
-                    "deepopt::combine: tensors must have one shape");
-    terms.emplace_back(tensors[k], factors.const_data_ptr<float>() + k * rows, k == 0);
-    same = same && !terms.back().x.transposed;
+    terms.emplace_back(given.terms[k], given.coefficients(k), k == 0);
+    same = same && !given.terms[k].transposed;
   }
   float* to = result.mutable_data_ptr<float>();
   if (same) {
-    straight(to, terms, rows, result.numel() / rows);
+    straight(to, terms, given.rows, result.numel() / given.rows);
   } else {
-    turned(to, terms, given.size() == 3);
+    turned(to, terms, given.by_row);
   }
 }
 

@@ -1,13 +1,11 @@
 // deepopt::coordinate_mlp and deepopt::coordinate_mlp_gradient on the CPU: tile by tile, in the
 // nearest cache, unit after unit, each a loop over entries that the compiler vectorises.
-#include "../rules/coordinate_mlp.h"
-
-#include "matrices.h"
+#include "../common/coordinate_mlp_arguments.h"
+#include "../common/matrices.h"
 
 namespace deepopt {
 namespace {
 
-constexpr int kMostFeatures = 4;
 constexpr int64_t kTile = 512;  // entries
 constexpr int64_t kFew = kChunk;  // entries that are worth a thread: each takes long here
 constexpr int kLanes = 16;      // in which gradients are summed, on every processor
@@ -91,46 +89,9 @@ DEEPOPT_CLONES void slopes(const Correction& rule, float* to, const float* base,
   for (int64_t i = 0; i < count; ++i) to[i] = by.slope(base[i], value[i], target[i]);
 }
 
-// What both operators are given, in one layout.
-struct Given {
-  std::vector<Tensor> kept;
-  const float *base, *reach, *scales, *weights;
-  std::vector<const float*> features;
-  int64_t batch, entries, units;
-
-  Given(const Tensor& base_, const Tensor& reach_, const std::vector<Tensor>& features_,
-        const Tensor& scales_, const Tensor& weights_) {
-    const auto count = int64_t(features_.size());
-    STD_TORCH_CHECK(count > 0 && count <= kMostFeatures,
-                    "deepopt::coordinate_mlp: more than 4 features have no kernel");
-    STD_TORCH_CHECK(base_.dim() == 3 && weights_.dim() == 3 && weights_.size(2) == count + 1,
-                    "deepopt::coordinate_mlp: base must be of shape (B, m, n) and weights of shape "
-                    "(B, units, features + 1)");
-    batch = base_.size(0), units = weights_.size(1);
-    entries = base_.size(1) * base_.size(2);
-    STD_TORCH_CHECK(reach_.numel() == batch && scales_.numel() == batch * count &&
-                        weights_.size(0) == batch,
-                    "deepopt::coordinate_mlp: reach, scales and weights must be of B matrices");
-    base = pointer(base_, batch * entries);
-    for (const auto& feature : features_) features.push_back(pointer(feature, batch * entries));
-    reach = pointer(reach_, batch);
-    scales = pointer(scales_, batch * count);
-    weights = pointer(weights_, batch * units * (count + 1));
-  }
-
-  const float* pointer(const Tensor& tensor, int64_t count) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.numel() == count,
-                    "deepopt::coordinate_mlp: tensors must be float32 and of one shape");
-    kept.push_back(torch::stable::contiguous(tensor));
-    return kept.back().const_data_ptr<float>();
-  }
-
-  int width() const { return int(features.size()) + 1; }
-};
-
 // A tile's features, the tanh of its units and their weighted sum; what lies beyond count is zero.
 struct Tile {
-  alignas(64) float x[kMostFeatures][kTile];
+  alignas(64) float x[CoordinateMlp::kMostFeatures][kTile];
   alignas(64) float value[kTile];
   alignas(64) float slope[kTile];
   std::vector<float> active;
@@ -138,17 +99,17 @@ struct Tile {
 
   Tile(int64_t units, bool keeps) : active((keeps ? units : 1) * kTile), keeps(keeps) {}
 
-  void forward(const Given& given, int64_t b, int64_t at, int64_t count) {
-    const int width = given.width();
+  void forward(const CoordinateMlp& mlp, int64_t b, int64_t at, int64_t count) {
+    const int width = mlp.count + 1;
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     for (int f = 0; f < width - 1; ++f) {
-      scale(x[f], given.features[f] + at, given.scales[b * (width - 1) + f], count);
+      scale(x[f], mlp.features[f] + at, mlp.scales[b * (width - 1) + f], count);
       std::fill(x[f] + count, x[f] + padded, 0.0f);
     }
     std::fill(value, value + padded, 0.0f);
-    for (int64_t k = 0; k < given.units; ++k) {
+    for (int64_t k = 0; k < mlp.units; ++k) {
       float* a = active.data() + (keeps ? k : 0) * kTile;
-      kUnit[width - 2](given.weights + (b * given.units + k) * width, x, value, a, count);
+      kUnit[width - 2](mlp.weights + (b * mlp.units + k) * width, x, value, a, count);
       std::fill(a + count, a + padded, 0.0f);
     }
     std::fill(slope + count, slope + padded, 0.0f);
@@ -157,16 +118,17 @@ struct Tile {
 
 Tensor coordinate_mlp(Tensor base, Tensor reach, std::vector<Tensor> features, Tensor scales,
                       Tensor weights) {
-  const Given given(base, reach, features, scales, weights);
+  const CoordinateMlpArguments given(base, reach, features, scales, weights);
+  const CoordinateMlp& mlp = given.mlp;
   Tensor result = torch::stable::empty(base.sizes(), ScalarType::Float);
   float* to = result.mutable_data_ptr<float>();
-  for_pieces(given.batch, given.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
-    Tile tile(given.units, false);
-    const Correction rule{given.reach[b], 0, 0};
+  for_pieces(mlp.batch, mlp.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
+    Tile tile(mlp.units, false);
+    const Correction rule{mlp.reach[b], 0, 0};
     for (int64_t from = begin; from < end; from += kTile) {
-      const int64_t at = b * given.entries + from, count = std::min(kTile, end - from);
-      tile.forward(given, b, at, count);
-      finish(rule, to + at, given.base + at, tile.value, count);
+      const int64_t at = b * mlp.entries + from, count = std::min(kTile, end - from);
+      tile.forward(mlp, b, at, count);
+      finish(rule, to + at, mlp.base + at, tile.value, count);
     }
   }, kFew);
   return result;
@@ -174,22 +136,23 @@ Tensor coordinate_mlp(Tensor base, Tensor reach, std::vector<Tensor> features, T
 
 Tensor coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor> features,
                                Tensor scales, Tensor weights, Tensor target, Tensor unit) {
-  Given given(base, reach, features, scales, weights);
-  const float* aim = given.pointer(target, given.batch * given.entries);
-  const float* units = given.pointer(unit, given.batch);
-  const int width = given.width();
-  const int64_t numbers = given.units * width, each = chunks_of(given.entries);
-  std::vector<double> partial(given.batch * each * numbers);
-  for_pieces(given.batch, given.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t c) {
-    Tile tile(given.units, true);
+  CoordinateMlpArguments given(base, reach, features, scales, weights);
+  const CoordinateMlp& mlp = given.mlp;
+  const float* aim = given.read(target, mlp.batch * mlp.entries);
+  const float* units = given.read(unit, mlp.batch);
+  const int width = mlp.count + 1;
+  const int64_t numbers = mlp.units * width, each = chunks_of(mlp.entries);
+  std::vector<double> partial(mlp.batch * each * numbers);
+  for_pieces(mlp.batch, mlp.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t c) {
+    Tile tile(mlp.units, true);
     std::vector<float> sums(numbers * kLanes);
-    const float share = given.reach[b] / units[b] / float(given.entries);
-    const Correction rule{given.reach[b], 1 / units[b], share};
+    const float share = mlp.reach[b] / units[b] / float(mlp.entries);
+    const Correction rule{mlp.reach[b], 1 / units[b], share};
     for (int64_t from = begin; from < end; from += kTile) {
-      const int64_t at = b * given.entries + from, count = std::min(kTile, end - from);
-      tile.forward(given, b, at, count);
-      slopes(rule, tile.slope, given.base + at, tile.value, aim + at, count);
-      for (int64_t k = 0; k < given.units; ++k) {
+      const int64_t at = b * mlp.entries + from, count = std::min(kTile, end - from);
+      tile.forward(mlp, b, at, count);
+      slopes(rule, tile.slope, mlp.base + at, tile.value, aim + at, count);
+      for (int64_t k = 0; k < mlp.units; ++k) {
         const float* active = tile.active.data() + k * kTile;
         kLearn[width - 2](sums.data() + k * width * kLanes, tile.x, active, tile.slope, count);
       }
@@ -202,12 +165,12 @@ Tensor coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor> fe
   }, kFew);
   Tensor gradient = torch::stable::empty(weights.sizes(), ScalarType::Float);
   float* to = gradient.mutable_data_ptr<float>();
-  for (int64_t b = 0; b < given.batch; ++b) {
+  for (int64_t b = 0; b < mlp.batch; ++b) {
     for (int64_t s = 0; s < numbers; ++s) {
       double sum = 0;
       for (int64_t c = 0; c < each; ++c) sum += partial[(b * each + c) * numbers + s];
       const bool readout = s % width == width - 1;
-      const float v = given.weights[b * numbers + s / width * width + width - 1];
+      const float v = mlp.weights[b * numbers + s / width * width + width - 1];
       to[b * numbers + s] = float(readout ? sum : sum * double(v));
     }
   }

@@ -1,7 +1,7 @@
 // deepopt::multi_scale_write on the CPU.
-#include "multi_scale.h"
+#include "../common/multi_scale_arguments.h"
 
-#include "matrices.h"
+#include "../common/matrices.h"
 
 namespace deepopt {
 namespace {
@@ -24,13 +24,13 @@ DEEPOPT_CLONES void take_in(const MultiScale& rule, const MultiScale::Factors& f
 std::tuple<Tensor, Tensor, Tensor> multi_scale_write(Tensor momentum, Tensor slow, Tensor grad,
                                                      Tensor step, double retention,
                                                      int64_t slow_chunk, double beta3) {
-  const MultiScaleTensors of(momentum, slow, grad, step, retention, slow_chunk, beta3);
-  const MultiScale& rule = of.rule;
+  const MultiScaleArguments given(momentum, slow, grad, step, retention, slow_chunk, beta3);
+  const MultiScale& rule = given.rule;
   for_pieces(rule.batch, rule.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
     const int64_t first = b * rule.entries;
     take_in(rule, rule.factors(b), first + begin, first + end);
   });
-  return of.results();
+  return given.results();
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Operators that others are made of.
 #pragma once
-#include "matrices.h"
+#include "../common/matrices.h"
 
 namespace deepopt {
 

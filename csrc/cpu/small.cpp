@@ -4,7 +4,7 @@
 #include "small.h"
 
 #include "../rules/rule.h"
-#include "multi_tensor.h"
+#include "../common/multi_tensor.h"
 
 #include <cfloat>
 #include <cmath>

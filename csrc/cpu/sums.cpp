@@ -1,6 +1,7 @@
 // deepopt::frobenius and deepopt::row_products on the CPU.
 #include "../rules/sums.h"
 
+#include "../common/matrix_arguments.h"
 #include "operators.h"
 
 namespace deepopt {
@@ -89,17 +90,10 @@ DEEPOPT_CLONES void add_products(const float* x, const float* y, int64_t stride,
   }
 }
 
-void check_float(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float,
-                  "deepopt: sums of another dtype than float32 have no kernel");
-}
-
 }  // namespace
 
 Tensor frobenius(Tensor matrices) {
-  check_float(matrices);
-  STD_TORCH_CHECK(matrices.dim() == 3, "deepopt::frobenius: matrices must be of shape (B, m, n)");
-  const Matrices x(matrices);
+  const Matrices x = frobenius_argument(matrices);
   Tensor norms = torch::stable::empty({x.batch}, ScalarType::Float);
   const auto* data = static_cast<const float*>(x.data());
   const int64_t each = chunks_of(x.entries());
@@ -117,20 +111,9 @@ Tensor frobenius(Tensor matrices) {
 }
 
 Tensor row_products(std::vector<Tensor> tensors) {
-  STD_TORCH_CHECK(tensors.size() == 1 || tensors.size() == 2,
-                  "deepopt::row_products: more than two tensors have no kernel");
-  for (const auto& tensor : tensors) {
-    check_float(tensor);
-    STD_TORCH_CHECK(tensor.dim() == 3, "deepopt::row_products: tensors must be of shape (B, m, n)");
-  }
-  const bool two = tensors.size() == 2;
-  Matrices x(tensors[0]), y(tensors.back());
-  STD_TORCH_CHECK(x.batch == y.batch && x.rows == y.rows && x.columns == y.columns,
-                  "deepopt::row_products: tensors must have one shape");
-  if (x.transposed != y.transposed) {  // rare: one of them is copied
-    Matrices& turned = x.transposed ? x : y;
-    turned = Matrices(torch::stable::contiguous(turned.kept));
-  }
+  const RowProductsArguments given(tensors);
+  const Matrices &x = given.x, &y = given.y;
+  const bool two = given.two;
   const int64_t pairs = two ? 3 : 1, m = x.rows, n = x.columns, rows = x.batch * m;
   Tensor result = torch::stable::empty({pairs, x.batch, m}, ScalarType::Float);
   float* to = result.mutable_data_ptr<float>();

@@ -1,4 +1,4 @@
-#include "adamw.h"
+#include "adamw_kernels.h"
 
 #include "parameter.cuh"
 
@@ -44,9 +44,9 @@ __device__ __forceinline__ AdamW<S> rule_at(AdamW<S> rule, const AtStep<S>& own,
 template <Rounding R, class P, class G, class S>
 __device__ __forceinline__ void entry(const AdamW<S>& rule, P& p, const G& g, S& m, S& v,
                                       uint16_t& low, uint32_t key, uint32_t place) {
-  S value = wide_of<R>(p, low);
+  S value = to_fp32<R>(p, low);
   rule(value, widened(g), m, v);
-  keep<R>(value, p, low, key, place);
+  store_rounded<R>(value, p, low, key, place);
 }
 
 template <class P, class G, class S, Rounding R>

@@ -1,5 +1,5 @@
 #include "device.cuh"
-#include "matrices.h"
+#include "matrix_kernels.h"
 
 namespace deepopt::cuda {
 namespace {
@@ -17,7 +17,7 @@ struct Entries {
   int64_t b, at[kEach];
   bool inside[kEach];
 
-  __device__ __forceinline__ Entries(const Mlp& mlp) {
+  __device__ __forceinline__ Entries(const CoordinateMlp& mlp) {
     const int64_t parts = parts_of(mlp.entries, kMlpEntries);
     b = blockIdx.x / parts;
     const int64_t begin = blockIdx.x % parts * kMlpEntries;
@@ -36,7 +36,7 @@ struct Entries {
   }
 
   // The weighted sum of the units, in their order.
-  __device__ __forceinline__ void forward(const Mlp& mlp, float (&weights)[kUnits * (F + 1)]) {
+  __device__ __forceinline__ void forward(const CoordinateMlp& mlp, float (&weights)[kUnits * (F + 1)]) {
     for (int first = 0; first < mlp.units; first += kUnits) {
       const int units = share(mlp, first, weights);
       for (int k = 0; k < units; ++k) {
@@ -48,7 +48,7 @@ struct Entries {
   }
 
   // Brings the weights of up to kUnits units into shared memory, and says of how many.
-  __device__ __forceinline__ int share(const Mlp& mlp, int first,
+  __device__ __forceinline__ int share(const CoordinateMlp& mlp, int first,
                                        float (&weights)[kUnits * (F + 1)]) const {
     const int units = mlp.units - first < kUnits ? mlp.units - first : kUnits;
     const float* from = mlp.weights + (b * mlp.units + first) * (F + 1);
@@ -61,7 +61,7 @@ struct Entries {
 
 template <int F>
 __global__ void __launch_bounds__(kThreads)
-    mlp_forward(float* result, const __grid_constant__ Mlp mlp) {
+    mlp_forward(float* result, const __grid_constant__ CoordinateMlp mlp) {
   __shared__ float weights[kUnits * (F + 1)];
   Entries<F> entries(mlp);
   entries.forward(mlp, weights);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
 // more registers, or more memory traffic, than taking it costs.
 template <int F>
 __global__ void __launch_bounds__(kThreads)
-    mlp_gradient(double* partial, const __grid_constant__ Mlp mlp, const float* target,
+    mlp_gradient(double* partial, const __grid_constant__ CoordinateMlp mlp, const float* target,
                  const float* unit) {
   __shared__ float weights[kUnits * (F + 1)];
   __shared__ float sums[kWarps][kUnits * (F + 1)];
@@ -137,13 +137,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int F>
-void forward(float* result, const Mlp& mlp, void* stream) {
+void forward(float* result, const CoordinateMlp& mlp, void* stream) {
   launch(mlp_forward<F>, mlp.batch * parts_of(mlp.entries, kMlpEntries), kThreads, stream, result,
          mlp);
 }
 
 template <int F>
-void gradients(double* partial, const Mlp& mlp, const float* target, const float* unit,
+void gradients(double* partial, const CoordinateMlp& mlp, const float* target, const float* unit,
                void* stream) {
   launch(mlp_gradient<F>, mlp.batch * parts_of(mlp.entries, kMlpEntries), kThreads, stream, partial,
          mlp, target, unit);
@@ -151,12 +151,12 @@ void gradients(double* partial, const Mlp& mlp, const float* target, const float
 
 }  // namespace
 
-void coordinate_mlp(float* result, const Mlp& mlp, void* stream) {
+void coordinate_mlp(float* result, const CoordinateMlp& mlp, void* stream) {
   constexpr decltype(&forward<1>) kernels[] = {forward<1>, forward<2>, forward<3>, forward<4>};
   kernels[mlp.count - 1](result, mlp, stream);
 }
 
-void coordinate_mlp_gradient(float* gradient, double* partial, const Mlp& mlp, const float* target,
+void coordinate_mlp_gradient(float* gradient, double* partial, const CoordinateMlp& mlp, const float* target,
                              const float* unit, void* stream) {
   constexpr decltype(&gradients<1>) kernels[] = {gradients<1>, gradients<2>, gradients<3>,
                                                  gradients<4>};

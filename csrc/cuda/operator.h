@@ -1,6 +1,6 @@
 // The torch side of the operators on CUDA: device, stream, errors, and how tensors get into a table.
 #pragma once
-#include "../cpu/parameter.h"
+#include "../common/roundings.h"
 #include "tables.h"
 
 #if defined(DEEPOPT_EMULATED)

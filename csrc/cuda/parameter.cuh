@@ -13,7 +13,7 @@ __device__ __forceinline__ uint16_t low_half(const P& x) {
 }
 
 template <Rounding R, class P>
-__device__ __forceinline__ auto wide_of(const P& p, uint16_t low) {
+__device__ __forceinline__ auto to_fp32(const P& p, uint16_t low) {
   if constexpr (R == Rounding::exact) {
     return joined(low_half(p), low);
   } else {
@@ -22,7 +22,7 @@ __device__ __forceinline__ auto wide_of(const P& p, uint16_t low) {
 }
 
 template <Rounding R, class P, class S>
-__device__ __forceinline__ void keep(S value, P& p, uint16_t& low, uint32_t key, uint32_t place) {
+__device__ __forceinline__ void store_rounded(S value, P& p, uint16_t& low, uint32_t key, uint32_t place) {
   if constexpr (R == Rounding::nearest) {
     narrow(value, p);
   } else {

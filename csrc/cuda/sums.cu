@@ -1,7 +1,7 @@
 #include "../rules/sums.h"
 
 #include "device.cuh"
-#include "matrices.h"
+#include "matrix_kernels.h"
 
 namespace deepopt::cuda {
 namespace {

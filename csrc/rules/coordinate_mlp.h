@@ -12,6 +12,16 @@
 
 namespace deepopt {
 
+// For a stack of B matrices, one after the other in every array.
+struct CoordinateMlp {
+  static constexpr int kMostFeatures = 4;
+
+  const float *base, *reach, *scales, *weights;
+  const float* features[kMostFeatures];
+  int count, units;        // features, and hidden units
+  int64_t batch, entries;  // of a matrix
+};
+
 template <int F>
 DEEPOPT_RULE float unit_value(const float* w, const float (&x)[F]) {
   float drive = w[0] * x[0];

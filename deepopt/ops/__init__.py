@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deepopt.ops.adamw import adamw_
+from deepopt.ops.apply_update import apply_update_
 from deepopt.ops.combine import combine, row_products
 from deepopt.ops.coordinate_mlp import (
     coordinate_mlp,
@@ -14,25 +15,27 @@ from deepopt.ops.delta_write import delta_write
 from deepopt.ops.gram_average import gram_average
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.matmul import matmul
-from deepopt.ops.move import move_
 from deepopt.ops.multi_scale_write import multi_scale_write
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import backend, load_extensions
-from deepopt.ops.ridge import ridge
-from deepopt.ops.update import (
+from deepopt.ops.orthogonal_update import (
+    ScaleArguments,
     adam_ratio,
     adam_size,
     orthogonal_update,
-    resize,
     rms_gain,
     row_gains,
+    scale_update,
 )
+from deepopt.ops.ridge import ridge
 
 __all__ = [
+    "ScaleArguments",
     "adam_ratio",
     "adam_size",
     "adamw_",
+    "apply_update_",
     "backend",
     "combine",
     "coordinate_mlp",
@@ -42,19 +45,18 @@ __all__ = [
     "gram_average",
     "inverse_power",
     "matmul",
-    "move_",
     "multi_scale_write",
     "newton_schulz",
     "normalized",
     "orthogonal_update",
     "polar_express",
-    "resize",
     "ridge",
     "rms_gain",
     "root_mean_square",
     "row_gains",
     "row_products",
     "running_root",
+    "scale_update",
 ]
 
 # In a checkout the Triton kernels lie in csrc/triton; an installation has them beside this file.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
-from deepopt.ops.rounding import put, roundings, wide
+from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 
 
 @operator(
@@ -46,8 +46,8 @@ def adamw_(
         exp_avg_sqs: v.
         steps: t before this step, one number each on the CPU or, for CUDA kernels, on the device;
             counted up.
-        lows: as in :func:`move_`.
-        seeds: as in :func:`move_`.
+        lows: as in :func:`apply_update_`.
+        seeds: as in :func:`apply_update_`.
         lr: γ.
         beta1: retention of m.
         beta2: retention of v.
@@ -68,8 +68,10 @@ def adamw_(
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (exp_avg_sq.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
-        value = wide(param, exp_avg.dtype, rounding).mul(1 - lr * weight_decay)
-        put(param, value.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**t)), rounding)
+        value = to_fp32(param, exp_avg.dtype, rounding).mul(1 - lr * weight_decay)
+        store_rounded(
+            param, value.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**t)), rounding
+        )
 
 
 def _views(whole: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -50,14 +50,18 @@ class Operator(Generic[P, R]):
     """A function that chooses its backend; ``torch.ops.deepopt`` has it under the same name."""
 
     def __init__(
-        self, reference: Callable[P, R], schema: str, supports: Callable[..., bool]
+        self,
+        reference: Callable[P, R],
+        schema: str,
+        supports: Callable[..., bool],
+        packed: type[tuple[Any, ...]] | None = None,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
         self.name = reference.__name__
         self.implementations: dict[str, Implementation] = {}
         self.supports = supports
-        self._schema = schema
+        self._schema, self._packed = schema, packed
         self.overload = self._defined(self.name, reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -66,7 +70,8 @@ class Operator(Generic[P, R]):
             return self.reference(*args, **kwargs)
         if chosen == "compiled":
             return self._compiled(*args, **kwargs)
-        result = self.implementations[chosen].run(*args, **kwargs)
+        given: Sequence[Any] = args if self._packed is None else self._flat(args)
+        result = self.implementations[chosen].run(*given, **kwargs)
         if self._mutates:  # parameters come first; autograd must see that they have changed
             first = self.overload._schema.arguments[0].name
             changed: Any = args[0] if args else kwargs[first]
@@ -121,13 +126,30 @@ class Operator(Generic[P, R]):
         overload = getattr(torch.ops.deepopt, name).default
         arguments = overload._schema.arguments
         self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
+        run: Callable[..., Any] = self._taking_flat(kernel, len(arguments))
+        fake: Callable[..., Any] = self._taking_flat(self.reference, len(arguments))
         if self._mutates:  # and returns nothing
-            fake: Callable[..., Any] = lambda *args, **kwargs: None  # noqa: E731
+            fake = lambda *args, **kwargs: None  # noqa: E731
         else:
-            kernel, fake = _contiguous(kernel), _contiguous(self.reference)
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+            run, fake = _contiguous(run), _contiguous(fake)
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"deepopt::{name}", fake, lib=_LIBRARY)
         return overload
+
+    def _flat(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments as the schema lists them: a packed one spread out."""
+        *first, last = args
+        if self._packed is None or not isinstance(last, self._packed):
+            return args
+        return (*first, *tuple(last))
+
+    def _taking_flat(self, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+        """``function``, called with the ``count`` arguments of the schema."""
+        packed: Any = self._packed
+        if packed is None:
+            return function
+        first = count - len(packed._fields)
+        return lambda *flat: function(*flat[:first], packed(*flat[first:]))
 
     @functools.cached_property
     def _compiled(self) -> Callable[P, R]:
@@ -135,17 +157,23 @@ class Operator(Generic[P, R]):
 
 
 def operator(
-    schema: str, supports: Callable[..., bool] = _always
+    schema: str,
+    supports: Callable[..., bool] = _always,
+    packed: type[tuple[Any, ...]] | None = None,
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Decorator: the function is the reference of an operator of its name.
 
     Args:
-        schema: the rest of it, as ``torch.library`` has it: "(Tensor a) -> Tensor".
+        schema: the arguments and results, as ``torch.library`` writes them after the name:
+            "(Tensor a) -> Tensor".
         supports: whether the kernels of the extensions take the arguments (default: always).
+        packed: type of the function's last argument, a ``NamedTuple`` whose fields are the last
+            arguments of the schema: what is long is then spelled once, and passed on as one
+            (default: no argument is packed).
     """
 
     def define(reference: Callable[P, R]) -> Operator[P, R]:
-        made = OPERATORS[reference.__name__] = Operator(reference, schema, supports)
+        made = OPERATORS[reference.__name__] = Operator(reference, schema, supports, packed)
         return made
 
     return define

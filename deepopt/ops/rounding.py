@@ -31,7 +31,7 @@ def roundings(
     ]
 
 
-def wide(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
+def to_fp32(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
     """The numbers that a parameter stands for, in ``dtype``; the parameter itself if it has it."""
     if not isinstance(rounding, Tensor):
         return param.to(dtype)
@@ -41,8 +41,8 @@ def wide(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
     return (high + low.masked_fill(stale, 0)).view(torch.float32)
 
 
-def put(param: Tensor, value: Tensor, rounding: Rounding) -> None:
-    """Write numbers of :func:`wide` back."""
+def store_rounded(param: Tensor, value: Tensor, rounding: Rounding) -> None:
+    """Write numbers of :func:`to_fp32` back."""
     if rounding is None:
         param.copy_(value)
         return

@@ -29,14 +29,23 @@ from deepopt._compat import (
     without_function_mode,
 )
 from deepopt.memory import Memory
-from deepopt.ops import move_
-from deepopt.ops.rounding import put, roundings, wide
+from deepopt.ops import apply_update_
+from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim import checkpoint
-from deepopt.optim.engine import adamw_path, sharding
+from deepopt.optim.engine import State, adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
-from deepopt.optim.engine.buckets import Bucket, Group, Parts, Sorted, sort
+from deepopt.optim.engine.buckets import (
+    Bucket,
+    Group,
+    Parts,
+    Sorted,
+    check_kept,
+    check_states,
+    distribute,
+    sort,
+    stacked,
+)
 from deepopt.optim.engine.rounding import check_dtypes, check_rounding, lows_and_seeds
-from deepopt.optim.engine.stacking import State, check_states, distribute, stacked
 from deepopt.optim.output_map import Identity, OutputMap
 
 IDENTITY = Identity()
@@ -345,24 +354,31 @@ class MemoryOptimizer(Optimizer):
             lows, seeds = NO_ROUNDING
             if group["rounding"] != "nearest":
                 lows, seeds = lows_and_seeds(params, states, group)
-            self._move(params, updates, lows, seeds, group, found_inf, kind.wrapped)
+            self._apply(params, updates, lows, seeds, group, found_inf, kind.wrapped)
         _count(steps, found_inf)
 
     def _step_shared(
         self, shared: list[tuple[Bucket, list[State]]], found_inf: Tensor | None
     ) -> None:
         buckets = [bucket for bucket, _ in shared]
+
+        def advance(index: int, whole: State, grad: Tensor) -> Tensor:
+            before = dict(whole)
+            update = _advance(buckets[index], whole, grad, found_inf)
+            check_kept(before, whole)
+            return update
+
         sharding.step(
             [sharding.ShardedBucket.of(bucket, own) for bucket, own in shared],
-            lambda i, whole, grad: _advance(buckets[i], whole, grad, found_inf),
-            lambda i, piece, update: self._move(
+            advance,
+            lambda i, piece, update: self._apply(
                 [piece], [update], [], [], buckets[i].group, found_inf
             ),
         )
         for _, own in shared:
             _count([state["step"] for state in own], found_inf)
 
-    def _move(
+    def _apply(
         self,
         params: list[Tensor],
         updates: list[Tensor],
@@ -376,7 +392,7 @@ class MemoryOptimizer(Optimizer):
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
         if found_inf is None and on_host and not group["differentiable"] and not wrapped:
-            move_(params, updates, lows, seeds, float(lr), float(group["weight_decay"]))
+            apply_update_(params, updates, lows, seeds, float(lr), float(group["weight_decay"]))
             return
         decay = 1 - lr * group["weight_decay"]
         for param, update, kept in zip(
@@ -388,13 +404,13 @@ class MemoryOptimizer(Optimizer):
                     update, decay = torch.where(skip, 0, update), torch.where(skip, 1, decay)
                 param.mul_(decay).add_((update * -lr).to(param.dtype))
                 continue
-            old = wide(param, state_dtype(param), kept)
+            old = to_fp32(param, state_dtype(param), kept)
             if group["differentiable"]:  # autograd keeps factors: not what is written to next
                 old = old.clone()
             new = old * decay - update * lr
             if found_inf is not None:
                 new = torch.where(found_inf.to(param.device).squeeze() > 0, old, new)
-            put(param, new, kept)
+            store_rounded(param, new, kept)
 
     # -- checkpoints -------------------------------------------------------------------------
 

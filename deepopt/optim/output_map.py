@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from deepopt._compat import multiplies_bfloat16_faster
-from deepopt.ops import adam_size, newton_schulz, normalized, orthogonal_update, polar_express
+from deepopt.ops import (
+    ScaleArguments,
+    adam_size,
+    newton_schulz,
+    normalized,
+    orthogonal_update,
+    polar_express,
+)
 from deepopt.ops.newton_schulz import Coefficients
 from deepopt.ops.products import SHORTEST
 
@@ -133,22 +140,20 @@ class Orthogonal:
         other, weight = beside or (None, None)
         # Under another default dtype than the matrices', counts are of that one.
         step = state["step"].float() if momentum.dtype == torch.float32 else state["step"]
-        update, *new = orthogonal_update(
+        scale = ScaleArguments(
             momentum,
-            self._coefficients,
-            products_dtype(momentum),
-            other,
-            weight,
-            gain,
             grad,
             step,
-            state["grad_norm"] if self.update_rms is None else None,
-            state["row_moment"] if self.row_norm else None,
-            state["row_weight"] if self.row_norm else None,
             *betas,
             self.rms_cap,
             self.update_rms,
+            grad_norm=state["grad_norm"] if self.update_rms is None else None,
+            row_moment=state["row_moment"] if self.row_norm else None,
+            row_weight=state["row_weight"] if self.row_norm else None,
+            gain=gain,
+            weight=weight,
         )
+        update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
         state.update(zip(kept, new, strict=True))
         return update
 

@@ -19,7 +19,7 @@ from tests.ops.test_parity import TABLE, Shape, run
 
 def given(*sizes: int) -> dict[str, list[Any]]:
     """Operators and their arguments, without those that are made of others."""
-    made_of_others = ("resize", "orthogonal_update")
+    made_of_others = ("scale_update", "orthogonal_update")
     names = [name for name, case in TABLE.items() if not case.small and name not in made_of_others]
     found = {name: TABLE[name].arguments(Shape(sizes=sizes)) for name in names}
     found["combine, columns too"] = TABLE["combine"].arguments(Shape(sizes=sizes, terms=3))

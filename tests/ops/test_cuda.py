@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import deepopt
-from deepopt.ops import adamw_, backend, combine, frobenius, move_, multi_scale_write, resize
+from deepopt.ops import (
+    ScaleArguments,
+    adamw_,
+    apply_update_,
+    backend,
+    combine,
+    frobenius,
+    multi_scale_write,
+    scale_update,
+)
 from deepopt.ops.operator import UNAVAILABLE
 from tests.gpu import captured, no_waiting
 
@@ -38,13 +47,14 @@ def test_operators_do_not_wait_for_the_device():
     with backend("cuda"), no_waiting():
         adamw_(*given, [], [], *RATES)
         adamw_(*given[:4], steps, [], [], *RATES)
-        move_(given[0], given[1], [], [], 1e-2, 0.1)
+        apply_update_(given[0], given[1], [], [], 1e-2, 0.1)
         matrices = given[0][0][None]
         combine([matrices, matrices], ones.expand(2, 1))
         frobenius(matrices)
         for step in (host, ones):
-            states = (step + 1, norm, rows, rows)
-            resize([matrices], None, matrices, ones, matrices, *states, 0.9, 0.99, 1.5, None)
+            states = (norm, rows, rows, ones)  # and a gain
+            numbers = (step + 1, 0.9, 0.99, 1.5, None)
+            scale_update([matrices], ScaleArguments(matrices, matrices, *numbers, *states))
         multi_scale_write(matrices, matrices, matrices, ones, 0.9, 3, 0.99)
 
 
@@ -114,7 +124,7 @@ def test_tensors_of_host_and_device_are_refused():
         with backend("cuda"), pytest.raises(RuntimeError, match="one device"):
             adamw_(*given, [], [], *RATES)
         with backend("cuda"), pytest.raises(RuntimeError, match="one device"):
-            move_(given[0], [g.cpu() for g in given[1]], [], [], 1e-2, 0.1)
+            apply_update_(given[0], [g.cpu() for g in given[1]], [], [], 1e-2, 0.1)
 
 
 def test_tensors_of_two_devices_are_refused():
@@ -133,7 +143,7 @@ def test_more_entries_than_32_bits_count():
     param = torch.zeros(entries, device=CUDA)
     update = torch.ones(entries, device=CUDA)
     with backend("cuda"):
-        move_([param], [update], [], [], 0.5, 0.0)
+        apply_update_([param], [update], [], [], 0.5, 0.0)
     assert param[-6:].tolist() == [-0.5] * 6
     assert param.sum(dtype=torch.float64).item() == -0.5 * entries
 

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepopt.ops import backend, delta_write, polar_express
+from deepopt.ops import ScaleArguments, backend, delta_write, polar_express
 from deepopt.ops.operator import OPERATORS, UNAVAILABLE
 from deepopt.ops.products import LONGEST, SHORTEST
-from deepopt.ops.rounding import wide
+from deepopt.ops.rounding import to_fp32
 
 EPS = torch.finfo(torch.float32).eps
 TANH = 3 * EPS  # 6 units in the last place, for values of at most 1
@@ -113,7 +113,7 @@ def frobenius_bounds(given: Arguments, backend: str) -> list[Tensor]:
     return [EPS * roundings * torch.linalg.matrix_norm(given[0])]
 
 
-def resize_arguments(shape: Shape) -> Arguments:
+def scale_update_arguments(shape: Shape) -> Arguments:
     """One or two updates, each state there or not, zero rows and matrices, three scales."""
     (b, m, n), seed = shape.sizes, shape.seed
     scale = (1.0, 1e-30, 1e30)[seed % 3]
@@ -131,13 +131,16 @@ def resize_arguments(shape: Shape) -> Arguments:
     fixed, grad_norm = (0.2, None) if seed // 4 % 2 else (None, scale * n * norm)
     mixed = shape.positive(b) if shape.terms == 2 else None
     gain = shape.positive(b) if seed // 8 % 2 else None
-    return [updates, mixed, momentum, gain, grad, steps, grad_norm, *rows, 0.9, 0.99, 1.5, fixed]
+    scale = (momentum, grad, steps, 0.9, 0.99, 1.5, fixed, grad_norm, *rows, gain, mixed)
+    return [updates, ScaleArguments(*scale)]
 
 
-def resize_bounds(given: Arguments, backend: str) -> list[Tensor]:
+def scale_update_bounds(given: Arguments, backend: str) -> list[Tensor]:
     """Relative errors, named as what they are of, through the rule's lines."""
-    updates, mixed, _, gain, _, steps, grad_norm, moment, seen, *betas, _, _ = given
-    result, *states = OPERATORS["resize"].reference(*given)
+    updates, scale = given
+    steps, betas, gain, mixed = scale.step, (scale.beta1, scale.beta2), scale.gain, scale.weight
+    grad_norm, moment, seen = scale.grad_norm, scale.row_moment, scale.row_weight
+    result, *states = OPERATORS["scale_update"].reference(*given)
     (m, n), kernel = result.shape[-2:], backend == "cpu"
     share, summed = 1 - betas[1], EPS * (1 if kernel else m)
     other = 0 * updates[0] if mixed is None else mixed[:, None, None] * updates[1]
@@ -258,7 +261,7 @@ def like(shape: Shape, params: list[Tensor]) -> list[Tensor]:
     return [shape.normal(*param.shape).to(state_dtype(param)) for param in params]
 
 
-def move_arguments(shape: Shape) -> Arguments:
+def apply_update_arguments(shape: Shape) -> Arguments:
     params = parameters(shape)
     return [params, like(shape, params), *rounding_arguments(shape, params), 1e-2, 0.1]
 
@@ -272,7 +275,7 @@ def kept(param: Tensor, new: Tensor, rounding: str) -> Tensor:
     return info.eps * (1 if stochastic else 0.5) * new.abs().clamp_min(info.tiny)
 
 
-def move_bounds(given: Arguments, backend: str) -> list[Tensor]:
+def apply_update_bounds(given: Arguments, backend: str) -> list[Tensor]:
     params, updates, *_, lr, _ = given  # two products and a sum
     return [2 * EPS * (p.abs() + lr * u.abs()) for p, u in zip(params, updates, strict=True)]
 
@@ -312,18 +315,19 @@ def newton_schulz_bounds(given: Arguments, backend: str) -> list[Tensor]:
 
 
 def orthogonal_update_arguments(shape: Shape) -> Arguments:
-    updates, weight, momentum, gain, grad, steps, norm, *_, fixed = resize_arguments(shape)
-    beside = updates[1] if weight is not None else None
-    mapping = [momentum, polar_express(1 + shape.seed % 3), torch.float32, beside, weight]
-    return [*mapping, gain, grad, steps, norm, None, None, 0.9, 0.99, 1.5, fixed]
+    updates, scale = scale_update_arguments(shape)
+    beside = updates[1] if scale.weight is not None else None
+    scale = scale._replace(row_moment=None, row_weight=None)
+    return [polar_express(1 + shape.seed % 3), torch.float32, beside, scale]
 
 
 def orthogonal_update_bounds(given: Arguments, backend: str) -> list[Tensor]:
     """Those of what it is made of; with rows it has the bits of both, which is tested apart."""
-    momentum, coefficients, dtype, beside, weight, *rest = given
+    coefficients, dtype, beside, scale = given
+    momentum, weight = scale.momentum, scale.weight
     update = OPERATORS["newton_schulz"].reference(momentum, coefficients, dtype)
     updates = [update] if beside is None else [update, beside]
-    own, *bounds = resize_bounds([updates, weight, momentum, *rest], backend)
+    own, *bounds = scale_update_bounds([updates, scale], backend)
     off = newton_schulz_bounds([momentum, coefficients, dtype], backend)[0]
     both = update if beside is None else update + weight[:, None, None] * beside
     result = OPERATORS["orthogonal_update"].reference(*given)[0]
@@ -381,7 +385,7 @@ TABLE = {
         lambda shape: [[shape.matrices() for _ in range(shape.terms)]], row_products_bounds
     ),
     "frobenius": Case(lambda shape: [shape.matrices()], frobenius_bounds, empty=False),
-    "resize": Case(resize_arguments, resize_bounds, empty=False),
+    "scale_update": Case(scale_update_arguments, scale_update_bounds, empty=False),
     "coordinate_mlp": Case(mlp_arguments, mlp_bounds),
     "coordinate_mlp_gradient": Case(mlp_gradient_arguments, mlp_gradient_bounds, empty=False),
     "newton_schulz": Case(newton_schulz_arguments, newton_schulz_bounds, empty=False, small=True),
@@ -390,7 +394,7 @@ TABLE = {
     ),
     "multi_scale_write": Case(multi_scale_write_arguments, multi_scale_write_bounds),
     "delta_write": Case(delta_write_arguments, delta_write_bounds, empty=False, small=True),
-    "move_": Case(move_arguments, move_bounds, written=(0,), lows=2),
+    "apply_update_": Case(apply_update_arguments, apply_update_bounds, written=(0,), lows=2),
     "adamw_": Case(adamw_arguments, adamw_bounds, written=(0, 2, 3), lows=5, on_host=4),
 }
 
@@ -404,6 +408,8 @@ def tensors(value: Any) -> list[Tensor]:
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [mapped(item, change) for item in value]
+    if isinstance(value, ScaleArguments):
+        return ScaleArguments(*mapped(list(value), change))
     return change(value) if isinstance(value, Tensor) else value
 
 
@@ -424,7 +430,7 @@ def masters(name: str, arguments: Arguments) -> list[Tensor]:
     if not lows or params[0].dtype != torch.bfloat16:
         return params
     pairs = zip(params, lows, strict=True)
-    return [wide(param, torch.float32, low) for param, low in pairs]
+    return [to_fp32(param, torch.float32, low) for param, low in pairs]
 
 
 def results(name: str, arguments: Arguments, result: Any) -> list[Tensor]:
@@ -522,7 +528,7 @@ def test_errors_are_those_of_the_arithmetic(name, backend_name, shape):
     check(name, backend_name, shape)
 
 
-@pytest.mark.parametrize("name", ["combine", "move_", "adamw_"])
+@pytest.mark.parametrize("name", ["combine", "apply_update_", "adamw_"])
 @pytest.mark.parametrize("terms", [3, 4])
 def test_more_terms_and_double_precision(name, terms):
     """What the drawn shapes leave out; float64 of the lists that are written."""
@@ -572,20 +578,21 @@ def test_results_are_the_same_bit_for_bit_in_every_run_and_for_any_number_of_thr
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "exact"])
 @pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.written])
 def test_the_reference_rounds_as_the_kernels_do(name, rounding):
-    """The same bits: what is computed before the rounding is the same in move_, close in adamw_."""
+    """The same bits: before the rounding apply_update_ has the same number, adamw_ a close one."""
     if "cpu" in UNAVAILABLE:
         pytest.skip(UNAVAILABLE["cpu"])
     shape = Shape(dtype=torch.bfloat16, rounding=rounding, layout="gaps")
     arguments = TABLE[name].arguments(shape)
     ours, theirs = (run(name, backend_name, arguments)[0] for backend_name in ("cpu", "reference"))
     same = (ours == theirs).float().mean()
-    assert same == 1 if name == "move_" else same > 0.99
+    assert same == 1 if name == "apply_update_" else same > 0.99
 
 
 @every_operator
 def test_torch_finds_the_operator_well_formed(name):
     shape = Shape(sizes=(2, 3, 5), dtype=torch.bfloat16, rounding="exact")
-    torch.library.opcheck(OPERATORS[name].overload, tuple(TABLE[name].arguments(shape)))
+    operator = OPERATORS[name]
+    torch.library.opcheck(operator.overload, tuple(operator._flat(TABLE[name].arguments(shape))))
 
 
 ELSEWHERE = {

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from deepopt._compat import adam, scalar_dtype
 from deepopt.ops import adamw_
-from deepopt.ops.rounding import put, roundings, wide
+from deepopt.ops.rounding import roundings, store_rounded, to_fp32
+from deepopt.optim.engine import State
 from deepopt.optim.engine.rounding import lows_and_seeds
-from deepopt.optim.engine.stacking import State
 
 KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -102,7 +102,7 @@ def _step_by_torch(
 ) -> None:
     fused = bool(group["fused"])
     kept = roundings(params, *lows_and_seeds(params, states, group))
-    stepped = [wide(p, state_dtype(p), own) for p, own in zip(params, kept, strict=True)]
+    stepped = [to_fp32(p, state_dtype(p), own) for p, own in zip(params, kept, strict=True)]
     grads = list(grads)
     if fused:  # nothing can be laid out like a tensor with gaps: it is stepped in a dense copy
         stepped = [
@@ -143,4 +143,4 @@ def _step_by_torch(
     )
     for param, new, own in zip(params, stepped, kept, strict=True):
         if new is not param:
-            put(param, new, own)
+            store_rounded(param, new, own)

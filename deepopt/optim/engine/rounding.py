@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepopt.optim.engine.stacking import State
+from deepopt.optim.engine import State
 
 ROUNDINGS = ("nearest", "stochastic", "exact")
 
@@ -48,7 +48,7 @@ def check_dtypes(group: dict[str, Any]) -> None:
 def lows_and_seeds(
     params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[int]]:
-    """What ``ops.move_`` and ``ops.adamw_`` need for the rounding of a group: before a step.
+    """What ``apply_update_`` and ``adamw_`` need for the rounding of a group: before a step.
 
     Low bits are in ``state["low"]``, made here, for bfloat16 parameters alone. Seeds are of the
     step count and the parameter's size: the same whatever else is stepped.

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepopt import routing
+from deepopt.optim.engine import State
 from deepopt.optim.engine.adamw_path import state_dtype
-from deepopt.optim.engine.stacking import State, check_kept
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -474,9 +474,7 @@ class _Round:
         grad = self.whole.pop(_GRAD).reshape(-1, *self.bucket.sides).to(self.bucket.dtype)
         self.whole = {}
         whole["step"] = torch.stack([self.bucket.states[m.number]["step"] for m in self.mine]) + 1
-        before = dict(whole)
         update = advance(self.number, whole, grad)
-        check_kept(before, whole)
         self.send({**whole, _GRAD: update})
 
     def send(self, new: dict[str, Tensor], with_update: bool = True) -> None:

@@ -1,7 +1,7 @@
-#include "../rules/resize.h"
+#include "../rules/scale_update.h"
 
 #include "device.cuh"
-#include "matrices.h"
+#include "matrix_kernels.h"
 
 namespace deepopt::cuda {
 namespace {
@@ -17,15 +17,15 @@ struct Block {  // the rows of a matrix, dealt out to its threads
   }
 };
 
-__global__ void __launch_bounds__(kThreads) resize_matrix(const __grid_constant__ Resize rule) {
+__global__ void __launch_bounds__(kThreads) scale_update_matrix(const __grid_constant__ ScaleUpdate rule) {
   __shared__ double scratch[kThreads / kWarp];
   rule(blockIdx.x, Block{scratch});
 }
 
 }  // namespace
 
-void resize(const Resize& rule, void* stream) {
-  launch(resize_matrix, rule.batch, kThreads, stream, rule);
+void scale_update(const ScaleUpdate& rule, void* stream) {
+  launch(scale_update_matrix, rule.batch, kThreads, stream, rule);
 }
 
 }  // namespace deepopt::cuda

@@ -7,10 +7,10 @@
 
 namespace deepopt {
 
-struct __attribute__((visibility("hidden"))) MultiScaleTensors {  // as torch's Tensor is
+struct __attribute__((visibility("hidden"))) MultiScaleArguments {  // as torch's Tensor is
   MultiScale rule{};
 
-  MultiScaleTensors(const Tensor& momentum, const Tensor& slow, const Tensor& grad,
+  MultiScaleArguments(const Tensor& momentum, const Tensor& slow, const Tensor& grad,
                     const Tensor& step, double retention, int64_t slow_chunk, double beta3)
       : like_(torch::stable::contiguous(momentum)) {
     STD_TORCH_CHECK(like_.dim() == 3,

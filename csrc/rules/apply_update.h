@@ -5,10 +5,10 @@
 namespace deepopt {
 
 template <class T>
-struct Move {
+struct ApplyUpdate {
   T decay, lr;
 
-  Move(double lr, double weight_decay) : decay(T(1 - lr * weight_decay)), lr(T(lr)) {}
+  ApplyUpdate(double lr, double weight_decay) : decay(T(1 - lr * weight_decay)), lr(T(lr)) {}
 
   DEEPOPT_RULE T operator()(T p, T u) const { return decay * p - lr * u; }
 };

@@ -3,7 +3,7 @@
 #pragma once
 #include "../rules/coordinate_mlp.h"
 #include "../rules/multi_scale.h"
-#include "../rules/resize.h"
+#include "../rules/scale_update.h"
 #include "tables.h"
 
 namespace deepopt::cuda {
@@ -44,24 +44,16 @@ void row_products(float* result, const float* x, const float* y, bool two, bool 
                   const Shape& shape, void* stream);
 
 // Everything of the rule but its products and norms, which are there.
-void resize(const Resize& rule, void* stream);
+void scale_update(const ScaleUpdate& rule, void* stream);
 
 void multi_scale_write(const MultiScale& rule, void* stream);
 
-constexpr int kMostFeatures = 4;
 constexpr int kMlpEntries = 1024;  // of a block: four for each thread
 
-struct Mlp {
-  const float *base, *reach, *scales, *weights;
-  const float* features[kMostFeatures];
-  int count, units;
-  int64_t batch, entries;
-};
-
-void coordinate_mlp(float* result, const Mlp& mlp, void* stream);
+void coordinate_mlp(float* result, const CoordinateMlp& mlp, void* stream);
 
 // partial: batch x numbers of a matrix x parts_of(entries, kMlpEntries).
-void coordinate_mlp_gradient(float* gradient, double* partial, const Mlp& mlp, const float* target,
+void coordinate_mlp_gradient(float* gradient, double* partial, const CoordinateMlp& mlp, const float* target,
                              const float* unit, void* stream);
 
 }  // namespace deepopt::cuda

@@ -1,6 +1,6 @@
-// deepopt::move_ on CUDA: what the operator asks of the kernels.
+// deepopt::apply_update_ on CUDA: what the operator asks of the kernels.
 #pragma once
-#include "../rules/move.h"
+#include "../rules/apply_update.h"
 #include "../rules/rounding.h"
 #include "tables.h"
 
@@ -9,6 +9,6 @@ namespace deepopt::cuda {
 // Parameter, update and low bits; T: a table of tensors or a strided one, with the keys of stochastic
 // rounding. S: what it is computed in.
 template <class S, class T>
-void move(const T& table, const Move<S>& rule, Kind param, Rounding rounding, void* stream);
+void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Rounding rounding, void* stream);
 
 }  // namespace deepopt::cuda

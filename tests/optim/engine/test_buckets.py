@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from deepopt.optim.engine.stacking import distribute, stacked
+from deepopt.optim.engine.buckets import distribute, stacked
 
 
 def separate(*counts):

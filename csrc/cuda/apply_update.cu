@@ -1,4 +1,4 @@
-#include "move.h"
+#include "apply_update_kernels.h"
 
 #include "parameter.cuh"
 
@@ -6,15 +6,15 @@ namespace deepopt::cuda {
 namespace {
 
 template <Rounding R, class P, class S>
-__device__ __forceinline__ void moved(const Move<S>& rule, P& p, const S& u, uint16_t& low,
+__device__ __forceinline__ void apply_to_entry(const ApplyUpdate<S>& rule, P& p, const S& u, uint16_t& low,
                                       uint32_t key, uint32_t place) {
-  keep<R>(rule(wide_of<R>(p, low), u), p, low, key, place);
+  store_rounded<R>(rule(to_fp32<R>(p, low), u), p, low, key, place);
 }
 
 template <class P, class S, Rounding R>
 __global__ void __launch_bounds__(kThreads)
-    move_dense(const __grid_constant__ Table<3, uint32_t> table,
-               const __grid_constant__ Move<S> rule) {
+    apply_update_dense(const __grid_constant__ Table<3, uint32_t> table,
+               const __grid_constant__ ApplyUpdate<S> rule) {
   constexpr int V = 16 / sizeof(P);
   const Piece piece = piece_of(table, blockIdx.x);
   const uint32_t key = table.own[piece.tensor], place = uint32_t(piece.begin);
@@ -31,46 +31,46 @@ __global__ void __launch_bounds__(kThreads)
       Pack<uint16_t, V> lows = load_low<R, V>(low + i);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        moved<R>(rule, ps.x[k], us.x[k], lows.x[k], key, place + i + k);
+        apply_to_entry<R>(rule, ps.x[k], us.x[k], lows.x[k], key, place + i + k);
       }
       store(p + i, ps);
       store_low<R>(low + i, lows);
     }
   }
   for (int i = done + int(threadIdx.x); i < piece.count; i += kThreads) {
-    moved<R>(rule, p[i], u[i], low[R == Rounding::exact ? i : 0], key, place + i);
+    apply_to_entry<R>(rule, p[i], u[i], low[R == Rounding::exact ? i : 0], key, place + i);
   }
 }
 
 template <class P, class S, Rounding R>
 __global__ void __launch_bounds__(kThreads)
-    move_strided(const __grid_constant__ Strided<3, uint32_t> table,
-                 const __grid_constant__ Move<S> rule) {
+    apply_update_strided(const __grid_constant__ Strided<3, uint32_t> table,
+                 const __grid_constant__ ApplyUpdate<S> rule) {
   const int64_t begin = int64_t(blockIdx.x) * kChunkEntries;
   const int64_t end = begin + kChunkEntries < table.entries ? begin + kChunkEntries : table.entries;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     char* at[3];
     places_of(table, i, at);
     const auto place = uint32_t((at[0] - table.at[0]) / int64_t(sizeof(P)));
-    moved<R>(rule, *reinterpret_cast<P*>(at[0]), *reinterpret_cast<const S*>(at[1]),
+    apply_to_entry<R>(rule, *reinterpret_cast<P*>(at[0]), *reinterpret_cast<const S*>(at[1]),
              *reinterpret_cast<uint16_t*>(at[2]), table.own, place);
   }
 }
 
 template <class P, Rounding R, class S>
-void run(const Table<3, uint32_t>& table, const Move<S>& rule, void* stream) {
-  launch(move_dense<P, S, R>, table.chunks(), kThreads, stream, table, rule);
+void run(const Table<3, uint32_t>& table, const ApplyUpdate<S>& rule, void* stream) {
+  launch(apply_update_dense<P, S, R>, table.chunks(), kThreads, stream, table, rule);
 }
 
 template <class P, Rounding R, class S>
-void run(const Strided<3, uint32_t>& table, const Move<S>& rule, void* stream) {
-  launch(move_strided<P, S, R>, table.chunks(), kThreads, stream, table, rule);
+void run(const Strided<3, uint32_t>& table, const ApplyUpdate<S>& rule, void* stream) {
+  launch(apply_update_strided<P, S, R>, table.chunks(), kThreads, stream, table, rule);
 }
 
 }  // namespace
 
 template <class S, class T>
-void move(const T& table, const Move<S>& rule, Kind param, Rounding rounding, void* stream) {
+void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Rounding rounding, void* stream) {
   if constexpr (sizeof(S) == sizeof(double)) {
     run<double, Rounding::nearest>(table, rule, stream);
   } else {
@@ -80,7 +80,7 @@ void move(const T& table, const Move<S>& rule, Kind param, Rounding rounding, vo
   }
 }
 
-#define FOR(S, T) template void move(const T<3, uint32_t>&, const Move<S>&, Kind, Rounding, void*);
+#define FOR(S, T) template void apply_update(const T<3, uint32_t>&, const ApplyUpdate<S>&, Kind, Rounding, void*);
 FOR(float, Table)
 FOR(float, Strided)
 FOR(double, Table)

@@ -16,7 +16,7 @@ DEEPOPT_RULE double at_most(double high, double x) { return x > high ? high : x;
 constexpr double kTiny = FLT_MIN;  // what a norm of zero counts as where it divides
 
 // For a stack of B matrices; arrays have a number for each of them, or for each of their rows.
-struct Resize {
+struct ScaleUpdate {
   int64_t batch, rows, columns;
   double beta1, beta2, rms_cap, update_rms;
   const float* products;                 // of rows, as row_products has them: (1 or 3, B, m)

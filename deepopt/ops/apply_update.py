@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
-from deepopt.ops.rounding import put, roundings, wide
+from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 
 
 def _supports(
@@ -20,7 +20,7 @@ def _supports(
     "float weight_decay) -> ()",
     _supports,
 )
-def move_(
+def apply_update_(
     params: Sequence[Tensor],
     updates: Sequence[Tensor],
     lows: Sequence[Tensor],
@@ -66,8 +66,8 @@ def move_(
     kept = roundings(params, lows, seeds)
     for param, update, rounding in zip(params, updates, kept, strict=True):
         dtype = _computed_in(param)
-        value = wide(param, dtype, rounding) * (1 - lr * weight_decay) - update.to(dtype) * lr
-        put(param, value, rounding)
+        value = to_fp32(param, dtype, rounding) * (1 - lr * weight_decay) - update.to(dtype) * lr
+        store_rounded(param, value, rounding)
 
 
 def _computed_in(param: Tensor) -> torch.dtype:

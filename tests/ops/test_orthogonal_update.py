@@ -3,7 +3,13 @@ import copy
 import pytest
 import torch
 
-from deepopt.ops import newton_schulz, orthogonal_update, polar_express, resize
+from deepopt.ops import (
+    ScaleArguments,
+    newton_schulz,
+    orthogonal_update,
+    polar_express,
+    scale_update,
+)
 from deepopt.ops.operator import OPERATORS
 from deepopt.ops.products import worth_rounding
 
@@ -22,8 +28,8 @@ def arguments(
     grad = updates[0] if grad is None else grad
     (b, m, _), norm = updates[0].shape, None if update_rms else torch.zeros(len(grad))
     state = torch.zeros(2, b, m).unbind() if rows else (None, None)
-    momentum = 0.1 * grad
-    return [updates, weight, momentum, gain, grad, STEP, norm, *state, *betas, 1.5, update_rms]
+    scale = (0.1 * grad, grad, STEP, *betas, 1.5, update_rms, norm, *state, gain, weight)
+    return updates, ScaleArguments(*scale)
 
 
 def mean_squares(matrices):
@@ -32,23 +38,25 @@ def mean_squares(matrices):
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 1e36])
 def test_the_first_update_has_the_entries_of_adamw_whatever_the_unit_of_the_gradient(scale):
-    update, norm, *_ = resize(*arguments([orthogonal(0)], grad=scale * orthogonal(1)))
+    update, norm, *_ = scale_update(*arguments([orthogonal(0)], grad=scale * orthogonal(1)))
     torch.testing.assert_close(mean_squares(update), torch.ones(2), rtol=1e-3, atol=0)
     torch.testing.assert_close(norm / scale, torch.full((2,), 0.06**0.5), rtol=1e-4, atol=0)
 
 
 def test_a_fixed_size_takes_no_notice_of_gradients():
     broken = torch.full((2, 6, 9), torch.nan)
-    update, *states = resize(*arguments([orthogonal(0)], grad=broken, rows=False, update_rms=0.2))
+    update, *states = scale_update(
+        *arguments([orthogonal(0)], grad=broken, rows=False, update_rms=0.2)
+    )
     torch.testing.assert_close(mean_squares(update), torch.full((2,), 0.04))
     assert states == []
 
 
 def test_a_second_update_turns_the_first_and_keeps_its_size():
     first, second = orthogonal(0), orthogonal(1).mT.contiguous().mT
-    update, *_ = resize(*arguments([first, second], torch.tensor([0.0, 0.5]), update_rms=1.0))
+    update, *_ = scale_update(*arguments([first, second], torch.tensor([0.0, 0.5]), update_rms=1.0))
     torch.testing.assert_close(mean_squares(update), torch.ones(2))
-    alone, *_ = resize(*arguments([first], update_rms=1.0))
+    alone, *_ = scale_update(*arguments([first], update_rms=1.0))
     torch.testing.assert_close(update[0], alone[0])
     assert not torch.allclose(update[1], alone[1], atol=0.1)
 
@@ -56,7 +64,7 @@ def test_a_second_update_turns_the_first_and_keeps_its_size():
 def test_rows_are_left_alone_on_request():
     first = orthogonal(0)
     lengths = torch.linspace(0.9, 1.1, 6)[:, None]
-    update, _ = resize(*arguments([lengths * first], rows=False))
+    update, _ = scale_update(*arguments([lengths * first], rows=False))
     ratio = update / first / lengths
     torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio))
 
@@ -64,7 +72,7 @@ def test_rows_are_left_alone_on_request():
 def test_zero_rows_and_zero_matrices_stay_zero_and_are_not_counted():
     first = orthogonal(0)
     first[0], first[1, 2] = 0, 0
-    update, _, moment, weight = resize(*arguments([first]))
+    update, _, moment, weight = scale_update(*arguments([first]))
     assert update.isfinite().all()
     assert not update[0].any()
     assert not update[1, 2].any()
@@ -75,8 +83,11 @@ def test_zero_rows_and_zero_matrices_stay_zero_and_are_not_counted():
 def test_matrices_without_rows_are_taken():
     none = torch.empty(2, 0, 4)
     rows = torch.empty(2, 0)
-    update, *state = resize(
-        [none], None, none, None, none, torch.ones(2), None, rows, rows, 0.9, 0.99, 1.5, 0.2
+    update, *state = scale_update(
+        [none],
+        ScaleArguments(
+            none, none, torch.ones(2), 0.9, 0.99, 1.5, 0.2, row_moment=rows, row_weight=rows
+        ),
     )
     assert update.shape == none.shape
     assert [tensor.shape for tensor in state] == [rows.shape] * 2
@@ -85,7 +96,7 @@ def test_matrices_without_rows_are_taken():
 def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
     grad = orthogonal(1)
     grad[1, 2, 3] = torch.nan
-    update, norm, *_ = resize(*arguments([orthogonal(0)], grad=grad))
+    update, norm, *_ = scale_update(*arguments([orthogonal(0)], grad=grad))
     assert update[0].isfinite().all()
     assert norm[0].isfinite()
     assert update[1].isnan().all()
@@ -93,52 +104,54 @@ def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
 
 
 def test_a_gain_counts_as_much_as_a_momentum_that_is_larger():
-    given = arguments([orthogonal(0)], gain=torch.tensor([0.5, 0.125]), grad=orthogonal(1))
-    factored, *_ = resize(*given)
-    given[2], given[3] = given[2] * given[3][:, None, None], None
-    torch.testing.assert_close(factored, resize(*given)[0], rtol=1e-6, atol=0)
+    updates, scale = arguments([orthogonal(0)], gain=torch.tensor([0.5, 0.125]), grad=orthogonal(1))
+    factored, *_ = scale_update(updates, scale)
+    scale = scale._replace(momentum=scale.momentum * scale.gain[:, None, None], gain=None)
+    torch.testing.assert_close(factored, scale_update(updates, scale)[0], rtol=1e-6, atol=0)
 
 
 def test_nothing_is_written_into_what_is_given():
-    given = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
-    before = copy.deepcopy(given)
-    resize(*given)
-    updates, weight, momentum, *rest = given
-    orthogonal_update(momentum, COEFFICIENTS, torch.float32, updates[1], weight, *rest)
-    for ours, theirs in zip(given, before, strict=True):
+    updates, scale = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
+    before = copy.deepcopy((*updates, *scale))
+    scale_update(updates, scale)
+    orthogonal_update(COEFFICIENTS, torch.float32, updates[1], scale)
+    for ours, theirs in zip((*updates, *scale), before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sides", [(6, 9), (96, 160)])
 @pytest.mark.parametrize("two", [False, True])
-def test_the_whole_output_map_is_newton_schulz_and_resize_to_the_last_bit(sides, two):
+def test_the_whole_output_map_is_newton_schulz_and_scale_update_to_the_last_bit(sides, two):
     dtype = torch.bfloat16 if worth_rounding(torch.empty(2, *sides)) else torch.float32
     updates = [orthogonal(0, *sides), orthogonal(1, *sides)][: 1 + two]
     weight, gain = torch.ones(2) if two else None, torch.tensor([0.5, 0.125])
-    given = arguments(updates, weight, gain, grad=orthogonal(2, *sides))
-    momentum = given[2]
-    steps = [[newton_schulz(momentum, COEFFICIENTS, dtype), *updates[1:]], *given[1:]]
-    beside = updates[1] if two else None
-    found = orthogonal_update(momentum, COEFFICIENTS, dtype, beside, weight, *given[3:])
-    for ours, theirs in zip(found, resize(*steps), strict=True):
+    _, scale = arguments(updates, weight, gain, grad=orthogonal(2, *sides))
+    orthogonalized = newton_schulz(scale.momentum, COEFFICIENTS, dtype)
+    expected = scale_update([orthogonalized, *updates[1:]], scale)
+    found = orthogonal_update(COEFFICIENTS, dtype, updates[1] if two else None, scale)
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_retentions_that_are_tensors_are_differentiated():
     beta = torch.tensor(0.9, requires_grad=True)
-    given = arguments([orthogonal(0)], grad=orthogonal(1), betas=(beta, 0.99))
-    given[5] = torch.full((2,), 3.0)
-    assert OPERATORS["resize"].backend_for(*given) == "reference"
-    resize(*given)[0].square().sum().backward()
+    updates, scale = arguments([orthogonal(0)], grad=orthogonal(1), betas=(beta, 0.99))
+    scale = scale._replace(step=torch.full((2,), 3.0))
+    assert OPERATORS["scale_update"].backend_for(updates, scale) == "reference"
+    scale_update(updates, scale)[0].square().sum().backward()
     assert beta.grad.abs() > 0
     with torch.no_grad():
-        assert OPERATORS["resize"].backend_for(*given) == "reference"
+        assert OPERATORS["scale_update"].backend_for(updates, scale) == "reference"
 
 
 def test_states_that_belong_together_are_asked_for_together():
-    for at, message in ((6, "grad_norm or update_rms"), (8, "row_weight"), (1, "two and")):
-        given = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
-        given[at] = None
-        for run in (resize, OPERATORS["resize"].reference):
+    updates, scale = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
+    for missing, message in (
+        ("grad_norm", "grad_norm or update_rms"),
+        ("row_weight", "row_weight"),
+        ("weight", "two and"),
+    ):
+        given = scale._replace(**{missing: None})
+        for run in (scale_update, OPERATORS["scale_update"].reference):
             with pytest.raises((ValueError, RuntimeError), match=message):
-                run(*given)
+                run(updates, given)

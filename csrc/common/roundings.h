@@ -15,7 +15,7 @@ struct Noise {
 
 // An entry of dtype P, computed in S; `low` is the state beside it where there is one.
 template <class P, class S, Rounding R>
-DEEPOPT_RULE S wide(const char* entry, const char* low) {
+DEEPOPT_RULE S to_fp32(const char* entry, const char* low) {
   if constexpr (R == Rounding::exact) {
     return joined(*reinterpret_cast<const uint16_t*>(entry), *reinterpret_cast<const uint16_t*>(low));
   } else {
@@ -24,7 +24,7 @@ DEEPOPT_RULE S wide(const char* entry, const char* low) {
 }
 
 template <class P, class S, Rounding R>
-DEEPOPT_RULE void put(S value, char* entry, char* low, uint32_t key, uint32_t place) {
+DEEPOPT_RULE void store_rounded(S value, char* entry, char* low, uint32_t key, uint32_t place) {
   if constexpr (R == Rounding::exact) {
     split(value, *reinterpret_cast<uint16_t*>(entry), *reinterpret_cast<uint16_t*>(low));
   } else if constexpr (R == Rounding::stochastic) {

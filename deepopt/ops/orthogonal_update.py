@@ -1,7 +1,10 @@
-"""What makes an update of a momentum: Newton-Schulz, and how far it goes (Eq 52)."""
+"""What makes an update of a momentum: Newton-Schulz, and how far the result goes (Eq 52).
+
+``orthogonal_update`` is both in one operator, ``scale_update`` is the second half alone.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,66 +14,65 @@ from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import operator
 
 
-def _supports(
-    updates: Sequence[Tensor],
-    weight: Tensor | None,
-    momentum: Tensor,
-    gain: Tensor | None,
-    grad: Tensor,
-    step: Tensor,
-    grad_norm: Tensor | None,
-    row_moment: Tensor | None,
-    row_weight: Tensor | None,
-    beta1: float,
-    beta2: float,
-    *_: float | None,
-) -> bool:
-    given = (*updates, weight, momentum, gain, grad, step, grad_norm, row_moment, row_weight)
-    numbers = isinstance(beta1, int | float) and isinstance(beta2, int | float)
-    return numbers and all(x is None or x.dtype == torch.float32 for x in given)
+class ScaleArguments(NamedTuple):
+    """What :func:`scale_update` and :func:`deepopt.ops.orthogonal_update` need beside the updates.
+
+    ``SCALE_SCHEMA`` and the struct of the same name in csrc/common list the same fields in the same
+    order.
+
+    Args:
+        momentum: the average of gradients whose size counts, in their units, shape (B, m, n).
+        grad: the gradient, shape (B, m, n).
+        step: gradients in the averages so far, shape (B,), on the matrices' device or the host.
+        beta1, beta2: retentions of the averages of gradients and of squares.
+        rms_cap: the largest factor by which an update of low rank is enlarged, at least 1.
+        update_rms: root mean square of an orthogonal update; None: that of AdamW's update.
+        grad_norm: running root of the mean squared norm of the gradient, shape (B,); None where
+            ``update_rms`` is given, and then momentum, gradient and step are not read.
+        row_moment, row_weight: what :func:`row_gains` keeps, shape (B, m); None leaves the rows as
+            they are.
+        gain: factor by which the momentum is still to be multiplied, shape (B,); None: 1.
+        weight: factor of a second update in the sum of two, shape (B,); None: there is no second.
+    """
+
+    momentum: Tensor
+    grad: Tensor
+    step: Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    rms_cap: float
+    update_rms: float | None = None
+    grad_norm: Tensor | None = None
+    row_moment: Tensor | None = None
+    row_weight: Tensor | None = None
+    gain: Tensor | None = None
+    weight: Tensor | None = None
 
 
-@operator(
-    "(Tensor[] updates, Tensor? weight, Tensor momentum, Tensor? gain, Tensor grad, Tensor step, "
-    "Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
-    "float beta1, float beta2, float rms_cap, float? update_rms) -> Tensor[]",
-    _supports,
+SCALE_SCHEMA = (
+    "Tensor momentum, Tensor grad, Tensor step, float beta1, float beta2, float rms_cap, "
+    "float? update_rms, Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, Tensor? gain, "
+    "Tensor? weight"
 )
-def resize(
-    updates: Sequence[Tensor],
-    weight: Tensor | None,
-    momentum: Tensor,
-    gain: Tensor | None,
-    grad: Tensor,
-    step: Tensor,
-    grad_norm: Tensor | None,
-    row_moment: Tensor | None,
-    row_weight: Tensor | None,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    rms_cap: float,
-    update_rms: float | None,
-) -> list[Tensor]:
-    """An orthogonalised update with its rows normalised, as large as AdamW's would be.
+
+
+def _supports(updates: Sequence[Tensor], scale: ScaleArguments) -> bool:
+    numbers = not isinstance(scale.beta1, Tensor) and not isinstance(scale.beta2, Tensor)
+    given = [x for x in (*updates, *scale) if isinstance(x, Tensor)]
+    return numbers and all(x.dtype == torch.float32 for x in given)
+
+
+@operator(f"(Tensor[] updates, {SCALE_SCHEMA}) -> Tensor[]", _supports, packed=ScaleArguments)
+def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tensor]:
+    """Normalize the rows of an orthogonalized update and make it as large as AdamW's would be.
 
     All of it is linear: the update is read once for the squares of its rows, and once to be
     multiplied by a factor for each of them.
 
     Args:
-        updates: one or two, shape (B, m, n). The sum with the second one takes the place of the
-            first, at the first one's norm.
-        weight: of the second update in that sum, shape (B,).
-        momentum: the average of gradients whose size counts, in their units, shape (B, m, n).
-        gain: how many times as large that average is, shape (B,); None: once.
-        grad: the gradient, shape (B, m, n).
-        step: gradients in the averages so far, shape (B,), on the matrices' device or the host.
-        grad_norm: running root of the mean squared norm of the gradient, shape (B,); None where
-            ``update_rms`` is given, and then momentum, gradient and steps are not read.
-        row_moment, row_weight: what :func:`deepopt.ops.row_gains` keeps, shape (B, m); None leaves
-            the rows as they are.
-        beta1, beta2: retentions of the averages of gradients and of squares.
-        rms_cap: the most that an update of low rank is enlarged by, at least 1.
-        update_rms: root mean square of an orthogonal update; None: that of AdamW's.
+        updates: one or two, shape (B, m, n). The weighted sum of two takes the place of the first,
+            at the first one's norm.
+        scale: everything else.
 
     Returns:
         The update, contiguous, and the new ``grad_norm``, ``row_moment`` and ``row_weight``, of
@@ -81,6 +83,8 @@ def resize(
     Raises:
         ValueError: (RuntimeError in kernels) arguments that belong together are not given together.
     """
+    weight, grad_norm, update_rms = scale.weight, scale.grad_norm, scale.update_rms
+    row_moment, row_weight = scale.row_moment, scale.row_weight
     if len(updates) != (1 if weight is None else 2):
         raise ValueError(
             f"Invalid updates: {len(updates)} with weight={weight}; give one, or two and the "
@@ -103,16 +107,19 @@ def resize(
         square = square.clamp_min(0.0)  # a sum of products, which are rounded
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
-    factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), rms_cap)
+    factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), scale.rms_cap)
     if grad_norm is not None:
-        size, grad_norm = adam_size(momentum, grad, grad_norm, step, (beta1, beta2), gain)
+        betas = scale.beta1, scale.beta2
+        size, grad_norm = adam_size(
+            scale.momentum, scale.grad, grad_norm, scale.step, betas, scale.gain
+        )
         factor = factor * size
         state.append(grad_norm)
     elif update_rms is not None:
         factor = factor * update_rms
     weights = weights * factor
     if row_moment is not None and row_weight is not None:
-        gains, *row_state = row_gains(square / columns, row_moment, row_weight, beta2)
+        gains, *row_state = row_gains(square / columns, row_moment, row_weight, scale.beta2)
         weights = weights[:, :, None] * gains
         state.extend(row_state)
     weights = weights[..., None] if row_moment is not None else weights[..., None, None]
@@ -130,7 +137,7 @@ def adam_size(
     betas: tuple[float | Tensor, float | Tensor],
     gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """AdamW's root mean square for every matrix and the new ``grad_norm``, as in :func:`resize`."""
+    """The root mean square of AdamW's update for every matrix, and the new ``grad_norm``."""
     grad_norm = running_root(grad_norm, frobenius(grad), 1 - betas[1])
     return adam_ratio(momentum, grad_norm, step, betas, gain), grad_norm
 
@@ -212,70 +219,33 @@ def rms_gain(norm: Tensor, rank: int, cap: float) -> Tensor:
 
 
 def _both_support(
-    momentum: Tensor,
-    coefficients: Coefficients,
-    dtype: torch.dtype,
-    beside: Tensor | None,
-    weight: Tensor | None,
-    *rest: Any,
+    coefficients: Coefficients, dtype: torch.dtype, beside: Tensor | None, scale: ScaleArguments
 ) -> bool:
-    updates = [momentum] if beside is None else [momentum, beside]
-    has_kernel = newton_schulz.supports(momentum, coefficients, dtype)
-    return has_kernel and resize.supports(updates, weight, momentum, *rest)
+    updates = [scale.momentum] if beside is None else [scale.momentum, beside]
+    has_kernel = newton_schulz.supports(scale.momentum, coefficients, dtype)
+    return has_kernel and scale_update.supports(updates, scale)
 
 
 @operator(
-    "(Tensor momentum, float[][] coefficients, ScalarType dtype, Tensor? beside, Tensor? weight, "
-    "Tensor? gain, Tensor grad, Tensor step, "
-    "Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
-    "float beta1, float beta2, float rms_cap, float? update_rms) -> Tensor[]",
+    f"(float[][] coefficients, ScalarType dtype, Tensor? beside, {SCALE_SCHEMA}) -> Tensor[]",
     _both_support,
+    packed=ScaleArguments,
 )
 def orthogonal_update(
-    momentum: Tensor,
-    coefficients: Coefficients,
-    dtype: torch.dtype,
-    beside: Tensor | None,
-    weight: Tensor | None,
-    gain: Tensor | None,
-    grad: Tensor,
-    step: Tensor,
-    grad_norm: Tensor | None,
-    row_moment: Tensor | None,
-    row_weight: Tensor | None,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    rms_cap: float,
-    update_rms: float | None,
+    coefficients: Coefficients, dtype: torch.dtype, beside: Tensor | None, scale: ScaleArguments
 ) -> list[Tensor]:
-    """:func:`deepopt.ops.newton_schulz` of a momentum, and :func:`deepopt.ops.resize` of that.
+    """:func:`deepopt.ops.newton_schulz` of a momentum, then :func:`deepopt.ops.scale_update`.
 
-    Together they need no memory between them: kernels resize in place.
+    One operator for both needs no memory between them: kernels scale in place.
 
     Args:
-        momentum: shape (B, m, n).
         coefficients, dtype: as for ``newton_schulz``.
-        beside: a second update, shape (B, m, n), or None.
-        weight, gain, grad, step, grad_norm, row_moment, row_weight, beta1, beta2, rms_cap, \
-        update_rms: as for ``resize``.
+        beside: a second update, shape (B, m, n), whose weight is ``scale.weight``, or None.
+        scale: as for ``scale_update``; ``scale.momentum`` is what Newton-Schulz takes.
 
     Returns:
         The update, contiguous, and the new ``grad_norm``, ``row_moment`` and ``row_weight``, of
         those that are given.
     """
-    update = newton_schulz(momentum, coefficients, dtype)
-    return resize(
-        [update] if beside is None else [update, beside],
-        weight,
-        momentum,
-        gain,
-        grad,
-        step,
-        grad_norm,
-        row_moment,
-        row_weight,
-        beta1,
-        beta2,
-        rms_cap,
-        update_rms,
-    )
+    update = newton_schulz(scale.momentum, coefficients, dtype)
+    return scale_update([update] if beside is None else [update, beside], scale)
