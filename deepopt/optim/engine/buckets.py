@@ -374,13 +374,13 @@ def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
             continue
         if not isinstance(now, Tensor) or (now.shape, now.dtype) != (before.shape, before.dtype):
             raise ValueError(
-                f"state {key!r} was a tensor of {_kind(before)} and cannot become one of "
-                f"{_kind(now)}: keep what init made"
+                f"state {key!r} was a tensor of {_layout(before)} and cannot become one of "
+                f"{_layout(now)}: keep what init made"
             )
 
 
 _version = operator.attrgetter("_version")
 
 
-def _kind(value: Any) -> tuple[Any, ...]:
+def _layout(value: Any) -> tuple[Any, ...]:
     return (*value.shape, value.dtype) if isinstance(value, Tensor) else (type(value),)
