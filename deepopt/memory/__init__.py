@@ -50,6 +50,7 @@ class Memory(Protocol):
     looks at values of tensors on the host says so by a class attribute ``capturable = False``.
     What :meth:`read` returns may be a tensor of the state times a number for each matrix: a method
     ``read_factored`` returns both, the number of shape (B,), and spares a pass over the matrices.
+    A method ``report(state)`` may return tensors by name, which ``optimizer.diagnostics`` averages.
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:

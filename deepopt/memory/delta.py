@@ -67,3 +67,7 @@ class Delta:
     ) -> tuple[Tensor, Tensor]:
         # What is erased leaves the average too small: with it, retention is beta - erasure.
         return state["momentum"], 1 + state["erasure"] / (1 - retention)
+
+    def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The running share of the momentum that a write erases."""
+        return {"erased": state["erasure"]}

@@ -112,6 +112,11 @@ class MultiScale:
         best = torch.maximum(fast, slow).clamp_min(torch.finfo(grad.dtype).tiny)
         return weight * slow.clamp_min(0.0) / best
 
+    def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The slow momentum's weight."""
+        like = state["slow"]
+        return {"slow weight": self.weight({**state, "step": state["step"].reshape(1)}, like)}
+
 
 class FastOfMultiScale(MultiScale):
     """The same memory, which reads out its fast momentum alone, in the pass that writes both."""

@@ -7,7 +7,7 @@ are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step 
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ from deepopt.memory import Memory
 from deepopt.ops import apply_update_
 from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim import checkpoint
+from deepopt.optim.diagnostics import Diagnosis, watch
 from deepopt.optim.engine import State, adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.engine.buckets import (
@@ -177,6 +178,37 @@ class MemoryOptimizer(Optimizer):
         """Derive anew from the groups whatever was."""
         self._kept_parts: dict[int, Parts] = {}
         self._kept_sorted: dict[int, Sorted] = {}
+
+    # -- to look at --------------------------------------------------------------------------
+
+    def diagnostics(self, spread: bool = False) -> AbstractContextManager[dict[str, Diagnosis]]:
+        """What the steps inside do to every parameter: sizes, directions, what memories erase::
+
+            with optimizer.diagnostics() as seen:
+                optimizer.step()
+            for name, row in seen.items():
+                for key, value in row.scalars().items():
+                    writer.add_scalar(f"{key}/{name}", value, number)
+
+        Args:
+            spread: compute singular values of the updates of matrices, too, which takes a
+                decomposition for each (default: False).
+
+        Returns:
+            A context whose value is a dict by the parameters' names ("parameter 0", ... where they
+            have none), of those that the last step inside has moved.
+
+        Cost: nothing outside; inside a copy of all parameters and gradients, and a transfer of all
+        of them to the host. It waits for the device.
+        """
+        return watch(self, spread)
+
+    def _report(self, group: Group, param: Tensor, route: routing.Route) -> dict[str, Tensor]:
+        """What the memory says about itself for one parameter."""
+        report = getattr(self._parts(group).memory, "report", None)
+        if report is None or route.path == "elementwise" or not param.numel():
+            return {}
+        return report(self.state[param])
 
     # -- the step ----------------------------------------------------------------------------
 

@@ -1,0 +1,130 @@
+"""What a step did to every parameter. Nothing here runs unless it is asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepopt import routing
+from deepopt.optim.engine.sharding import whole
+
+if TYPE_CHECKING:
+    from deepopt.optim.base import MemoryOptimizer
+
+
+class Diagnosis(NamedTuple):
+    """What one step did to one parameter.
+
+    Attributes:
+        path: "matrix", "stack" or "elementwise".
+        parameter: root mean square of the parameter before the step.
+        update: root mean square of its change, weight decay included.
+        ratio: update / parameter; about lr where the optimizer sets the size, and usually between
+            1e-4 and 1e-2.
+        cosine: of the change and the direction of descent, from -1 to 1.
+        memory: what the memory reports of itself, by name: "erased", the share of the momentum that
+            a step of the delta memory erases; "slow weight", that of M3's slow momentum.
+        spread: largest singular value of the change over its smallest one, the mean over the
+            matrices of the parameter; None unless it was asked for, and on the element-wise path.
+    """
+
+    path: str
+    parameter: float
+    update: float
+    ratio: float
+    cosine: float
+    memory: dict[str, float]
+    spread: float | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """All numbers by name, as loggers take them."""
+        named = {"parameter": self.parameter, "update": self.update, "ratio": self.ratio}
+        named |= {"cosine": self.cosine, **self.memory}
+        return named if self.spread is None else {**named, "spread": self.spread}
+
+
+@contextmanager
+def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diagnosis]]:
+    """See :meth:`deepopt.DeepMomentum.diagnostics`."""
+    found: dict[str, Diagnosis] = {}
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def remember(*_: Any) -> None:
+        before[:] = [
+            (param.detach().clone(), param.grad.detach().clone())
+            if param.grad is not None
+            else (param, param)
+            for param in _params(optimizer)
+        ]
+
+    def compare(*_: Any) -> None:
+        rows = [(group, *row) for group in optimizer.param_groups for row in routing.routed(group)]
+        for index, ((group, param, name, route), (old, grad)) in enumerate(
+            zip(rows, before, strict=True)
+        ):
+            if old is not param:
+                sign = 1 if group["maximize"] else -1
+                report = optimizer._report(group, param, route)
+                key = name or f"parameter {index}"
+                found[key] = _diagnose(old, param.detach(), sign * grad, route, report, spread)
+        before.clear()
+
+    hooks = (
+        optimizer.register_step_pre_hook(remember),
+        optimizer.register_step_post_hook(compare),
+    )
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _params(optimizer: "MemoryOptimizer") -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+@torch.no_grad()
+def _diagnose(
+    old: Tensor,
+    new: Tensor,
+    descent: Tensor,
+    route: routing.Route,
+    report: dict[str, Tensor],
+    spread: bool,
+) -> Diagnosis:
+    old, new, descent = (_exact(x) for x in (old, new, descent))
+    change = new - old
+    parameter, update = _rms(old), _rms(change)
+    # Divided first: squares of small changes leave the range of floats.
+    one, other = _scaled(change), _scaled(descent)
+    norms = (one.norm() * other.norm()).item()
+    values = None
+    if spread and route.path != "elementwise" and change.numel():
+        values = torch.linalg.svdvals(routing.matrices(change, route.path, route.split))
+        values = (values[:, 0] / values[:, -1].clamp_min(1e-300)).mean().item()
+    return Diagnosis(
+        route.path,
+        parameter,
+        update,
+        update / parameter if parameter else float("inf") if update else 0.0,
+        (one * other).sum().item() / norms if norms else 0.0,
+        {name: whole(value).double().mean().item() for name, value in report.items()},
+        values,
+    )
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    tensor = whole(tensor)
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.to("cpu", torch.float64)
+
+
+def _scaled(tensor: Tensor) -> Tensor:
+    return tensor / max(tensor.abs().max().item(), 1e-300) if tensor.numel() else tensor
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item() if tensor.numel() else 0.0
