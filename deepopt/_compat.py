@@ -6,6 +6,7 @@ no other file knows torch versions apart.
 
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ __all__ = [
     "adam",
     "capturable_devices",
     "check_fused",
+    "constant_to_compile",
     "disable_dynamo",
     "graph_capture_health_check",
     "has_kernel",
@@ -43,6 +45,15 @@ __all__ = [
 def has_kernel(operator: str, dispatch_key: str) -> bool:
     """Whether a library has a kernel of its own for "namespace::operator" on a device type."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
+
+
+def constant_to_compile(function: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: torch.compile runs the function and does not look into it.
+
+    ``torch.compiler.assume_constant_result`` is the same, but imports all of Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def inside_transform() -> bool:
