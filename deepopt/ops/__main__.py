@@ -1,5 +1,6 @@
 """``python -m deepopt.ops``: what was built, what is used, and why not."""
 
+from deepopt._output import outlive_readers
 from deepopt.ops import operator as choice
 from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, why_not
 from deepopt.ops.products import multiplies_bfloat16
@@ -36,4 +37,5 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     print(report())
