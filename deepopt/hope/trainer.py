@@ -32,7 +32,8 @@ try:
     from deepopt.hope.report import Progress, keep_lines, plot
 except ImportError as missing:
     raise ImportError(
-        f"training needs {missing.name}: pip install 'deepopt-torch[hope]'"
+        f"training needs {missing.name}: pip install matplotlib safetensors tqdm, "
+        "which are deepopt's extra 'hope'"
     ) from missing
 
 OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png")

@@ -11,6 +11,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import platform
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +46,7 @@ UNAVAILABLE: dict[str, str] = {}
 
 _forced: str | None = None
 _gpu_asked = False
+_told = False
 
 
 class Implementation(NamedTuple):
@@ -117,6 +121,8 @@ class Operator(Generic[P, R]):
                 continue
             if found.supports(*args, **kwargs):
                 return name
+        if device == "cpu" and "cpu" in UNAVAILABLE and _forced is None:
+            _tell_what_is_missing()
         return "reference"
 
     def has_backend(self, device: str) -> bool:
@@ -247,6 +253,23 @@ def _find_gpu() -> None:
             UNAVAILABLE["triton"] = f"triton does not import: {error}"
 
 
+@constant_to_compile
+def _tell_what_is_missing() -> None:
+    """Warn once where this machine could have the kernels that this installation lacks."""
+    global _told
+    if _told or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return
+    _told = True
+    warnings.warn(
+        f"deepopt runs without its kernels for the CPU, which makes its steps slower: "
+        f"{UNAVAILABLE['cpu']}. Install torch 2.10 or later and a C++ compiler, and then deepopt "
+        "again from where it came from: pip install --no-build-isolation --no-deps "
+        "--force-reinstall SOURCE. To go on without them and hear no more of it, set "
+        "DEEPOPT_BACKEND=reference",
+        stacklevel=2,
+    )
+
+
 def _load_extensions() -> None:
     """Load the compiled extensions that are there, and obey ``DEEPOPT_BACKEND``."""
     global _forced
@@ -254,7 +277,7 @@ def _load_extensions() -> None:
     for name in ("cpu", "cuda"):
         built = sorted(package.glob(f"_C_{name}.*so")) + sorted(package.glob(f"_C_{name}.*pyd"))
         if not built:
-            UNAVAILABLE[name] = f"deepopt._C_{name} was not built with this installation"
+            UNAVAILABLE[name] = f"deepopt._C_{name} was not built in {package}"
             continue
         try:
             torch.ops.load_library(built[0])
