@@ -152,6 +152,11 @@ def compiled(mode: str) -> dict[str, Any]:
                 py_limited_api=True,
             )
         )
+    elif mode == "1":
+        raise SystemExit(
+            "deepopt: DEEPOPT_EXT=1, but csrc/cpu has no sources; take a whole checkout or source "
+            "distribution"
+        )
     cuda_home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{cuda_home}/bin" if cuda_home else None)
     cuda = sources("cuda", ".cu") + sources("cuda", ".cpp")

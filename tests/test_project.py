@@ -143,6 +143,13 @@ def test_a_torch_that_is_too_old_is_left_alone(build_script, monkeypatch, capsys
     assert "torch 2.9.1+cpu is older than 2.10" in capsys.readouterr().err
 
 
+def test_kernels_that_are_demanded_need_sources(build_script, monkeypatch, tmp_path):
+    monkeypatch.setattr(build_script, "ROOT", tmp_path)
+    assert build_script.compiled("auto") == {}
+    with pytest.raises(SystemExit, match=r"DEEPOPT_EXT=1, but csrc/cpu has no sources"):
+        build_script.compiled("1")
+
+
 @pytest.mark.parametrize("mode", ["auto", "1"])
 def test_source_that_does_not_compile_is_left_out_unless_demanded(tmp_path, mode):
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
