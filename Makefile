@@ -1,6 +1,6 @@
 # What to install and where; override on the command line: make test TORCH=torch==2.13.0
 PYTHON ?= python3
-TORCH  ?= torch torchvision
+TORCH  ?= torch
 VENV   ?= .venv
 # Of make gpu: how long it may take, where its results go, and REHEARSE=1 to try it without a GPU
 MINUTES  ?= 9
@@ -15,19 +15,24 @@ TRITONS ?= 3.5.1 3.6.0 3.9.0
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Tests beside the suite: they take packages or processes of their own.
+# Tests beside the suite: they take packages, processes or builds of their own.
 INTEGRATION := $(wildcard tests/integration tests/distributed)
+PACKAGES    := $(wildcard tests/packages)
 
-.PHONY: train test test-integration test-sanitized test-versions gpu docs lint format dist clean
+.PHONY: train test test-integration test-packages test-sanitized test-versions gpu docs lint format dist clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) $(addprefix --ignore=,$(INTEGRATION)) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(addprefix --ignore=,$(INTEGRATION) $(PACKAGES)) $(ARGS)
 
 test-integration: $(STAMP)-trainers
 	$(BIN)/python -m pytest $(INTEGRATION) $(ARGS)
+
+# What users install, built and used outside of the checkout
+test-packages: $(STAMP)
+	$(BIN)/python -m pytest $(PACKAGES) $(ARGS)
 
 # Kernels for the CPU under the address and undefined-behaviour sanitizers
 test-sanitized: $(STAMP)

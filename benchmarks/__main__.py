@@ -4,12 +4,14 @@ import sys
 
 from benchmarks import fig4, swap
 from benchmarks.speed import command as speed
+from deepopt._output import outlive_readers
 
 BENCHMARKS = {"fig4": fig4, "speed": speed, "swap": swap}
 
 
 def main() -> int:
-    names = "\n".join(f"  {n}: {(m.__doc__ or '').splitlines()[0]}" for n, m in BENCHMARKS.items())
+    about = {name: (module.__doc__ or "").partition("\n")[0] for name, module in BENCHMARKS.items()}
+    names = "\n".join(f"  {name}: {line}" for name, line in about.items())
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
         print(f"usage: python -m benchmarks NAME [options]\n\n{names}", file=sys.stderr)
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
@@ -17,4 +19,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

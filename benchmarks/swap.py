@@ -91,7 +91,7 @@ def setting(run: Run) -> Line:
         "weight_decay": config.weight_decay,
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
-        "warmup": config.warmup,
+        "warmup": config.warmup_steps,
         "eval_windows": config.eval_windows,
         "data_sha256": data_sha256(),
         "torch": torch.__version__,

@@ -6,6 +6,7 @@ no other file knows torch versions apart.
 
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "adam",
     "capturable_devices",
     "check_fused",
+    "constant_to_compile",
     "count_function_modes",
     "disable_dynamo",
     "graph_capture_health_check",
@@ -50,6 +52,15 @@ __all__ = [
 def has_kernel(operator: str, dispatch_key: str) -> bool:
     """Whether a library has a kernel of its own for "namespace::operator" on a device type."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
+
+
+def constant_to_compile(function: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: torch.compile runs the function and does not look into it.
+
+    ``torch.compiler.assume_constant_result`` is the same, but imports all of Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def inside_transform() -> bool:

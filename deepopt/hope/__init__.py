@@ -2,7 +2,7 @@
 
 from deepopt.hope.cms import CMS, chunk_groups
 from deepopt.hope.config import HopeConfig
-from deepopt.hope.generate import generate
+from deepopt.hope.generate import complete, generate, stream
 from deepopt.hope.model import Hope, HopeOutput
 from deepopt.hope.titans import SelfModifyingTitans
 
@@ -13,5 +13,7 @@ __all__ = [
     "HopeOutput",
     "SelfModifyingTitans",
     "chunk_groups",
+    "complete",
     "generate",
+    "stream",
 ]

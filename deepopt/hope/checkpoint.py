@@ -1,15 +1,22 @@
-"""Checkpoints in one safetensors file: tensors and JSON, nothing that can run code on loading."""
+"""Checkpoints in one safetensors file: tensors and JSON, nothing that can run code on loading.
 
+The metadata hold the SHA-256 of the file, as it is with zeros in the place of the digest.
+"""
+
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-FORMAT = "deepopt.hope.checkpoint/1"
+FORMAT = "deepopt.hope.checkpoint/2"
+WITHOUT_DIGEST = "deepopt.hope.checkpoint/1"
+NO_DIGEST = b"0" * 64
+DIGEST_KEY = b'"sha256":"'  # in strings of the metadata the quotes are escaped
 
 
 def save(path: Path, state: Any) -> None:
@@ -24,8 +31,12 @@ def save(path: Path, state: Any) -> None:
         TypeError: there is something else in ``state``.
     """
     tensors: dict[str, Tensor] = {}
-    metadata = {"format": FORMAT, "state": json.dumps(_pack(state, "", tensors))}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    packed = json.dumps(_pack(state, "", tensors))
+    metadata = {"format": FORMAT, "sha256": NO_DIGEST.decode(), "state": packed}
+    content = safetensors.torch.save(tensors, metadata)
+    at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
+    digest = _digest(content, at)
+    write_atomically(path, content[:at] + digest + content[at + len(digest) :])
 
 
 def load(path: Path) -> Any:
@@ -33,18 +44,31 @@ def load(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or is damaged.
+        ValueError: it is no checkpoint, or not a byte is as it was written.
     """
+    content = path.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    if has_digest := DIGEST_KEY in header:
+        at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
+        if content[at : at + len(NO_DIGEST)] != _digest(content, at):
+            raise ValueError(f"{path} is damaged (it differs from its checksum); remove it")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Clones, because what is read may stay mapped to a file that the next save replaces.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        tensors = safetensors.torch.load(content)
+        metadata = json.loads(header).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint ({error}); remove it") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != (FORMAT if has_digest else WITHOUT_DIGEST):
         raise ValueError(f"{path} is no checkpoint of this program (no format {FORMAT!r} in it)")
     return _unpack(json.loads(metadata["state"]), tensors)
+
+
+def _digest(content: bytes, at: int) -> bytes:
+    """The digest of a file in which it stands itself at a place."""
+    around = memoryview(content)
+    digest = hashlib.sha256(around[:at])
+    digest.update(NO_DIGEST)
+    digest.update(around[at + len(NO_DIGEST) :])
+    return digest.hexdigest().encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

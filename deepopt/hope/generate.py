@@ -1,65 +1,238 @@
-"""Sampling from a Hope model, one token at a time, from its carried state."""
+"""Continuing a text with a Hope model, one token at a time, from its carried state.
+
+`stream` yields tokens as they are drawn, `generate` collects them, `complete` takes and gives text.
+All are exact: every token has the logits that a full forward pass gives. A token costs the same
+time and memory however long the text is.
+"""
 
 from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepopt.hope.model import Hope
 
+ENDED = -1
+"""Stands where a text has ended and others of its batch go on; it is no token."""
 
-@torch.no_grad()
-def generate(
+
+def generate(model: Hope, prompt: Tensor, length: int, **options: Any) -> Tensor:
+    """Continues prompts, and returns each with its continuation.
+
+    Args:
+        model: the model.
+        prompt: (batch, tokens), integers; at least one token.
+        length: number of tokens to add, at most.
+        **options: those of `stream`.
+
+    Returns:
+        (batch, tokens + added). Fewer than `length` are added where every text has ended before;
+        after the end of a text stands `ENDED`, -1.
+
+    Raises:
+        ValueError, TypeError, FloatingPointError: as `stream` does.
+    """
+    added = list(stream(model, prompt, length, **options))
+    return torch.cat([prompt.long(), *(tokens[:, None] for tokens in added)], 1)
+
+
+def complete(model: Hope, text: str, length: int, **options: Any) -> Iterator[str]:
+    """Continues a text, and yields the continuation in pieces, as soon as each is there.
+
+    Args:
+        model: a model of bytes.
+        text: the prompt, of at least one character.
+        length: number of bytes to add, at most.
+        **options: those of `stream` but `mask`.
+
+    Yields:
+        whole characters, whose join is the continuation; bytes that are no UTF-8 become U+FFFD.
+
+    Raises:
+        ValueError, TypeError, FloatingPointError: as `stream` does, and for another vocabulary.
+    """
+    if model.config.vocab_size != 256:
+        raise ValueError(
+            f"the model has vocab_size={model.config.vocab_size}: text needs one of bytes, 256; "
+            "encode the text by its own tokenizer and call stream"
+        )
+    if not text:
+        raise ValueError("text is empty: give at least one character to continue, such as '\\n'")
+    prompt = torch.tensor([list(text.encode())], device=next(model.parameters()).device)
+    return _decoded(stream(model, prompt, length, **options))
+
+
+def _decoded(stream: Iterator[Tensor]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for tokens in stream:
+        if piece := decoder.decode(bytes(tokens.tolist())):
+            yield piece
+    if piece := decoder.decode(b"", final=True):
+        yield piece
+
+
+def stream(
     model: Hope,
     prompt: Tensor,
     length: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    stop: bytes | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continues a prompt. Exact: every token has the logits that a full forward pass gives.
+    mask: Tensor | None = None,
+    prefill: int = 1024,
+) -> Iterator[Tensor]:
+    """Continues prompts, and yields the tokens as soon as they are drawn.
 
     Args:
         model: the model.
         prompt: (batch, tokens), integers; at least one token.
-        length: number of tokens to add.
+        length: number of tokens to add, at most.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens only; None for all.
-        generator: source of randomness; None for torch's global one.
+        top_k: draw among the k likeliest tokens alone; None for all.
+        top_p: draw among the likeliest tokens that together have this probability, at temperature
+            and among the k; None for all.
+        stop: tokens that end a text where they follow one another in what is added, such as
+            b"\\n\\n"; they belong to it. None for texts of `length` tokens.
+        generator: source of randomness, on the model's device; None for torch's global one.
+        mask: (batch, tokens) bool, False where a prompt is padded, on its left; None for prompts of
+            one length.
+        prefill: tokens of the prompt that are read at once; fewer take less memory.
 
-    Returns:
-        prompt and continuation, (batch, tokens + length).
+    Yields:
+        (batch,), int64: a token for every text, `ENDED` for one that has ended.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError: `prompt` is text.
+        ValueError: an argument out of range, or a prompt that ends with padding.
         FloatingPointError: the logits are not finite.
     """
-    if length < 0:
-        raise ValueError(f"length={length}: must be at least 0, the number of tokens to add")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: must be at least 0; 0 means greedy")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: must be at least 1, or None for no limit")
-    pieces = [prompt]
-    tokens, state = prompt, None
-    for _ in range(length):
-        logits, _, state = model(tokens, state=state)
-        tokens = _draw(logits[:, -1], temperature, top_k, generator)
-        pieces.append(tokens)
-    return torch.cat(pieces, 1)
+    _check(model, prompt, length, temperature, top_k, top_p, stop, generator, mask, prefill)
+    return _tokens(model, prompt, length, temperature, top_k, top_p, stop, generator, mask, prefill)
+
+
+@torch.no_grad()
+def _tokens(
+    model: Hope,
+    prompt: Tensor,
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    stop: bytes | Sequence[int] | None,
+    generator: torch.Generator | None,
+    mask: Tensor | None,
+    prefill: int,
+) -> Iterator[Tensor]:
+    if length == 0:
+        return
+    state = None
+    for first in range(0, prompt.shape[1], prefill):
+        part = slice(first, first + prefill)
+        padding = {} if mask is None else {"mask": mask[:, part]}
+        logits, _, state = model(prompt[:, part].long(), state=state, **padding)
+    ending = prompt.new_tensor(list(stop or ()), dtype=torch.long)
+    last = prompt.new_full((len(prompt), len(ending)), ENDED, dtype=torch.long)
+    ended = prompt.new_zeros(len(prompt), dtype=torch.bool)
+    for count in range(1, length + 1):
+        tokens = _draw(logits[:, -1], temperature, top_k, top_p, generator)
+        yield tokens[:, 0].masked_fill(ended, ENDED)
+        if stop is not None:
+            last = torch.cat([last[:, 1:], tokens], 1)
+            ended = ended | (last == ending).all(1)
+            if ended.all():
+                return
+        if count < length:
+            logits, _, state = model(tokens, state=state)
 
 
 def _draw(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """One token per row of logits (batch, vocab_size); (batch, 1)."""
     if not logits.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its memories have diverged")
+        raise FloatingPointError(
+            "the model's logits are not finite: its weights or memories have diverged; train it at "
+            "a smaller learning rate, or make it with a smaller max_inner_lr"
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k).indices
         logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
     logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    shares = (logits / temperature).softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = shares.sort(descending=True, stable=True)
+        likelier = ordered.cumsum(-1) - ordered  # 0 for the likeliest, which always stays
+        shares = shares.scatter(1, order, ordered.masked_fill(likelier >= top_p, 0))
+    return torch.multinomial(shares, 1, generator=generator)
+
+
+def _check(
+    model: Hope,
+    prompt: Tensor,
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    stop: bytes | Sequence[int] | None,
+    generator: torch.Generator | None,
+    mask: Tensor | None,
+    prefill: int,
+) -> None:
+    size = model.config.vocab_size
+    if not isinstance(prompt, Tensor):
+        raise TypeError(
+            f"prompt is of type {type(prompt).__name__}: must be a tensor of tokens (batch, tokens)"
+            "; for text call complete, or torch.tensor([list(text.encode())])"
+        )
+    if prompt.ndim != 2 or prompt.numel() == 0 or prompt.is_floating_point() or prompt.is_complex():
+        raise ValueError(
+            f"prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}: must be integers of "
+            "shape (batch, tokens) with at least one token"
+        )
+    if outside := [token for token in prompt.aminmax() if not 0 <= token < size]:
+        raise ValueError(
+            f"prompt has {outside[0].item()}: tokens must lie in 0 ... {size - 1}, the model's "
+            "vocabulary; encode the text with fewer tokens"
+        )
+    if length < 0:
+        raise ValueError(f"length={length}: must be at least 0, the number of tokens to add")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be finite and at least 0, greedy")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1, or None for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for no limit")
+    if isinstance(stop, str):
+        raise TypeError(f"stop={stop!r} is text: must be tokens, such as {stop.encode()!r}")
+    if stop is not None and not (len(stop) and all(0 <= token < size for token in stop)):
+        raise ValueError(
+            f"stop={stop!r}: must be at least one token, each in 0 ... {size - 1}, or None"
+        )
+    if generator is not None and generator.device.type != prompt.device.type:
+        raise ValueError(
+            f"generator lies on {generator.device}, prompt on {prompt.device}: make it by "
+            f"torch.Generator({str(prompt.device)!r})"
+        )
+    if mask is not None and mask.shape != prompt.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: must have that of prompt, {tuple(prompt.shape)}"
+        )
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("mask is False at the end of a prompt: pad on the left")
+    if prefill < 1:
+        raise ValueError(f"prefill={prefill}: must be at least 1, the tokens read at once")

@@ -16,10 +16,18 @@ from pathlib import Path
 
 import torch
 
+from deepopt._output import outlive_readers
 from deepopt.hope import HopeConfig
 from deepopt.hope.optimizers import has_memory, optimizer_class
 from deepopt.hope.options import add_options
 from deepopt.hope.trainer import TrainConfig, Trainer, TrainResult, plot
+
+DIVERGED = 16.0
+"""Bits per byte on held-out text: twice those of a model that has learned nothing."""
+# Ctrl-C, what ends a job on a cluster or in a container, and a terminal that is closed.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -65,24 +73,49 @@ def configurations(arguments: argparse.Namespace) -> list[TrainConfig]:
     return configs
 
 
+class Interrupt(threading.Event):
+    """Set by the first signal that ends a run.
+
+    Attributes:
+        signal: its number.
+    """
+
+    signal: int = signal.SIGINT
+
+
 @contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no step is cut in two; the second is real."""
-    stop = threading.Event()
+def interrupts() -> Iterator[Interrupt]:
+    """Turn the first signal into an event, so that no step is cut in two; the second is real."""
+    stop = Interrupt()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored stays so, as under nohup; but shells ignore Ctrl-C for jobs in the background.
+    for number in [n for n, handler in before.items() if handler is signal.SIG_IGN]:
+        if number != signal.SIGINT:
+            del before[number]
 
-    def on_interrupt(*_: object) -> None:
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def on_signal(number: int, _: object) -> None:
+        put_back()
+        stop.signal = number
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    for number in before:
+        signal.signal(number, on_signal)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        put_back()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 failed, 130 interrupted (2: wrong input)."""
+    """Run the command line and return the exit code.
+
+    It is 0, 1 where the run failed or diverged, 2 for wrong input, and 128 plus the number of the
+    signal that interrupted it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argument_parser()
     arguments = parser.parse_args(argv)
@@ -99,11 +132,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = [argument for argument in argv if argument not in ("--resume", "--overwrite")]
     how_to_resume = f"go on with: {parser.prog} {shlex.join([*again, '--resume'])}"
     print(trainers[0].corpus, flush=True)
+    code = 0
     try:
         with interrupts() as stop:
             for trainer in trainers:
                 result = trainer.run(stop)
                 report(trainer, result)
+                if result.val_bits_per_byte > DIVERGED:
+                    print(
+                        f"diverged: start anew with a smaller lr than {trainer.config.lr}",
+                        file=sys.stderr,
+                    )
+                    code = 1
         if arguments.compare is not None:
             path = arguments.out / "comparison.png"
             runs = {t.trajectory["optimizer"]: t.config.out / "metrics.jsonl" for t in trainers}
@@ -111,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"both runs: {path}")
     except KeyboardInterrupt:
         print(f"\ninterrupted; {how_to_resume}", file=sys.stderr)
-        return 130
+        return 128 + stop.signal
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -120,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"; the last checkpoint is kept: make room and {how_to_resume}" if saved else ""
         print(f"stopped: cannot write to {arguments.out}: {error}{kept}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def report(trainer: Trainer, result: TrainResult) -> None:
@@ -134,4 +174,5 @@ def report(trainer: Trainer, result: TrainResult) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

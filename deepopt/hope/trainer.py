@@ -32,7 +32,8 @@ try:
     from deepopt.hope.report import Progress, keep_lines, plot
 except ImportError as missing:
     raise ImportError(
-        f"training needs {missing.name}: pip install 'deepopt-torch[hope]'"
+        f"training needs {missing.name}: pip install matplotlib safetensors tqdm, "
+        "which are deepopt's extra 'hope'"
     ) from missing
 
 OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png")
@@ -75,11 +76,22 @@ class TrainConfig:
             "It is decoupled in AdamW, Muon and deepopt's optimizers.",
         ),
     )
-    steps: int = field(default=800, metadata=about("optimizer steps"))
+    steps: int = field(
+        default=800,
+        metadata=about(
+            "optimizer steps, with --resume more than before to extend the run",
+            "From there on the rate is that of a run of so many steps.",
+        ),
+    )
     batch_size: int = field(default=8, metadata=about("sequences per step"))
     seq_len: int = field(default=256, metadata=about("bytes per sequence"))
-    warmup: int = field(
-        default=50, metadata=about("steps of linear warm-up; then linear decay to zero")
+    warmup: int | None = field(
+        default=None,
+        metadata=about(
+            "steps of linear warm-up; then linear decay to zero",
+            default="a sixteenth of the steps",
+            type=int,
+        ),
     )
     seed: int = field(default=0, metadata=about("of weights, batches and samples"))
     eval_every: int = field(
@@ -101,7 +113,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: give one of them")
-        if not 0 <= self.warmup < self.steps:
+        if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup={self.warmup}: must be at least 0 and below steps={self.steps}"
             )
@@ -113,12 +125,18 @@ class TrainConfig:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device={self.device!r}: cannot be used here ({reason})") from error
 
+    @property
+    def warmup_steps(self) -> int:
+        """The steps of warm-up, also where they follow the number of steps."""
+        return self.steps // 16 if self.warmup is None else self.warmup
+
     def trajectory(self, corpus: Corpus) -> dict[str, Any]:
         """The options that decide every weight: a resumed run must agree in all of them."""
         aside = {"out", "data", "eval_every", "eval_windows", "save_every", "device"}
         aside |= {"resume", "overwrite", "quiet", "model"}
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in aside}
         options["optimizer"] = optimizer_class(self.optimizer).__name__
+        options["warmup"] = self.warmup_steps
         model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.model).items()}
         return {**options, **model, "data_sha256": corpus.sha256}
 
@@ -212,7 +230,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: it ended because of ``stop``.
-            FloatingPointError: the loss or a gradient is not finite; the checkpoint stays.
+            FloatingPointError: a loss, a gradient or a weight is not finite; the last checkpoint
+                with finite weights stays.
             OSError: the disk did not take an output; the previous checkpoint stays.
         """
         config = self.config
@@ -239,6 +258,7 @@ class Trainer:
                 last = self.step == config.steps
                 if last or self.step % config.eval_every == 0:
                     val_loss = self.evaluate()
+                    self._check_finite("loss on held-out text", val_loss, self.step)
                     log(val_loss=val_loss, val_bits_per_byte=val_loss / math.log(2))
                     progress.show_validation(val_loss)
                 stopped = stop is not None and stop.is_set()
@@ -262,7 +282,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Take one step and return what there is to log about it."""
         config = self.config
-        factor = lr_factor(self.step, config.steps, config.warmup)
+        factor = lr_factor(self.step, config.steps, self.trajectory["warmup"])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -273,14 +293,14 @@ class Trainer:
 
         began = time.process_time()
         loss = self.model(tokens.to(config.device), targets.to(config.device)).loss
-        self._check_finite("loss", loss)
+        self._check_finite("loss", loss.item(), self.step + 1)
         loss.backward()
         model_seconds = time.process_time() - began
         with ExitStack() as chunks:  # what is clipped is what is applied
             for optimizer in self.optimizers:
                 chunks.enter_context(optimizer.due())
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-            self._check_finite("norm of the gradient", norm)
+            self._check_finite("norm of the gradient", norm.item(), self.step + 1)
             began = time.process_time()
             for optimizer in self.optimizers:
                 optimizer.optimizer.step()
@@ -335,14 +355,16 @@ class Trainer:
     def _path(self, name: str) -> Path:
         return self.config.out / name
 
-    def _check_finite(self, what: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {what} is {value.item()} at step {self.step + 1} with lr={self.config.lr}; "
+                f"the {what} is {value} at step {step} with lr={self.config.lr}; "
                 f"the last checkpoint is kept in {self.config.out}; start anew with a smaller lr"
             )
 
     def _save(self) -> None:
+        largest = torch.stack([param.detach().abs().amax() for param in self.model.parameters()])
+        self._check_finite("largest weight", largest.max().item(), self.step)
         state = {
             "trajectory": self.trajectory,
             "step": self.step,
@@ -358,6 +380,9 @@ class Trainer:
             raise ValueError(f"out={self.config.out} holds no checkpoint; start without --resume")
         state = checkpoint.load(path)
         theirs = state["trajectory"]
+        if self.config.warmup is None:  # it stays as it was where the run is extended
+            self.trajectory["warmup"] = theirs["warmup"]
+        theirs = {**theirs, "steps": max(theirs["steps"], self.config.steps)}
         if differences := [
             f"{name}={theirs.get(name)!r} there and {self.trajectory.get(name)!r} here"
             for name in sorted(theirs.keys() | self.trajectory.keys())

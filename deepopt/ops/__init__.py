@@ -18,7 +18,7 @@ from deepopt.ops.matmul import matmul
 from deepopt.ops.multi_scale_write import multi_scale_write
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
 from deepopt.ops.norms import frobenius, running_root
-from deepopt.ops.operator import backend, load_extensions
+from deepopt.ops.operator import backend
 from deepopt.ops.orthogonal_update import (
     ScaleArguments,
     adam_ratio,
@@ -62,5 +62,3 @@ __all__ = [
 # In a checkout the Triton kernels lie in csrc/triton; an installation has them beside this file.
 if (_sources := Path(__file__).resolve().parents[2] / "csrc").joinpath("triton").is_dir():
     __path__.append(str(_sources))
-
-load_extensions()

@@ -1,7 +1,8 @@
 """``python -m deepopt.ops``: what was built, what is used, and why not."""
 
+from deepopt._output import outlive_readers
 from deepopt.ops import operator as choice
-from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, UNAVAILABLE
+from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, why_not
 from deepopt.ops.products import multiplies_bfloat16
 
 NOTES = {"reference": "plain torch, on every device", "compiled": "on request: it compiles first"}
@@ -13,8 +14,8 @@ def report() -> str:
     """The backends with their state, and for every operator the backend of each device."""
     lines = ["backend    available"]
     for name in BACKENDS:
-        state = "no" if name in UNAVAILABLE else "yes"
-        note = UNAVAILABLE.get(name, NOTES.get(name, ""))
+        state = "no" if why_not(name) else "yes"
+        note = why_not(name) or NOTES.get(name, "")
         lines.append(f"{name:<10} {state:<10} {note}".rstrip())
     width = max(map(len, OPERATORS))
     devices = list(PREFERRED)
@@ -25,9 +26,9 @@ def report() -> str:
             there = [b for b in PREFERRED[device] if b in operator.implementations]
             if choice._forced is not None:
                 there = [b for b in (*there, "compiled") if b == choice._forced]
-            used.append(next((b for b in there if b not in UNAVAILABLE), "reference"))
+            used.append(next((b for b in there if not why_not(b)), "reference"))
         lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
-    if "cpu" not in UNAVAILABLE and not multiplies_bfloat16():
+    if not why_not("cpu") and not multiplies_bfloat16():
         names = ", ".join(OF_BFLOAT16)
         lines += ["", f"on cpu, {names}: all but small matrices need AVX512-BF16, without AMX"]
     if choice._forced is not None:
@@ -36,4 +37,5 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     print(report())

@@ -9,7 +9,11 @@ one, for debugging; ``python -m deepopt.ops`` shows what there is.
 
 import functools
 import importlib
+import importlib.util
 import os
+import platform
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from deepopt._compat import has_kernel, inside_transform
+from deepopt._compat import constant_to_compile, has_kernel, inside_transform
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,12 +31,22 @@ BACKENDS = ("reference", "compiled", "cpu", "cuda", "triton")
 PREFERRED: dict[str, Sequence[str]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 """Backends by device type, best first; ``compiled`` is for those who ask for it: it takes long."""
 
-OPERATORS: dict[str, "Operator[Any, Any]"] = {}
-UNAVAILABLE: dict[str, str] = {}
-"""Why a backend is not there, for those that are not."""
+# torch keeps an operator until the process ends. What it needs for that is kept beside it, because
+# this module may be reloaded, or forgotten and imported again, as notebooks and test runners do.
+_process = vars(torch.ops.deepopt)
+if "_library" not in _process:
+    _process.update(_library=torch.library.Library("deepopt", "DEF"), _kernels={}, _operators={})
+_LIBRARY: torch.library.Library = _process["_library"]
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = _process["_kernels"]
+"""What torch calls under each name: the kernel in Python, and the one that tells shapes."""
 
-_LIBRARY = torch.library.Library("deepopt", "DEF")
+OPERATORS: dict[str, "Operator[Any, Any]"] = _process["_operators"]
+UNAVAILABLE: dict[str, str] = {}
+"""Why a backend is not there, as far as it can be told without asking for a GPU: ``why_not``."""
+
 _forced: str | None = None
+_gpu_asked = False
+_told = False
 
 
 class Implementation(NamedTuple):
@@ -60,9 +74,12 @@ class Operator(Generic[P, R]):
         self.reference = reference
         self.name = reference.__name__
         self.implementations: dict[str, Implementation] = {}
+        if self.name in OPERATORS:  # as it was before a reload
+            self.implementations.update(OPERATORS[self.name].implementations)
         self.supports = supports
         self._schema, self._packed = schema, packed
         self.overload = self._defined(self.name, reference)
+        self.find_kernels()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         chosen = _forced if _forced == "reference" else self.backend_for(*args, **kwargs)
@@ -101,29 +118,43 @@ class Operator(Generic[P, R]):
         if _forced == "compiled":
             return _forced
         device = _device(given)
+        if device == "cuda":
+            _find_gpu()
         for name in PREFERRED.get(device, ()):
             found = self.implementations.get(name)
             if found is None or _forced not in (None, name):
                 continue
             if found.supports(*args, **kwargs):
                 return name
+        if device == "cpu" and "cpu" in UNAVAILABLE and _forced is None:
+            _tell_what_is_missing()
         return "reference"
 
     def has_backend(self, device: str) -> bool:
         """Whether tensors of this device type take another backend than the reference."""
+        if device == "cuda":
+            _find_gpu()
         there = [name for name in PREFERRED.get(device, ()) if name in self.implementations]
         return _forced != "reference" and any(_forced in (None, name) for name in there)
 
     def find_kernels(self) -> None:
         """Take up what the extensions that are loaded have for this operator."""
         for name in ("cpu", "cuda"):
-            if name not in self.implementations and has_kernel(self.overload.name(), name.upper()):
+            if has_kernel(self.overload.name(), name.upper()):
                 self.implementations[name] = Implementation(self.overload, self.supports)
 
     def _defined(self, name: str, kernel: Callable[P, R]) -> Any:
         """The torch operator of this name, with this operator's schema."""
-        _LIBRARY.define(name + self._schema)
+        known = name in _KERNELS
+        if not known:
+            _LIBRARY.define(name + self._schema)
         overload = getattr(torch.ops.deepopt, name).default
+        if known and overload._schema != torch._C.parse_schema(f"deepopt::{name}{self._schema}"):
+            raise RuntimeError(
+                f"the operator deepopt::{name} is there with other arguments, and torch keeps them "
+                f"until the process ends: start Python again (there {overload._schema}, "
+                f"here {name}{self._schema})"
+            )
         arguments = overload._schema.arguments
         self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
         run: Callable[..., Any] = self._taking_flat(kernel, len(arguments))
@@ -132,8 +163,17 @@ class Operator(Generic[P, R]):
             fake = lambda *args, **kwargs: None  # noqa: E731
         else:
             run, fake = _contiguous(run), _contiguous(fake)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"deepopt::{name}", fake, lib=_LIBRARY)
+        _KERNELS[name] = run, fake
+        if not known:  # by way of the table, where a later import puts its own
+
+            def run_kernel(*args: Any, **kwargs: Any) -> Any:
+                return _KERNELS[name][0](*args, **kwargs)
+
+            def run_fake(*args: Any, **kwargs: Any) -> Any:
+                return _KERNELS[name][1](*args, **kwargs)
+
+            _LIBRARY.impl(name, run_kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"deepopt::{name}", run_fake, lib=_LIBRARY)
         return overload
 
     def _flat(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -201,42 +241,83 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def check_backend(name: str, argument: str = "backend") -> None:
-    """Raise unless ``name`` is a backend that is there."""
+def check_backend(
+    name: str, argument: str = "backend", why: Callable[[str], str | None] | None = None
+) -> None:
+    """Raise unless ``name`` is a backend that is there, as far as ``why`` (why_not) can tell."""
     if name not in BACKENDS:
         raise ValueError(f"Invalid {argument}: {name!r}; choose from {', '.join(BACKENDS)}")
-    if name in UNAVAILABLE:
+    if reason := (why or why_not)(name):
         raise RuntimeError(
-            f"Invalid {argument}: {name!r} is not available: {UNAVAILABLE[name]}; "
+            f"Invalid {argument}: {name!r} is not available: {reason}; "
             "`python -m deepopt.ops`, without DEEPOPT_BACKEND, shows what is"
         )
 
 
-def load_extensions() -> None:
+def why_not(name: str) -> str | None:
+    """Why a backend is not there; None where it is. It asks for a GPU where that matters."""
+    if name in PREFERRED["cuda"] and name not in UNAVAILABLE:
+        _find_gpu()
+    return UNAVAILABLE.get(name)
+
+
+@constant_to_compile
+def _find_gpu() -> None:
+    """Take up what needs a GPU: once, at first need, because the question starts CUDA.
+
+    A process that is forked later could not use it then, nor choose its devices.
+    """
+    global _gpu_asked
+    if _gpu_asked:
+        return
+    _gpu_asked = True
+    if not torch.cuda.is_available():
+        for name in PREFERRED["cuda"]:
+            UNAVAILABLE.setdefault(name, "torch finds no CUDA device")
+    elif "triton" not in UNAVAILABLE:
+        try:
+            importlib.import_module("deepopt.ops.triton")
+        except ImportError as error:
+            UNAVAILABLE["triton"] = f"triton does not import: {error}"
+
+
+@constant_to_compile
+def _tell_what_is_missing() -> None:
+    """Warn once where this machine could have the kernels that this installation lacks."""
+    global _told
+    if _told or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return
+    _told = True
+    warnings.warn(
+        f"deepopt runs without its kernels for the CPU, which makes its steps slower: "
+        f"{UNAVAILABLE['cpu']}. Install torch 2.10 or later and a C++ compiler, and then deepopt "
+        "again from where it came from: pip install --no-build-isolation --no-deps "
+        "--force-reinstall SOURCE. To go on without them and hear no more of it, set "
+        "DEEPOPT_BACKEND=reference",
+        stacklevel=2,
+    )
+
+
+def _load_extensions() -> None:
     """Load the compiled extensions that are there, and obey ``DEEPOPT_BACKEND``."""
     global _forced
     package = Path(__file__).resolve().parents[1]
     for name in ("cpu", "cuda"):
         built = sorted(package.glob(f"_C_{name}.*so")) + sorted(package.glob(f"_C_{name}.*pyd"))
         if not built:
-            UNAVAILABLE[name] = f"deepopt._C_{name} was not built with this installation"
+            UNAVAILABLE[name] = f"deepopt._C_{name} was not built in {package}"
             continue
         try:
             torch.ops.load_library(built[0])
         except OSError as error:  # of another torch, or of one without CUDA
             UNAVAILABLE[name] = f"{built[0].name} does not load: {error}"
-    if not torch.cuda.is_available():
-        UNAVAILABLE.setdefault("cuda", "torch finds no CUDA device")
-        UNAVAILABLE.setdefault("triton", "torch finds no CUDA device")
-    else:
-        try:
-            importlib.import_module("deepopt.ops.triton")
-        except ImportError as error:
-            UNAVAILABLE["triton"] = f"triton does not import: {error}"
-    for found in OPERATORS.values():
-        found.find_kernels()
+    if not (torch.version.cuda or torch.version.hip):
+        for name in PREFERRED["cuda"]:
+            UNAVAILABLE.setdefault(name, "this build of torch has no CUDA")
+    elif importlib.util.find_spec("triton") is None:
+        UNAVAILABLE["triton"] = "triton is not installed"
     if forced := os.environ.get("DEEPOPT_BACKEND"):
-        check_backend(forced, "DEEPOPT_BACKEND")
+        check_backend(forced, "DEEPOPT_BACKEND", UNAVAILABLE.get)
         _forced = forced
 
 
@@ -278,3 +359,6 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield arg
         elif isinstance(arg, list | tuple):
             yield from (item for item in arg if isinstance(item, Tensor))
+
+
+_load_extensions()

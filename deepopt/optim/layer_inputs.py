@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deepopt._compat import is_distributed
+from deepopt._compat import disable_dynamo, is_distributed
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -169,7 +169,7 @@ def _average(param: Tensor, sample: _Sample) -> Tensor:
     return torch.cat(everyone, 1)
 
 
-@torch.compiler.disable
+@disable_dynamo
 def _watch(
     limit: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:

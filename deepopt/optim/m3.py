@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deepopt.memory import Memory, MultiScale
-from deepopt.memory.multi_scale import FastOfMultiScale, MultiScaleSums
+from deepopt.memory import Memory
+from deepopt.memory.multi_scale import FastOfMultiScale, MultiScale, MultiScaleSums
 from deepopt.optim.base import Group, MemoryOptimizer
 from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, State
 

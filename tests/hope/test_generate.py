@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepopt.hope import Hope, HopeConfig, generate
+from deepopt.hope import Hope, HopeConfig, complete, generate, stream
 
 
 @pytest.fixture
@@ -55,7 +59,191 @@ def test_no_tokens_to_add_returns_the_prompt(model: Hope, prompt: Tensor) -> Non
     assert torch.equal(generate(model, prompt, 0), prompt)
 
 
-@pytest.mark.parametrize("options", [{"length": -1}, {"temperature": -0.5}, {"top_k": 0}])
-def test_bad_options_are_named(model: Hope, prompt: Tensor, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
-        generate(model, prompt, **{"length": 3, **options})
+def test_top_p_draws_among_the_likeliest_that_reach_it(model: Hope, prompt: Tensor) -> None:
+    out = generate(model, prompt, 40, top_p=0.6, temperature=2.0)
+    shares = (model(out[:, :-1]).logits[:, 4:] / 2).softmax(-1)
+    chosen = shares.gather(-1, out[:, 5:, None])
+    likelier = (shares * (shares > chosen)).sum(-1)
+    assert (likelier < 0.6 + 1e-9).all()
+    assert (likelier > 0.3).any()  # others than the first few are drawn
+    assert torch.equal(generate(model, prompt, 9, top_p=1e-9), generate(model, prompt, 9, top_k=1))
+
+
+def test_draws_follow_the_shares_that_the_options_leave(model: Hope) -> None:
+    """Against the probabilities written out, at temperature, among the k, among those of p."""
+    prompt = torch.zeros(4000, 1, dtype=torch.long)
+    logits = model(prompt[:1]).logits[0, 0]
+    shares = torch.zeros(11, dtype=torch.float64)
+    for index in logits.argsort(descending=True)[:5]:
+        shares[index] = (logits[index] / 1.5).exp()
+    shares /= shares.sum()
+    for index in shares.argsort()[:-2]:  # all but those of p
+        if shares[shares > shares[index]].sum() >= 0.7:
+            shares[index] = 0
+    shares /= shares.sum()
+    (drawn,) = stream(model, prompt, 1, temperature=1.5, top_k=5, top_p=0.7)
+    found = torch.bincount(drawn, minlength=11) / 4000
+    assert found[shares == 0].sum() == 0
+    assert torch.allclose(found.double(), shares, atol=5 * (0.25 / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize("prefill", [1, 2, 3, 5, 1024])
+def test_a_prompt_read_in_parts_has_the_same_continuation(
+    model: Hope, prompt: Tensor, prefill: int
+) -> None:
+    expected = generate(model, prompt, 6, temperature=0)
+    assert torch.equal(generate(model, prompt, 6, temperature=0, prefill=prefill), expected)
+
+
+def test_streamed_tokens_are_those_that_are_generated(model: Hope, prompt: Tensor) -> None:
+    streamed = list(stream(model, prompt.int(), 7, temperature=0))
+    whole = generate(model, prompt, 7, temperature=0)
+    assert torch.equal(torch.stack(streamed, 1), whole[:, 5:])
+    assert torch.is_grad_enabled()
+    assert not next(stream(model, prompt, 1)).requires_grad
+
+
+def test_a_token_is_there_before_the_next_is_computed(model: Hope, prompt: Tensor) -> None:
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(None))
+    tokens = stream(model, prompt, 5)
+    for count in range(1, 6):
+        next(tokens)
+        assert len(calls) == count
+    assert next(tokens, None) is None
+    assert len(calls) == 5
+
+
+def test_texts_end_at_their_stop_and_the_batch_with_the_last(model: Hope, prompt: Tensor) -> None:
+    whole = generate(model, prompt, 30, temperature=0)[:, 5:].tolist()
+    stop = next(
+        whole[0][i : i + 2] for i in range(20) if whole[0][i : i + 2] != whole[1][i : i + 2]
+    )
+
+    def end(row: list[int]) -> int:
+        ends = [i + 2 for i in range(29) if row[i : i + 2] == stop]
+        return ends[0] if ends else 30
+
+    ends = [end(row) for row in whole]
+    assert ends[0] < 30
+    stopped = generate(model, prompt, 30, temperature=0, stop=stop)[:, 5:].tolist()
+    for row, full, last in zip(stopped, whole, ends, strict=True):
+        assert row[:last] == full[:last]
+        assert row[last:] == [-1] * (max(ends) - last)
+    alone = generate(model, prompt[:1], 30, temperature=0, stop=bytes(stop))
+    assert alone[0, 5:].tolist() == whole[0][: ends[0]]
+
+
+def test_what_is_kept_does_not_grow_with_the_text(model: Hope, prompt: Tensor) -> None:
+    def kept() -> int:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+        return sum(tensor.numel() for tensor in tensors)
+
+    tokens = stream(model, prompt, 40)
+    sizes = []
+    for count in range(40):
+        last = next(tokens)
+        if count in (7, 39):
+            sizes.append(kept())
+    assert last is not None
+    assert sizes[0] == sizes[1]
+
+
+def test_a_mask_goes_with_its_part_of_the_prompt(
+    model: Hope, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    forward = Hope.forward
+
+    def recording(self: Hope, tokens: Tensor, state: Any = None, **more: Tensor) -> Any:
+        given.append({name: tensor.tolist() for name, tensor in more.items()})
+        return forward(self, tokens, state=state)
+
+    monkeypatch.setattr(Hope, "forward", recording)
+    mask = torch.tensor([[False, False, True, True, True], [True] * 5])
+    generate(model, prompt, 2, mask=mask, prefill=3)
+    parts = [{"mask": mask[:, :3].tolist()}, {"mask": mask[:, 3:].tolist()}]
+    assert given == [*parts, {}]
+
+
+@pytest.fixture
+def byte_model() -> Hope:
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(dim=8, heads=2, layers=1, memory_chunk=4, projection_chunk=4))
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def test_text_goes_in_and_comes_out_in_whole_characters(
+    byte_model: Hope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a\N{EURO SIGN}\N{GREEK SMALL LETTER ALPHA}\xe9".encode() + b"\xff.\xe2"
+    module = importlib.import_module("deepopt.hope.generate")
+    monkeypatch.setattr(module, "_draw", lambda *_: torch.tensor([[next(bytes_)]]))
+    bytes_ = iter(text)
+    pieces = list(complete(byte_model, "caf\xe9", len(text)))
+    assert "".join(pieces) == text.decode(errors="replace")
+    assert pieces[:3] == ["a", "\N{EURO SIGN}", "\N{GREEK SMALL LETTER ALPHA}"]
+    bytes_ = iter(b"one\n\ntwo")
+    assert "".join(complete(byte_model, "count", 99, stop=b"\n\n")) == "one\n\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": -1},
+        {"temperature": -0.5},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"stop": []},
+        {"stop": [11]},
+        {"prefill": 0},
+    ],
+)
+def test_bad_options_are_named_before_anything_is_computed(
+    model: Hope, prompt: Tensor, options: dict[str, Any]
+) -> None:
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))}: must be"):
+        stream(model, prompt, **{"length": 3, **options})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "said"),
+    [
+        ("text", TypeError, "prompt is of type str: .*call complete"),
+        (torch.zeros(0, 3).long(), ValueError, r"prompt has shape \(0, 3\)"),
+        (torch.zeros(3).long(), ValueError, r"prompt has shape \(3,\)"),
+        (torch.zeros(1, 3), ValueError, "dtype torch.float32: must be integers"),
+        (torch.tensor([[3, 11]]), ValueError, "prompt has 11: tokens must lie in 0 ... 10"),
+        (torch.tensor([[-1, 3]]), ValueError, "prompt has -1: "),
+    ],
+)
+def test_bad_prompts_are_named_with_the_remedy(
+    model: Hope, prompt: Any, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        stream(model, prompt, 3)
+
+
+def test_other_bad_input_is_named_with_the_remedy(model: Hope, byte_model: Hope) -> None:
+    prompt = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"stop='ab' is text: must be tokens, such as b'ab'"):
+        stream(model, prompt, 3, stop="ab")
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 2\): must have that of prompt"):
+        stream(model, prompt, 3, mask=torch.ones(2, 2).bool())
+    with pytest.raises(ValueError, match="mask is False at the end of a prompt: pad on the left"):
+        stream(model, prompt, 3, mask=torch.tensor([[True] * 3, [True, True, False]]))
+    with pytest.raises(ValueError, match=r"generator lies on meta.*torch.Generator\('cpu'\)"):
+        stream(model, prompt, 3, generator=SimpleNamespace(device=torch.device("meta")))
+    with pytest.raises(ValueError, match="the model has vocab_size=11: text needs one of bytes"):
+        complete(model, "text", 3)
+    with pytest.raises(ValueError, match="text is empty"):
+        complete(byte_model, "", 3)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"not finite.*a smaller learning rate"):
+        generate(model, prompt, 1)

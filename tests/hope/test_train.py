@@ -11,15 +11,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 
 from deepopt.hope import HopeConfig, checkpoint, report
 from deepopt.hope import trainer as training
-from deepopt.hope.train import main
+from deepopt.hope.train import Interrupt, interrupts, main
 from deepopt.hope.trainer import TrainConfig, Trainer, train
 from deepopt.optim.registry import REGISTRY
 
@@ -171,7 +173,7 @@ def test_killed_run_goes_on_bit_for_bit(config, tmp_path, moment):
     )
     program = f"""
 import os, signal, sys, torch
-from deepopt.hope.train import main
+from deepopt.hope.train import Interrupt, interrupts, main
 torch.set_num_threads(1)
 original, calls = {moment}, 0
 def killing(*arguments, **options):
@@ -212,6 +214,89 @@ def test_ctrl_c_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, caps
     assert message.rstrip().endswith("--resume")
     assert main(arguments(config, "--resume")) == 0
     assert_same_run(whole.out, config.out)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_save_and_end_the_process_with_their_own_code(config, number, code):
+    endless = arguments(config, "--steps=9999999", "--save-every=9999999", "--eval-every=9999999")
+    command = [sys.executable, "-m", "deepopt.hope.train", *endless]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True, text=True) as run:  # fmt: skip
+        began = time.monotonic()
+        while not (config.out / "metrics.jsonl").exists() and time.monotonic() < began + 60:
+            time.sleep(0.01)
+        run.send_signal(number)
+        message = run.communicate(timeout=60)[1]
+    assert run.returncode == code, message
+    assert "Traceback" not in message
+    assert message.rstrip().endswith("--resume")
+    steps = saved_step(config.out)
+    assert steps > 0
+    assert [line["step"] for line in metrics(config.out)] == list(range(1, steps + 1))
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_set()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_second_signal_is_real_whichever_it_is(monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whose effect can be seen
+    try:
+        with interrupts() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.is_set()
+            assert stop.signal == signal.SIGHUP
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 15, 16, 20, 800])
+def test_the_warm_up_follows_the_number_of_steps_unless_it_is_given(config, steps):
+    short = dataclasses.replace(config, steps=steps, warmup=None)
+    assert short.warmup_steps == steps // 16
+    assert dataclasses.replace(config, steps=800, warmup=None).warmup_steps == 50
+    assert dataclasses.replace(config, steps=800, warmup=7).warmup_steps == 7
+
+
+def test_a_finished_run_is_extended_by_more_steps(config, tmp_path):
+    train(config)
+    finished = metrics(config.out)
+    longer = dataclasses.replace(config, steps=STEPS + 8, warmup=None, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(longer).run(StopAfter(3))
+    assert saved_step(config.out) == STEPS + 3
+    train(longer)
+    lines = metrics(config.out)
+    assert lines[: len(finished)] == finished
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 9))
+    # The warm-up stays that of the run, and the rate is that of a run of so many steps.
+    rates = [config.lr * training.lr_factor(s, STEPS + 8, 3) for s in range(STEPS, STEPS + 8)]
+    assert [line["lr"] for line in steps[STEPS:]] == pytest.approx(rates)
+    assert max(line["loss"] for line in steps[STEPS:]) < steps[0]["loss"]
+
+    at_once = dataclasses.replace(config, out=tmp_path / "at once")
+    train(at_once)
+    train(dataclasses.replace(longer, out=at_once.out))
+    assert_same_run(at_once.out, config.out)
+
+
+def test_a_run_is_not_cut_short_by_fewer_steps(config, capsys):
+    train(config)
+    message = wrong(arguments(config, "--resume", "--steps=10"), capsys)
+    assert "steps=14 there and 10 here" in message
 
 
 def test_resuming_a_finished_run_changes_nothing(config):
@@ -296,8 +381,6 @@ def test_nothing_to_resume_and_damaged_checkpoints_are_named(config, capsys):
     path = config.out / "checkpoint.safetensors"
     path.write_bytes(b"damaged")
     assert "is damaged or no checkpoint" in wrong(arguments(config, "--resume"), capsys)
-    import safetensors.torch
-
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     assert "is no checkpoint of this program" in wrong(arguments(config, "--resume"), capsys)
 
@@ -363,6 +446,93 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(config, monkeypatch, cap
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def weights_become(value: float, monkeypatch, step: int) -> None:
+    """The optimizer makes a weight of this value in a step."""
+    train_step = Trainer.train_step
+
+    def breaking(self):
+        values = train_step(self)
+        if self.step == step:
+            self.model.head.weight.data[0, 0] = value
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", breaking)
+
+
+@pytest.mark.parametrize("step", [10, 11, STEPS])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(
+    config, monkeypatch, capsys, step, value
+):
+    """Also where no step sees them: before a checkpoint, at an interruption, at the end."""
+    weights_become(value, monkeypatch, step)
+    if step == 11:
+        monkeypatch.setattr(Interrupt, "is_set", lambda self: next(asked) == 11)
+        asked = iter(range(1, 99))
+    code = main(arguments(config, "--eval-every=100"))
+    assert code == 1
+    assert re.search(r"the \D+ is (nan|-?inf) at step", capsys.readouterr().err)
+    state = checkpoint.load(config.out / "checkpoint.safetensors")
+    assert state["step"] == (5 if step == 10 else 10)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+@pytest.mark.parametrize("rate", ["1e2", "1e6", "1e30"])
+@pytest.mark.parametrize("steps", ["2", "3", "20"])
+def test_a_rate_that_diverges_ends_with_a_code_that_tells(config, capsys, rate, steps):
+    code = main(arguments(config, "--warmup=0", f"--lr={rate}", f"--steps={steps}"))
+    said = capsys.readouterr()
+    learned = re.search(r"([\d.]+) bits per byte on held-out", said.out)
+    if code == 0:  # it may be at home again where the last step has brought it
+        assert float(learned[1]) <= 16
+    else:
+        assert code == 1
+        assert "with a smaller lr" in said.err
+    assert code == 1 or steps != "20"
+
+
+# -- an output that nobody reads ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "both"), [([], False), (["-OO"], True)])
+def test_a_run_outlives_those_who_read_what_it_says(config, flags, both):
+    command = [sys.executable, *flags, "-m", "deepopt.hope.train", *arguments(config)]
+    command.remove("--quiet")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(command, stdout=write, stderr=write if both else subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert both or b"Error" not in done.stderr
+    assert saved_step(config.out) == STEPS
+    assert (config.out / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        ([], "deepopt.hope.train --help"),
+        ([], "deepopt.optim"),
+        ([], "deepopt.ops"),
+        ([], "benchmarks --help"),
+        (["-OO"], "deepopt.optim"),
+        (["-OO"], "benchmarks --help"),
+    ],
+)
+def test_commands_say_nothing_about_pipes_that_close_early(flags, command):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, *flags, "-m", *command.split()],
+                              stdout=write, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    finally:
+        os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+
+
 # -- help --------------------------------------------------------------------------------------
 
 
@@ -401,6 +571,43 @@ def test_checkpoint_keeps_types_and_shared_storage(tmp_path):
     }
     checkpoint.save(tmp_path / "c", state)
     assert_same(checkpoint.load(tmp_path / "c"), state)
+
+
+def test_a_checkpoint_with_any_byte_changed_or_missing_is_refused(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(path, {"a": torch.arange(3.0), "text": '"sha256":"', "b": {0: (1, None)}})
+    whole = path.read_bytes()
+    damaged = [whole[:end] for end in range(len(whole))] + [whole + b" "]
+    for at, byte in enumerate(whole):
+        for flipped in {byte ^ 1, byte ^ 32, byte ^ 128, 32} - {byte}:
+            damaged.append(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged|no checkpoint"):
+            checkpoint.load(path)
+    path.write_bytes(whole)
+    assert checkpoint.load(path)["a"].tolist() == [0, 1, 2]
+
+
+def test_a_damaged_checkpoint_does_not_resume(config, capsys):
+    train(config)
+    path = config.out / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    assert "is damaged (it differs from its checksum)" in wrong(
+        arguments(config, "--resume"), capsys
+    )
+
+
+def test_a_checkpoint_from_before_the_checksum_loads(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(path, {"a": torch.arange(3.0)})
+    with safetensors.safe_open(path, "pt") as file:
+        old = {"format": "deepopt.hope.checkpoint/1", "state": file.metadata()["state"]}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path.write_bytes(safetensors.torch.save(tensors, old))
+    assert_same(checkpoint.load(path), {"a": torch.arange(3.0)})
 
 
 def test_checkpoint_refuses_what_is_not_data(tmp_path):

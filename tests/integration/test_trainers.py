@@ -33,7 +33,7 @@ def test_the_examples_run(path, tmp_path):
     imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
     for package in imported:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'deepopt-torch[trainers]'")
+            pytest.skip(f"{package} is not installed: pip install {package}")
     done = subprocess.run(
         [sys.executable, str(path)],
         cwd=tmp_path,

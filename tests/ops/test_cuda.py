@@ -16,10 +16,10 @@ from deepopt.ops import (
     multi_scale_write,
     scale_update,
 )
-from deepopt.ops.operator import UNAVAILABLE
+from deepopt.ops.operator import why_not
 from tests.gpu import captured, no_waiting
 
-pytestmark = pytest.mark.skipif("cuda" in UNAVAILABLE, reason=UNAVAILABLE.get("cuda", ""))
+pytestmark = pytest.mark.skipif(bool(why_not("cuda")), reason=why_not("cuda") or "")
 CUDA = torch.device("cuda")
 RATES = (1e-2, 0.9, 0.99, 1e-8, 0.1, False)
 

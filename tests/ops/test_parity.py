@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepopt.ops import ScaleArguments, backend, delta_write, polar_express
-from deepopt.ops.operator import OPERATORS, UNAVAILABLE
+from deepopt.ops.operator import OPERATORS, UNAVAILABLE, why_not
 from deepopt.ops.products import LONGEST, SHORTEST
 from deepopt.ops.rounding import to_fp32
 
@@ -495,8 +495,8 @@ def fitting(name: str, shape: Shape) -> Shape:
 
 
 def available(name: str, backend_name: str) -> None:
-    if backend_name in UNAVAILABLE:
-        pytest.skip(UNAVAILABLE[backend_name])
+    if reason := why_not(backend_name):
+        pytest.skip(reason)
     if backend_name not in ("reference", *OPERATORS[name].implementations):
         pytest.skip("not written for this backend")
     if TABLE[name].small and backend_name in DEVICES:
@@ -533,7 +533,7 @@ def test_errors_are_those_of_the_arithmetic(name, backend_name, shape):
 def test_more_terms_and_double_precision(name, terms):
     """What the drawn shapes leave out; float64 of the lists that are written."""
     for backend_name in ("reference", "cpu"):
-        if backend_name in UNAVAILABLE:
+        if why_not(backend_name):
             continue
         if name == "combine":
             check(name, backend_name, Shape(terms=terms, dtype=torch.bfloat16, layout="columns"))
