@@ -281,6 +281,9 @@ class DeltaWrite {
       const float* momentum, const float* grad, float retention, double erase, float* to) {
     int exponent = 0;
     std::frexp(erase, &exponent);
+    // After gradients that faded far, the factor is below all floats: its root must not become zero,
+    // by which the rest would be divided. Nothing is erased then, as the rest becomes zero.
+    exponent = std::max(exponent, -200);
     const auto root = static_cast<float>(std::ldexp(1.0, exponent / 2));
     const auto rest = static_cast<float>(erase / root);
     if (wide_) {
