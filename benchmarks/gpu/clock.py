@@ -11,7 +11,7 @@ from benchmarks.work import Rates
 
 Step = Callable[[], Any]
 CYCLES = 2e9
-"""Of a GPU's clock per second, about: what the pause before a timed step is counted in."""
+"""Cycles of a GPU's clock per second, about. The pause before a timed step is counted in them."""
 
 
 class Clock:

@@ -29,7 +29,7 @@ class Kernel:
     name: str
     call: Callable[[dict[str, Any]], Any]
     work: Callable[[int, int, int], Work]
-    """Of (B, m, n)."""
+    """The least work for a stack of shape (B, m, n)."""
 
 
 def one(bytes_per_entry: float, flops: float = 0.0) -> Callable[[int, int, int], Work]:

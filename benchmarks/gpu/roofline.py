@@ -28,7 +28,7 @@ UNITS = {
 
 
 def measured_rates() -> Rates:
-    """Of the first measurement that a GPU's results have."""
+    """The rates of the first measurement in a GPU's results."""
     line = next(x for x in read(MEASURED) if x["kind"] == "rates" and x["device"] == "cuda")
     return Rates(*(line[name] for name in Rates._fields))
 

@@ -142,7 +142,7 @@ def training_rows(rows: list[Line]) -> Table:
 
 
 def tile_rows(rows: list[Line]) -> Table:
-    """Of every product the three fastest tiles, and cuBLAS."""
+    """The three fastest tiles of every product, and cuBLAS."""
     table: Table = [("product", "shape", "tile: rows, columns, depth, warps, stages", "ms")]
     cases: dict[tuple[str, str], list[Line]] = {}
     for line in of_kind(rows, "tile"):

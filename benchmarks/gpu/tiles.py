@@ -36,7 +36,7 @@ class Product(NamedTuple):
     name: str
     shape: tuple[int, int, int]
     chooser: str
-    """Of the tile, in its module: "symmetric.symmetric_tile"."""
+    """The function that chooses the tile, in its module: "symmetric.symmetric_tile"."""
     tiles: tuple[tuple[int, ...], ...]
     ours: Call
     torchs: Call

@@ -25,7 +25,7 @@ from deepopt.hope import Hope, HopeConfig
 
 Step: TypeAlias = Callable[[], Any]
 STEP_TOKENS = 2**19
-"""Of the step that an optimizer's share is of, as GPT-2-small is trained."""
+"""Tokens of the training step of which an optimizer takes a share, as for GPT-2-small."""
 GPT2 = TransformerConfig(vocab_size=50304, dim=768, layers=12, heads=12)
 GPT2_BATCH = (16, 1024)
 HOPE = HopeConfig(vocab_size=256, dim=1024, layers=12, heads=16)
@@ -54,7 +54,7 @@ def passes_work(config: TransformerConfig, batch: tuple[int, int]) -> Work:
 
 
 def step_work(config: TransformerConfig) -> dict[str, Work]:
-    """Of the optimizers' steps, by name."""
+    """The work of each optimizer's step, by name."""
     hidden, others = matrices(config), work.adamw(rest(config))
 
     def ours(rule: Callable[..., Work], **options: Any) -> Work:

@@ -12,13 +12,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #ifdef DEEPOPT_AVX512_BF16
-#if defined(__clang__)
-#pragma clang attribute push(                                                                  \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
+DEEPOPT_AVX512_BF16_BEGIN
 
 namespace {
 
@@ -47,11 +41,7 @@ void average(
 
 } // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+DEEPOPT_AVX512_BF16_END
 #endif
 
 namespace {

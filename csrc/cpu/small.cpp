@@ -91,7 +91,7 @@ DEEPOPT_CLONES float largest(const float* x, int64_t count) {
   return float_of(most);
 }
 
-DEEPOPT_CLONES double squares(const float* x, int64_t count) {
+DEEPOPT_CLONES double sum_of_squares(const float* x, int64_t count) {
   typedef double Wide __attribute__((vector_size(8 * kUnit / 2)));
   typedef Vector<kUnit / 2>::Lanes Narrow;
   Wide sums[2] = {};
@@ -216,14 +216,14 @@ class Tall {
 };
 
 // X <- X R with R = a I + b G + c G² and G = Xᵀ X, step by step.
-class NewtonSchulz : Tall {
+class SmallNewtonSchulz : Tall {
  public:
-  NewtonSchulz(const Shape& shape, const std::vector<std::array<float, 3>>& coefficients)
+  SmallNewtonSchulz(const Shape& shape, const std::vector<std::array<float, 3>>& coefficients)
       : Tall(shape, 1, 3), coefficients_(coefficients) {}
 
   void run(const float* from, float* to) {
     load(from, x_);
-    divide(x_, tall_size(), std::max(float(std::sqrt(squares(x_, tall_size()))), FLT_MIN));
+    divide(x_, tall_size(), std::max(float(std::sqrt(sum_of_squares(x_, tall_size()))), FLT_MIN));
     gram(x_, gram_);
     for (size_t step = 0; step < coefficients_.size(); ++step) {
       const auto& [a, b, c] = coefficients_[step];
@@ -258,16 +258,16 @@ class NewtonSchulz : Tall {
 };
 
 // M <- retention M - rate M Kᵀ K + (1 - retention) G.
-class DeltaWrite : Tall {
+class SmallDeltaWrite : Tall {
  public:
-  explicit DeltaWrite(const Shape& shape) : Tall(shape, 2, 2) {}
+  explicit SmallDeltaWrite(const Shape& shape) : Tall(shape, 2, 2) {}
 
   void run(const Memory<const float>& old, const float* grad, double rate, double retention,
            const Memory<float>& result) {
     const double scale = load(grad, keys_), size = load(old.momentum, momentum_);
     gram(keys_, gram_);
     squared(gram_, square_);
-    const double root = std::pow(squares(square_, square_size()), 0.125);
+    const double root = std::pow(sum_of_squares(square_, square_size()), 0.125);
     const double bound = std::min(root * scale, double(FLT_MAX));
     const double norm = std::sqrt(0.9 * *old.norm * *old.norm + 0.1 * bound * bound);
     const double ratio = scale / std::max(std::max(norm, bound), double(FLT_MIN));
@@ -281,7 +281,7 @@ class DeltaWrite : Tall {
     double erased = 0;
     for_slabs([&](int64_t k, int64_t rows) {
       product((wide_ ? keys_ : momentum_) + k * width_, wide_ ? square_ : gram_, rows, slab_);
-      erased += squares(slab_, rows * width_);
+      erased += sum_of_squares(slab_, rows * width_);
       const auto part = [&](int64_t at, const float* from, int64_t stride, int64_t count) {
         write(float(retention), old.momentum + at, float(erase * size), from,
               float(1.0 - retention), grad + at, stride, count, result.momentum + at);
@@ -292,7 +292,7 @@ class DeltaWrite : Tall {
         for (int64_t i = 0; i < rows; ++i) part((k + i) * short_, slab_ + i * width_, 1, short_);
       }
     });
-    const double whole = squares(momentum_, tall_size());
+    const double whole = sum_of_squares(momentum_, tall_size());
     const double share = erase * std::sqrt(erased / std::max(whole, double(FLT_MIN)));
     *result.norm = float(norm);
     *result.erasure = float(*old.erasure + 0.1 * (share - *old.erasure));
@@ -305,7 +305,7 @@ class DeltaWrite : Tall {
 
 // Calls f(first, last) on parts of a batch that are worth a thread.
 template <class F>
-void over_batch(const Shape& shape, const F& f) {
+void share_batch(const Shape& shape, const F& f) {
   const int64_t work = shape.rows * shape.columns * std::min(shape.rows, shape.columns);
   const int64_t grain = std::max<int64_t>(1, kWorth * 2 / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, shape.batch, grain, f);
@@ -317,8 +317,8 @@ void newton_schulz(const float* matrices, const Shape& shape,
                    const std::vector<std::array<float, 3>>& coefficients, float* result) {
   const int64_t size = shape.rows * shape.columns;
   if (!size) return;
-  over_batch(shape, [&](int64_t first, int64_t last) {
-    NewtonSchulz work(shape, coefficients);
+  share_batch(shape, [&](int64_t first, int64_t last) {
+    SmallNewtonSchulz work(shape, coefficients);
     for (int64_t b = first; b < last; ++b) work.run(matrices + b * size, result + b * size);
   });
 }
@@ -326,8 +326,8 @@ void newton_schulz(const float* matrices, const Shape& shape,
 void delta_write(const Memory<const float>& old, const float* grad, const Shape& shape, double rate,
                  double retention, const Memory<float>& result) {
   const int64_t size = shape.rows * shape.columns;
-  over_batch(shape, [&](int64_t first, int64_t last) {
-    DeltaWrite work(shape);
+  share_batch(shape, [&](int64_t first, int64_t last) {
+    SmallDeltaWrite work(shape);
     for (int64_t b = first; b < last; ++b) {
       work.run({old.momentum + b * size, old.norm + b, old.erasure + b}, grad + b * size, rate,
                retention, {result.momentum + b * size, result.norm + b, result.erasure + b});

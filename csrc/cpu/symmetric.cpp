@@ -34,13 +34,7 @@ void check(const Tensor& tensor, const char* name) {
 }  // namespace
 
 #ifdef DEEPOPT_AVX512_BF16
-#if defined(__clang__)
-#pragma clang attribute push(                                                                  \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
+DEEPOPT_AVX512_BF16_BEGIN
 
 namespace {
 
@@ -72,9 +66,9 @@ double largest(const Coefficients& abc, double upper) {
 // Written for X = M or Mᵀ with the short side first: a step is X ← R X with R = a I + P and
 // P = b G + c G², where G = X Xᵀ. The matrix is held twice, as panels of rows and of columns: one
 // multiplies with R, the other makes G.
-class NewtonSchulz {
+class BFloat16NewtonSchulz {
  public:
-  NewtonSchulz(int64_t rows, int64_t columns, std::vector<Coefficients> coefficients)
+  BFloat16NewtonSchulz(int64_t rows, int64_t columns, std::vector<Coefficients> coefficients)
       : coefficients_(std::move(coefficients)),
         m_(rows),
         n_(columns),
@@ -216,9 +210,9 @@ class NewtonSchulz {
 };
 
 // M ← retention M - rate M Kᵀ K + (1 - retention) G, with the memory for it.
-class DeltaWrite {
+class BFloat16DeltaWrite {
  public:
-  DeltaWrite(int64_t rows, int64_t columns)
+  BFloat16DeltaWrite(int64_t rows, int64_t columns)
       : m_(rows),
         n_(columns),
         wide_(rows < columns),
@@ -281,6 +275,9 @@ class DeltaWrite {
       const float* momentum, const float* grad, float retention, double erase, float* to) {
     int exponent = 0;
     std::frexp(erase, &exponent);
+    // After gradients that faded far, the factor is below all floats: its root must not become zero,
+    // by which the rest would be divided. Nothing is erased then, as the rest becomes zero.
+    exponent = std::max(exponent, -200);
     const auto root = static_cast<float>(std::ldexp(1.0, exponent / 2));
     const auto rest = static_cast<float>(erase / root);
     if (wide_) {
@@ -355,11 +352,7 @@ class DeltaWrite {
 
 }  // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+DEEPOPT_AVX512_BF16_END
 #endif
 
 namespace {
@@ -394,7 +387,7 @@ Tensor newton_schulz(
   STD_TORCH_CHECK(!steps.empty(), "coefficients must be those of at least one step");
 #ifdef DEEPOPT_AVX512_BF16
   over_batch(from.numel() / size, [&](int64_t first, int64_t last) {
-    NewtonSchulz work(rows, columns, steps);
+    BFloat16NewtonSchulz work(rows, columns, steps);
     for (int64_t b = first; b < last; ++b) work.run(read + b * size, write + b * size);
   });
 #endif
@@ -435,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
 #ifdef DEEPOPT_AVX512_BF16
   const int64_t size = rows * columns;
   over_batch(old.size(0), [&](int64_t first, int64_t last) {
-    DeltaWrite work(rows, columns);
+    BFloat16DeltaWrite work(rows, columns);
     for (int64_t b = first; b < last; ++b) {
       const auto average = work.run(
           m + b * size, g + b * size, {s[b], e[b]}, retention, rate, new_m + b * size);

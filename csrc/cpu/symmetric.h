@@ -18,9 +18,9 @@
 // into the packed result mirrored.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DEEPOPT_AVX512_BF16 1
+#include "avx512_bf16.h"
 
+#ifdef DEEPOPT_AVX512_BF16
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
@@ -33,13 +33,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                                  \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
+DEEPOPT_AVX512_BF16_BEGIN
 
 // gcc 12 takes the undefined operands inside its own intrinsics for mistakes.
 #pragma GCC diagnostic push
@@ -594,26 +588,5 @@ inline bool is_below(float limit, float* blocks, int64_t panels) {
 
 }  // namespace deepopt::bfloat16
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // x86-64
-
-namespace deepopt {
-
-// Whether these products run here: the processor has the instruction, and has not the faster one
-// (AMX), of which torch's own products make use.
-inline bool has_bfloat16_products() {
-#ifdef DEEPOPT_AVX512_BF16
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && !__builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
-}
-
-}  // namespace deepopt
+DEEPOPT_AVX512_BF16_END
+#endif  // DEEPOPT_AVX512_BF16

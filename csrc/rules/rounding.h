@@ -13,7 +13,7 @@ DEEPOPT_RULE uint32_t without_payload(uint32_t bits) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? kNaN : bits;
 }
 
-// Every bit of the result depends on every bit of x (the finaliser of MurmurHash3).
+// Every bit of the result depends on every bit of x (the finalizer of MurmurHash3).
 DEEPOPT_RULE uint32_t scrambled(uint32_t x) {
   x ^= x >> 16;
   x *= 0x85ebca6bu;

@@ -3,7 +3,7 @@
 // A rule is the arithmetic of one entry, or of one row, and nothing else: no loop over tensors, no
 // launch, no allocation. The launchers in csrc/cpu and csrc/cuda call it, and so both compute the
 // same thing. Products and sums are written with fma where torch has one: with contraction off, a
-// rule gives the same bits whatever the compiler vectorises.
+// rule gives the same bits whatever the compiler vectorizes.
 #pragma once
 #include <cmath>
 #include <cstdint>

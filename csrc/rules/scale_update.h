@@ -1,4 +1,4 @@
-// How far an orthogonalised update goes, row by row: from the products of its rows and the norms of
+// How far an orthogonalized update goes, row by row: from the products of its rows and the norms of
 // gradient and momentum to the factor of every row. In double, where no square of a float leaves
 // the range; what is kept or multiplied with is float32.
 //

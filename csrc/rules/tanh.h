@@ -2,7 +2,7 @@
 //
 // x P(x^2) / Q(x^2) with the polynomials of degree 4 whose largest relative error on [-9.011, 9.011],
 // where tanh has come to 1, is least: 2.1e-8. All coefficients are positive: nothing cancels. It has
-// no branch and no table, so that compilers vectorise it.
+// no branch and no table, so that compilers vectorize it.
 #pragma once
 #include "rule.h"
 

@@ -48,7 +48,7 @@ def erase_kernel(
     high, wide = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     which = (tl.program_id(0) // (high * wide)).to(tl.int64)
     tile = tl.program_id(0) % (high * wide)
-    # Eight rows of tiles at a time, so that what A and B have for neighbours is still in the cache.
+    # Eight rows of tiles at a time, so that what A and B have for neighbors is still in the cache.
     i, j = tl.swizzle2d(tile // wide, tile % wide, high, wide, 8)
 
     inside_m, inside_n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)

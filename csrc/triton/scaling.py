@@ -15,10 +15,14 @@ OPTIONS = {"num_warps": 8, **FUSED}
 
 @triton.jit
 def tile_norm(tile):
-    """The root of the sum of squares, also where squares leave float32's range."""
+    """The root of the sum of squares, also where squares leave float32's range.
+
+    It is at most 3.4e38, just below the largest float32, and NaN where an entry is not finite.
+    """
     largest = tl.max(tl.abs(tile))
     scaled = tile / tl.where(largest > 0.0, largest, 1.0)
-    return largest * tl.sqrt(tl.sum(scaled * scaled))
+    root = tl.sqrt(tl.sum(scaled * scaled))
+    return tl.minimum(largest, 3.4e38 / tl.where(root > 0.0, root, 1.0)) * root
 
 
 @triton.jit

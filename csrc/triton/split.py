@@ -30,8 +30,7 @@ def split_kernel(
     b_batch,
     b_row,
     b_column,
-    a_units_ptr,
-    b_units_ptr,
+    units_ptr,
     EVEN: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_UNITS: tl.constexpr,
@@ -53,7 +52,8 @@ def split_kernel(
     large = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     small = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_UNITS:
-        a_inverse, b_inverse = tl.load(a_units_ptr + 2 * which), tl.load(b_units_ptr + 2 * which)
+        units_ptr += 4 * which
+        a_inverse, b_inverse = tl.load(units_ptr), tl.load(units_ptr + 1)
     for start in range(0, depth, BLOCK_K):
         if EVEN and EVEN_K:
             a, b = tl.load(a_ptrs), tl.load(b_ptrs)
@@ -74,8 +74,7 @@ def split_kernel(
         b_ptrs += BLOCK_K * b_row
     result = large + small / 2048.0
     if HAS_UNITS:
-        a_unit = tl.load(a_units_ptr + 2 * which + 1)
-        result = result * a_unit * tl.load(b_units_ptr + 2 * which + 1)
+        result = result * tl.load(units_ptr + 2) * tl.load(units_ptr + 3)
     places = which * m * n + (i * BLOCK_M).to(tl.int64) * n + j * BLOCK_N
     places += inside_m[:, None] * n + inside_n[None, :]
     if EVEN:
@@ -108,20 +107,32 @@ def split_product(a: Tensor, b: Tensor, bounded: bool = False) -> Tensor:
     if not out.numel():
         return out
     tile = split_tile(a)
-    units = (a, b) if bounded else (_units(a), _units(b))
+    units = a if bounded else _units(a, b)
     split_kernel[(batch * triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
-        a, b, out, batch, m, n, depth, *a.stride(), *b.stride(), *units,
+        a, b, out, batch, m, n, depth, *a.stride(), *b.stride(), units,
         HAS_UNITS=not bounded, **tile.options(),
     )  # fmt: skip
     return out
 
 
-def _units(matrices: Tensor) -> Tensor:
-    """Of each matrix the inverse of its unit, and the unit; shape (B, 2).
+def _units(a: Tensor, b: Tensor) -> Tensor:
+    """Powers of two that bring the operands near norm 1, and the product back; shape (B, 4).
 
-    It is a power of two near the norm, so that to divide by it rounds nothing.
+    Two are for the operands, one for each. The other two multiply the product one after the other.
+    They share its exponent evenly: those of the operands themselves may be far apart, and the first
+    would push the product out of the range from which the second brings it back.
     """
-    _, exponents = torch.frexp(norms(matrices).clamp_min(torch.finfo(torch.float32).tiny))
-    exponents = exponents.clamp(-125, 125)
-    exponents = torch.stack([-exponents, exponents], 1)
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    left, right = _exponent(a), _exponent(b)
+    first = (left + right) // 2
+    return _power_of_two(torch.stack([-left, -right, first, left + right - first], 1))
+
+
+def _exponent(matrices: Tensor) -> Tensor:
+    """The exponent e of every matrix for which 2^e is just above its norm, from -125 to 125."""
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.frexp(norms(matrices).clamp_min(tiny)).exponent.clamp(-125, 125)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """2^e in float32 for e from -126 to 127, from its bits: exact on every device."""
+    return (exponents + 127 << 23).to(torch.int32).view(torch.float32)

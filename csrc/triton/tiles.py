@@ -1,7 +1,7 @@
 """Which tiles a kernel uses: those that were fastest on an H200 (docs/results/gpu.md).
 
-They are fixed, not tried when a kernel is first met: every candidate is one more compilation, and
-with three of them the first steps of a process took 8 to 19 seconds.
+They are fixed, not tuned at the first call: every candidate is one more compilation, and with three
+candidates the first steps of a process took 8 to 19 seconds.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from torch import Tensor
 
 SMALLEST = 32
 FUSED = {"enable_fp_fusion": True}
-"""Of every kernel: a product and a sum may be one fma. Triton 3.9 warns where this is left open, as
-its default is about to change."""
+"""Every kernel may compute a product and a sum as one fma. Triton 3.9 warns where this is left
+open, as its default is about to change."""
 
 
 class Tile(NamedTuple):
-    """Rows and columns of the result, depth of a turn of the loop, warps, and turns read ahead."""
+    """Rows and columns of the result, depth of a pass of the loop, warps, and passes read ahead."""
 
     rows: int
     columns: int
@@ -24,21 +24,21 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
-        """As a kernel's launch takes them."""
+    def options(self) -> dict[str, int | bool]:
+        """The keyword arguments of a kernel's launch."""
         blocks = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages, **FUSED}
 
 
-# Emulation runs program after program, about a millisecond each: tiles that leave edges and tails
-# in matrices of a few dozen rows.
+# The interpreter runs one program after the other, in about a millisecond each. Its tiles are
+# small, so that matrices of a few dozen rows have edges and tails.
 EMULATED = Tile(SMALLEST, SMALLEST, 16, 4, 1)
 EXACT = Tile(64, 64, 32, 4, 4)
 """For float32 operands, which no matrix unit multiplies."""
 LARGE, SMALL = Tile(128, 128, 64, 4, 3), Tile(64, 64, 128, 4, 3)
-"""Of symmetric products in half precision."""
+"""Tiles of symmetric products in half precision."""
 FEW = 256
-"""Side up to which small tiles leave fewer processors idle."""
+"""Longest side for which small tiles leave fewer processors idle than large ones."""
 ERASE = Tile(128, 64, 64, 4, 4)
 SPLIT = Tile(128, 64, 32, 4, 3)
 
@@ -73,10 +73,10 @@ def on_device(tile: Tile, operand: Tensor) -> Tile:
 
 
 def adapted(tile: Tile, backend: str, major: int = 9) -> Tile:
-    """For a GPU of another kind than the H100's.
+    """The tile for a GPU of another kind than the H100's.
 
     Elsewhere four warps have too few registers for more than 64 x 64 sums and what comes after
-    them. AMD's 64 KiB of shared memory hold two turns of the loop.
+    them. AMD's 64 KiB of shared memory hold two passes of the loop.
     """
     if backend == "hip":
         tile = tile._replace(stages=2)

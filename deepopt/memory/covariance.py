@@ -119,8 +119,10 @@ class Covariance:
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = LINEAR.read(state, grad, retention)
         before = frobenius(momentum)
+        # A root enlarges: what is huge is made smaller first. Its norm is restored in any case.
+        unit = torch.where(before > 2.0**64, 2.0**-32, 1.0)[:, None, None]
         for side in self._sides(grad):
-            root = state[f"root_{side}"]
+            root = unit * state[f"root_{side}"]
             left = side == "left"
             momentum = matmul(root, momentum) if left else matmul(momentum, root)
         after = frobenius(momentum).clamp_min(torch.finfo(grad.dtype).tiny)

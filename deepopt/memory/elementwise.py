@@ -76,7 +76,9 @@ class Elementwise:
             state["second"] = state["second"] + grad.square()
         else:
             state["first"] = state["first"].lerp(grad, 1 - retention)
-            state["second"] = state["second"].lerp(grad.square(), 1 - self.second_retention)
+            # From an infinite mean the next difference would be NaN.
+            square = grad.square().clamp_max(torch.finfo(grad.dtype).max)
+            state["second"] = state["second"].lerp(square, 1 - self.second_retention)
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         first, second = state["first"], state["second"]

@@ -60,7 +60,11 @@ def delta_write(
     bound = (torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale).clamp_max(info.max)
     norm = running_root(norm, bound, 0.1)
     ratio = (scale / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
-    erased = (momentum @ keys.mT) @ keys if wide else momentum @ gram
-    erased = erased * (rate * ratio)[:, None, None]
-    share = frobenius(erased) / frobenius(momentum).clamp_min(info.tiny)
+    # Products of a huge momentum would leave the range before the small ratio brings them back.
+    size = frobenius(momentum)
+    unit = torch.where(size > 2.0**64, 2.0**-64, 1.0)
+    shrunk = unit[:, None, None] * (keys.mT if wide else gram)
+    erased = (momentum @ shrunk) @ keys if wide else momentum @ shrunk
+    erased = erased * (rate * ratio / unit)[:, None, None]
+    share = frobenius(erased) / size.clamp_min(info.tiny)
     return retention * momentum - erased + (1 - retention) * grad, norm, erasure.lerp(share, 0.1)

@@ -10,9 +10,10 @@ from torch import Tensor
 from deepopt.ops.operator import operator
 
 SQUARINGS = 10
-"""Of C, for its largest eigenvalue: the mean of all, weighted by their powers 2^10 = 1024.
+"""How often C is squared to estimate its largest eigenvalue.
 
-That is below the largest by less than 1 % up to r = 20,000, and equal to it where it stands alone.
+The estimate is the mean of all eigenvalues, weighted by their powers 2^10 = 1024. It is below the
+largest by less than 1 % up to r = 20,000, and equal to it where it stands alone.
 """
 
 

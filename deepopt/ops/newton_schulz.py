@@ -1,4 +1,4 @@
-"""Orthogonalisation by an odd matrix polynomial: the output map of Muon (Eqs 42-44 and 52)."""
+"""Orthogonalization by an odd matrix polynomial: the output map of Muon (Eqs 42-44 and 52)."""
 
 import functools
 import math
@@ -83,7 +83,7 @@ def _quadratic(gram: Tensor, b: float, c: float) -> Tensor:
 def polar_express(steps: int, lower: float = 1e-3) -> Coefficients:
     """Coefficients of the composition of ``steps`` quintics that is closest to 1 on [lower, 1].
 
-    Each step takes the odd quintic p that minimises max |1 - p| over the interval that the
+    Each step takes the odd quintic p that minimizes max |1 - p| over the interval that the
     steps before it left, which is optimal for the composition too (Amsel et al. 2025, arXiv
     2505.16932). Their two guards against rounding are kept: an interval is treated as no
     wider than 1 : 0.024, and all polynomials but the last shrink their argument by 1 %.
@@ -97,9 +97,9 @@ def polar_express(steps: int, lower: float = 1e-3) -> Coefficients:
     for step in range(steps):
         a, b, c = _minimax_quintic(max(lower, cushion * upper), upper)
         ends = [a * x + b * x**3 + c * x**5 for x in (lower, upper)]
-        centre = 2 / sum(ends)  # the cushion moved the minimax interval: re-centre on 1
-        a, b, c = centre * a, centre * b, centre * c
-        lower = centre * ends[0]
+        center = 2 / sum(ends)  # the cushion moved the minimax interval: re-center on 1
+        a, b, c = center * a, center * b, center * c
+        lower = center * ends[0]
         upper = 2 - lower
         shrink = safety if step < steps - 1 else 1.0
         coefficients.append((a / shrink, b / shrink**3, c / shrink**5))

@@ -153,7 +153,7 @@ def adam_ratio(
 
     AdamW divides the averaged gradient by the root of the averaged squared gradient: about 1 where
     gradients agree, sqrt((1 - beta1) / (1 + beta1)) where they are noise, and towards 0 once they
-    stop. An orthogonalised update has lost that size; this restores it.
+    stop. An orthogonalized update has lost that size; this restores it.
 
     Args:
         momentum: averages of the gradient, in its units, shape (B, m, n).
@@ -180,7 +180,7 @@ def row_gains(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factors that divide each row by the root of its running mean square and keep matrices' norms.
 
-    A row is an output neuron: rows that the orthogonalisation leaves long or short step after
+    A row is an output neuron: rows that the orthogonalization leaves long or short step after
     step come to move equally far (NorMuon, arXiv 2510.05491). Zero rows do not count, and each
     row has a bias correction of its own: a neuron that wakes late, or again, moves like the others
     and not by the root of its silence further.

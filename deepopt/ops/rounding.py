@@ -68,7 +68,7 @@ def _noise(param: Tensor, seed: int) -> Tensor:
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """MurmurHash3's finaliser of 32-bit numbers, which are kept in 64 bits."""
+    """MurmurHash3's finalizer of 32-bit numbers, which are kept in 64 bits."""
     x = x ^ (x >> 16)
     x = x * 0x85EBCA6B & _WORD
     x = x ^ (x >> 13)

@@ -15,7 +15,14 @@ from triton.runtime import interpreter
 import deepopt.ops
 from deepopt.memory import Delta
 from deepopt.ops import frobenius, polar_express
-from deepopt.ops.triton import delta_write, erase, newton_schulz, split_product, symmetric_product
+from deepopt.ops.triton import (
+    delta_write,
+    erase,
+    newton_schulz,
+    scaling,
+    split_product,
+    symmetric_product,
+)
 
 on_triton = importlib.import_module("deepopt.ops.triton.newton_schulz")  # not the function
 on_covariance = importlib.import_module("deepopt.ops.triton.covariance")
@@ -163,7 +170,9 @@ def test_erase_is_as_near_as_its_sums_allow(shape, types):
     _within(before, norm, 32 * HALF * norm)
 
 
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-20, 1e15), (1e30, 1e-9)])
+@pytest.mark.parametrize(
+    "scales", [(1.0, 1.0), (1e-20, 1e15), (1e30, 1e-9), (1e-38, 5e37), (5e37, 1e-38)]
+)
 @pytest.mark.parametrize(("shape", "layout"), [((2, 33, 45), "transposed"), ((1, 40, 16), "gaps")])
 def test_a_split_product_is_as_near_as_float32(shape, layout, scales):
     batch, _, depth = shape
@@ -223,6 +232,12 @@ def test_norms_survive_squares_beyond_float32():
     norms = torch.linalg.matrix_norm(momentum.double()).float()
     torch.testing.assert_close(erased, norms)
     torch.testing.assert_close(before, norms)
+
+
+def test_a_norm_beyond_the_largest_float_is_that_and_no_infinity():
+    found = scaling.norms(torch.stack([torch.full((40, 50), x) for x in (3e38, torch.nan)]))
+    assert 3.3e38 < found[0] < torch.inf
+    assert found[1].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
