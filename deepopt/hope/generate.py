@@ -115,42 +115,31 @@ def stream(
         FloatingPointError: the logits are not finite.
     """
     _check(model, prompt, length, temperature, top_k, top_p, stop, generator, mask, prefill)
-    return _tokens(model, prompt, length, temperature, top_k, top_p, stop, generator, mask, prefill)
 
+    @torch.no_grad()
+    def tokens_one_by_one() -> Iterator[Tensor]:
+        if length == 0:
+            return
+        state = None
+        for first in range(0, prompt.shape[1], prefill):
+            part = slice(first, first + prefill)
+            padding = {} if mask is None else {"mask": mask[:, part]}
+            logits, _, state = model(prompt[:, part].long(), state=state, **padding)
+        ending = prompt.new_tensor(list(stop or ()), dtype=torch.long)
+        last = prompt.new_full((len(prompt), len(ending)), ENDED, dtype=torch.long)
+        ended = prompt.new_zeros(len(prompt), dtype=torch.bool)
+        for count in range(1, length + 1):
+            tokens = _draw(logits[:, -1], temperature, top_k, top_p, generator)
+            yield tokens[:, 0].masked_fill(ended, ENDED)
+            if stop is not None:
+                last = torch.cat([last[:, 1:], tokens], 1)
+                ended = ended | (last == ending).all(1)
+                if ended.all():
+                    return
+            if count < length:
+                logits, _, state = model(tokens, state=state)
 
-@torch.no_grad()
-def _tokens(
-    model: Hope,
-    prompt: Tensor,
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    stop: bytes | Sequence[int] | None,
-    generator: torch.Generator | None,
-    mask: Tensor | None,
-    prefill: int,
-) -> Iterator[Tensor]:
-    if length == 0:
-        return
-    state = None
-    for first in range(0, prompt.shape[1], prefill):
-        part = slice(first, first + prefill)
-        padding = {} if mask is None else {"mask": mask[:, part]}
-        logits, _, state = model(prompt[:, part].long(), state=state, **padding)
-    ending = prompt.new_tensor(list(stop or ()), dtype=torch.long)
-    last = prompt.new_full((len(prompt), len(ending)), ENDED, dtype=torch.long)
-    ended = prompt.new_zeros(len(prompt), dtype=torch.bool)
-    for count in range(1, length + 1):
-        tokens = _draw(logits[:, -1], temperature, top_k, top_p, generator)
-        yield tokens[:, 0].masked_fill(ended, ENDED)
-        if stop is not None:
-            last = torch.cat([last[:, 1:], tokens], 1)
-            ended = ended | (last == ending).all(1)
-            if ended.all():
-                return
-        if count < length:
-            logits, _, state = model(tokens, state=state)
+    return tokens_one_by_one()
 
 
 def _draw(
