@@ -6,7 +6,7 @@
 
 namespace deepopt {
 
-struct __attribute__((visibility("hidden"))) AdamWArguments {  // as torch's Tensor is
+struct DEEPOPT_HIDDEN AdamWArguments {
   std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, steps, lows;
   std::vector<int64_t> seeds;
   double lr, beta1, beta2, eps, weight_decay;
@@ -57,15 +57,15 @@ struct __attribute__((visibility("hidden"))) AdamWArguments {  // as torch's Ten
                       "deepopt::adamw_: state must be float32, or float64 for float64 parameters");
     }
     for (const Tensor& step : steps) {
-      STD_TORCH_CHECK((joined() || step.numel() == 1) &&
-                          (step.scalar_type() == ScalarType::Float ||
-                           step.scalar_type() == ScalarType::Double),
-                      "deepopt::adamw_: steps must be one float32 or float64 number for each parameter");
+      STD_TORCH_CHECK(
+          (joined() || step.numel() == 1) &&
+              (step.scalar_type() == ScalarType::Float || step.scalar_type() == ScalarType::Double),
+          "deepopt::adamw_: steps must be one float32 or float64 number for each parameter");
     }
     if (!joined()) return;
-    STD_TORCH_CHECK(exp_avgs[0].is_contiguous() && exp_avg_sqs[0].is_contiguous() &&
-                        steps[0].is_contiguous(),
-                    "deepopt::adamw_: state in one tensor must be contiguous");
+    STD_TORCH_CHECK(
+        exp_avgs[0].is_contiguous() && exp_avg_sqs[0].is_contiguous() && steps[0].is_contiguous(),
+        "deepopt::adamw_: state in one tensor must be contiguous");
     const int64_t entries = offsets().back();
     STD_TORCH_CHECK(exp_avgs[0].numel() == entries && exp_avg_sqs[0].numel() == entries &&
                         steps[0].numel() == int64_t(count),
@@ -79,17 +79,16 @@ struct __attribute__((visibility("hidden"))) AdamWArguments {  // as torch's Ten
     check_same_shape(grads[t], params[t]);
     const View param(params[t]), grad(grads[t]), low(roundings().low(t));
     if (joined()) {
-      walks.emplace_back(params[t],
-                         std::array<View, 5>{param, grad, View(exp_avgs[0], offset),
-                                             View(exp_avg_sqs[0], offset), low});
+      walks.emplace_back(params[t], std::array<View, 5>{param, grad, View(exp_avgs[0], offset),
+                                                        View(exp_avg_sqs[0], offset), low});
       return;
     }
     for (const auto* averages : {&exp_avgs, &exp_avg_sqs}) {
       check_written((*averages)[t]);
       check_same_shape((*averages)[t], params[t]);
     }
-    walks.emplace_back(params[t], std::array<View, 5>{param, grad, View(exp_avgs[t]),
-                                                      View(exp_avg_sqs[t]), low});
+    walks.emplace_back(
+        params[t], std::array<View, 5>{param, grad, View(exp_avgs[t]), View(exp_avg_sqs[t]), low});
   }
 
  private:

@@ -1,4 +1,5 @@
-// The arguments of deepopt::apply_update_, and the checks that the launchers for CPU and CUDA share.
+// The arguments of deepopt::apply_update_, and the checks that the launchers for CPU and CUDA
+// share.
 #pragma once
 #include "../rules/apply_update.h"
 #include "boxed.h"
@@ -6,7 +7,7 @@
 
 namespace deepopt {
 
-struct __attribute__((visibility("hidden"))) ApplyUpdateArguments {  // as torch's Tensor is
+struct DEEPOPT_HIDDEN ApplyUpdateArguments {
   std::vector<Tensor> params, updates, lows;
   std::vector<int64_t> seeds;
   double lr, weight_decay;

@@ -1,7 +1,8 @@
-// How an operator with many arguments takes them: as one struct, filled from the dispatcher's stack.
+// How an operator with many arguments takes them: as one struct, filled from the dispatcher's
+// stack.
 //
-// TORCH_BOX unpacks the stack into a parameter list, which every launcher would have to spell out and
-// pass on. Here a struct lists its members once, in the order of the operator's schema.
+// TORCH_BOX unpacks the stack into a parameter list, which every launcher would have to spell out
+// and pass on. Here a struct lists its members once, in the order of the operator's schema.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -23,7 +24,8 @@ class BoxedCall {
     (take_one(to), ...);
   }
   void check_all_taken() const {
-    STD_TORCH_CHECK(next_ == end_, "deepopt: an operator's schema has more arguments than its kernel");
+    STD_TORCH_CHECK(next_ == end_,
+                    "deepopt: an operator's schema has more arguments than its kernel");
   }
 
  private:
@@ -32,7 +34,8 @@ class BoxedCall {
     if constexpr (requires(BoxedCall& call) { to.take_from(call); }) {
       to.take_from(*this);
     } else {
-      STD_TORCH_CHECK(next_ != end_, "deepopt: an operator's schema has fewer arguments than its kernel");
+      STD_TORCH_CHECK(next_ != end_,
+                      "deepopt: an operator's schema has fewer arguments than its kernel");
       to = torch::stable::detail::to<T>(*next_++);
     }
   }

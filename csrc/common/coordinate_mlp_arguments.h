@@ -5,11 +5,12 @@
 
 namespace deepopt {
 
-struct __attribute__((visibility("hidden"))) CoordinateMlpArguments {  // as torch's Tensor is
+struct DEEPOPT_HIDDEN CoordinateMlpArguments {
   CoordinateMlp mlp{};
 
-  CoordinateMlpArguments(const Tensor& base, const Tensor& reach, const std::vector<Tensor>& features,
-                         const Tensor& scales, const Tensor& weights)
+  CoordinateMlpArguments(const Tensor& base, const Tensor& reach,
+                         const std::vector<Tensor>& features, const Tensor& scales,
+                         const Tensor& weights)
       : like_(base) {
     const auto count = int64_t(features.size());
     STD_TORCH_CHECK(count > 0 && count <= CoordinateMlp::kMostFeatures,

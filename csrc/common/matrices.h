@@ -1,11 +1,12 @@
-// Stacks of matrices (B, m, n) as one block of memory, row after row or column after column.
+// A stack of matrices (B, m, n) as one block of memory, row after row or column after column. A
+// tensor that lies in neither way is copied.
 #pragma once
 #include "multi_tensor.h"
 
 namespace deepopt {
 
-struct __attribute__((visibility("hidden"))) Matrices {  // as torch's Tensor is
-  Tensor kept;  // its memory
+struct DEEPOPT_HIDDEN Matrices {
+  Tensor kept;  // owns the memory
   int64_t batch, rows, columns;
   bool transposed;  // column after column
 
@@ -24,14 +25,16 @@ struct __attribute__((visibility("hidden"))) Matrices {  // as torch's Tensor is
   const void* data() const { return kept.const_data_ptr(); }
 };
 
-// Calls f(b, begin, end) for every matrix' entries in chunks of at most kChunk, in parallel; chunk
-// number c of matrix b is number b * chunks_of(entries) + c. `worth` entries are worth a thread.
 inline int64_t chunks_of(int64_t entries) { return (entries + kChunk - 1) / kChunk; }
 
+// Calls f(b, begin, end, c) in parallel for the entries of every matrix b, in chunks of at most
+// kChunk. Chunks are counted through all matrices: the first of matrix b is c = b *
+// chunks_of(entries). A thread takes at least `worth` entries.
 template <class F>
 void for_pieces(int64_t batch, int64_t entries, const F& f, int64_t worth = kWorth) {
   const int64_t each = chunks_of(entries);
-  const int64_t grain = std::max<int64_t>(1, worth / std::max<int64_t>(1, std::min(entries, kChunk)));
+  const int64_t grain =
+      std::max<int64_t>(1, worth / std::max<int64_t>(1, std::min(entries, kChunk)));
   torch::stable::parallel_for(0, batch * each, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t from = c % each * kChunk;

@@ -1,4 +1,5 @@
-// What the launchers of deepopt::multi_scale_write, on the CPU and on CUDA, are given and return.
+// The arguments and results of deepopt::multi_scale_write, for the launchers on the CPU and on
+// CUDA.
 #pragma once
 #include <tuple>
 
@@ -7,11 +8,11 @@
 
 namespace deepopt {
 
-struct __attribute__((visibility("hidden"))) MultiScaleArguments {  // as torch's Tensor is
+struct DEEPOPT_HIDDEN MultiScaleArguments {
   MultiScale rule{};
 
   MultiScaleArguments(const Tensor& momentum, const Tensor& slow, const Tensor& grad,
-                    const Tensor& step, double retention, int64_t slow_chunk, double beta3)
+                      const Tensor& step, double retention, int64_t slow_chunk, double beta3)
       : like_(torch::stable::contiguous(momentum)) {
     STD_TORCH_CHECK(like_.dim() == 3,
                     "deepopt::multi_scale_write: momentum must be of shape (B, m, n)");
@@ -35,7 +36,8 @@ struct __attribute__((visibility("hidden"))) MultiScaleArguments {  // as torch'
 
   const float* read(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
     const auto own = tensor.sizes();
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.device() == like_.device() &&
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float &&
+                        tensor.device() == like_.device() &&
                         std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
                     "deepopt::multi_scale_write: momentum, slow and grad must be float32, of one "
                     "shape (B, m, n), step of shape (B,), all on one device");

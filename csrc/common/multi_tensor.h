@@ -1,5 +1,6 @@
-// How a rule runs over lists of tensors: cut into chunks, which the threads share, each chunk one
-// loop over entries that lie one after the other, or a walk by strides where they do not.
+// How a rule runs over lists of tensors. The entries are cut into chunks, which the threads share.
+// A chunk is one loop over entries that lie one after the other, or a walk by strides where they do
+// not.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,15 +15,21 @@
 #include <cstdint>
 #include <vector>
 
-// One function for every level of x86-64, chosen when the library is loaded. Not under the address
-// sanitizer, whose runtime is not there yet when the choice is made.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+// Compiles a function once for every level of x86-64; the processor's is chosen when the library is
+// loaded. The address sanitizer gets one version: its runtime does not run yet when the choice is
+// made.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define DEEPOPT_LEVELS 1
 #define DEEPOPT_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
 #else
 #define DEEPOPT_CLONES __attribute__((noinline))
 #endif
+
+// For structs that hold a Tensor. torch keeps Tensor out of a library's symbols, and a struct that
+// holds one must not be more visible than it.
+#define DEEPOPT_HIDDEN __attribute__((visibility("hidden")))
 
 namespace deepopt {
 
@@ -31,10 +38,12 @@ using torch::stable::Tensor;
 using bf16 = torch::headeronly::BFloat16;
 using fp16 = torch::headeronly::Half;
 
-constexpr int64_t kChunk = 1 << 13;  // entries: enough to hide a call, few enough to share out
+constexpr int64_t kChunk =
+    1 << 13;  // entries: long enough to hide a call, short enough to share out
 constexpr int64_t kWorth = 4 * kChunk;  // entries that are worth a thread, as in torch
 
-// The same place of N tensors of one shape: where it is, and how far it is to the next entry.
+// A stretch of entries of N tensors of one shape: the address of the first in each, and the
+// distance from one to the next.
 template <size_t N>
 struct Places {
   std::array<char*, N> at;
@@ -42,10 +51,10 @@ struct Places {
   int64_t count;
 };
 
-// Where the entries of a tensor are: its own, or its part of one that holds those of many.
+// Where the entries of a tensor are: in its own memory, or in a part of one tensor that holds many.
 struct View {
   char* data;
-  int64_t width;           // bytes of an entry
+  int64_t width;  // bytes of an entry
   const int64_t* strides;  // in entries; null: one entry after the other, in the shape's order
 
   explicit View(const Tensor& tensor)
@@ -64,7 +73,7 @@ inline void check_same_shape(const Tensor& tensor, const Tensor& param) {
                   "deepopt: tensors of one parameter must have its shape");
 }
 
-// As torch: what several entries share cannot be stepped.
+// Refuses, as torch does, to write to a place that several entries share.
 inline void check_written(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -74,7 +83,8 @@ inline void check_written(const Tensor& tensor) {
   }
 }
 
-// N tensors of one shape, with the dimensions in which they all go on evenly made one.
+// N tensors of one shape. Neighboring dimensions are merged where every tensor continues evenly
+// from one to the next, so that most walks have a single long dimension.
 template <size_t N>
 class Walk {
  public:
@@ -93,7 +103,7 @@ class Walk {
 
   Walk(const Tensor& shaped, const std::array<View, N>& views) {
     const auto sizes = shaped.sizes();
-    std::array<int64_t, N> dense;  // strides, in bytes, of what has none of its own
+    std::array<int64_t, N> dense;  // strides in bytes for views without strides of their own
     for (size_t k = 0; k < N; ++k) {
       base_[k] = views[k].data;
       width_[k] = dense[k] = views[k].width;
@@ -114,7 +124,7 @@ class Walk {
       count_ *= sizes[d];
     }
     std::reverse(dims.begin(), dims.begin() + used);
-    // In the memory order of the first tensor, the parameter.
+    // The walk follows the memory order of the first tensor, the parameter.
     std::stable_sort(dims.begin(), dims.begin() + used,
                      [](const Dim& a, const Dim& b) { return a.stride[0] > b.stride[0]; });
     for (size_t d = 0; d < used; ++d) {
@@ -137,11 +147,10 @@ class Walk {
   const Dim& dim(size_t d) const { return walked_[d]; }
 
   // Whether all entries of all tensors lie one after the other, in the same order.
-  bool dense() const {
-    return dims_ == 1 && walked_[0].stride == width_;
-  }
+  bool dense() const { return dims_ == 1 && walked_[0].stride == width_; }
 
-  // Calls f with stretches of entries that together are begin ... end of the parameter's order.
+  // Calls f with stretches of entries that together are those from begin to end, in the walk's
+  // order.
   template <class F>
   void between(int64_t begin, int64_t end, const F& f) const {
     const Dim& inner = walked_[dims_ - 1];
@@ -175,7 +184,7 @@ void for_chunks(const std::vector<Walk<N>>& walks, const F& f) {
   }
   int64_t entries = 0;
   for (const auto& walk : walks) entries += walk.count();
-  // Of small tensors eight are worth a thread: they cost more than their entries.
+  // Eight small tensors are worth a thread: handling them costs more than their entries do.
   const int64_t grain = entries < first.back() * (kChunk / 2) ? 8 : kWorth / kChunk;
   torch::stable::parallel_for(0, first.back(), grain, [&](int64_t begin, int64_t end) {
     size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;

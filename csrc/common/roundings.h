@@ -1,23 +1,28 @@
-// How launchers read and write the entries of a parameter, whatever its dtype and rounding.
+// How launchers read and write the entries of a parameter, whatever its dtype and rounding. The
+// CUDA kernels' own versions are in csrc/cuda/parameter.cuh.
 #pragma once
 #include "../rules/rounding.h"
 #include "multi_tensor.h"
 
 namespace deepopt {
 
-// What stochastic rounding draws from.
+// The source of stochastic rounding's bits: a key, and an entry's distance from the first.
 struct Noise {
   uint32_t key;
   const char* first;  // entry of the parameter
 
-  uint32_t place(const char* entry) const { return uint32_t((entry - first) / int64_t(sizeof(bf16))); }
+  uint32_t place(const char* entry) const {
+    return uint32_t((entry - first) / int64_t(sizeof(bf16)));
+  }
 };
 
-// An entry of dtype P, computed in S; `low` is the state beside it where there is one.
+// The number that an entry of type P stands for, in S: float32, or float64 for float64 parameters.
+// `low` holds its low bits where they are kept.
 template <class P, class S, Rounding R>
 DEEPOPT_RULE S to_fp32(const char* entry, const char* low) {
   if constexpr (R == Rounding::exact) {
-    return joined(*reinterpret_cast<const uint16_t*>(entry), *reinterpret_cast<const uint16_t*>(low));
+    return joined(*reinterpret_cast<const uint16_t*>(entry),
+                  *reinterpret_cast<const uint16_t*>(low));
   } else {
     return S(*reinterpret_cast<const P*>(entry));
   }
@@ -34,8 +39,8 @@ DEEPOPT_RULE void store_rounded(S value, char* entry, char* low, uint32_t key, u
   }
 }
 
-// What is asked for each parameter of a list; none of it for others than bfloat16.
-struct __attribute__((visibility("hidden"))) Roundings {  // as torch's Tensor is
+// The rounding of each parameter of a list. Only bfloat16 parameters have another than the nearest.
+struct DEEPOPT_HIDDEN Roundings {
   const std::vector<Tensor>& params;
   const std::vector<Tensor>& lows;
   const std::vector<int64_t>& seeds;
@@ -52,7 +57,8 @@ struct __attribute__((visibility("hidden"))) Roundings {  // as torch's Tensor i
            : !seeds.empty() ? Rounding::stochastic
                             : Rounding::nearest;
   }
-  // Where there is none the parameter itself, which is not touched as such.
+  // The low bits of parameter t. Where it has none this is the parameter itself, as a walk needs
+  // some tensor in that place; nothing is read from it there.
   const Tensor& low(size_t t) const {
     if (of(t) != Rounding::exact) return params[t];
     STD_TORCH_CHECK(lows[t].scalar_type() == ScalarType::Short, "deepopt: lows must be int16");

@@ -26,9 +26,9 @@ inline __attribute__((always_inline)) void loop(const Places<5>& at, const AdamW
 }
 
 // Templates cannot be cloned: each combination has a function of its own.
-#define KERNEL(NAME, P, G, S, R)                                                          \
+#define KERNEL(NAME, P, G, S, R)                                                            \
   DEEPOPT_CLONES void NAME(const Places<5>& at, const AdamW<S>& rule, const Noise& noise) { \
-    loop<P, G, S, Rounding::R>(at, rule, noise);                                          \
+    loop<P, G, S, Rounding::R>(at, rule, noise);                                            \
   }
 KERNEL(all_double, double, double, double, nearest)
 KERNEL(all_float, float, float, float, nearest)
@@ -59,7 +59,8 @@ Kernel<S> kernel_for(ScalarType param, ScalarType grad, Rounding rounding) {
     STD_TORCH_CHECK(param == ScalarType::BFloat16,
                     "deepopt::adamw_: a parameter's dtype has no kernel");
     if (rounding == Rounding::exact) return same ? bf16_bf16_exact : bf16_float_exact;
-    if (rounding == Rounding::stochastic) return same ? bf16_bf16_stochastic : bf16_float_stochastic;
+    if (rounding == Rounding::stochastic)
+      return same ? bf16_bf16_stochastic : bf16_float_stochastic;
     return same ? bf16_bf16 : bf16_float;
   }
 }

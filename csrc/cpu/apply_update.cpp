@@ -15,13 +15,14 @@ inline __attribute__((always_inline)) void loop(const Places<3>& at, const Apply
       at, noise, [&](const std::array<char*, 3>& entry, uint32_t place) {
         const auto& [param, update, low] = entry;
         const S old = to_fp32<P, S, R>(param, low);
-        store_rounded<P, S, R>(rule(old, *reinterpret_cast<const S*>(update)), param, low, key, place);
+        store_rounded<P, S, R>(rule(old, *reinterpret_cast<const S*>(update)), param, low, key,
+                               place);
       });
 }
 
-#define KERNEL(NAME, P, S, R)                                                            \
+#define KERNEL(NAME, P, S, R)                                                                     \
   DEEPOPT_CLONES void NAME(const Places<3>& at, const ApplyUpdate<S>& rule, const Noise& noise) { \
-    loop<P, S, Rounding::R>(at, rule, noise);                                            \
+    loop<P, S, Rounding::R>(at, rule, noise);                                                     \
   }
 KERNEL(apply_update_double, double, double, nearest)
 KERNEL(apply_update_float, float, float, nearest)

@@ -1,5 +1,5 @@
-// How a part of a file is compiled for AVX512-BF16, whatever the rest is compiled for, and whether the
-// processor at hand runs it.
+// How a part of a file is compiled for AVX512-BF16, whatever the rest is compiled for, and whether
+// the processor at hand runs it.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -13,7 +13,8 @@
 #define DEEPOPT_AVX512_BF16_END _Pragma("clang attribute pop")
 #else
 #define DEEPOPT_AVX512_BF16_BEGIN \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx512bf16\")")
+  _Pragma("GCC push_options")     \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx512bf16\")")
 #define DEEPOPT_AVX512_BF16_END _Pragma("GCC pop_options")
 #endif
 #endif
@@ -26,8 +27,8 @@ inline bool has_bfloat16_products() {
 #ifdef DEEPOPT_AVX512_BF16
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && !__builtin_cpu_supports("amx-bf16");
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && !__builtin_cpu_supports("amx-bf16");
 #else
   return false;
 #endif

@@ -1,4 +1,5 @@
-// deepopt::combine on the CPU: a tile of the result stays in the nearest cache for all terms.
+// deepopt::combine on the CPU, tile by tile: a tile of the result stays in the nearest cache while
+// all terms are added to it.
 #include "../rules/combine.h"
 
 #include "../common/matrix_arguments.h"
@@ -31,7 +32,7 @@ TERM(of_bf16, bf16)
 TERM(of_fp16, fp16)
 #undef TERM
 
-// Two and three terms at once: what rules ask for most.
+// Sums of two and of three terms in one pass, as most rules need them.
 DEEPOPT_CLONES void two_floats(float* result, const float* c, const float* const* x, int64_t count) {
   const float *x0 = x[0], *x1 = x[1], c0 = c[0], c1 = c[1];
 #pragma GCC ivdep
@@ -45,8 +46,9 @@ DEEPOPT_CLONES void three_floats(float* result, const float* c, const float* con
   }
 }
 
-// A square of a matrix that lies column after column, row after row. Eight rows and columns at a time
-// in registers: three rounds that exchange entries 1, 2 and 4 places away.
+// Writes a square of a matrix that lies column after column row after row. It takes eight rows and
+// columns at a time in registers, and transposes them in three rounds, which exchange entries that
+// are 1, 2 and 4 places apart.
 template <class X, class V>
 inline __attribute__((always_inline)) void turn(X* to, const X* from, int64_t rows, int64_t columns,
                                                 int64_t stride) {
@@ -112,7 +114,7 @@ struct Term {
   const char* at(int64_t entry) const { return static_cast<const char*>(x.data()) + entry * width; }
 };
 
-// All entries lie alike: rows of `length` that share a coefficient.
+// All tensors lie row after row. Each run of `length` entries shares a coefficient.
 void straight(float* result, const std::vector<Term>& terms, int64_t rows, int64_t length) {
   const bool floats = std::all_of(terms.begin(), terms.end(),
                                   [](const Term& t) { return t.add == of_float_first || t.add == of_float_next; });
@@ -144,7 +146,7 @@ void straight(float* result, const std::vector<Term>& terms, int64_t rows, int64
   });
 }
 
-// Some lie column after column: square by square, so that each line of memory is read once.
+// Some tensors lie column after column. Going square by square reads each line of memory once.
 void turned(float* result, const std::vector<Term>& terms, bool by_row) {
   const auto& x = terms[0].x;
   const int64_t m = x.rows, n = x.columns;

@@ -1,5 +1,5 @@
-// deepopt::coordinate_mlp and deepopt::coordinate_mlp_gradient on the CPU: tile by tile, in the
-// nearest cache, unit after unit, each a loop over entries that the compiler vectorises.
+// deepopt::coordinate_mlp and deepopt::coordinate_mlp_gradient on the CPU. A tile of entries stays
+// in the nearest cache while one unit after the other goes over it, in a loop that is vectorized.
 #include "../common/coordinate_mlp_arguments.h"
 #include "../common/matrices.h"
 
@@ -7,8 +7,9 @@ namespace deepopt {
 namespace {
 
 constexpr int64_t kTile = 512;  // entries
-constexpr int64_t kFew = kChunk;  // entries that are worth a thread: each takes long here
-constexpr int kLanes = 16;      // in which gradients are summed, on every processor
+constexpr int64_t kFew =
+    kChunk;  // entries that are worth a thread: each takes long here, so fewer than elsewhere
+constexpr int kLanes = 16;      // partial sums of a gradient, on every processor
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
 DEEPOPT_CLONES void scale(float* to, const float* from, float factor, int64_t count) {
@@ -31,7 +32,8 @@ inline __attribute__((always_inline)) void unit(const float* w, const float (*fe
   }
 }
 
-// sums, a row of lanes each, += the gradient without the factor v of the features' weights.
+// Adds the gradient of one unit to `sums`, kLanes for each weight. The factor v that the gradient
+// of the features' weights has is left to the end.
 template <int F>
 inline __attribute__((always_inline)) void learn(float* sums, const float (*features)[kTile],
                                                  const float* active, const float* slope,
@@ -89,7 +91,8 @@ DEEPOPT_CLONES void slopes(const Correction& rule, float* to, const float* base,
   for (int64_t i = 0; i < count; ++i) to[i] = by.slope(base[i], value[i], target[i]);
 }
 
-// A tile's features, the tanh of its units and their weighted sum; what lies beyond count is zero.
+// A tile's features, the tanh of its units and their weighted sum. Entries beyond the count, up to
+// a multiple of kLanes, are zero and add nothing.
 struct Tile {
   alignas(64) float x[CoordinateMlp::kMostFeatures][kTile];
   alignas(64) float value[kTile];
@@ -122,15 +125,18 @@ Tensor coordinate_mlp(Tensor base, Tensor reach, std::vector<Tensor> features, T
   const CoordinateMlp& mlp = given.mlp;
   Tensor result = torch::stable::empty(base.sizes(), ScalarType::Float);
   float* to = result.mutable_data_ptr<float>();
-  for_pieces(mlp.batch, mlp.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
-    Tile tile(mlp.units, false);
-    const Correction rule{mlp.reach[b], 0, 0};
-    for (int64_t from = begin; from < end; from += kTile) {
-      const int64_t at = b * mlp.entries + from, count = std::min(kTile, end - from);
-      tile.forward(mlp, b, at, count);
-      finish(rule, to + at, mlp.base + at, tile.value, count);
-    }
-  }, kFew);
+  for_pieces(
+      mlp.batch, mlp.entries,
+      [&](int64_t b, int64_t begin, int64_t end, int64_t) {
+        Tile tile(mlp.units, false);
+        const Correction rule{mlp.reach[b], 0, 0};
+        for (int64_t from = begin; from < end; from += kTile) {
+          const int64_t at = b * mlp.entries + from, count = std::min(kTile, end - from);
+          tile.forward(mlp, b, at, count);
+          finish(rule, to + at, mlp.base + at, tile.value, count);
+        }
+      },
+      kFew);
   return result;
 }
 
@@ -143,26 +149,29 @@ Tensor coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor> fe
   const int width = mlp.count + 1;
   const int64_t numbers = mlp.units * width, each = chunks_of(mlp.entries);
   std::vector<double> partial(mlp.batch * each * numbers);
-  for_pieces(mlp.batch, mlp.entries, [&](int64_t b, int64_t begin, int64_t end, int64_t c) {
-    Tile tile(mlp.units, true);
-    std::vector<float> sums(numbers * kLanes);
-    const float share = mlp.reach[b] / units[b] / float(mlp.entries);
-    const Correction rule{mlp.reach[b], 1 / units[b], share};
-    for (int64_t from = begin; from < end; from += kTile) {
-      const int64_t at = b * mlp.entries + from, count = std::min(kTile, end - from);
-      tile.forward(mlp, b, at, count);
-      slopes(rule, tile.slope, mlp.base + at, tile.value, aim + at, count);
-      for (int64_t k = 0; k < mlp.units; ++k) {
-        const float* active = tile.active.data() + k * kTile;
-        kLearn[width - 2](sums.data() + k * width * kLanes, tile.x, active, tile.slope, count);
-      }
-    }
-    for (int64_t s = 0; s < numbers; ++s) {
-      double sum = 0;
-      for (int j = 0; j < kLanes; ++j) sum += double(sums[s * kLanes + j]);
-      partial[c * numbers + s] = sum;
-    }
-  }, kFew);
+  for_pieces(
+      mlp.batch, mlp.entries,
+      [&](int64_t b, int64_t begin, int64_t end, int64_t c) {
+        Tile tile(mlp.units, true);
+        std::vector<float> sums(numbers * kLanes);
+        const float share = mlp.reach[b] / units[b] / float(mlp.entries);
+        const Correction rule{mlp.reach[b], 1 / units[b], share};
+        for (int64_t from = begin; from < end; from += kTile) {
+          const int64_t at = b * mlp.entries + from, count = std::min(kTile, end - from);
+          tile.forward(mlp, b, at, count);
+          slopes(rule, tile.slope, mlp.base + at, tile.value, aim + at, count);
+          for (int64_t k = 0; k < mlp.units; ++k) {
+            const float* active = tile.active.data() + k * kTile;
+            kLearn[width - 2](sums.data() + k * width * kLanes, tile.x, active, tile.slope, count);
+          }
+        }
+        for (int64_t s = 0; s < numbers; ++s) {
+          double sum = 0;
+          for (int j = 0; j < kLanes; ++j) sum += double(sums[s * kLanes + j]);
+          partial[c * numbers + s] = sum;
+        }
+      },
+      kFew);
   Tensor gradient = torch::stable::empty(weights.sizes(), ScalarType::Float);
   float* to = gradient.mutable_data_ptr<float>();
   for (int64_t b = 0; b < mlp.batch; ++b) {

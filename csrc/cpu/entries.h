@@ -4,9 +4,9 @@
 
 namespace deepopt {
 
-// Calls entry(addresses of the N entries, place) for each: `place` is what stochastic rounding draws
-// from. kWidths are the bytes of an entry of each tensor. Where every tensor lies entry after entry,
-// the distances are constants, and the compiler makes a loop over vectors.
+// Calls entry(addresses of the N entries, place) for each: `place` is what stochastic rounding
+// draws from. kWidths are the bytes of an entry of each tensor. Where every tensor lies entry after
+// entry, the distances are constants, and the compiler makes a loop over vectors.
 template <size_t... kWidths, class Entry>
 inline __attribute__((always_inline)) void for_entries(const Places<sizeof...(kWidths)>& at,
                                                        const Noise& noise, const Entry& entry) {

@@ -18,7 +18,7 @@ namespace {
 
 using namespace deepopt::bfloat16;
 
-// kept C + share K Kᵀ into `to`, for the packed rows of K; C and the result are size x size.
+// Writes kept C + share K Kᵀ into `to`, for the packed rows of K. C and the result are size x size.
 void average(
     const Panels& keys, int64_t size, const float* gram, float kept, float share, float* to) {
   const Rows<const float> old{gram, size, size};
@@ -28,6 +28,7 @@ void average(
         const int64_t row = i * kPanel + strip, column = j * kPanel;
         out.store(row, column, added(kept, old.load(row, column), scaled(share, product)));
       });
+  // The products cover the lower triangle; the rest is copied from across the diagonal.
   over_triangle(keys.panels, [&](int64_t, int64_t i, int64_t j, int64_t strip) {
     const int64_t first = j * kPanel + strip, last = std::min((i + 1) * kPanel, size);
     for (int64_t row = first; row < std::min(first + kStrip, size); ++row) {

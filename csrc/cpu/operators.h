@@ -1,4 +1,4 @@
-// Operators that others are made of.
+// Operators on the CPU that others are made of.
 #pragma once
 #include "../common/matrices.h"
 
@@ -7,7 +7,8 @@ namespace deepopt {
 Tensor frobenius(Tensor matrices);
 Tensor row_products(std::vector<Tensor> tensors);
 Tensor combine(std::vector<Tensor> tensors, Tensor coefficients);
-// The same in memory that is there: contiguous, and the first tensor's or none of theirs.
+// The same into a given tensor, which must be contiguous. It may be the first of the tensors, but
+// share memory with no other.
 void combine_into(const Tensor& result, const std::vector<Tensor>& tensors,
                   const Tensor& coefficients);
 

@@ -62,6 +62,6 @@ std::vector<Tensor> orthogonal_update(const std::vector<std::vector<double>>& co
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
   using namespace deepopt;
   m.impl("scale_update", &boxed<&scale_update, std::vector<Tensor>, ScaleArguments>);
-  m.impl("orthogonal_update", &boxed<&orthogonal_update, std::vector<std::vector<double>>, ScalarType,
-                                     std::optional<Tensor>, ScaleArguments>);
+  m.impl("orthogonal_update", &boxed<&orthogonal_update, std::vector<std::vector<double>>,
+                                     ScalarType, std::optional<Tensor>, ScaleArguments>);
 }

@@ -1,6 +1,6 @@
-// See small.h. All matrices lie with their long side down, row after row, and the short side padded
-// with zeros to whole vectors: then both products that are wanted, XᵀY and X S with a matrix S on
-// the short side, add multiples of whole rows, and there is no tail to any loop.
+// See small.h. Every matrix is copied so that its long side runs down the rows, and each row, the
+// short side, is padded with zeros to whole vectors. Both products that are needed, XᵀY and X S
+// with a square S on the short side, then add multiples of whole rows, and no loop has a tail.
 #include "small.h"
 
 #include "../rules/rule.h"
@@ -14,13 +14,14 @@ namespace deepopt::small {
 namespace {
 
 constexpr int64_t kUnit = 8;  // entries that rows are padded to
-constexpr int64_t kRows = 4;  // of the result, summed in registers at once
-constexpr int64_t kSlab = 64;  // rows on the long side that stay in the nearest cache meanwhile
+constexpr int64_t kRows = 4;  // rows of a result that are summed in registers at once
+constexpr int64_t kSlab = 64;  // rows of the long side that stay in the nearest cache together
 
 int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// out = left right, or out + left right, for `rows` rows, or only from the diagonal on. The rows on
-// the left lie `down` apart and the entries of a row `along`; the other two have rows of `width`.
+// out = left right, or out + left right with `add`; with `upper` only from the diagonal to the
+// right. On the left, rows lie `down` apart and the entries of a row `along`; the other two have
+// rows of `width`.
 struct Product {
   const float* left;
   int64_t down, along;
@@ -77,14 +78,15 @@ inline __attribute__((always_inline)) void multiply_in(const Product& p) {
   }
 }
 
-// In vectors of what registers hold: gcc 12 keeps longer ones in memory. Each sum is the same.
+// Vectors are as long as registers, since gcc 12 keeps longer ones in memory. The length does not
+// change the order of any sum, so both versions give the same bits.
 #if defined(DEEPOPT_LEVELS)
 __attribute__((target("arch=x86-64-v3"))) void multiply(const Product& p) { multiply_in<8>(p); }
 __attribute__((target("default")))
 #endif
 void multiply(const Product& p) { multiply_in<4>(p); }
 
-// The largest magnitude; NaN is larger than all others, as its bits are.
+// The largest magnitude. NaN counts as larger than all numbers, because its bits are.
 DEEPOPT_CLONES float largest(const float* x, int64_t count) {
   uint32_t most = 0;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, bits_of(x[i]) & 0x7fffffffu);
@@ -119,7 +121,7 @@ DEEPOPT_CLONES void mix(float b, const float* x, float c, const float* y, int64_
   for (int64_t i = 0; i < count; ++i) out[i] = b * x[i] + c * y[i];
 }
 
-// x - erased + y, each with a factor.
+// out = kept x - erase erased + fresh y; the entries of `erased` lie `stride` apart.
 DEEPOPT_CLONES void write(float kept, const float* x, float erase, const float* erased, float fresh,
                           const float* y, int64_t stride, int64_t count, float* out) {
   if (stride == 1) {
@@ -133,7 +135,7 @@ DEEPOPT_CLONES void write(float kept, const float* x, float erase, const float* 
   }
 }
 
-// How matrices of one shape lie, and memory for some of them.
+// The layout of matrices of one shape, memory for some of them, and their products.
 class Tall {
  public:
   Tall(const Shape& shape, int64_t tall, int64_t square)
@@ -156,10 +158,10 @@ class Tall {
   int64_t tall_size() const { return long_ * width_; }
   int64_t square_size() const { return short_ * width_; }
 
-  // Copies a matrix of the caller, divided by its largest entry, which is returned: squares of what
-  // is left do not leave the range.
+  // Copies a matrix of the caller, divided by its largest entry, and returns that. No square of
+  // what is copied leaves the range.
   float load(const float* from, float* to) const {
-    std::fill_n(to, tall_size(), 0.0f);  // the padding too: NaN of the last matrix is there
+    std::fill_n(to, tall_size(), 0.0f);  // the padding too, where the last matrix may have left NaN
     if (wide_) {
       for (int64_t i = 0; i < short_; ++i) {
         for (int64_t k = 0; k < long_; ++k) to[k * width_ + i] = from[i * long_ + k];
@@ -176,7 +178,7 @@ class Tall {
   void for_slabs(const F& f) const {
     for (int64_t k = 0; k < long_; k += kSlab) f(k, std::min(kSlab, long_ - k));
   }
-  // Xᵀ Y, slab by slab.
+  // Adds Xᵀ Y for one slab of rows; the first slab begins the sum.
   void add_inner(const float* x, const float* y, int64_t rows, bool first, float* to) const {
     multiply({x, 1, width_, y, to, short_, rows, width_, !first, x == y});
   }
@@ -189,7 +191,7 @@ class Tall {
     multiply({square, width_, 1, square, to, short_, short_, width_, false, true});
     mirror(to);
   }
-  // What lies below the diagonal, from what lies above.
+  // Fills what lies below the diagonal from what lies above it.
   void mirror(float* square) const {
     for (int64_t i = 0; i < short_; ++i) {
       float* row = square + i * width_;
@@ -231,7 +233,8 @@ class SmallNewtonSchulz : Tall {
       squared(gram_, square_);
       mix(b, gram_, c, square_, square_size(), factor_);
       for (int64_t i = 0; i < short_; ++i) factor_[i * width_ + i] += a;
-      for_slabs([&](int64_t k, int64_t rows) {  // and the next step's G, while they are near
+      // A slab's part of the next G is added while the slab is still in the cache.
+      for_slabs([&](int64_t k, int64_t rows) {
         product(x_ + k * width_, factor_, rows, slab_);
         std::copy_n(slab_, rows * width_, x_ + k * width_);
         if (!last) add_inner(slab_, slab_, rows, k == 0, gram_);
@@ -272,7 +275,8 @@ class SmallDeltaWrite : Tall {
     const double norm = std::sqrt(0.9 * *old.norm * *old.norm + 0.1 * bound * bound);
     const double ratio = scale / std::max(std::max(norm, bound), double(FLT_MIN));
     const double erase = rate * ratio * ratio;
-    // M Kᵀ K, of which one product lies on the short side.
+    // M Kᵀ K takes two products. One is on the short side: Kᵀ M for wide matrices, Kᵀ K for tall
+    // ones.
     if (wide_) {
       for_slabs([&](int64_t k, int64_t rows) {
         add_inner(keys_ + k * width_, momentum_ + k * width_, rows, k == 0, square_);
@@ -303,7 +307,7 @@ class SmallDeltaWrite : Tall {
   float *gram_ = take_square(), *square_ = take_square(), *slab_ = take_slab();
 };
 
-// Calls f(first, last) on parts of a batch that are worth a thread.
+// Calls f(first, last) for parts of a batch, each large enough to be worth a thread.
 template <class F>
 void share_batch(const Shape& shape, const F& f) {
   const int64_t work = shape.rows * shape.columns * std::min(shape.rows, shape.columns);

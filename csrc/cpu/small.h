@@ -1,5 +1,5 @@
-// Newton-Schulz and the delta-rule write in float32, for matrices so small that calls into torch
-// cost more than their arithmetic; any size comes out right.
+// Newton-Schulz and the delta write in float32, for matrices so small that calls into torch cost
+// more than their arithmetic. Larger ones come out right too, but slowly.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Shape {
 void newton_schulz(const float* matrices, const Shape& shape,
                    const std::vector<std::array<float, 3>>& coefficients, float* result);
 
-// What goes in and what comes out: the momentum, and two averages for every matrix.
+// The delta memory of a stack: its momentum, and two running averages for every matrix.
 template <class T>
 struct Memory {
   T *momentum, *norm, *erasure;

@@ -7,8 +7,9 @@
 namespace deepopt {
 namespace {
 
-// Sums run in lanes of fixed number, whatever the processor's registers hold: the order of the
-// additions, and with it the result, is the same on every machine and for any number of threads.
+// A sum runs in a fixed number of lanes, whatever the processor's registers hold. The order of the
+// additions, and with it the result, is then the same on every machine and for any number of
+// threads.
 constexpr int kLanes = 8;
 typedef double Lanes __attribute__((vector_size(8 * kLanes)));
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -19,7 +20,7 @@ inline __attribute__((always_inline)) void load(const float* x, Lanes& wide) {
   wide = __builtin_convertvector(floats, Lanes);
 }
 
-// The sum of the four accumulators that a loop fills in turn, and of what it left over.
+// The sum of the four accumulators that a loop fills in turn, and of the rest that it left over.
 inline __attribute__((always_inline)) double total(const Lanes (&sums)[4], double rest) {
   const Lanes lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double sum = 0;
@@ -42,7 +43,7 @@ DEEPOPT_CLONES double squares(const float* x, int64_t count) {
   return total(sums, rest);
 }
 
-// The products of two rows: x x, which is squares(x) to the last bit, x y and y y.
+// The three products of two rows: x x, with the bits of squares(x), then x y and y y.
 DEEPOPT_CLONES void products(const float* x, const float* y, int64_t count, double* out) {
   Lanes xx[4] = {}, xy[4] = {}, yy[4] = {};
   int64_t i = 0;
@@ -67,7 +68,7 @@ DEEPOPT_CLONES void products(const float* x, const float* y, int64_t count, doub
   out[2] = total(yy, rest[2]);
 }
 
-constexpr int64_t kColumns = 512;  // whose sums stay in the nearest cache
+constexpr int64_t kColumns = 512;  // columns whose sums stay in the nearest cache
 constexpr int64_t kDeep = 8;       // entries of each column that are added in registers
 
 // Adds the products of `deep` rows, `stride` apart, to the sums of their columns.

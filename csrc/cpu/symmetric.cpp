@@ -1,5 +1,6 @@
-// Newton-Schulz and the delta-rule write on the CPU, a matrix at a time, in products of bfloat16
-// with float32 accumulation (symmetric.h); and the operators, which hand small matrices to small.h.
+// deepopt::newton_schulz and deepopt::delta_write on the CPU. Large matrices are multiplied in
+// bfloat16 with float32 accumulation (symmetric.h), one matrix after the other. Small ones go to
+// small.h.
 #include "symmetric.h"
 
 #include "small.h"
@@ -22,7 +23,8 @@ namespace {
 
 using Coefficients = std::array<float, 3>;
 
-// Short side from which on the delta write rounds to bfloat16: SHORTEST in deepopt/ops/products.py.
+// The shortest side for which the delta write rounds to bfloat16: SHORTEST in
+// deepopt/ops/products.py.
 constexpr int64_t kShortest = 64;
 
 void check(const Tensor& tensor, const char* name) {
@@ -40,9 +42,9 @@ namespace {
 
 using namespace deepopt::bfloat16;
 
-// Calls body(first, last) on parts of a batch. Threads take as many matrices each, and share the
-// products of those that are left over, one matrix after the other; each comes out the same either
-// way.
+// Calls body(first, last) for parts of a batch. Each thread takes the same number of matrices. All
+// of them share the products of those left over, one matrix after the other. A matrix comes out the
+// same either way.
 template <class Body>
 void over_batch(int64_t batch, const Body& body) {
   const int64_t shared = batch % static_cast<int64_t>(torch::stable::get_num_threads());
@@ -50,7 +52,7 @@ void over_batch(int64_t batch, const Body& body) {
   if (shared) body(batch - shared, batch);
 }
 
-// The largest |a x + b x³ + c x⁵| for x in [0, upper], up to some 1e-5 of it.
+// The largest |a x + b x³ + c x⁵| for x in [0, upper], to about 1e-5 of it.
 double largest(const Coefficients& abc, double upper) {
   constexpr int64_t points = 4096;
   double value = 0.0;
@@ -63,9 +65,9 @@ double largest(const Coefficients& abc, double upper) {
 
 // Newton-Schulz of m x n matrices, with the memory for it.
 //
-// Written for X = M or Mᵀ with the short side first: a step is X ← R X with R = a I + P and
-// P = b G + c G², where G = X Xᵀ. The matrix is held twice, as panels of rows and of columns: one
-// multiplies with R, the other makes G.
+// X is M or Mᵀ, with the short side first. A step is X ← R X with R = a I + P and P = b G + c G²,
+// where G = X Xᵀ. The matrix is held twice, as panels of its rows and of its columns: one is
+// multiplied with R, the other makes G.
 class BFloat16NewtonSchulz {
  public:
   BFloat16NewtonSchulz(int64_t rows, int64_t columns, std::vector<Coefficients> coefficients)
@@ -75,9 +77,8 @@ class BFloat16NewtonSchulz {
         wide_(rows <= columns),
         short_(panels_for(std::min(rows, columns))),
         long_(panels_for(std::max(rows, columns))),
-        scratch_(
-            3 * Scratch::panels_bytes(short_, long_) + 4 * Scratch::panels_bytes(short_, short_) +
-            Scratch::blocks_bytes(short_)),
+        scratch_(3 * Scratch::panels_bytes(short_, long_) +
+                 4 * Scratch::panels_bytes(short_, short_) + Scratch::blocks_bytes(short_)),
         rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
         columns_(scratch_.panels(panels_for(n_), panels_for(m_))),
         fresh_(scratch_.panels(long_, short_)),
@@ -88,7 +89,8 @@ class BFloat16NewtonSchulz {
         gram32_(scratch_.blocks(short_)),
         pairs_(coefficients_.size() >= 5 && 4 * std::max(m_, n_) >= 5 * std::min(m_, n_)) {
     if (!pairs_) return;
-    // So much above what two steps reach is well within the hundredth, and rounding seldom above it.
+    // Half of a percent above what two exact steps reach: less than the hundredth from which on the
+    // next polynomial grows, and more than rounding usually adds.
     const double limit = 1.005 * largest(coefficients_[1], largest(coefficients_[0], 1.0));
     square_limit_ = static_cast<float>(limit * limit);
   }
@@ -99,16 +101,18 @@ class BFloat16NewtonSchulz {
   }
 
  private:
-  // Products on the long side, X Xᵀ and R X, cost the aspect ratio r and those on the short side 1,
-  // symmetric ones half of that: two steps on one G before X follows cost 3/2 r + 5/2 in place of
-  // 3 r + 1. So the first two and the last two of five or more are taken, but never three: G loses to
-  // rounding against the true X Xᵀ, and more with every step, and only a new G corrects it.
+  // Products on the long side, X Xᵀ and R X, cost the aspect ratio r, those on the short side cost
+  // 1, and symmetric ones half of that. Two steps on one G, after which X follows once, cost 3/2 r
+  // + 5/2 in place of 3 r + 1. So the first two and the last two of five or more steps are taken in
+  // pairs. Three are never taken on one G: rounding moves it away from the true X Xᵀ, more with
+  // every step, and only a new G corrects that.
   //
-  // After the first two, singular values lie up to the edge beyond which the next polynomial grows
-  // without bound, one hundredth away. Where few rows carry a matrix, their rounding does not average
-  // out and pushes one of a thousand over. So that pair is certified: the true Gram matrix, which the
-  // third step needs anyway, must show no eigenvalue above what exact steps can reach. Otherwise
-  // returns false without having written, and the first steps are to be taken one by one.
+  // After the first pair, singular values reach up to one hundredth below the edge beyond which the
+  // next polynomial grows without bound. Where few rows carry a matrix, their rounding does not
+  // average out, and pushes one matrix in a thousand over that edge. So the first pair is
+  // certified: the true Gram matrix, which the third step needs anyway, must have no eigenvalue
+  // above what exact steps can reach. If it has, this returns false, nothing has been written, and
+  // the caller takes the steps one by one.
   bool iterate(const float* from, float* to, bool first_pair) {
     pack_matrix({from, m_, n_}, norm(from, m_ * n_), &rows_, &columns_);
     const auto steps = static_cast<int64_t>(coefficients_.size());
@@ -128,7 +132,7 @@ class BFloat16NewtonSchulz {
     return true;
   }
 
-  // Returns P, for X ← a X + P X. G is left in gram32_.
+  // Returns P, for X ← a X + P X, and leaves G in gram32_.
   const Panels& one_step(const Coefficients& abc) {
     make_gram();
     make_change(abc, {nullptr, &change_});
@@ -138,9 +142,9 @@ class BFloat16NewtonSchulz {
   // Returns R' R, for the R of this step and the R' of the next, whose G' is R G R. All of them are
   // polynomials in G, so they commute and every product is symmetric.
   //
-  // R G is a G + P G with its first term in float32: small eigenvalues of G meet no rounding but
-  // that of P G, in which P is as small as they are. All other products are of R, as large
-  // eigenvalues, for which a and P nearly cancel, want them.
+  // R G is computed as a G + P G with the first term in float32. Small eigenvalues of G then meet
+  // no rounding but that of P G, where P is as small as they are. All other products take R itself,
+  // which large eigenvalues need: for them a and P nearly cancel.
   const Panels& two_steps(const Coefficients& abc, const Coefficients& next) {
     make_gram();
     make_change(abc, {nullptr, &change_}, {nullptr, &factor_, abc[0]});
@@ -156,8 +160,8 @@ class BFloat16NewtonSchulz {
     symmetric_product(x, x, {gram32_, &gram_});
   }
 
-  // P = b G + c G², of G as it was rounded both times: of a G that is a little wrong R is a little
-  // wrong, but where R is at its smallest and flat a mixture of two G would not cancel.
+  // P = b G + c G², with the rounded G in both terms. A G that is a little wrong makes R a little
+  // wrong. With two different G, the terms would not cancel where R is smallest and flat.
   void make_change(const Coefficients& abc, const Target& target, const Target& second = {}) {
     symmetric_product(
         gram_, gram_, [&](int64_t block, int64_t i, int64_t j, int64_t strip, const Tile& square) {
@@ -168,9 +172,9 @@ class BFloat16NewtonSchulz {
         });
   }
 
-  // X ← own X + factor X, packed again or, where `to` is given, only into the caller's matrix.
-  // Panels on the long side, which multiply, are written beside the old ones: so blocks are
-  // independent of each other.
+  // X ← own X + factor X. The result is packed again, or where `to` is given written into the
+  // caller's matrix alone. New panels of the long side are written beside the old ones, which other
+  // blocks still read: so blocks do not depend on each other.
   void multiply_by(const Panels& factor, float own, float* to) {
     const Panels& left = wide_ ? factor : rows_;
     const Panels& right = wide_ ? columns_ : factor;
@@ -217,9 +221,8 @@ class BFloat16DeltaWrite {
         n_(columns),
         wide_(rows < columns),
         short_(panels_for(std::min(rows, columns))),
-        scratch_(
-            3 * Scratch::panels_bytes(panels_for(rows), panels_for(columns)) +
-            2 * Scratch::panels_bytes(short_, short_)),
+        scratch_(3 * Scratch::panels_bytes(panels_for(rows), panels_for(columns)) +
+                 2 * Scratch::panels_bytes(short_, short_)),
         momentum_(scratch_.panels(panels_for(m_), panels_for(n_))),
         key_rows_(scratch_.panels(panels_for(m_), panels_for(n_))),
         key_columns_(scratch_.panels(panels_for(n_), panels_for(m_))),
@@ -239,7 +242,7 @@ class BFloat16DeltaWrite {
     const double momentum_norm = norm(momentum, m_ * n_);
     pack_matrix({momentum, m_, n_}, momentum_norm, &momentum_, nullptr);
 
-    // Rounded up by what rounding the Gram matrix may have taken from it.
+    // Rounded up by as much as the rounding of the Gram matrix may have taken away.
     const double bound = std::pow(square_norm(), 0.125) * (1.0 + 1.0 / 512.0);
     const double largest = 3.4028234663852886e38;
     const double current = std::min(bound * grad_norm, largest);
@@ -269,14 +272,15 @@ class BFloat16DeltaWrite {
     return total(sums);
   }
 
-  // Returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as they are packed. What is erased is less than M,
-  // but its factor may leave the range of floats where M is at the end of it: it is applied in two.
+  // Writes the new momentum and returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as they are packed.
+  // What is erased is smaller than M, but where M is near the largest float its factor is no float.
+  // So the factor is applied as two.
   double write(
       const float* momentum, const float* grad, float retention, double erase, float* to) {
     int exponent = 0;
     std::frexp(erase, &exponent);
-    // After gradients that faded far, the factor is below all floats: its root must not become zero,
-    // by which the rest would be divided. Nothing is erased then, as the rest becomes zero.
+    // After gradients that faded far, the factor is below all floats: its root must not become
+    // zero, by which the rest would be divided. Nothing is erased then, as the rest becomes zero.
     exponent = std::max(exponent, -200);
     const auto root = static_cast<float>(std::ldexp(1.0, exponent / 2));
     const auto rest = static_cast<float>(erase / root);
@@ -319,8 +323,9 @@ class BFloat16DeltaWrite {
     return std::sqrt(total(sums));
   }
 
-  // Writes retention M + (1 - retention) G, of a panel's rows and some panels of columns. Along the
-  // rows: tiles of both, as the products come to them, would be waited for.
+  // Writes retention M + (1 - retention) G for a panel's rows and some panels of columns. It goes
+  // along the rows, which the processor reads ahead; tiles, in the order of the products, it would
+  // wait for.
   void take_in(
       const float* momentum, float retention, const float* grad, int64_t first_row,
       int64_t first_column, int64_t panels, float* to) const {
@@ -338,8 +343,8 @@ class BFloat16DeltaWrite {
     }
   }
 
-  // Most panels of columns that take in the gradient at a time: few enough to stay in the cache
-  // until something is erased from them. A thread whose share is less takes in that.
+  // The most panels of columns that take in the gradient at a time. They stay in the cache until
+  // something is erased from them. A thread with fewer panels takes in those.
   static constexpr int64_t kAhead = 32;
 
   int64_t m_, n_;

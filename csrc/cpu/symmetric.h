@@ -1,21 +1,21 @@
 // Matrix products in bfloat16 with float32 accumulation, for processors with AVX512-BF16.
 //
-// The one instruction that everything rests on, vdpbf16ps, takes sixteen pairs of bfloat16 from
-// each of two registers and adds the sixteen products of pairs to sixteen float32 sums. So operands
-// are packed such that what it wants lies together:
+// Everything rests on one instruction. vdpbf16ps takes sixteen pairs of bfloat16 from each of two
+// registers, and adds the product of each two pairs to one of sixteen float32 sums. Operands are
+// packed so that what it takes lies together:
 //
 //   panel p of a matrix A holds its rows 32 p ... 32 p + 31. Word [t][i] of a panel is the pair
 //   (A[32 p + i][2 t], A[32 p + i][2 t + 1]); a panel is contiguous, t its slow index.
 //
 // A product of two packed matrices is A Bᵀ: both run over the same depth, and each tile of 8 rows
 // of A by 32 rows of B keeps its sixteen registers of sums from the first pair to the last. Sides
-// are padded with zeros to multiples of 32, so that nothing in here knows of tails but loading from
-// and storing to the caller's matrices.
+// are padded with zeros to multiples of 32, so that only loads from the caller's matrices and
+// stores to them deal with tails.
 //
 // A product of a matrix with its own transpose, and of two symmetric matrices that commute, is
-// symmetric: only its lower triangle of 32 x 32 blocks is computed, of the blocks on the diagonal all
-// but the upper right quarter. As a symmetric matrix is an operand again, what was left out is written
-// into the packed result mirrored.
+// symmetric. Only its lower triangle of 32 x 32 blocks is computed, and of a block on the diagonal
+// all but the upper right quarter. A packed result, which will be an operand again, gets the rest
+// by mirroring.
 #pragma once
 
 #include "avx512_bf16.h"
@@ -62,9 +62,9 @@ struct Panels {
   }
 };
 
-// Memory for panels and blocks, handed out in order. In large pages where it is large: to touch
-// small ones for the first time takes as long as a product. Each thread keeps one such block for the
-// next that asks: large pages too have to be cleared.
+// Memory for panels and blocks, handed out in order. Much of it comes in large pages, because
+// touching small ones for the first time takes as long as a product. Large pages have to be cleared
+// as well, so each thread keeps one block of them for the next Scratch.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
@@ -133,8 +133,8 @@ struct Tile {
   __m512 at[kStrip][2];
 };
 
-// Rows `a` of one panel (from its first row on) times the 32 rows of panel `b`, or the first 16 of
-// them where there is one half: the other is zero.
+// Multiplies the eight rows of one panel that begin at `a` with the 32 rows of panel `b`. With one
+// half it takes the first 16 of them, and the other half of the tile is zero.
 template <int kHalves = 2>
 inline Tile multiply(const uint32_t* a, const uint32_t* b, int64_t pairs) {
   Tile sum;
@@ -161,8 +161,8 @@ inline __m512i paired(__m512 upper, __m512 lower) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// Packs a tile mirrored: its columns, or the first half of them, are rows of `panel`, its rows lie
-// along the depth.
+// Packs a tile transposed: its columns, or the first half of them, become rows of `panel`, and its
+// rows lie along the depth.
 template <int kHalves = 2>
 inline void pack_mirrored(const Tile& tile, uint32_t* panel, int64_t first_row) {
   uint32_t* words = panel + first_row / 2 * kPanel;
@@ -175,8 +175,8 @@ inline void pack_mirrored(const Tile& tile, uint32_t* panel, int64_t first_row) 
   }
 }
 
-// Packs a tile, or its first half, as it is: its rows are rows `strip` ... `strip` + 7 of `panel`, its
-// columns lie along the depth from `first_column` on. A transposition of 8 x 16 words.
+// Packs a tile, or its first half, as it is: its rows are rows `strip` ... `strip` + 7 of `panel`,
+// its columns lie along the depth from `first_column` on. A transposition of 8 x 16 words.
 template <int kHalves = 2>
 inline void pack(const Tile& tile, uint32_t* panel, int64_t strip, int64_t first_column) {
   __m512i row[kStrip], twos[kStrip], fours[kStrip];
@@ -282,8 +282,8 @@ struct Rows {
   }
 };
 
-// A number beside a float32 whose square, or reciprocal, may not be one: the product of both is
-// 1 / norm, and neither leaves the range.
+// 1 / norm as a product of two floats, for norms whose own reciprocal is no float. Zero gives zero,
+// so that a zero matrix stays zero; NaN and infinity give NaN.
 struct Reciprocal {
   float first, second;
 
@@ -318,7 +318,7 @@ inline double total(const std::vector<double>& sums) {
   return sum;
 }
 
-// ‖x‖, from sums of chunks: their number must not follow that of threads.
+// ‖x‖. The chunks do not depend on the number of threads, and so neither does the sum.
 inline double norm(const float* data, int64_t count) {
   constexpr int64_t chunk = 1 << 13, worth = 4;  // entries; chunks that are worth a thread
   std::vector<double> sums((count + chunk - 1) / chunk);
@@ -330,7 +330,7 @@ inline double norm(const float* data, int64_t count) {
   return std::sqrt(total(sums));
 }
 
-// Of a tile, or of its first half.
+// The sum of squares of a tile, or of its first half.
 template <int kHalves = 2>
 inline double sum_of_squares(const Tile& tile) {
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -367,7 +367,7 @@ inline Tile scaled(float a, const Tile& x) {
   return product;
 }
 
-// As it comes out of packing and unpacking.
+// The tile rounded to bfloat16, as it would come out of packing and unpacking.
 inline Tile rounded(const Tile& x) {
   Tile tile;
 #pragma GCC unroll 8
@@ -381,7 +381,7 @@ inline Tile rounded(const Tile& x) {
   return tile;
 }
 
-// Adds to the diagonal of a block, of which `x` is the strip from row `strip` on.
+// Adds a number to the diagonal of a block, for the strip `x` of it that begins at row `strip`.
 inline Tile shifted(float shift, const Tile& x, int64_t strip) {
   const __m512 number = _mm512_set1_ps(shift);
   Tile sum;
@@ -414,8 +414,8 @@ inline void store(float* at, const Tile& tile) {
   }
 }
 
-// Packs M / ‖M‖: into `rows`, panels of its rows, and into `columns`, panels of its columns. Either
-// may be null. Walks along eight rows at a time: so the processor sees them coming.
+// Packs M / ‖M‖ into `rows`, panels of its rows, and into `columns`, panels of its columns. Either
+// may be null. It walks along eight rows at a time, which the processor recognizes and reads ahead.
 inline void pack_matrix(
     Rows<const float> matrix, double norm, const Panels* rows, const Panels* columns) {
   const Reciprocal factor(norm);
@@ -432,8 +432,8 @@ inline void pack_matrix(
 }
 
 // Calls use(block, I, J, strip) for every strip in the lower triangle of blocks of a matrix, which
-// threads share strip by strip: six panels have 21 blocks, too few for sixteen threads. `block` counts
-// the blocks: row of blocks by row of blocks.
+// threads share strip by strip: six panels have 21 blocks, too few for sixteen threads. `block`
+// counts the blocks: row of blocks by row of blocks.
 template <class Use>
 void over_triangle(int64_t panels, const Use& use) {
   const int64_t count = panels * (panels + 1) / 2 * kStrips;
@@ -451,8 +451,9 @@ void over_triangle(int64_t panels, const Use& use) {
 }
 
 // Calls use(block, I, J, strip, tile) for every tile in the lower triangle of blocks of A Bᵀ, which
-// must be symmetric. In the blocks on the diagonal the upper right quarter is zero: whoever needs it
-// mirrors the lower left one, and does not store the zeros, which may come after it.
+// must be symmetric. In a block on the diagonal the upper right quarter is not computed and zero.
+// Whoever needs it mirrors the lower left quarter, and must not store the zeros: they may come
+// later.
 template <class Use>
 void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
   over_triangle(a.panels, [&](int64_t block, int64_t i, int64_t j, int64_t strip) {
@@ -463,8 +464,8 @@ void symmetric_product(const Panels& a, const Panels& b, const Use& use) {
   });
 }
 
-// Where a symmetric matrix is put: as blocks of float32, which leave out what symmetric_product()
-// does, packed, or both; with `shift` added to its diagonal.
+// Where a symmetric matrix is put, with `shift` added to its diagonal: as blocks of float32, which
+// lack what symmetric_product() leaves out, packed, or both.
 struct Target {
   float* blocks = nullptr;
   const Panels* packed = nullptr;
@@ -474,7 +475,8 @@ struct Target {
     if (shift != 0.0f && i == j) tile = shifted(shift, tile, strip);
     if (blocks) store(blocks + block * kBlock + strip * kPanel, tile);
     if (packed) {
-      if (i == j && strip < kHalf) {  // the other half is another strip's, maybe another thread's
+      if (i == j &&
+          strip < kHalf) {  // another strip, maybe on another thread, mirrors the other half
         pack<1>(tile, packed->panel(i), strip, j * kPanel);
         return;
       }
@@ -488,7 +490,7 @@ struct Target {
   }
 };
 
-// A Bᵀ + c C, symmetric, C as blocks or nothing.
+// Puts the symmetric A Bᵀ + c C into a target; C is given as blocks, or null for none.
 inline void symmetric_product(
     const Panels& a, const Panels& b, const Target& target, float c = 0.0f,
     const float* addend = nullptr) {
@@ -538,16 +540,17 @@ inline Tile subtracted(Tile x, const float* a, const float* b) {
   return x;
 }
 
-// Whether all eigenvalues of the symmetric G, its lower triangle of blocks, lie below a limit; G is
-// lost. Factors limit I - G as Mᵀ M, with M of the same shape as the triangle: from the last row of
-// blocks up, so that rows of every block are read as they lie.
+// Whether all eigenvalues of the symmetric G, given by its lower triangle of blocks, lie below a
+// limit. That is so where limit I - G has a Cholesky factor: it is factored as Mᵀ M in the place of
+// G, with M of the same shape as the triangle. It goes from the last row of blocks up, so that the
+// rows of every block are read as they lie.
 //
-// In float32, what passes is a matrix within the rounding of r float32 additions of G.
+// In float32 the answer is exact for a matrix that differs from G by the rounding of r additions.
 inline bool is_below(float limit, float* blocks, int64_t panels) {
   const auto block = [&](int64_t i, int64_t j) {
     return Block{blocks + (i * (i + 1) / 2 + j) * kBlock};
   };
-  // Of block (i, j): - G minus what the rows of blocks below have taken already.
+  // Replaces block (i, j) by that of limit I - G, less what the rows of blocks below have taken.
   const auto remainder = [&](int64_t i, int64_t j) {
     for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
       Tile tile = scaled(-1.0f, load(block(i, j).at + strip * kPanel));
@@ -564,7 +567,7 @@ inline bool is_below(float limit, float* blocks, int64_t panels) {
     remainder(i, i);
     for (int64_t row = kPanel - 1; row >= 0; --row) {
       const float pivot = pivots.at[row * kPanel + row];
-      if (!(pivot > 0.0f)) return false;  // nor where it is not a number
+      if (!(pivot > 0.0f)) return false;  // for NaN as well
       reciprocal[row] = 1.0f / std::sqrt(pivot);
       pivots.scale(row, reciprocal[row]);
       for (int64_t above = 0; above < row; ++above) {

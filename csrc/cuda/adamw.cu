@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) add_one(const __grid_constant__ Coun
   }
 }
 
-// The rule at the parameter's step; one thread takes the powers, as they are long in double.
+// The rule at a parameter's step. One thread computes the powers, which take long in double.
 template <class S>
 __device__ __forceinline__ AdamW<S> rule_at(AdamW<S> rule, const AtStep<S>& own,
                                             const Decay& decay) {

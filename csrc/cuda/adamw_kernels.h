@@ -6,7 +6,7 @@
 
 namespace deepopt::cuda {
 
-// The numbers of a parameter's step count: given, or of a count on the device.
+// What follows from a parameter's step count: given, or computed from a count on the device.
 template <class S>
 struct AtStep {
   S step_size, root_correction;
@@ -28,8 +28,8 @@ struct Counts {
 
 void count_up(const Counts& counts, Kind dtype, void* stream);
 
-// Parameter, gradient, m, v and low bits; the dtypes are those of the first two. S: of the state, T:
-// a table of tensors or a strided one.
+// The tensors of the table are parameter, gradient, m, v and low bits; the kinds are those of the
+// first two. S is the type of the state, T a table of tensors or a strided one.
 template <class S, class T>
 void adamw(const T& table, const AdamW<S>& rule, const Decay& decay, Kind param, Kind grad,
            Rounding rounding, void* stream);

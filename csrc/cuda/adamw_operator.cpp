@@ -18,9 +18,10 @@ class Steps {
     on_device_ = !steps.empty() && device.has(steps[0]);
     kind_ = steps.empty() ? Kind::f32 : kind_of(steps[0]);
     for (const Tensor& step : steps) {
-      STD_TORCH_CHECK(device.has(step) == on_device_ && kind_of(step) == kind_,
-                      "deepopt::adamw_: steps must be float32 or float64, all alike, and all on the "
-                      "CPU or on the parameters' device");
+      STD_TORCH_CHECK(
+          device.has(step) == on_device_ && kind_of(step) == kind_,
+          "deepopt::adamw_: steps must be float32 or float64, all alike, and all on the "
+          "CPU or on the parameters' device");
     }
   }
 

@@ -6,15 +6,15 @@ namespace deepopt::cuda {
 namespace {
 
 template <Rounding R, class P, class S>
-__device__ __forceinline__ void apply_to_entry(const ApplyUpdate<S>& rule, P& p, const S& u, uint16_t& low,
-                                      uint32_t key, uint32_t place) {
+__device__ __forceinline__ void apply_to_entry(const ApplyUpdate<S>& rule, P& p, const S& u,
+                                               uint16_t& low, uint32_t key, uint32_t place) {
   store_rounded<R>(rule(to_fp32<R>(p, low), u), p, low, key, place);
 }
 
 template <class P, class S, Rounding R>
 __global__ void __launch_bounds__(kThreads)
     apply_update_dense(const __grid_constant__ Table<3, uint32_t> table,
-               const __grid_constant__ ApplyUpdate<S> rule) {
+                       const __grid_constant__ ApplyUpdate<S> rule) {
   constexpr int V = 16 / sizeof(P);
   const Piece piece = piece_of(table, blockIdx.x);
   const uint32_t key = table.own[piece.tensor], place = uint32_t(piece.begin);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class P, class S, Rounding R>
 __global__ void __launch_bounds__(kThreads)
     apply_update_strided(const __grid_constant__ Strided<3, uint32_t> table,
-                 const __grid_constant__ ApplyUpdate<S> rule) {
+                         const __grid_constant__ ApplyUpdate<S> rule) {
   const int64_t begin = int64_t(blockIdx.x) * kChunkEntries;
   const int64_t end = begin + kChunkEntries < table.entries ? begin + kChunkEntries : table.entries;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
     places_of(table, i, at);
     const auto place = uint32_t((at[0] - table.at[0]) / int64_t(sizeof(P)));
     apply_to_entry<R>(rule, *reinterpret_cast<P*>(at[0]), *reinterpret_cast<const S*>(at[1]),
-             *reinterpret_cast<uint16_t*>(at[2]), table.own, place);
+                      *reinterpret_cast<uint16_t*>(at[2]), table.own, place);
   }
 }
 
@@ -70,7 +70,8 @@ void run(const Strided<3, uint32_t>& table, const ApplyUpdate<S>& rule, void* st
 }  // namespace
 
 template <class S, class T>
-void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Rounding rounding, void* stream) {
+void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Rounding rounding,
+                  void* stream) {
   if constexpr (sizeof(S) == sizeof(double)) {
     run<double, Rounding::nearest>(table, rule, stream);
   } else {
@@ -80,7 +81,8 @@ void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Roundi
   }
 }
 
-#define FOR(S, T) template void apply_update(const T<3, uint32_t>&, const ApplyUpdate<S>&, Kind, Rounding, void*);
+#define FOR(S, T) \
+  template void apply_update(const T<3, uint32_t>&, const ApplyUpdate<S>&, Kind, Rounding, void*);
 FOR(float, Table)
 FOR(float, Strided)
 FOR(double, Table)

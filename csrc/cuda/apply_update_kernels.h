@@ -6,9 +6,11 @@
 
 namespace deepopt::cuda {
 
-// Parameter, update and low bits; T: a table of tensors or a strided one, with the keys of stochastic
-// rounding. S: what it is computed in.
+// The tensors of the table are parameter, update and low bits, and its own numbers the keys of
+// stochastic rounding. T is a table of tensors or a strided one, S the type that the rule computes
+// in.
 template <class S, class T>
-void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Rounding rounding, void* stream);
+void apply_update(const T& table, const ApplyUpdate<S>& rule, Kind param, Rounding rounding,
+                  void* stream);
 
 }  // namespace deepopt::cuda

@@ -18,9 +18,8 @@ void on_apply_update(const ApplyUpdateArguments& given) {
   std::vector<Dtypes> dtypes;
   walks.reserve(params.size());
   for (size_t t = 0; t < params.size(); ++t) {
-    STD_TORCH_CHECK(
-        device.has(params[t]) && device.has(updates[t]) && device.has(roundings.low(t)),
-        "deepopt::apply_update_: tensors must be on one device");
+    STD_TORCH_CHECK(device.has(params[t]) && device.has(updates[t]) && device.has(roundings.low(t)),
+                    "deepopt::apply_update_: tensors must be on one device");
     given.add_walk(walks, t);
     keys.push_back(roundings.noise(t).key);
     dtypes.push_back({kind_of(params[t]), kind_of(updates[t]), roundings.of(t)});

@@ -6,8 +6,8 @@
 namespace deepopt::cuda {
 namespace {
 
-constexpr int kSide = 32;  // of a square that is turned
-constexpr int kDown = 8;   // rows of it that are taken at once
+constexpr int kSide = 32;  // side of a square that is transposed
+constexpr int kDown = 8;   // rows of the square that a block takes at once
 
 template <int V>
 __device__ __forceinline__ void read(float (&x)[V], const Stack& from, int64_t at) {
@@ -28,7 +28,8 @@ __device__ __forceinline__ void add(float (&sum)[V], float c, const float (&x)[V
   for (int k = 0; k < V; ++k) sum[k] = first ? weighed(c, x[k]) : weighed_onto(sum[k], c, x[k]);
 }
 
-// V entries of the result, which share a coefficient; K terms, or 0: as many as there are.
+// Computes V entries of the result, which share a coefficient, from K terms; K = 0 takes any
+// number.
 template <int K, int V>
 __device__ __forceinline__ void combined(float* result, const Terms& terms, int64_t at,
                                          int64_t row) {
@@ -36,7 +37,7 @@ __device__ __forceinline__ void combined(float* result, const Terms& terms, int6
   if (terms.onto) {
     read<V>(sum, Stack{result, Kind::f32, false}, at);
   }
-  if constexpr (K) {  // all float32: what has to be loaded is known before anything is waited for
+  if constexpr (K) {  // all float32: every load is issued before the first is waited for
     Pack<float, V> x[K];
 #pragma unroll
     for (int t = 0; t < K; ++t) x[t] = load<V>(static_cast<const float*>(terms.stacks[t].data) + at);
@@ -54,7 +55,8 @@ __device__ __forceinline__ void combined(float* result, const Terms& terms, int6
   store(result + at, out);
 }
 
-// All lie alike: rows of `length` entries share a coefficient. In words of V entries.
+// All stacks lie row after row. Each run of `length` entries shares a coefficient; a thread takes
+// words of V entries.
 template <int K, int V>
 __global__ void __launch_bounds__(kThreads)
     combine_straight(float* result, const __grid_constant__ Terms terms, int64_t words,
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Some lie column after column: squares of them are turned in shared memory.
+// Some stacks lie column after column: squares of them are transposed in shared memory.
 __global__ void __launch_bounds__(kSide* kDown)
     combine_turned(float* result, const __grid_constant__ Terms terms, Shape shape) {
   __shared__ float square[kSide][kSide + 1];

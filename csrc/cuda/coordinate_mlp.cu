@@ -5,10 +5,10 @@ namespace deepopt::cuda {
 namespace {
 
 constexpr int kEach = kMlpEntries / kThreads;  // entries of a thread, kThreads apart
-constexpr int kUnits = 64;                     // whose weights are in shared memory at once
+constexpr int kUnits = 64;                     // units whose weights shared memory holds at once
 constexpr int kWarps = kThreads / kWarp;
 
-// A block's entries: those of matrix b from `begin` on; threads beyond the end have zeros.
+// The entries of a block: a stretch of matrix b. Threads beyond the matrix's end hold zeros.
 template <int F>
 struct Entries {
   float x[kEach][F];
@@ -36,7 +36,8 @@ struct Entries {
   }
 
   // The weighted sum of the units, in their order.
-  __device__ __forceinline__ void forward(const CoordinateMlp& mlp, float (&weights)[kUnits * (F + 1)]) {
+  __device__ __forceinline__ void forward(const CoordinateMlp& mlp,
+                                          float (&weights)[kUnits * (F + 1)]) {
     for (int first = 0; first < mlp.units; first += kUnits) {
       const int units = share(mlp, first, weights);
       for (int k = 0; k < units; ++k) {
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The tanh of the units is taken twice, before and after the slope is known: to keep it would take
-// more registers, or more memory traffic, than taking it costs.
+// The tanh of every unit is computed twice, before and after the slope is known. Keeping it would
+// take more registers, or more memory traffic, than computing it again costs.
 template <int F>
 __global__ void __launch_bounds__(kThreads)
     mlp_gradient(double* partial, const __grid_constant__ CoordinateMlp mlp, const float* target,
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A block for each number of the gradient.
+// One block sums up one number of the gradient.
 __global__ void __launch_bounds__(kThreads)
     mlp_gradient_of_parts(float* gradient, const double* partial, const float* weights, int width,
                           int64_t parts) {
@@ -156,8 +157,8 @@ void coordinate_mlp(float* result, const CoordinateMlp& mlp, void* stream) {
   kernels[mlp.count - 1](result, mlp, stream);
 }
 
-void coordinate_mlp_gradient(float* gradient, double* partial, const CoordinateMlp& mlp, const float* target,
-                             const float* unit, void* stream) {
+void coordinate_mlp_gradient(float* gradient, double* partial, const CoordinateMlp& mlp,
+                             const float* target, const float* unit, void* stream) {
   constexpr decltype(&gradients<1>) kernels[] = {gradients<1>, gradients<2>, gradients<3>,
                                                  gradients<4>};
   kernels[mlp.count - 1](partial, mlp, target, unit, stream);

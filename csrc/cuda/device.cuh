@@ -1,4 +1,4 @@
-// What every kernel needs: the narrow types, vectors of entries, sums over threads, and the launch.
+// What all kernels share: the narrow types, vectors of entries, sums over threads, and the launch.
 // No torch here, so that a file of kernels compiles for all devices within a second or two.
 #pragma once
 #if defined(DEEPOPT_EMULATED)
@@ -30,7 +30,7 @@ void launch(Kernel kernel, int64_t blocks, dim3 threads, void* stream, const Arg
 }
 #endif
 
-// Functions by name: torch builds with the types' own conversions switched off.
+// Named functions, because torch builds with the types' own conversions switched off.
 __device__ __forceinline__ float widened(float x) { return x; }
 __device__ __forceinline__ double widened(double x) { return x; }
 __device__ __forceinline__ float widened(bf16 x) { return __bfloat162float(x); }
@@ -62,14 +62,15 @@ DEEPOPT_RULE bool on_16_bytes(const T*... at) {
   return ((reinterpret_cast<uintptr_t>(at) | ...) & 15) == 0;
 }
 
-// The sum over a warp, in every thread of it; the additions are always paired alike.
+// The sum over a warp, in every thread of it. The additions are always paired in the same way.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
   for (int away = kWarp / 2; away; away /= 2) x += __shfl_xor_sync(kAll, x, away);
   return x;
 }
 
-// The sum over a block of kThreads, in every thread of it; `scratch` is shared, for this sum alone.
+// The sum over a block of kThreads, in every thread of it. `scratch` is shared memory for this sum
+// alone.
 template <class T>
 __device__ __forceinline__ T block_sum(T x, T (&scratch)[kThreads / kWarp]) {
   x = warp_sum(x);
@@ -80,7 +81,7 @@ __device__ __forceinline__ T block_sum(T x, T (&scratch)[kThreads / kWarp]) {
   return sum;
 }
 
-// A block's share of a table: the tensor, and which of its entries.
+// A block's share of a table: a tensor and a stretch of its entries.
 struct Piece {
   int tensor;
   int64_t begin;
@@ -103,7 +104,7 @@ __device__ __forceinline__ Piece piece_of(const Table<N, Own>& table, unsigned b
   return {low, begin, left < kChunkEntries ? int(left) : kChunkEntries};
 }
 
-// Where entry `index` of N tensors is that are walked by strides.
+// The addresses of entry `index` in N tensors that are walked by strides.
 template <int N, class Own>
 __device__ __forceinline__ void places_of(const Strided<N, Own>& table, int64_t index,
                                           char* (&at)[N]) {

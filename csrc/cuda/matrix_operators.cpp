@@ -1,5 +1,5 @@
-// deepopt::combine, frobenius, row_products, scale_update, multi_scale_write, coordinate_mlp and its
-// gradient on CUDA.
+// deepopt::combine, frobenius, row_products, scale_update, multi_scale_write, coordinate_mlp and
+// its gradient on CUDA.
 #include "../common/coordinate_mlp_arguments.h"
 #include "../common/matrix_arguments.h"
 #include "../common/multi_scale_arguments.h"
@@ -41,8 +41,7 @@ Tensor on_frobenius(Tensor matrices) {
   const Matrices x = frobenius_argument(matrices);
   const int64_t parts = parts_of(x.entries(), kSummed);
   const Tensor norms = torch::stable::new_empty(matrices, {x.batch}, ScalarType::Float);
-  const Tensor partial =
-      torch::stable::new_empty(matrices, {x.batch * parts}, ScalarType::Double);
+  const Tensor partial = torch::stable::new_empty(matrices, {x.batch * parts}, ScalarType::Double);
   frobenius(norms.mutable_data_ptr<float>(), partial.mutable_data_ptr<double>(),
             static_cast<const float*>(x.data()), x.batch, x.entries(), device.stream());
   device.check_launch();
@@ -62,7 +61,8 @@ Tensor on_row_products(std::vector<Tensor> tensors) {
   return result;
 }
 
-std::vector<Tensor> on_scale_update(const std::vector<Tensor>& updates, const ScaleArguments& given) {
+std::vector<Tensor> on_scale_update(const std::vector<Tensor>& updates,
+                                    const ScaleArguments& given) {
   ScaleUpdateTensors made(updates, given);
   const Device device(updates[0]);
   ScaleUpdate& rule = made.rule;
@@ -71,7 +71,8 @@ std::vector<Tensor> on_scale_update(const std::vector<Tensor>& updates, const Sc
     rule.gradient = made.read(on_frobenius(given.grad));
     rule.momentum = made.read(on_frobenius(given.momentum));
     const Tensor& step = given.step;
-    rule.step = made.read(device.has(step) ? step : torch::stable::to(step, given.grad.device(), true));
+    rule.step =
+        made.read(device.has(step) ? step : torch::stable::to(step, given.grad.device(), true));
   }
   scale_update(rule, device.stream());
   device.check_launch();

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t left = rule.entries - begin, first = b * rule.entries + begin;
   const int words = (left < kChunkEntries ? int(left) : kChunkEntries) / V;
   const auto factors = rule.factors(b);
-  // As words from here on: by pointers to floats, nvcc would store one by one.
+  // Pointers to words from here on: through pointers to floats nvcc would store them one by one.
   const auto *momentum = reinterpret_cast<const Word*>(rule.momentum + first),
              *slow = reinterpret_cast<const Word*>(rule.slow + first),
              *grad = reinterpret_cast<const Word*>(rule.grad + first);

@@ -1,4 +1,5 @@
-// The torch side of the operators on CUDA: device, stream, errors, and how tensors get into a table.
+// The side of the CUDA operators that knows torch: device, stream, errors, and how tables are
+// filled.
 #pragma once
 #include "../common/roundings.h"
 #include "tables.h"
@@ -17,7 +18,7 @@ namespace deepopt::cuda {
 
 #if !defined(DEEPOPT_EMULATED)
 // Makes a tensor's device the current one while it lives; kernels go to the stream that torch uses.
-class __attribute__((visibility("hidden"))) Device {  // as torch's guard is
+class DEEPOPT_HIDDEN Device {
  public:
   explicit Device(const Tensor& tensor)
       : index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
@@ -61,15 +62,15 @@ Strided<N, Own> strided(const Walk<size_t(N)>& walk, const Own& own) {
   return table;
 }
 
-// What a table holds must be of one kind: dtypes and rounding.
+// All parameters of a table share their dtypes and rounding.
 struct Dtypes {
   Kind param, other;
   Rounding rounding;
   auto operator<=>(const Dtypes&) const = default;
 };
 
-// Parameters of one list, each with its tensors: go(table, dtypes) is called for as many at a time as
-// a table holds and, for those that have to be walked by strides, one by one.
+// Calls go(table, dtypes) for all parameters of a list: for as many at a time as a table holds, and
+// one by one for those that have to be walked by strides.
 template <int N, class Own, class Go>
 void in_tables(const std::vector<Walk<size_t(N)>>& walks, const std::vector<Own>& own,
                const std::vector<Dtypes>& dtypes, const Go& go) {

@@ -1,4 +1,5 @@
-// How kernels read and write the entries of a parameter, whatever its dtype and rounding.
+// How kernels read and write the entries of a parameter, whatever its dtype and rounding. The same
+// for the CPU is in csrc/common/roundings.h.
 #pragma once
 #include "../rules/rounding.h"
 #include "device.cuh"
@@ -22,7 +23,8 @@ __device__ __forceinline__ auto to_fp32(const P& p, uint16_t low) {
 }
 
 template <Rounding R, class P, class S>
-__device__ __forceinline__ void store_rounded(S value, P& p, uint16_t& low, uint32_t key, uint32_t place) {
+__device__ __forceinline__ void store_rounded(S value, P& p, uint16_t& low, uint32_t key,
+                                              uint32_t place) {
   if constexpr (R == Rounding::nearest) {
     narrow(value, p);
   } else {
@@ -51,7 +53,8 @@ __device__ __forceinline__ void store_low(uint16_t* to, const Pack<uint16_t, V>&
   if constexpr (R == Rounding::exact) store(to, low);
 }
 
-// Calls f with a null pointer to the type of a parameter's entries and the rounding, as types.
+// Calls f with the type of a parameter's entries, as a null pointer to it, and the rounding as a
+// type.
 template <Rounding R>
 struct Rounds {
   static constexpr Rounding how = R;

@@ -6,7 +6,7 @@
 namespace deepopt::cuda {
 namespace {
 
-struct Block {  // the rows of a matrix, dealt out to its threads
+struct Block {  // the team of threads that shares the rows of a matrix
   double (&scratch)[kThreads / kWarp];
 
   __device__ __forceinline__ int64_t first() const { return threadIdx.x; }
@@ -17,7 +17,8 @@ struct Block {  // the rows of a matrix, dealt out to its threads
   }
 };
 
-__global__ void __launch_bounds__(kThreads) scale_update_matrix(const __grid_constant__ ScaleUpdate rule) {
+__global__ void __launch_bounds__(kThreads)
+    scale_update_matrix(const __grid_constant__ ScaleUpdate rule) {
   __shared__ double scratch[kThreads / kWarp];
   rule(blockIdx.x, Block{scratch});
 }

@@ -6,9 +6,10 @@
 namespace deepopt::cuda {
 namespace {
 
-// The order of all additions is that of the shapes alone: no atomics.
+// The order of all additions follows from the shapes alone; there are no atomics.
 
-// Two rounds: blocks sum up their part of a matrix, then one block the parts of each matrix.
+// Norms take two rounds. Each block sums up a part of a matrix, then one block the parts of each
+// matrix.
 __global__ void __launch_bounds__(kThreads)
     sum_squares(double* partial, const float* x, int64_t entries, int64_t parts) {
   __shared__ double scratch[kThreads / kWarp];
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Column after column: a thread for each row, eight share its columns.
+// For stacks that lie column after column: eight threads share the columns of each row.
 template <bool kTwo>
 __global__ void __launch_bounds__(kThreads)
     products_of_columns(float* result, const float* x, const float* y, Shape shape) {

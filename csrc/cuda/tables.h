@@ -1,4 +1,5 @@
-// What a launch is told, by value: nothing is copied to the device beforehand, nothing waits for it.
+// The arguments of a launch, passed by value: nothing is copied to the device before, and nothing
+// waits.
 #pragma once
 #include <cstdint>
 
@@ -7,14 +8,14 @@ namespace deepopt {
 enum class Kind { f32, f64, bf16, fp16 };
 
 // Entries of a chunk, which is a block's work: 32 KB of bf16. A tensor of a million entries has 64
-// chunks, enough for half the processors of the largest device; a block runs for microseconds, which
-// hides the search for its tensor.
+// chunks, enough for half the processors of the largest device; a block runs for microseconds,
+// which hides the search for its tensor.
 constexpr int kChunkEntries = 1 << 14;
 constexpr unsigned kMostArgument = 4000;  // bytes; 4096 are what every driver takes
 constexpr int kMostStridedDims = 16;
 
-// N tensors each for a number of parameters, whose entries lie one after the other in one order. Own
-// is what differs from parameter to parameter beside its tensors.
+// For a number of parameters N tensors each, whose entries lie one after the other in the same
+// order. Own is what else differs from parameter to parameter.
 template <int N, class Own>
 struct Table {
   static constexpr int kMost = int((kMostArgument - 128) / (8 * N + 8 + 4 + sizeof(Own)));
@@ -22,7 +23,7 @@ struct Table {
   char* at[kMost][N];
   int64_t entries[kMost];
   Own own[kMost];
-  uint32_t first[kMost + 1];  // chunk of each; the number of chunks in the end
+  uint32_t first[kMost + 1];  // first chunk of each parameter; at the end the number of chunks
   int tensors = 0;
 
   Table() { first[0] = 0; }

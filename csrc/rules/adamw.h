@@ -10,8 +10,8 @@ namespace deepopt {
 
 template <class T>
 struct AdamW {
-  T sign, decay, first, second_kept, second, eps;  // the same for all tensors
-  T step_size, root_correction;                    // of a tensor's step count
+  T sign, decay, first, second_kept, second, eps;  // alike for all tensors
+  T step_size, root_correction;                    // from a tensor's step count
 
   AdamW(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize)
       : sign(maximize ? T(-1) : T(1)),

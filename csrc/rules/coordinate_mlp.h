@@ -12,7 +12,7 @@
 
 namespace deepopt {
 
-// For a stack of B matrices, one after the other in every array.
+// The arrays hold the B matrices of a stack one after the other.
 struct CoordinateMlp {
   static constexpr int kMostFeatures = 4;
 
@@ -30,7 +30,7 @@ DEEPOPT_RULE float unit_value(const float* w, const float (&x)[F]) {
 }
 
 struct Correction {
-  float reach, inverse_unit, share;  // share: reach / unit / entries
+  float reach, inverse_unit, share;  // share is reach / unit / entries
 
   DEEPOPT_RULE float result(float base, float value) const {
     return fma_(reach, tanh_(value), base);

@@ -1,5 +1,5 @@
-// M3's momenta, entry by entry (Alg. 1 as settled): f is the steps of a chunk, t the one that is taken
-// and k the chunks that ended before it.
+// M3's momenta, entry by entry (Alg. 1 as settled): f is the steps of a chunk, t the one that is
+// taken and k the chunks that ended before it.
 //
 //   b3 = min(beta3, k / (k + 4))
 //   M1 <- M1 + (1 - b1) (g - M1),   look-ahead = b1 M1 + (1 - b1) g
@@ -9,7 +9,7 @@
 
 namespace deepopt {
 
-// For a stack of B matrices, one after the other in every array.
+// The arrays hold the B matrices of a stack one after the other.
 struct MultiScale {
   double retention, beta3;
   int64_t slow_chunk;
@@ -31,7 +31,7 @@ struct MultiScale {
             float((1 - kept) / double(slow_chunk))};
   }
 
-  // Both momenta take the gradient in, in whose place the fast one's look-ahead comes.
+  // Both momenta take the gradient in; the fast one's look-ahead takes the gradient's place.
   static DEEPOPT_RULE void take_in(const Factors& f, float& momentum, float& slow, float& grad) {
     momentum = lerp(momentum, grad, f.fresh);
     slow = fma_(f.decay, slow, f.share * grad);

@@ -1,5 +1,5 @@
-// How a float32 number is kept in a bfloat16 parameter: rounded to the nearest (the launchers have
-// torch's own conversion for it), rounded stochastically, or with its low bits in a state beside.
+// How a float32 number is kept in a bfloat16 parameter: rounded to the nearest (by torch's own
+// conversion, in the launchers), rounded stochastically, or with its low bits in a state beside it.
 #pragma once
 #include "rule.h"
 
@@ -27,24 +27,26 @@ DEEPOPT_RULE uint32_t key_of(int64_t seed) {
   return scrambled(scrambled(uint32_t(bits >> 32) + 1u) ^ uint32_t(bits));
 }
 
-// Up or down with the probability that makes the mean exact: by bits that depend on nothing but the
-// seed and the entry's place, counted in entries of memory from the parameter's first. No state, and
-// the same in every order of the entries; beyond 2^32 of them the bits repeat.
+// Rounds up or down with the probability that makes the mean exact. The random bits depend on the
+// seed and on the entry's place alone, counted in entries of memory from the parameter's first:
+// there is no state, and every order of the entries gives the same. Beyond 2^32 entries the bits
+// repeat.
 DEEPOPT_RULE uint16_t stochastic(float x, uint32_t key, uint32_t place) {
   const uint32_t bits = without_payload(bits_of(x));
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return uint16_t((bits + (finite ? scrambled(place + key) >> 16 : 0u)) >> 16);
 }
 
-// The nearest bfloat16, ties away from zero, and what it lacks: together exactly x.
+// Splits x into the nearest bfloat16, ties away from zero, and the bits that it lacks.
 DEEPOPT_RULE void split(float x, uint16_t& high, uint16_t& low) {
   const uint32_t bits = without_payload(bits_of(x));
   high = uint16_t((bits + 0x8000u) >> 16);
   low = uint16_t(bits);
 }
 
-// No zero has negative low bits beside it: they are those of what another hand has set to zero, as
-// pruning does, and below a zero's bits are those of NaN.
+// Puts the two together again. split() leaves no zero with negative low bits beside it. Where there
+// is one, somebody else has set the parameter to zero, as pruning does, and the low bits are stale:
+// with them the number would be a NaN.
 DEEPOPT_RULE float joined(uint16_t high, uint16_t low) {
   const int32_t beside = int16_t(low);
   const bool stale = (high & 0x7fffu) == 0 && beside < 0;

@@ -1,9 +1,9 @@
-// What every rule shares: how it is declared, and the numbers it is computed in.
+// What all rules share: how they are declared, and their elementary operations.
 //
 // A rule is the arithmetic of one entry, or of one row, and nothing else: no loop over tensors, no
-// launch, no allocation. The launchers in csrc/cpu and csrc/cuda call it, and so both compute the
-// same thing. Products and sums are written with fma where torch has one: with contraction off, a
-// rule gives the same bits whatever the compiler vectorizes.
+// launch, no allocation. The launchers in csrc/cpu and csrc/cuda call the same rule, so both
+// compute the same thing. The compiler may not contract a product and a sum to an fma by itself: an
+// fma is written where torch has one, and a rule gives the same bits whatever is vectorized.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,7 +22,7 @@ DEEPOPT_RULE double fma_(double a, double b, double c) { return fma(a, b, c); }
 DEEPOPT_RULE float sqrt_(float a) { return sqrtf(a); }
 DEEPOPT_RULE double sqrt_(double a) { return sqrt(a); }
 
-// With the bits of torch's: from the nearer end.
+// torch's lerp, bit for bit: it starts from the nearer end.
 template <class T>
 DEEPOPT_RULE T lerp(T from, T to, T weight) {
   return weight < T(0.5) ? fma_(weight, to - from, from) : fma_(weight - T(1), to - from, to);

@@ -1,8 +1,8 @@
-// How far an orthogonalized update goes, row by row: from the products of its rows and the norms of
-// gradient and momentum to the factor of every row. In double, where no square of a float leaves
-// the range; what is kept or multiplied with is float32.
+// How far an orthogonalized update goes, row by row. From the products of its rows, and the norms
+// of gradient and momentum, the rule computes the factor of every row. It works in double, in which
+// no square of a float leaves the range; state and factors are float32.
 //
-// A NaN goes through every comparison, as it does through torch's clamp.
+// A NaN passes through every comparison, as it passes through torch's clamp.
 #pragma once
 #include <cfloat>
 
@@ -13,27 +13,28 @@ namespace deepopt {
 DEEPOPT_RULE double at_least(double low, double x) { return x < low ? low : x; }
 DEEPOPT_RULE double at_most(double high, double x) { return x > high ? high : x; }
 
-constexpr double kTiny = FLT_MIN;  // what a norm of zero counts as where it divides
+constexpr double kTiny = FLT_MIN;  // the least number that is divided by
 
-// For a stack of B matrices; arrays have a number for each of them, or for each of their rows.
+// The arrays have a number for each of the B matrices of a stack, or for each of their rows.
 struct ScaleUpdate {
   int64_t batch, rows, columns;
   double beta1, beta2, rms_cap, update_rms;
-  const float* products;                 // of rows, as row_products has them: (1 or 3, B, m)
-  const float* weight;                   // of the second update; null: there is none
-  const float *gradient, *momentum;      // their norms
-  const float* gain;                     // the momentum's norm is so many times that; null: once
-  const float *grad_norm, *step;         // null: the size is update_rms
+  const float* products;  // of rows, as row_products has them: (1 or 3, B, m)
+  const float* weight;  // factor of the second update; null: there is none
+  const float *gradient, *momentum;  // norms of both
+  const float* gain;  // factor of the momentum's norm; null: 1
+  const float *grad_norm, *step;  // null: the size is update_rms
   const float *row_moment, *row_weight;  // null: rows stay as they are
   float *new_grad_norm, *new_row_moment, *new_row_weight;
-  float* factors;  // of each update, of each of its rows if they change
+  float* factors;  // for each update and matrix, or for each of its rows if rows are normalized
 
-  // The squared norm of row i of matrix b, of both updates together.
+  // The squared norm of row i of matrix b, in the weighted sum of both updates.
   DEEPOPT_RULE double square(int64_t b, int64_t i) const {
     const int64_t at = b * rows + i, all = batch * rows;
     if (!weight) return products[at];
     const double w = weight[b], xx = products[at], xy = products[all + at];
-    return at_least(0, xx + 2 * w * xy + w * w * products[2 * all + at]);  // products are rounded
+    // The products are rounded: their sum may come out below zero.
+    return at_least(0, xx + 2 * w * xy + w * w * products[2 * all + at]);
   }
 
   // sqrt(beta root^2 + (1 - beta) value^2)
@@ -48,7 +49,8 @@ struct ScaleUpdate {
     return at_most(1, norm / first / at_least(kTiny, root / sqrt_(second)));
   }
 
-  // Brings a matrix of this norm to that of an orthogonal one whose entries are 1 on average.
+  // The factor that brings a matrix of this norm to one whose root mean square is 1. What lacks
+  // rank is enlarged by no more than rms_cap on the way.
   DEEPOPT_RULE double enlarge(double norm) const {
     const double side = double(rows < columns ? rows : columns);
     const double other = double(rows < columns ? columns : rows);
@@ -59,7 +61,7 @@ struct ScaleUpdate {
     return at_least(kTiny, new_row_moment[at] / at_least(kTiny, new_row_weight[at]));
   }
 
-  // Takes the mean square of a row into its running mean, which it returns. Zero rows do not count.
+  // Takes the mean square of a row into its running mean, and returns that. Zero rows do not count.
   DEEPOPT_RULE double take(int64_t at, double square) const {
     const double moment = row_moment[at], of = row_weight[at];
     const bool seen = square > 0;
@@ -68,8 +70,8 @@ struct ScaleUpdate {
     return mean(at);
   }
 
-  // All of matrix b. A team shares its rows: `first`, `step`, and the `sum` of what its members
-  // have, in an order of its own that is always the same.
+  // The whole rule for matrix b. A team of threads shares the rows: each member takes those from
+  // first() on, step() apart, and sum() adds what all members have, always in the same order.
   template <class Team>
   DEEPOPT_RULE void operator()(int64_t b, const Team& team) const {
     double whole = 0, together = 0;
@@ -89,7 +91,8 @@ struct ScaleUpdate {
       factor *= update_rms;
     }
     if (!row_moment) {
-      if (rows && team.first() == 0) write(b, batch, b, factor);  // without rows all arrays are null
+      if (rows && team.first() == 0)
+        write(b, batch, b, factor);  // a matrix without rows has null arrays
       return;
     }
     const double unit = shrink * shrink / double(columns);

@@ -1,14 +1,14 @@
 // tanh in float32: odd, within 6 units in the last place, never beyond 1, NaN for NaN.
 //
-// x P(x^2) / Q(x^2) with the polynomials of degree 4 whose largest relative error on [-9.011, 9.011],
-// where tanh has come to 1, is least: 2.1e-8. All coefficients are positive: nothing cancels. It has
-// no branch and no table, so that compilers vectorize it.
+// It is x P(x^2) / Q(x^2), with the polynomials of degree 4 whose largest relative error on
+// [-9.011, 9.011], where tanh has come to 1, is least: 2.1e-8. All coefficients are positive, so
+// nothing cancels. There is no branch and no table, so compilers vectorize it.
 #pragma once
 #include "rule.h"
 
 namespace deepopt {
 
-// At most `bound`; NaN stays, as it compares as nothing.
+// The smaller of x and `bound`. NaN stays NaN, since every comparison with it is false.
 DEEPOPT_RULE float at_most(float x, float bound) { return x > bound ? bound : x; }
 
 DEEPOPT_RULE float tanh_(float x) {

@@ -6,7 +6,7 @@ from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, why_not
 from deepopt.ops.products import multiplies_bfloat16
 
 NOTES = {"reference": "plain torch, on every device", "compiled": "on request: it compiles first"}
-OF_BFLOAT16 = ("delta_write", "gram_average", "newton_schulz")
+IN_BFLOAT16 = ("delta_write", "gram_average", "newton_schulz")
 """Operators whose kernels for the CPU multiply matrices in bfloat16, all but small ones."""
 
 
@@ -29,7 +29,7 @@ def report() -> str:
             used.append(next((b for b in there if not why_not(b)), "reference"))
         lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
     if not why_not("cpu") and not multiplies_bfloat16():
-        names = ", ".join(OF_BFLOAT16)
+        names = ", ".join(IN_BFLOAT16)
         lines += ["", f"on cpu, {names}: all but small matrices need AVX512-BF16, without AMX"]
     if choice._forced is not None:
         lines += ["", f"forced by DEEPOPT_BACKEND: {choice._forced}"]

@@ -41,13 +41,13 @@ def adamw_(
         grads: of their shapes and, for the kernels, of their dtypes or the state's; strides may
             differ.
         exp_avgs: m, float32 or for float64 parameters float64. State of several parameters can be
-            one tensor for each of ``exp_avgs``, ``exp_avg_sqs`` and ``steps``, with the entries of
-            all in their order: it is handed over faster.
+            one tensor for each of ``exp_avgs``, ``exp_avg_sqs`` and ``steps``, which holds the
+            entries of all in their order and is handed over faster.
         exp_avg_sqs: v.
-        steps: t before this step, one number each on the CPU or, for CUDA kernels, on the device;
-            counted up.
-        lows: as in :func:`apply_update_`.
-        seeds: as in :func:`apply_update_`.
+        steps: t before this step, one number each, on the CPU or, for CUDA kernels, on the device;
+            each is counted up.
+        lows: as for :func:`apply_update_`.
+        seeds: as for :func:`apply_update_`.
         lr: γ.
         beta1: retention of m.
         beta2: retention of v.

@@ -1,4 +1,4 @@
-"""The write to the parameters."""
+"""The last step of an update: it reaches the parameters."""
 
 from collections.abc import Sequence
 
@@ -32,31 +32,31 @@ def apply_update_(
 
     .. math:: p \leftarrow (1-\gamma\lambda)\, p - \gamma u
 
-    It is computed in float32, for float64 parameters in float64, and rounded once; for bfloat16
-    parameters in one of three ways:
+    It is computed in float32, for float64 parameters in float64, and rounded once. bfloat16
+    parameters are rounded in one of three ways:
 
     - to the nearest, where ``lows`` and ``seeds`` are empty: steps below 1/256 of a parameter are
       lost;
-    - stochastically, up or down such that the mean is right: nothing is kept, and nothing is lost
+    - stochastically, up or down such that the mean is right: this needs no state, and loses nothing
       on average;
-    - exactly, with the 16 bits that the parameter has no room for in a state beside it.
+    - exactly: the 16 bits for which the parameter has no room are kept in a state beside it.
 
     Args:
         params: of any strides.
         updates: of their shapes and any strides, for the kernels float32 or, for float64
             parameters, float64.
         lows: empty, or an int16 tensor for every parameter, zeros at first: with it, a bfloat16
-            parameter, rounded to the nearest with ties away from zero, is an exact float32. Those
-            of other parameters are not looked at.
+            parameter, rounded to the nearest with ties away from zero, is an exact float32. The
+            tensors of other parameters are not read.
         seeds: empty, or a number for every parameter: a bfloat16 parameter is rounded by random
-            bits that depend on it and on the entry's place in memory alone. Give another for every
-            step; parameters of one seed are rounded by the same bits. Those of other parameters
-            are not looked at.
+            bits that depend on the seed and on the entry's place in memory alone. Give another seed
+            for every step; parameters of one seed are rounded by the same bits. The seeds of other
+            parameters are not read.
         lr: γ.
         weight_decay: λ, decoupled.
 
     Raises:
-        ValueError: both ``lows`` and ``seeds``, or not as many as parameters.
+        ValueError: both ``lows`` and ``seeds`` are given, or not one for each parameter.
     """
     if not lows and not seeds:
         for param, update in zip(params, updates, strict=True):

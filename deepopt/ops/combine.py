@@ -1,7 +1,7 @@
 """Linear combinations of stacked matrices, and the inner products of their rows.
 
-What an update rule does to whole matrices between its matrix products is mostly these two: one
-pass that measures the rows, arithmetic on a few numbers for each row, and one pass that writes.
+Between its matrix products, an update rule mostly does these two things to whole matrices. One pass
+measures the rows, a few numbers for each row are computed, and one pass writes the result.
 """
 
 from collections.abc import Sequence

@@ -2,9 +2,9 @@
 
 A unit k has weights (w_k1, ..., w_kF, v_k), and an entry with features x_1 ... x_F the value
 sum_k v_k tanh(sum_f w_kf x_f). There is no bias: the value is odd in the features, as a step is in
-the gradient, and zero where they are zero. What it corrects it moves by reach times the tanh of the
-value. Units are taken one after the other, so that the scratch memory is that of a few matrices,
-whatever the number of units; that of the kernels is a few kilobytes.
+the gradient, and zero where they are zero. The entry that it corrects moves by reach times the tanh
+of the value. Units are computed one after the other, so that the scratch memory is that of a few
+matrices, whatever the number of units. The kernels take a few kilobytes.
 """
 
 from collections.abc import Sequence
@@ -44,16 +44,16 @@ def _supports(
 def coordinate_mlp(
     base: Tensor, reach: Tensor, features: Sequence[Tensor], scales: Tensor, weights: Tensor
 ) -> Tensor:
-    r"""What the MLP makes of a matrix, entry by entry.
+    r"""A matrix corrected by the MLP, entry by entry.
 
     .. math:: B + r \tanh\Big(\sum_k v_k \tanh\big(\sum_f w_{kf}\, s_f X_f\big)\Big)
 
     Args:
         base: B, shape (B, m, n).
-        reach: r, the farthest that an entry is moved, shape (B,).
+        reach: r, the largest change of an entry, shape (B,).
         features: X, F tensors of shape (B, m, n).
-        scales: s, what the features are multiplied with, shape (B, F).
-        weights: w and v of the MLP of each of the B matrices, shape (B, H, F + 1), read-out last.
+        scales: s, the factors of the features, shape (B, F).
+        weights: w and v of the MLP of every matrix, shape (B, H, F + 1), the read-out v last.
 
     Returns:
         Shape (B, m, n).
@@ -82,13 +82,13 @@ def coordinate_mlp_gradient(
     r"""Gradient, for the weights, of half the mean square error of :func:`coordinate_mlp`.
 
     Args:
-        base: as there, like ``reach``, ``features``, ``scales`` and ``weights``.
+        base: B, as for :func:`coordinate_mlp`, like the next four.
         reach: r.
         features: X.
         scales: s.
         weights: w and v.
-        target: what should have come out, shape (B, m, n).
-        unit: of the errors: they are divided by it, shape (B,).
+        target: the matrix that it should have given, shape (B, m, n).
+        unit: the number by which errors are divided, shape (B,).
 
     Returns:
         Shape (B, H, F + 1).

@@ -1,4 +1,4 @@
-"""The write of the delta memory: a Gram matrix, its norm, and what the momentum recalls."""
+"""The write of the delta memory (Eq 49): forget what the keys recall, take the gradient in."""
 
 import torch
 from torch import Tensor
@@ -46,12 +46,12 @@ def delta_write(
 
     Cost, with r and R the short and the long side, in units of 2 r²R FLOPs: one symmetric product,
     r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16
-    from a short side of 64 on, in float32 below: keys and momentum as operands are rounded to
-    bfloat16, the momentum itself is not; the norm is rounded up by as much, so that no key exceeds
-    one.
+    from a short side of 64 on, in float32 below. Keys and momentum are rounded to bfloat16 as
+    operands alone: the momentum itself is not. The norm is rounded up by as much, so that no key
+    exceeds one.
     """
     info = torch.finfo(grad.dtype)
-    # Powers of a singular value leave float32's range long before the value does: keys are
+    # Powers of a singular value leave float32's range long before the value does. So keys are
     # relative to the largest entry, and norms are squared relative to the larger of the two.
     scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
     keys = grad / scale[:, None, None]

@@ -1,4 +1,4 @@
-"""The running Gram matrices of the covariance memory (Eqs 106-111 side by side)."""
+"""The running Gram matrices of the covariance memory: Eq 106 to Eq 111 for rows and columns."""
 
 import torch
 from torch import Tensor
@@ -16,15 +16,15 @@ from deepopt.ops.products import worth_rounding
 def gram_average(
     gram: Tensor, grad: Tensor, scale: Tensor, kept: Tensor, share: float, of_rows: bool
 ) -> Tensor:
-    r"""kept C + share K Kᵀ for the keys K = G / scale, which are the rows of G, or its columns.
+    r"""kept C + share K Kᵀ, where the keys K are the rows or the columns of G / scale.
 
     Args:
         gram: C, shape (B, r, r) with r the number of keys.
         grad: G, shape (B, m, n).
         scale: not below G's largest entry, shape (B,); a zero matrix may have 0.
-        kept: shape (B,).
-        share: of the new product.
-        of_rows: r = m, otherwise n.
+        kept: the share of C that is kept, shape (B,).
+        share: factor of the new product.
+        of_rows: the keys are rows, and r is m; otherwise they are columns, and r is n.
 
     Cost: half of a product of 2r²R FLOPs, R being the other side. Kernels round the keys to
     bfloat16 and sum in float32: the result is the Gram matrix of the rounded keys, positive
@@ -37,7 +37,7 @@ def gram_average(
 
 
 def _symmetric(matrices: Tensor) -> Tensor:
-    """X Xᵀ of every matrix, of which the blocks above the diagonal are those below, transposed."""
+    """X Xᵀ of every matrix. Blocks above the diagonal are copied from below it, transposed."""
     rows = matrices.shape[-2]
     block = max(128, rows // 6)
     if rows < 2 * block or matrices.device.type != "cpu":

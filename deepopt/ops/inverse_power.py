@@ -1,4 +1,4 @@
-"""Negative fractional powers of Gram matrices (Eqs 106-111 with a free power)."""
+"""Negative fractional powers of Gram matrices (Eq 106 to Eq 111 with a free power)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def inverse_power(gram: Tensor, power: float, damping: float) -> Tensor:
         damping: smallest eigenvalue that counts, relative to the largest.
 
     Cost: an eigendecomposition each, 0.12 s at r = 768 on one CPU core. On CUDA devices, where the
-    host would wait for it, :func:`newton` runs instead where that serves.
+    host would wait for it, :func:`newton` runs instead where it computes the same.
     """
     wide = _relative(gram)
     values, vectors = torch.linalg.eigh(wide)

@@ -9,8 +9,8 @@ from deepopt.ops.operator import operator
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """A B for every pair of a batch.
 
-    For what half precision would spoil: a root that enlarges small directions of a momentum
-    enlarges what was rounded off the large ones as well.
+    It is for products that half precision would spoil. A root that enlarges the small directions of
+    a momentum also enlarges what rounding took from the large ones.
 
     Args:
         a: shape (B, m, k).

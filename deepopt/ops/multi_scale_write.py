@@ -26,7 +26,7 @@ def multi_scale_write(
     slow_chunk: int,
     beta3: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Take a gradient into a fast momentum and into one that is whole at the end of a chunk.
+    r"""Take a gradient into a fast momentum, and into a slow one that is whole at a chunk's end.
 
     .. math::
         M^{(1)} &\leftarrow \beta M^{(1)} + (1-\beta)\, G, \qquad
@@ -52,7 +52,7 @@ def multi_scale_write(
     Cost: three tensors are read once, three written.
 
     Raises:
-        RuntimeError: tensors that do not fit each other, from the kernels.
+        RuntimeError: (from kernels) tensors that do not fit each other.
     """
     ended = torch.floor((step - 1) / slow_chunk)
     kept = (ended / (ended + FARTHEST)).clamp_max(beta3)

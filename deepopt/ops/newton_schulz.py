@@ -26,12 +26,12 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     Each step is X ← R X with R = a I + b G + c G² and G = X Xᵀ, on the short side of the matrix,
     from X = M / ‖M‖. The result does not depend on the scale of M; a zero matrix stays zero.
 
-    Two steps may be taken on G alone, where the matrix is long enough for that to be cheaper: G of
-    the second is R G R, and X follows once. The first two and the last two are, if there are five
-    or more; in bfloat16 by kernels alone, and the first two only where the Gram matrix after them
-    proves that rounding pushed no singular value beyond what exact steps reach: one hundredth
-    further the next polynomial grows without bound. The few matrices that fail start again, step by
-    step. The kernel for small float32 matrices takes all of them one by one.
+    Where the matrix is long enough for that to be cheaper, two steps are taken on G alone: the G of
+    the second is R G R, and X follows once. This is done for the first two and the last two of five
+    or more steps. In bfloat16 only kernels do it. They keep the first two steps only where the Gram
+    matrix after them proves that rounding pushed no singular value beyond what exact steps reach:
+    one hundredth further the next polynomial grows without bound. The few matrices that fail start
+    again, step by step. The kernel for small float32 matrices takes all steps one by one.
 
     Args:
         matrices: shape (..., m, n).
@@ -46,7 +46,7 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     leaves 3/2 r + 1/2 and 3/2 r + 5/2.
     """
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    # Two divisions, because the square of an entry may leave the range that the entry is in.
+    # Two divisions: the square of an entry may leave the range although the entry does not.
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     x = (x / norm.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)

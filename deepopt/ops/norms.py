@@ -8,7 +8,7 @@ from deepopt.ops.operator import operator
 
 @operator("(Tensor matrices) -> Tensor", lambda matrices: matrices.dtype == torch.float32)
 def frobenius(matrices: Tensor) -> Tensor:
-    """Frobenius norm of every matrix, shape (B,), also where squares leave the range of floats.
+    """The Frobenius norm of every matrix, shape (B,), even where squares leave the range of floats.
 
     It is at most the largest number of the dtype, and NaN where an entry is not finite.
     """

@@ -1,10 +1,10 @@
 """Operators: a function with one reference in plain torch, and backends that agree with it.
 
-``reference`` is the function itself, ``compiled`` is it under ``torch.compile``, ``cpu`` and
-``cuda`` are kernels of the compiled extensions, ``triton`` is Python code over Triton kernels. What
-runs is chosen call by call: the fastest that is there for the device and supports the arguments,
-and the reference otherwise. :func:`backend` and the environment variable ``DEEPOPT_BACKEND`` force
-one, for debugging; ``python -m deepopt.ops`` shows what there is.
+``reference`` is the function itself, and ``compiled`` the same function under ``torch.compile``.
+``cpu`` and ``cuda`` are kernels of the compiled extensions, ``triton`` is Python code that launches
+Triton kernels. Each call chooses anew: it takes the fastest backend of the device that supports the
+arguments, and the reference where there is none. :func:`backend` and the environment variable
+``DEEPOPT_BACKEND`` force a backend, for debugging. ``python -m deepopt.ops`` lists the backends.
 """
 
 import functools
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 BACKENDS = ("reference", "compiled", "cpu", "cuda", "triton")
 PREFERRED: dict[str, Sequence[str]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-"""Backends by device type, best first; ``compiled`` is for those who ask for it: it takes long."""
+"""Backends by device type, best first. ``compiled`` runs on request alone, as it compiles first."""
 
 # torch keeps an operator until the process ends. What it needs for that is kept beside it, because
 # this module may be reloaded, or forgotten and imported again, as notebooks and test runners do.
@@ -89,7 +89,7 @@ class Operator(Generic[P, R]):
             return self._compiled(*args, **kwargs)
         given: Sequence[Any] = args if self._packed is None else self._flat(args)
         result = self.implementations[chosen].run(*given, **kwargs)
-        if self._mutates:  # parameters come first; autograd must see that they have changed
+        if self._mutates:  # autograd must see that the parameters, which come first, have changed
             first = self.overload._schema.arguments[0].name
             changed: Any = args[0] if args else kwargs[first]
             torch.autograd.graph.increment_version(changed)
@@ -100,7 +100,7 @@ class Operator(Generic[P, R]):
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorator: the function is backend ``name``, for the arguments that it supports.
 
-        It becomes an operator of its own, so that ``torch.compile`` does not look into it.
+        It becomes a torch operator of its own, so that ``torch.compile`` does not trace into it.
         """
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
@@ -138,7 +138,7 @@ class Operator(Generic[P, R]):
         return _forced != "reference" and any(_forced in (None, name) for name in there)
 
     def find_kernels(self) -> None:
-        """Take up what the extensions that are loaded have for this operator."""
+        """Register the kernels that the loaded extensions have for this operator."""
         for name in ("cpu", "cuda"):
             if has_kernel(self.overload.name(), name.upper()):
                 self.implementations[name] = Implementation(self.overload, self.supports)
@@ -221,9 +221,9 @@ def operator(
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Every operator runs on this backend, where it has it and supports the arguments.
+    """Run every operator on this backend, as far as it has it and it supports the arguments.
 
-    Elsewhere the reference runs. For debugging and comparisons; it holds for all threads.
+    Elsewhere the reference runs. This is for debugging and comparisons, and holds for all threads.
 
     Args:
         name: "reference", "compiled", "cpu", "cuda" or "triton".
@@ -309,7 +309,7 @@ def _load_extensions() -> None:
             continue
         try:
             torch.ops.load_library(built[0])
-        except OSError as error:  # of another torch, or of one without CUDA
+        except OSError as error:  # it was built for another torch, or for one with CUDA
             UNAVAILABLE[name] = f"{built[0].name} does not load: {error}"
     if not (torch.version.cuda or torch.version.hip):
         for name in PREFERRED["cuda"]:
@@ -324,7 +324,7 @@ def _load_extensions() -> None:
 def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with its results contiguous, as kernels return them.
 
-    What is compiled relies on the strides that the fake kernel tells, whatever kernel runs.
+    Compiled code relies on the strides that the fake kernel reports, whatever kernel runs.
     """
 
     @functools.wraps(function)
@@ -338,14 +338,14 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recorded(args: Sequence[Any]) -> bool:
-    """Whether autograd, or a transform such as vmap, has to look into the operator."""
+    """Whether autograd, or a transform such as vmap, must see the operations inside."""
     if not torch.compiler.is_compiling() and inside_transform():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
 
 
 def _device(args: Sequence[Any]) -> str:
-    for arg in args:  # at every call: the shortest way to the first tensor
+    for arg in args:  # this runs at every call: it stops at the first tensor
         if isinstance(arg, list | tuple) and arg:
             arg = arg[0]
         if isinstance(arg, Tensor):

@@ -1,8 +1,8 @@
-"""What the matrix kernels of the CPU take.
+"""Which matrices the CPU's matrix kernels take.
 
-From a short side of 64 on they multiply in bfloat16, on processors with AVX512-BF16; those with
-AMX, which is faster, are left to torch's own products. Small matrices they multiply in float32, on
-every processor.
+From a short side of 64 on they multiply in bfloat16, on processors with AVX512-BF16. Processors
+with AMX, which is faster, are left to torch's own products. Small matrices are multiplied in
+float32, on every processor.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from deepopt.ops.operator import OPERATORS
 
 SHORTEST = 64
-"""Short side from which on products are worth rounding their operands for; kShortest in C++."""
+"""Shortest side from which on operands are rounded to bfloat16; kShortest in C++."""
 LONGEST = 512
-"""Long side of matrices that count as small: with longer ones torch's products are as fast."""
+"""Longest side of a small matrix. For longer ones torch's products are as fast."""
 
 
 def worth_rounding(matrices: Tensor) -> bool:

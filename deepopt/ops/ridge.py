@@ -7,16 +7,16 @@ from deepopt.ops.norms import frobenius
 
 
 def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix`` and ``rows``, each times (I + rate rowsᵀ rows)⁻¹, for every one of a batch.
+    """``matrix`` and ``rows``, each times (I + rate rowsᵀ rows)⁻¹, for every pair of a batch.
 
     With A = I + rate rows rowsᵀ, rows (…)⁻¹ = A⁻¹ rows, and Woodbury's identity makes the other
     product matrix - rate (matrix rowsᵀ) A⁻¹ rows, so that one system serves both. It is solved on
     the short side, for the rows divided by their norm: a product that is small because the rows are
     large comes out of the solution as such, and not as the difference of two large ones.
 
-    Where rate ‖rows‖² goes beyond 1/(16 s eps), 10¹² for a short side s of 256, what the system
-    adds to its diagonal would be lost in rounding and is held there. Directions of the rows that
-    are 10⁻⁶ of them are resolved too weakly then, and both factors contract all the same.
+    Beyond rate ‖rows‖² = 1/(16 s eps), 10¹² for a short side s of 256, rounding would lose what the
+    system adds to its diagonal, so it is held at that. Directions that are 10⁻⁶ of the rows are
+    then resolved too weakly; both factors contract all the same.
 
     Args:
         matrix: shape (B, m, n).
@@ -31,7 +31,7 @@ def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, T
     dtype = keys.dtype
     eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
     wide, size = rows.shape[-2] <= rows.shape[-1], min(rows.shape[-2:])
-    # Only a unit of measurement, so that derivatives need not pass through it.
+    # The norm is only a unit of measurement: derivatives need not pass through it.
     norm = frobenius(rows.detach()).clamp_min(torch.finfo(rows.dtype).tiny)
     norm = norm.to(dtype)[:, None, None]
     keys = keys / norm
@@ -40,7 +40,7 @@ def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, T
     short = keys if wide else keys.mT
     added = (1 / unit).clamp_min(16 * size * eps) * torch.eye(size, dtype=dtype, device=keys.device)
     factor = torch.linalg.cholesky_ex(added + strength / unit * (short @ short.mT)).L
-    # Not cholesky_solve, which a CUDA graph cannot capture.
+    # A CUDA graph cannot capture cholesky_solve.
     solved = torch.linalg.solve_triangular(factor, short, upper=False)
     solved = torch.linalg.solve_triangular(factor.mT, solved, upper=True)
     solved = solved if wide else solved.mT

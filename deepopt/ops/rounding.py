@@ -1,4 +1,4 @@
-"""How a float32 number is kept in a bfloat16 parameter; csrc/rules/rounding.h is the kernels'."""
+"""How a float32 number is kept in a bfloat16 parameter; kernels have csrc/rules/rounding.h."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Rounding = Tensor | int | None
-"""Low bits beside the parameter, a seed for stochastic rounding, or None: to the nearest."""
+"""Low bits beside the parameter, a seed for stochastic rounding, or None for the nearest."""
 
 _WORD = 0xFFFFFFFF
 
@@ -17,7 +17,7 @@ def roundings(
     """The rounding of each parameter, from the two lists of an operator.
 
     Raises:
-        ValueError: both lists, or one that is not as long as the parameters'.
+        ValueError: both lists are given, or one that is not as long as that of the parameters.
     """
     given: list[Rounding] = [*lows, *seeds] or [None] * len(params)
     if (lows and seeds) or len(given) != len(params):
@@ -32,17 +32,20 @@ def roundings(
 
 
 def to_fp32(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
-    """The numbers that a parameter stands for, in ``dtype``; the parameter itself if it has it."""
+    """The numbers that a parameter stands for, in ``dtype``: float32, or float64 for float64.
+
+    It is the parameter itself if that has the dtype already.
+    """
     if not isinstance(rounding, Tensor):
         return param.to(dtype)
     high, low = param.view(torch.int16).to(torch.int32) << 16, rounding.to(torch.int32)
-    # Of a parameter that another hand has set to zero; below a zero's bits are those of NaN.
+    # Somebody else may have set a parameter to zero: its low bits are stale, and would make it NaN.
     stale = (high & 0x7FFFFFFF == 0) & (low < 0)
     return (high + low.masked_fill(stale, 0)).view(torch.float32)
 
 
 def store_rounded(param: Tensor, value: Tensor, rounding: Rounding) -> None:
-    """Write numbers of :func:`to_fp32` back."""
+    """Round numbers as :func:`to_fp32` gives them, and write them into the parameter."""
     if rounding is None:
         param.copy_(value)
         return
@@ -57,7 +60,7 @@ def store_rounded(param: Tensor, value: Tensor, rounding: Rounding) -> None:
 
 
 def _noise(param: Tensor, seed: int) -> Tensor:
-    """16 random bits for every entry, by the seed and its place in memory after the first."""
+    """16 random bits for every entry, from the seed and the entry's place in memory."""
     place = torch.zeros(param.shape, dtype=torch.int64, device=param.device)
     for dim, (size, stride) in enumerate(zip(param.shape, param.stride(), strict=True)):
         along = torch.arange(size, device=param.device) * stride
@@ -68,7 +71,7 @@ def _noise(param: Tensor, seed: int) -> Tensor:
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer of 32-bit numbers, which are kept in 64 bits."""
+    """MurmurHash3's finalizer of 32-bit numbers, which are held in 64 bits."""
     x = x ^ (x >> 16)
     x = x * 0x85EBCA6B & _WORD
     x = x ^ (x >> 13)
