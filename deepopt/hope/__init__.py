@@ -4,6 +4,7 @@ from deepopt.hope.cms import CMS, chunk_groups
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import generate
 from deepopt.hope.model import Hope, HopeOutput
+from deepopt.hope.state import HopeState, detach_state
 from deepopt.hope.titans import SelfModifyingTitans
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "Hope",
     "HopeConfig",
     "HopeOutput",
+    "HopeState",
     "SelfModifyingTitans",
     "chunk_groups",
+    "detach_state",
     "generate",
 ]

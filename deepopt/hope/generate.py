@@ -17,6 +17,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Continues a prompt. Exact: every token has the logits that a full forward pass gives.
 
@@ -27,12 +28,14 @@ def generate(
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens only; None for all.
         generator: source of randomness; None for torch's global one.
+        mask: (batch, tokens) bool, False where a prompt is padded, on its left; None for prompts of
+            one length.
 
     Returns:
         prompt and continuation, (batch, tokens + length).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or a prompt that ends with padding.
         FloatingPointError: the logits are not finite.
     """
     if length < 0:
@@ -41,10 +44,14 @@ def generate(
         raise ValueError(f"temperature={temperature}: must be at least 0; 0 means greedy")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for no limit")
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("mask is False at the end of a prompt: pad on the left")
+    prompt = prompt.long()
     pieces = [prompt]
     tokens, state = prompt, None
     for _ in range(length):
-        logits, _, state = model(tokens, state=state)
+        logits, _, state = model(tokens, state=state, mask=mask)
+        mask = None  # only the prompt has padding
         tokens = _draw(logits[:, -1], temperature, top_k, generator)
         pieces.append(tokens)
     return torch.cat(pieces, 1)

@@ -121,9 +121,19 @@ class MemoryState(NamedTuple):
         zeros = (torch.zeros_like(w2), torch.zeros_like(w1)) if momentum else (None, None)
         return cls(w2, w1, w2, w1, *zeros)
 
-    def anchored(self) -> MemoryState:
-        """The same state with its anchor moved to the running weights."""
-        return self._replace(anchor_w2=self.w2, anchor_w1=self.w1)
+    def anchored(self, valid: Tensor | None = None) -> MemoryState:
+        """The same state with its anchor moved to the running weights.
+
+        Args:
+            valid: (batch,), False for sequences whose anchor stays; None for none.
+        """
+        if valid is None:
+            return self._replace(anchor_w2=self.w2, anchor_w1=self.w1)
+        moves = valid[:, None, None, None, None]
+        return self._replace(
+            anchor_w2=torch.where(moves, self.w2, self.anchor_w2),
+            anchor_w1=torch.where(moves, self.w1, self.anchor_w1),
+        )
 
 
 class Gates(NamedTuple):

@@ -37,12 +37,13 @@ def self_modifying(
     """The outputs and the two states of `deepopt.hope.scan.self_modifying`, one token at a time."""
     outputs = []
     for t in range(inputs.query.shape[-1]):
-        if (position + t) % form.projection_chunk == 0:
-            generators = generators.anchored()
-        if (position + t) % form.memory_chunk == 0:
-            memory = memory.anchored()
         seen = Inputs(*(x[..., t : t + 1] for x in inputs))
         now = None if valid is None else valid[..., t : t + 1]
+        there = None if now is None else now[:, 0, 0]
+        if (position + t) % form.projection_chunk == 0:
+            generators = generators.anchored(there)
+        if (position + t) % form.memory_chunk == 0:
+            memory = memory.anchored(there)
         token = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         outputs.append(recall(memory.w2, memory.w1, seen.query.unsqueeze(2)).squeeze(2))
         generators = write(generators, _part(initial, slice(0, -1)), token, gates, form, now, True)

@@ -52,7 +52,8 @@ def self_modifying(
         form: which memories these are.
         position: tokens that the states have seen; decides where the chunks end.
         valid: (batch, 1, tokens), False where a token is padding: it counts for `position`, but
-            leaves both states as they are, and its output means nothing. None for no padding.
+            leaves both states as they are, and its output means nothing; a chunk that begins with
+            padding goes on from the anchor before it. None for no padding.
 
     Returns:
         the outputs o_t (batch, heads, d, tokens) and the two states after the last token.
@@ -60,11 +61,11 @@ def self_modifying(
     total = inputs.query.shape[-1]
     start, parts = 0, []
     for length in _segments(total, form.projection_chunk, position):
-        if (position + start) % form.projection_chunk == 0:
-            generators = generators.anchored()
         piece = slice(start, start + length)
         seen = Inputs(*(x[..., piece] for x in inputs))
         now = None if valid is None else valid[..., piece]
+        if (position + start) % form.projection_chunk == 0:
+            generators = generators.anchored(None if now is None else now[:, 0, 0])
         tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         chunk = _write(generators, _part(initial, slice(0, -1)), tokens, gates, form, now, True)
         generators = chunk.after(generators)
@@ -75,10 +76,10 @@ def self_modifying(
     own = _part(initial, slice(-1, None))
     start, outputs = 0, []
     for length in _segments(total, form.memory_chunk, position):
-        if (position + start) % form.memory_chunk == 0:
-            memory = memory.anchored()
         piece = slice(start, start + length)
         now = None if valid is None else valid[..., piece]
+        if (position + start) % form.memory_chunk == 0:
+            memory = memory.anchored(None if now is None else now[:, 0, 0])
         some = Generated(*(x[..., piece] for x in tokens))
         chunk = _write(memory, own, some, gates, form, now, False)
         outputs.append(chunk.read(inputs.query[..., piece]))

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepopt.hope.config import HopeConfig
+from deepopt.hope.layout import Grid
 from deepopt.hope.memory import MEMORIES, Gates, Inputs, MemoryState, Weights, unit
 from deepopt.hope.scan import self_modifying
-
-
-class TitansState(NamedTuple):
-    """All that a layer remembers of the tokens so far.
-
-    Attributes:
-        generators: the four memories that generate keys, values, etas and alphas.
-        memory: the memory that answers queries.
-        tails: the last `conv_width - 1` inputs of the convolutions of keys, values and queries,
-            (batch, dim, .) each.
-        position: tokens seen.
-    """
-
-    generators: MemoryState
-    memory: MemoryState
-    tails: Inputs
-    position: int
+from deepopt.hope.state import TitansState
 
 
 class CausalConv(nn.Module):
@@ -46,10 +31,16 @@ class CausalConv(nn.Module):
         bound = width**-0.5
         self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, tail: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         padded = torch.cat([tail, x], -1)
         out = F.conv1d(padded, self.weight, groups=x.shape[1])
-        return out, padded[..., x.shape[-1] :]
+        if lengths is None:
+            return out, padded[..., x.shape[-1] :]
+        width = tail.shape[-1]
+        ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
+        return out, torch.stack(ends)
 
 
 class SelfModifyingTitans(nn.Module):
@@ -78,7 +69,8 @@ class SelfModifyingTitans(nn.Module):
         self.query_conv = CausalConv(dim, config.conv_width)
         # Where every sequence starts; learned by the outer loop (heads, memories, ., .).
         count, columns = len(MEMORIES), hidden or d
-        self.initial_w2 = nn.Parameter(torch.randn(heads, count, hidden, d) / math.sqrt(d))
+        w2 = torch.randn(heads, count, hidden, d) / math.sqrt(d)
+        self.initial_w2 = nn.Parameter(w2) if hidden else None
         self.initial_w1 = nn.Parameter(torch.randn(heads, count, d, columns) / math.sqrt(columns))
         self.eta_bias = nn.Parameter(torch.zeros(heads))
         # alpha starts at 0.999: half of what is written is left after 760 tokens.
@@ -99,48 +91,80 @@ class SelfModifyingTitans(nn.Module):
     def initial_state(self, batch: int) -> TitansState:
         """The state before the first token of `batch` sequences."""
         config = self.config
-        generators = Weights(self.initial_w2[:, :-1], self.initial_w1[:, :-1])
-        memory = Weights(self.initial_w2[:, -1:], self.initial_w1[:, -1:])
+        initial = self._initial()
+        generators = Weights(*(w[:, :-1] for w in initial))
+        memory = Weights(*(w[:, -1:] for w in initial))
         tail = self.initial_w1.new_zeros(batch, config.dim, config.conv_width - 1)
         return TitansState(
             MemoryState.start(generators, batch, config.momentum),
             MemoryState.start(memory, batch, config.momentum),
             Inputs(tail, tail, tail),
-            0,
+            (0,) * batch,
         )
 
-    def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
-        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them."""
+    def forward(
+        self,
+        x: Tensor,
+        state: TitansState | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, TitansState]:
+        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them.
+
+        Args:
+            x: inputs.
+            state: the state after earlier tokens; None for the start of a text.
+            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+        """
         config = self.config
+        batch, width = x.shape[:2]
         if state is None:
-            state = self.initial_state(x.shape[0])
-        inputs, tails = self._inputs(x, state.tails)
-        initial = Weights(self.initial_w2, self.initial_w1)
+            state = self.initial_state(batch)
+        inputs, tails = self._inputs(x, state.tails, lengths)
+        period = math.lcm(config.memory_chunk, config.projection_chunk)
+        phases = {p % period for p in state.positions}
+        position, valid, grid = min(phases), None, None
+        counts = lengths or (width,) * batch
+        if lengths is not None or len(phases) > 1:
+            grid = Grid.of(state.positions, counts, period, width, x.device)
+            position, valid = grid.position, grid.valid
+            inputs = Inputs(*(grid.spread(u) for u in inputs))
         out, generators, memory = self_modifying(
             inputs,
             state.generators,
             state.memory,
-            initial if config.retention == "initial" else None,
+            self._initial() if config.retention == "initial" else None,
             self._gates(),
             config.form,
-            position=state.position,
+            position=position,
+            valid=valid,
         )
+        if grid is not None:
+            out = grid.collect(out)
         mixed = self.norm(out.permute(0, 3, 1, 2)).flatten(-2)
         y = self.output(mixed * F.silu(self.gate(x)))
-        position = state.position + x.shape[1]
-        return y, TitansState(generators, memory, tails, position)
+        positions = tuple(p + n for p, n in zip(state.positions, counts, strict=True))
+        return y, TitansState(generators, memory, tails, positions)
 
-    def _inputs(self, x: Tensor, tails: Inputs) -> tuple[Inputs, Inputs]:
+    def _inputs(
+        self, x: Tensor, tails: Inputs, lengths: tuple[int, ...] | None
+    ) -> tuple[Inputs, Inputs]:
         """What the memories see of x (batch, tokens, dim), and the convolutions' new tails."""
-        key, key_tail = self.key_conv((x if self.key is None else self.key(x)).mT, tails.key)
-        query, query_tail = self.query_conv(self.query(x).mT, tails.query)
+        key = x if self.key is None else self.key(x)
+        key, key_tail = self.key_conv(key.mT, tails.key, lengths)
+        query, query_tail = self.query_conv(self.query(x).mT, tails.query, lengths)
         value, value_tail = key, tails.value
         if self.value is not None and self.value_conv is not None:
-            value, value_tail = self.value_conv(self.value(x).mT, tails.value)
+            value, value_tail = self.value_conv(self.value(x).mT, tails.value, lengths)
         heads = (self.config.heads, self.config.head_dim)
         key, value, query = (u.unflatten(1, heads) for u in (key, value, query))
         inputs = Inputs(F.silu(key), F.silu(value), unit(query))
         return inputs, Inputs(key_tail, value_tail, query_tail)
+
+    def _initial(self) -> Weights:
+        if self.initial_w2 is not None:
+            return Weights(self.initial_w2, self.initial_w1)
+        heads, count, d, _ = self.initial_w1.shape
+        return Weights(self.initial_w1.new_zeros(heads, count, 0, d), self.initial_w1)
 
     def _gates(self) -> Gates:
         unused = torch.zeros_like(self.eta_bias)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepopt.hope import Hope, HopeConfig
+from deepopt.hope import Hope, HopeConfig, HopeState
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11, "dim": 8, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 6,
@@ -137,7 +137,7 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
     model = Hope(HopeConfig(dim=32, layers=1, heads=2))
     tokens = torch.randint(256, (1, 2048), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        state = model(tokens).state[0]
+        state = model(tokens).state.blocks[0]
     for x in (*state.generators[:4], *state.memory[:4]):
         assert x.isfinite().all()
         assert x.abs().max() < 10
@@ -167,7 +167,7 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="targets has shape"):
         model(tokens, tokens[:, 1:])
     state = model(tokens).state
-    with pytest.raises(ValueError, match="state has 1 entries"):
-        model(tokens, state=state[:1])
+    with pytest.raises(ValueError, match="state has 1 blocks"):
+        model(tokens, state=HopeState(state.blocks[:1]))
     with pytest.raises(ValueError, match="state belongs to a batch of 2"):
         model(tokens[:1], state=state)

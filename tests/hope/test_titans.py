@@ -35,7 +35,7 @@ def test_pieces_equal_the_whole(layer: SelfModifyingTitans, pieces: list[int]) -
         outputs.append(out)
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-10)
     assert state is not None
-    assert state.position == end.position == 21
+    assert state.positions == end.positions == (21, 21)
     for a, b in zip(state[:3], end[:3], strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
