@@ -160,7 +160,7 @@ class Hope(nn.Module):
         if targets is not None and (targets.shape != tokens.shape or targets.dtype not in INTEGERS):
             raise ValueError(
                 f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: must be "
-                f"integers of the shape of tokens, {tuple(tokens.shape)}, the token that follows each"
+                f"integers of the shape {tuple(tokens.shape)} of tokens, the one that follows each"
             )
         for name, where in (("mask", mask), ("starts", starts)):
             if where is not None and (where.shape != tokens.shape or where.dtype != torch.bool):

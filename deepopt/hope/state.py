@@ -33,9 +33,17 @@ class TitansState(NamedTuple):
         """Sequences of two states: `index` counts those of this one, then those of the other."""
         if list(index) == list(range(len(self.positions))):
             return self
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([a, b])[list(index)]
+
         both = self.positions + other.positions
-        tensors = _map2(lambda a, b: torch.cat([a, b])[list(index)], self[:3], other[:3])
-        return TitansState(*tensors, tuple(both[i] for i in index))
+        return TitansState(
+            _map2(pick, self.generators, other.generators),
+            _map2(pick, self.memory, other.memory),
+            _map2(pick, self.tails, other.tails),
+            tuple(both[i] for i in index),
+        )
 
 
 class HopeState(NamedTuple):
