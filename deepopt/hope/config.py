@@ -59,7 +59,7 @@ class HopeConfig:
         default=0.02,
         metadata=about(
             "upper end of the inner learning rate eta of gradients at an anchor",
-            "Eta never exceeds 2 / chunk, whatever is given: a chunk's gradients are one step.",
+            "It never exceeds 1 / chunk, whatever is given: the gradients of a chunk are one step.",
         ),
     )
     per_channel: bool = field(
@@ -165,7 +165,7 @@ class HopeConfig:
     @property
     def form(self) -> Form:
         """The memories' arithmetic, for `deepopt.hope.scan`."""
-        most = 2 / max(self.memory_chunk, self.projection_chunk)
+        most = 1 / max(self.memory_chunk, self.projection_chunk)
         return Form(
             cast(Objective, self.objective),
             cast(Update, self.update),

@@ -1,8 +1,9 @@
 r"""Self-modifying memories: what they are, what they read and how fast they learn.
 
-A memory is a residual two-layer MLP (Eqs 89, 91) whose hidden features have norm 1,
+A memory is a residual two-layer MLP (Eqs 89, 91) whose hidden features have a norm of at most 1,
 
-    M(z) = z + W1 f(z),   f(z) = unit(gelu(W2 z)),   W2: (hidden, d),  W1: (d, hidden),
+    M(z) = z + W1 f(z),  f(z) = unit(gelu(W2 z)),  unit(u) = u / sqrt(|u|^2 + floor),
+    W2: (hidden, d),  W1: (d, hidden),
 
 or, with a hidden width of 0, the linear map M(z) = W1 z (Eqs 88, 93). Every head owns five. Four
 *generate* the key, the value, the inner learning rate and the retention of a token (Eq 83); the
@@ -32,7 +33,7 @@ anchor. What is erased depends on the matrix and on the inner update:
 g_t = delta_t (v_t - k_t), so that with delta_t = 1 M(k_t) becomes v_t. "dgd" is delta gradient
 descent (Eq 88), "gd" plain gradient descent.
 
-Unit features and unit values bound what is written, and `rates` bounds how fast: no input can make
+Features and values of norm 1 bound what is written, and `rates` bounds how fast: no input can make
 a memory run away (docs/hope_chunks.md has the conditions). The values v^_t are constants of the
 inner objective, but the outer loss is differentiated through everything.
 
@@ -55,8 +56,11 @@ MEMORIES = (*GENERATORS, "mem")
 Objective = Literal["l2", "dot"]
 Update = Literal["delta", "dgd", "gd"]
 
-# Keeps the slope of unit features below 10 where all of them are nearly zero.
-_FEATURE_FLOOR = 1e-2
+# What is added to the squared norm that features are divided by. The features of `mem` keep norm 1
+# down to inputs of 0.01, for the sign of what is left of a column that was erased many times is
+# what tracks a state. Those of the generating memories are as long as their input, up to 1.
+MEM_FLOOR = 1e-4
+GENERATOR_FLOOR = 1.0
 
 
 class Form(NamedTuple):
@@ -200,14 +204,14 @@ def unit(x: Tensor, floor: float = 1e-6) -> Tensor:
     return x * (x.square().sum(-2, keepdim=True) + floor).rsqrt()
 
 
-def features(w2: Tensor, x: Tensor) -> Tensor:
+def features(w2: Tensor, x: Tensor, floor: float) -> Tensor:
     """f(x) = unit(gelu(W2 x)), or x itself where W2 has no rows."""
-    return unit(F.gelu(w2 @ x), _FEATURE_FLOOR) if w2.shape[-2] else x
+    return unit(F.gelu(w2 @ x), floor) if w2.shape[-2] else x
 
 
-def recall(w2: Tensor, w1: Tensor, x: Tensor) -> Tensor:
+def recall(w2: Tensor, w1: Tensor, x: Tensor, floor: float) -> Tensor:
     """M(x) of the columns x."""
-    read = w1 @ features(w2, x)
+    read = w1 @ features(w2, x, floor)
     return x + read if w2.shape[-2] else read
 
 
@@ -219,7 +223,7 @@ def generate(
     `valid` (batch, 1, tokens) is False where a token is padding, which writes and forgets nothing.
     """
     seen = torch.stack([inputs.key, inputs.value, inputs.key, inputs.key], 2)
-    key, value, eta, alpha = recall(w2, w1, seen).unbind(2)
+    key, value, eta, alpha = recall(w2, w1, seen, GENERATOR_FLOOR).unbind(2)
     # A value meets the memories as an input, M(v_t). Unless it is as short as a key, what M_value
     # learns comes back longer through v^_t = M(v_t), and the loop runs away from the first weights.
     return Generated(unit(key), unit(value), *rates(eta, alpha, gates, form, valid))
@@ -231,25 +235,27 @@ def rates(
     """Eta, beta, delta and log alpha out of generated channels (batch, heads, d, tokens).
 
     The channels of M_alpha are shared out: a third each for the retention and for the two
-    erasures. Whatever the weights are, eta C <= 2 over a chunk of C tokens, alpha < 1 and
-    alpha - beta, alpha - delta > -1: no step overshoots and no erasure grows what it erases.
+    erasures. Whatever the weights are, a chunk of C tokens has eta C <= 1, alpha - beta and
+    alpha - delta are above -1, and so is alpha - 2 eta, for the regression of a linear memory
+    erases a second time: no gradient overshoots and no erasure grows what it erases.
     """
     third = alpha.shape[-2] // 3
     keep, erase, delta = alpha.split([alpha.shape[-2] - 2 * third, third, third], -2)
     retention = _pooled(keep) + gates.alpha[:, None]
-    # alpha - e > -1 for every e below this, with e up to 2 where nothing fades.
-    room = (1 + torch.sigmoid(retention)) / 2
+    half = (1 + torch.sigmoid(retention)) / 2
     eta_logit = eta if form.per_channel else _pooled(eta).unsqueeze(-2)
-    eta = form.max_eta * torch.sigmoid(eta_logit + gates.eta[:, None, None])
+    eta = form.max_eta * half.unsqueeze(-2) * torch.sigmoid(eta_logit + gates.eta[:, None, None])
     if gates.theta is not None:  # the momentum sums 1 / (1 - theta) gradients
         eta = eta * torch.sigmoid(-gates.theta)[:, None, None]
     if form.max_erase is None:
         beta = eta.mean(-2)
     else:
+        # A gradient on top of the erasure takes its part of the room.
+        room = half - eta.amax(-2) / 2 if form.update == "dgd" else half
         most = form.max_erase * torch.sigmoid(gates.erase_range)[:, None]
         beta = most * room * torch.sigmoid(_pooled(erase) + gates.erase[:, None])
     most = form.max_delta * torch.sigmoid(gates.delta_range)[:, None]
-    delta = most * room * torch.sigmoid(_pooled(delta) + gates.delta[:, None])
+    delta = most * half * torch.sigmoid(_pooled(delta) + gates.delta[:, None])
     log_alpha = F.logsigmoid(retention)
     if valid is None:
         return eta, beta, delta, log_alpha

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from deepopt.hope.memory import (
+    GENERATOR_FLOOR,
+    MEM_FLOOR,
     Form,
     Gates,
     Generated,
@@ -45,7 +47,8 @@ def self_modifying(
         if (position + t) % form.memory_chunk == 0:
             memory = memory.anchored(there)
         token = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
-        outputs.append(recall(memory.w2, memory.w1, seen.query.unsqueeze(2)).squeeze(2))
+        query = seen.query.unsqueeze(2)
+        outputs.append(recall(memory.w2, memory.w1, query, MEM_FLOOR).squeeze(2))
         generators = write(generators, _part(initial, slice(0, -1)), token, gates, form, now, True)
         memory = write(memory, _part(initial, slice(-1, None)), token, gates, form, now, False)
     return torch.cat(outputs, -1), generators, memory
@@ -62,11 +65,12 @@ def write(
 ) -> MemoryState:
     """All the memories of a stack after one token."""
     linear = state.w2.shape[-2] == 0
+    floor = GENERATOR_FLOOR if generating else MEM_FLOOR
     key, value, eta = (x.unsqueeze(2) for x in (token.key, token.value, token.eta))
-    value_hat = unit(recall(state.anchor_w2, state.anchor_w1, value))
+    value_hat = unit(recall(state.anchor_w2, state.anchor_w1, value, floor))
 
     def objective(w2: Tensor, w1: Tensor) -> Tensor:
-        found = recall(w2, w1, key)
+        found = recall(w2, w1, key, floor)
         if form.objective == "dot":
             return -(eta * found * value_hat).sum()
         return 0.5 * (eta * (found - value_hat).square()).sum()
@@ -74,7 +78,7 @@ def write(
     grad2, grad1 = torch.func.grad(objective, (0, 1))(state.anchor_w2, state.anchor_w1)
     wrote2, wrote1 = -grad2, -grad1
     momentum1 = True
-    feature = features(state.anchor_w2, key)
+    feature = features(state.anchor_w2, key, floor)
     if form.update == "delta" and not generating:
         target = value if linear else value - key
         wrote1 = token.delta[:, :, None, None] * target @ feature.mT

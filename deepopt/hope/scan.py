@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepopt.hope.memory import (
-    _FEATURE_FLOOR,
+    GENERATOR_FLOOR,
+    MEM_FLOOR,
     Form,
     Gates,
     Generated,
@@ -233,7 +234,7 @@ class _Chunk(NamedTuple):
         """o_t = M_{t-1}(q_t) of a stack of one memory; query (batch, heads, d, C)."""
         if self.w2 is None:
             return self.w1.before(query.unsqueeze(2)).squeeze(2)
-        hidden = unit(F.gelu(self.w2.before(query)), _FEATURE_FLOOR)
+        hidden = unit(F.gelu(self.w2.before(query)), MEM_FLOOR)
         return query + self.w1.before(hidden.unsqueeze(2)).squeeze(2)
 
 
@@ -249,7 +250,7 @@ def _write(
     """What the tokens of a chunk write into a stack of memories."""
     linear = state.w2.shape[-2] == 0
     erase2, erase1 = erasures(tokens, form, generating, linear)
-    surprise = _surprise(state, tokens, form)
+    surprise = _surprise(state, tokens, form, GENERATOR_FLOOR if generating else MEM_FLOOR)
     times = _times(tokens.log_alpha, gates.theta, valid)
     apart = _Times._make(None if x is None else x.unsqueeze(2) for x in times)
     start2, start1 = (None, None) if initial is None else initial
@@ -289,17 +290,17 @@ class _Surprise(NamedTuple):
     slope: Tensor
 
 
-def _surprise(state: MemoryState, tokens: Generated, form: Form) -> _Surprise:
+def _surprise(state: MemoryState, tokens: Generated, form: Form, floor: float) -> _Surprise:
     w2, w1 = state.anchor_w2, state.anchor_w1
     key, value, eta = (x.unsqueeze(2) for x in (tokens.key, tokens.value, tokens.eta))
-    value_hat = unit(recall(w2, w1, value))
+    value_hat = unit(recall(w2, w1, value, floor))
     if w2.shape[-2] == 0:
         found = key.expand(-1, -1, w1.shape[2], -1, -1)
         error = w1 @ found - value_hat if form.objective == "l2" else -value_hat
         return _Surprise(found, eta * error, error[..., :0, :])
     before = w2 @ key
     hidden = F.gelu(before)
-    shrink = (hidden.square().sum(-2, keepdim=True) + _FEATURE_FLOOR).rsqrt()
+    shrink = (hidden.square().sum(-2, keepdim=True) + floor).rsqrt()
     found = hidden * shrink
     error = key + w1 @ found - value_hat if form.objective == "l2" else -value_hat
     error = eta * error

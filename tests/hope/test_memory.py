@@ -11,6 +11,7 @@ from torch import Tensor
 from deepopt.hope import reference, scan
 from deepopt.hope.memory import (
     GENERATORS,
+    MEM_FLOOR,
     MEMORIES,
     Form,
     Gates,
@@ -172,11 +173,15 @@ def test_a_linear_memory_is_gated_delta_rule_attention(form: Any, chunk: int) ->
             torch.testing.assert_close(end.w1[b, h, 0], s)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": True}, {"per_channel": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": True}, {"per_channel": True}, {"max_erase": None}, {"update": "dgd"}],
+    ids=str,
+)
 def test_rates_keep_the_conditions_of_stability_whatever_is_generated(
     options: dict[str, Any],
 ) -> None:
-    case = Case(200, max_delta=2.0, **options)
+    case = Case(200, max_delta=2.0, max_eta=1.0, **options)
     scale = torch.logspace(-3, 4, 200, dtype=torch.float64)
     eta, alpha = (100 * scale * x for x in case.inputs[:2])
     eta, erase, delta, log_alpha = rates(eta, alpha, case.gates, case.form, None)
@@ -184,9 +189,10 @@ def test_rates_keep_the_conditions_of_stability_whatever_is_generated(
     theta = 0.0 if case.gates.theta is None else case.gates.theta.sigmoid()[:, None, None]
     assert (retention <= 1).all()
     assert (eta <= case.form.max_eta * (1 - theta)).all()
-    for erased in (erase.unsqueeze(-2), delta.unsqueeze(-2)):
+    again = eta if case.form.update == "dgd" or case.form.max_erase is None else 0.0
+    for erased in (erase.unsqueeze(-2) + again, delta.unsqueeze(-2)):
         assert (erased >= 0).all()
-        assert (retention - erased >= -1).all()
+        assert (retention - erased >= -1 - 1e-12).all()
 
 
 def test_columns_that_memories_see_and_hold_are_no_longer_than_one() -> None:
@@ -197,5 +203,5 @@ def test_columns_that_memories_see_and_hold_are_no_longer_than_one() -> None:
         norms = columns.norm(dim=-2)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-4, atol=1e-4)
     for size in (1e-6, 1.0, 1e6):
-        seen = features(case.memory.w2, size * case.inputs.key.unsqueeze(2))
+        seen = features(case.memory.w2, size * case.inputs.key.unsqueeze(2), MEM_FLOOR)
         assert (seen.norm(dim=-2) <= 1).all()
