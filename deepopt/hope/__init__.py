@@ -4,6 +4,7 @@ from deepopt.hope.cms import CMS, chunk_groups
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import complete, generate, stream
 from deepopt.hope.model import Hope, HopeOutput
+from deepopt.hope.state import HopeState, detach_state
 from deepopt.hope.titans import SelfModifyingTitans
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Hope",
     "HopeConfig",
     "HopeOutput",
+    "HopeState",
     "SelfModifyingTitans",
     "chunk_groups",
     "complete",
+    "detach_state",
     "generate",
     "stream",
 ]

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from deepopt.hope.cms import CMS
 from deepopt.hope.config import HopeConfig
-from deepopt.hope.titans import SelfModifyingTitans, TitansState
+from deepopt.hope.state import TitansState
+from deepopt.hope.titans import SelfModifyingTitans
 
 
 class HopeBlock(nn.Module):
@@ -22,6 +23,11 @@ class HopeBlock(nn.Module):
         self.titans = SelfModifyingTitans(config)
         self.cms = CMS(config.dim, config.cms_expansion, config.cms_chunks)
 
-    def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
-        mixed, state = self.titans(self.norm(x), state)
+    def forward(
+        self,
+        x: Tensor,
+        state: TitansState | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, TitansState]:
+        mixed, state = self.titans(self.norm(x), state, lengths)
         return self.cms(x + mixed), state

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from deepopt.hope.cms import check_chunks
+from deepopt.hope.memory import Form, Objective, Update
 from deepopt.hope.options import about, documented
 
 
@@ -26,29 +28,73 @@ class HopeConfig:
     )
     memory_hidden: int | None = field(
         default=None,
-        metadata=about("hidden width of a memory; None means the width of a head", type=int),
+        metadata=about(
+            "hidden width of a memory; None means the width of a head, 0 a linear memory", type=int
+        ),
     )
     memory_chunk: int = field(
         default=32,
-        metadata=about("tokens over which the gradient of the main memory is taken at one anchor"),
+        metadata=about(
+            "tokens over which the gradients of the main memory are taken at one anchor"
+        ),
     )
     projection_chunk: int = field(
-        default=64,
+        default=32,
         metadata=about(
             "the same for the four memories that generate keys, values, inner learning rates and "
             "retentions; these also stay constant, as projections, inside their chunk"
         ),
     )
+    update: str = field(
+        default="delta",
+        metadata=about(
+            "inner update: delta (exact delta rule in the main memory), dgd (delta gradient "
+            "descent everywhere) or gd (plain gradient descent)"
+        ),
+    )
+    objective: str = field(
+        default="l2", metadata=about("inner objective: l2 (regression) or dot (dot product)")
+    )
     max_inner_lr: float = field(
         default=0.02,
         metadata=about(
-            "upper end of the inner learning rate, eta = max_inner_lr * sigmoid(.)",
-            "With untrained weights 0.1 was stable over 1,024 tokens, and 0.5 was not.",
+            "upper end of the inner learning rate eta of gradients at an anchor",
+            "It never exceeds 1 / chunk, whatever is given: the gradients of a chunk are one step.",
         ),
     )
+    per_channel: bool = field(
+        default=False, metadata=about("whether every channel has its own inner learning rate")
+    )
+    max_delta: float = field(
+        default=2.0,
+        metadata=about(
+            "upper end of the exact delta rule's inner learning rate, at most 2",
+            "Above 1 a memory can flip its answers, and so track states; every head learns its "
+            "own share of the range.",
+        ),
+    )
+    max_erase: float | None = field(
+        default=2.0,
+        metadata=about(
+            "upper end of what the main memory erases from W2, at most 2; None erases by eta",
+            "Heads start with a hundredth of it: an erased key is not recalled.",
+            type=float,
+        ),
+    )
+    retention: str = field(
+        default="initial",
+        metadata=about("where forgetting leads: initial (the learned initial weights) or zero"),
+    )
     momentum: bool = field(
+        default=False,
+        metadata=about("whether gradients at an anchor have momentum (S_t of Titans)"),
+    )
+    projections: bool = field(
         default=True,
-        metadata=about("whether the memories' updates have momentum (S_t of Titans)"),
+        metadata=about(
+            "whether keys and values start from projections and convolutions of their own, which "
+            "the memories refine"
+        ),
     )
     conv_width: int = field(
         default=4, metadata=about("tokens seen by the causal depthwise convolutions")
@@ -64,6 +110,14 @@ class HopeConfig:
         default=2, metadata=about("hidden width of a CMS level's MLP, as a multiple of `dim`")
     )
 
+    recompute: bool = field(
+        default=False,
+        metadata=about(
+            "whether the backward pass computes every block once more instead of keeping its "
+            "activations"
+        ),
+    )
+
     def __post_init__(self) -> None:
         for name in (
             "vocab_size", "dim", "layers", "heads", "memory_chunk", "projection_chunk",
@@ -77,15 +131,32 @@ class HopeConfig:
                 f"dim={self.dim}: must be a multiple of heads={self.heads}, so that heads are equal"
             )
         hidden = self.memory_hidden
-        if hidden is not None and (not isinstance(hidden, int) or hidden < 1):
+        if hidden is not None and (not isinstance(hidden, int) or hidden < 0):
             raise ValueError(
-                f"memory_hidden={hidden!r}: must be an int of at least 1, or None for one head's"
+                f"memory_hidden={hidden!r}: must be an int of at least 1, 0 for linear memories, "
+                "or None for one head's width"
             )
-        if not 0.0 < self.max_inner_lr <= 1.0:
+        if self.head_dim < 3:
             raise ValueError(
-                f"max_inner_lr={self.max_inner_lr}: must lie in (0, 1], and had better be at most "
-                "0.1: larger ones were unstable"
+                f"heads={self.heads}: leaves dim // heads = {self.head_dim} channels; a head needs "
+                "at least 3, for its retention and two erasures"
             )
+        for name, allowed in (
+            ("update", ("delta", "dgd", "gd")), ("objective", ("l2", "dot")),
+            ("retention", ("initial", "zero")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}"
+                )
+        for name, most in (("max_inner_lr", 1.0), ("max_delta", 2.0), ("max_erase", 2.0)):
+            value = getattr(self, name)
+            if name == "max_erase" and value is None:
+                continue
+            if not isinstance(value, int | float) or not 0.0 < value <= most:
+                raise ValueError(
+                    f"{name}={value!r}: must lie in (0, {most:g}], where updates are stable"
+                )
         # A list, as JSON gives it back, is as good as a tuple.
         if not isinstance(self.cms_chunks, list | tuple):
             raise ValueError(f"cms_chunks={self.cms_chunks!r}: must be a tuple, one int per level")
@@ -99,5 +170,34 @@ class HopeConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of a memory."""
-        return self.memory_hidden or self.head_dim
+        """Hidden width of a memory; 0 for linear memories."""
+        return self.head_dim if self.memory_hidden is None else self.memory_hidden
+
+    @property
+    def form(self) -> Form:
+        """The memories' arithmetic, for `deepopt.hope.scan`."""
+        most = 1 / max(self.memory_chunk, self.projection_chunk)
+        return Form(
+            cast(Objective, self.objective),
+            cast(Update, self.update),
+            min(self.max_inner_lr, most),
+            self.max_erase,
+            self.max_delta,
+            self.per_channel,
+            self.memory_chunk,
+            self.projection_chunk,
+        )
+
+    @classmethod
+    def paper(cls, **options: Any) -> HopeConfig:
+        """The layer as it is printed (Eqs 83-91): no projection but the query's, eta a vector that
+        is the erasure too, gradients in every matrix, retention that leads to zero, no momentum.
+
+        Args:
+            options: any other field, or one of these to change it.
+        """
+        printed: dict[str, Any] = {
+            "update": "dgd", "max_erase": None, "per_channel": True, "retention": "zero",
+            "projections": False,
+        }  # fmt: skip
+        return cls(**{**printed, **options})

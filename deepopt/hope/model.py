@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
-from deepopt.hope.titans import TitansState
+from deepopt.hope.layout import Documents
+from deepopt.hope.state import HopeState
 
-HopeState = tuple[TitansState, ...]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+IGNORED = -100  # as a target; torch's own value
 
 
 class HopeOutput(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
-        logits: (batch, tokens, vocab_size).
+        logits: (batch, tokens, vocab_size); zero where `mask` is False.
         loss: mean cross entropy in nats, a scalar; None without targets.
-        state: one state per block; hand it to the next call to go on exactly.
+        state: hand it to the next call to go on exactly.
     """
 
     logits: Tensor
@@ -61,42 +65,132 @@ class Hope(nn.Module):
                 param.data.mul_(1 / math.sqrt(branches))
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, state: HopeState | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        state: HopeState | None = None,
+        *,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> HopeOutput:
         """Predicts every next token.
 
+        Padding and packing change no number: every document has the logits and leaves the state
+        that it has in a call of its own.
+
         Args:
-            tokens: (batch, tokens), integers below `vocab_size`; at least one token.
-            targets: the tokens that follow, same shape; None for no loss.
+            tokens: (batch, tokens), integers of any type below `vocab_size`; at least one token.
+            targets: the tokens that follow, same shape, or -100 where none shall be predicted;
+                None for no loss.
             state: the state that an earlier call returned; None for the start of a text.
+            mask: (batch, tokens) bool, False for padding, wherever it is; None for no padding.
+            starts: (batch, tokens) bool, True for the first token of a document, at which the state
+                starts anew; None for one text per sequence. The target of the token before belongs
+                to another document: set it to -100.
+
+        Raises:
+            ValueError: shapes or types that do not fit, or tokens that are not below `vocab_size`.
         """
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
+        self._check(tokens, targets, state, mask, starts)
+        if state is None:
+            state = self.initial_state(len(tokens))
+        tokens = tokens.long()
+        if mask is None and starts is None:
+            hidden, state = self._hidden(tokens, state, None)
+        else:
+            there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+            first = torch.zeros_like(there) if starts is None else starts
+            hidden, state = self._each_document(tokens, state, Documents.of(there, first))
+        logits = self.head(self.norm(hidden))
+        if targets is None:
+            return HopeOutput(logits, None, state)
+        targets = targets.long()
+        if mask is not None:
+            targets = targets.masked_fill(~mask, IGNORED)
+        try:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        except IndexError as error:
+            raise ValueError(self._out_of_range("targets", targets)) from error
+        return HopeOutput(logits, loss, state)
+
+    def initial_state(self, batch: int) -> HopeState:
+        """The state before the first token of `batch` texts."""
+        blocks = cast(list[HopeBlock], self.blocks)
+        return HopeState(tuple(block.titans.initial_state(batch) for block in blocks))
+
+    def _hidden(
+        self, tokens: Tensor, state: HopeState, lengths: tuple[int, ...] | None
+    ) -> tuple[Tensor, HopeState]:
+        """The residual stream after the last block, and the state."""
+        try:
+            x = self.embedding(tokens)
+        except IndexError as error:
+            raise ValueError(self._out_of_range("tokens", tokens)) from error
+        states = []
+        for block, before in zip(self.blocks, state.blocks, strict=True):
+            if self.config.recompute and torch.is_grad_enabled():
+                x, after = checkpoint(block, x, before, lengths, use_reentrant=False)
+            else:
+                x, after = block(x, before, lengths)
+            states.append(after)
+        return x, HopeState(tuple(states))
+
+    def _each_document(
+        self, tokens: Tensor, state: HopeState, documents: Documents
+    ) -> tuple[Tensor, HopeState]:
+        """`_hidden` with a row for every document; the state is that after each one's last."""
+        batch, rows = len(tokens), len(documents.lengths)
+        if rows == 0:
+            return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state
+        source = [batch if i < 0 else i for i in documents.source]
+        before = state.rows(source, self.initial_state(1))
+        hidden, after = self._hidden(documents.take_apart(tokens), before, documents.lengths)
+        last = [rows + i if row < 0 else row for i, row in enumerate(documents.last)]
+        return documents.put_together(hidden), after.rows(last, state)
+
+    def _check(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        state: HopeState | None,
+        mask: Tensor | None,
+        starts: Tensor | None,
+    ) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in INTEGERS:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: "
                 "must be integers of shape (batch, tokens) with at least one token"
             )
-        if targets is not None and targets.shape != tokens.shape:
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype not in INTEGERS):
             raise ValueError(
-                f"targets has shape {tuple(targets.shape)}: must have the shape of tokens, "
-                f"{tuple(tokens.shape)}, and hold the token that follows each"
+                f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: must be "
+                f"integers of the shape {tuple(tokens.shape)} of tokens, the one that follows each"
             )
-        if state is not None and len(state) != len(self.blocks):
+        for name, where in (("mask", mask), ("starts", starts)):
+            if where is not None and (where.shape != tokens.shape or where.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} has shape {tuple(where.shape)} and dtype {where.dtype}: must be bool "
+                    f"of the shape of tokens, {tuple(tokens.shape)}"
+                )
+        if state is None:
+            return
+        if len(state.blocks) != len(self.blocks):
             raise ValueError(
-                f"state has {len(state)} entries: must have one for each of the "
+                f"state has {len(state.blocks)} blocks: must have one for each of the "
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
-        if state is not None and state[0].input_tail.shape[0] != tokens.shape[0]:
+        batch = len(state.blocks[0].positions)
+        if batch != len(tokens):
             raise ValueError(
-                f"state belongs to a batch of {state[0].input_tail.shape[0]}, tokens to one of "
-                f"{tokens.shape[0]}: go on with the batch that the state was made from"
+                f"state belongs to a batch of {batch}, tokens to one of {len(tokens)}: go on with "
+                "the batch that the state was made from"
             )
-        x = self.embedding(tokens)
-        states = []
-        for i, block in enumerate(self.blocks):
-            x, new = block(x, None if state is None else state[i])
-            states.append(new)
-        logits = self.head(self.norm(x))
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return HopeOutput(logits, loss, tuple(states))
+
+    def _out_of_range(self, name: str, tokens: Tensor) -> str:
+        size = self.config.vocab_size
+        outside = tokens[(tokens >= size) | (tokens < 0)]
+        outside = outside[outside != IGNORED] if name == "targets" else outside
+        return (
+            f"{name} has {outside[0].item()}: must lie in 0 ... {size - 1}; encode the text with "
+            f"fewer tokens or make the model with a larger vocab_size"
+        )

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepopt.hope.config import HopeConfig
-from deepopt.hope.memory import GENERATORS, MEMORIES, Gates, MemoryState, self_modifying, unit
-
-
-class TitansState(NamedTuple):
-    """All that a layer remembers of the tokens so far.
-
-    Attributes:
-        generators: the four memories that generate keys, values, etas and alphas.
-        memory: the memory that answers queries.
-        input_tail: last `conv_width - 1` inputs of the input convolution, (batch, dim, .).
-        query_tail: the same for the query convolution.
-        position: tokens seen.
-    """
-
-    generators: MemoryState
-    memory: MemoryState
-    input_tail: Tensor
-    query_tail: Tensor
-    position: int
+from deepopt.hope.layout import Grid
+from deepopt.hope.memory import MEMORIES, Gates, Inputs, MemoryState, Weights, unit
+from deepopt.hope.scan import self_modifying
+from deepopt.hope.state import TitansState
 
 
 class CausalConv(nn.Module):
@@ -41,23 +26,31 @@ class CausalConv(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        # The last tap is the token itself: starts as the identity with a little of the past.
-        weight = torch.randn(dim, 1, width) * 0.1
-        weight[..., -1] += 1.0
-        self.weight = nn.Parameter(weight)
+        # As torch's convolutions start. From the identity with a little noise, a model needs
+        # hundreds of steps to come to look at earlier tokens.
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, tail: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         padded = torch.cat([tail, x], -1)
         out = F.conv1d(padded, self.weight, groups=x.shape[1])
-        return out, padded[..., x.shape[-1] :]
+        if lengths is None:
+            return out, padded[..., x.shape[-1] :]
+        width = tail.shape[-1]
+        ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
+        return out, torch.stack(ends)
 
 
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values and learning rates, and rewrite themselves.
 
-    See `deepopt.hope.memory` for the update rule. Around it, as in Titans: causal convolutions
-    before the memories' input and after the static query projection (the only one: k, v, eta and
-    alpha come from memories), unit queries and keys, a norm per head and a gate on the output.
+    See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
+    convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
+    on the output. The memories refine the projected keys and values, M(z) = z + ...; without
+    `projections` they make them from the layer's input alone, as printed, and the query has the
+    only static projection.
 
     Args:
         config: sizes and options of the model.
@@ -67,18 +60,30 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config = config
         dim, heads, d, hidden = config.dim, config.heads, config.head_dim, config.hidden
-        self.input_conv = CausalConv(dim, config.conv_width)
+        own = config.projections
+        self.key = nn.Linear(dim, dim, bias=False) if own else None
+        self.key_conv = CausalConv(dim, config.conv_width)
+        self.value = nn.Linear(dim, dim, bias=False) if own else None
+        self.value_conv = CausalConv(dim, config.conv_width) if own else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
         # Where every sequence starts; learned by the outer loop (heads, memories, ., .).
-        self.initial_w2 = nn.Parameter(torch.randn(heads, len(MEMORIES), hidden, d) / math.sqrt(d))
-        self.initial_w1 = nn.Parameter(
-            torch.randn(heads, len(MEMORIES), d, hidden) / math.sqrt(hidden)
-        )
+        count, columns = len(MEMORIES), hidden or d
+        w2 = torch.randn(heads, count, hidden, d) / math.sqrt(d)
+        self.initial_w2 = nn.Parameter(w2) if hidden else None
+        self.initial_w1 = nn.Parameter(torch.randn(heads, count, d, columns) / math.sqrt(columns))
         self.eta_bias = nn.Parameter(torch.zeros(heads))
-        # alpha starts at 0.999: at 0.993 the weights fade to zero within 2048 tokens, and a memory
-        # of zeros has no gradient to come back with.
+        # alpha starts at 0.999: half of what is written is left after 760 tokens.
         self.alpha_bias = nn.Parameter(torch.full((heads,), 7.0))
+        exact = config.update == "delta"
+        erases = (
+            config.update != "gd" and config.max_erase is not None and not (exact and not hidden)
+        )
+        self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
+        # Recall needs the features of the keys that are stored, which are what W2 would lose.
+        self.erase_range = nn.Parameter(torch.full((heads,), -4.6)) if erases else None
+        self.delta_bias = nn.Parameter(torch.full((heads,), -1.1)) if exact else None
+        self.delta_range = nn.Parameter(torch.full((heads,), 7.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None
         self.norm = nn.RMSNorm(d)
         self.gate = nn.Linear(dim, dim, bias=False)
@@ -86,40 +91,90 @@ class SelfModifyingTitans(nn.Module):
 
     def initial_state(self, batch: int) -> TitansState:
         """The state before the first token of `batch` sequences."""
-        split = len(GENERATORS)
-        momentum = self.config.momentum
-        tail = self.initial_w2.new_zeros(batch, self.config.dim, self.config.conv_width - 1)
+        config = self.config
+        initial = self._initial()
+        generators = Weights(*(w[:, :-1] for w in initial))
+        memory = Weights(*(w[:, -1:] for w in initial))
+        tail = self.initial_w1.new_zeros(batch, config.dim, config.conv_width - 1)
         return TitansState(
-            MemoryState.start(
-                self.initial_w2[:, :split], self.initial_w1[:, :split], batch, momentum
-            ),
-            MemoryState.start(
-                self.initial_w2[:, split:], self.initial_w1[:, split:], batch, momentum
-            ),
-            tail,
-            tail,
-            0,
+            MemoryState.start(generators, batch, config.momentum),
+            MemoryState.start(memory, batch, config.momentum),
+            Inputs(tail, tail, tail),
+            (0,) * batch,
         )
 
-    def forward(self, x: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
-        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them."""
+    def forward(
+        self,
+        x: Tensor,
+        state: TitansState | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, TitansState]:
+        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them.
+
+        Args:
+            x: inputs.
+            state: the state after earlier tokens; None for the start of a text.
+            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+        """
         config = self.config
+        batch, width = x.shape[:2]
         if state is None:
-            state = self.initial_state(x.shape[0])
-        z, input_tail = self.input_conv(x.mT, state.input_tail)
-        q, query_tail = self.query_conv(self.query(x).mT, state.query_tail)
-        per_head = (config.heads, config.head_dim)
+            state = self.initial_state(batch)
+        inputs, tails = self._inputs(x, state.tails, lengths)
+        period = math.lcm(config.memory_chunk, config.projection_chunk)
+        phases = {p % period for p in state.positions}
+        position, valid, grid = min(phases), None, None
+        counts = lengths or (width,) * batch
+        if lengths is not None or len(phases) > 1:
+            grid = Grid.of(state.positions, counts, period, width, x.device)
+            position, valid = grid.position, grid.valid
+            inputs = Inputs(*(grid.spread(u) for u in inputs))
         out, generators, memory = self_modifying(
-            F.silu(z).unflatten(1, per_head),
-            unit(q.unflatten(1, per_head)),
+            inputs,
             state.generators,
             state.memory,
-            Gates(self.eta_bias, self.alpha_bias, self.theta_logit, config.max_inner_lr),
-            memory_chunk=config.memory_chunk,
-            projection_chunk=config.projection_chunk,
-            position=state.position,
+            self._initial() if config.retention == "initial" else None,
+            self._gates(),
+            config.form,
+            position=position,
+            valid=valid,
         )
+        if grid is not None:
+            out = grid.collect(out)
         mixed = self.norm(out.permute(0, 3, 1, 2)).flatten(-2)
         y = self.output(mixed * F.silu(self.gate(x)))
-        position = state.position + x.shape[1]
-        return y, TitansState(generators, memory, input_tail, query_tail, position)
+        positions = tuple(p + n for p, n in zip(state.positions, counts, strict=True))
+        return y, TitansState(generators, memory, tails, positions)
+
+    def _inputs(
+        self, x: Tensor, tails: Inputs, lengths: tuple[int, ...] | None
+    ) -> tuple[Inputs, Inputs]:
+        """What the memories see of x (batch, tokens, dim), and the convolutions' new tails."""
+        key = x if self.key is None else self.key(x)
+        key, key_tail = self.key_conv(key.mT, tails.key, lengths)
+        query, query_tail = self.query_conv(self.query(x).mT, tails.query, lengths)
+        value, value_tail = key, tails.value
+        if self.value is not None and self.value_conv is not None:
+            value, value_tail = self.value_conv(self.value(x).mT, tails.value, lengths)
+        heads = (self.config.heads, self.config.head_dim)
+        key, value, query = (u.unflatten(1, heads) for u in (key, value, query))
+        inputs = Inputs(F.silu(key), F.silu(value), unit(query))
+        return inputs, Inputs(key_tail, value_tail, query_tail)
+
+    def _initial(self) -> Weights:
+        if self.initial_w2 is not None:
+            return Weights(self.initial_w2, self.initial_w1)
+        heads, count, d, _ = self.initial_w1.shape
+        return Weights(self.initial_w1.new_zeros(heads, count, 0, d), self.initial_w1)
+
+    def _gates(self) -> Gates:
+        unused = torch.zeros_like(self.eta_bias)
+        return Gates(
+            self.eta_bias,
+            self.alpha_bias,
+            unused if self.erase_bias is None else self.erase_bias,
+            unused if self.delta_bias is None else self.delta_bias,
+            unused if self.erase_range is None else self.erase_range,
+            unused if self.delta_range is None else self.delta_range,
+            self.theta_logit,
+        )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepopt.hope import Hope, HopeConfig
+from deepopt.hope import Hope, HopeConfig, HopeState
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11, "dim": 8, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 6,
@@ -137,8 +137,8 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
     model = Hope(HopeConfig(dim=32, layers=1, heads=2))
     tokens = torch.randint(256, (1, 2048), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        state = model(tokens).state[0]
-    for x in (*state.generators, *state.memory):
+        state = model(tokens).state.blocks[0]
+    for x in (*state.generators[:4], *state.memory[:4]):
         assert x.isfinite().all()
         assert x.abs().max() < 10
 
@@ -146,13 +146,14 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": 0}, {"memory_chunk": 0},
+        {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": -1}, {"memory_chunk": 0},
         {"projection_chunk": 1.5}, {"max_inner_lr": 0.0}, {"conv_width": 0}, {"cms_chunks": (4, 6)},
-        {"cms_expansion": 0},
+        {"cms_expansion": 0}, {"heads": 4}, {"update": "sgd"}, {"objective": "l1"},
+        {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
-    name = "dim" if "heads" in options else next(iter(options))
+    name = "dim" if options == {"heads": 3} else next(iter(options))
     with pytest.raises(ValueError, match=f"{name}="):
         HopeConfig(**{**SMALL, **options})
 
@@ -166,7 +167,109 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="targets has shape"):
         model(tokens, tokens[:, 1:])
     state = model(tokens).state
-    with pytest.raises(ValueError, match="state has 1 entries"):
-        model(tokens, state=state[:1])
+    with pytest.raises(ValueError, match="state has 1 blocks"):
+        model(tokens, state=HopeState(state.blocks[:1]))
     with pytest.raises(ValueError, match="state belongs to a batch of 2"):
         model(tokens[:1], state=state)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
+)
+def test_tokens_and_targets_may_have_any_integer_type(dtype: torch.dtype) -> None:
+    model, tokens = make(), text(9)
+    expected = model(tokens, tokens)
+    found = model(tokens.to(dtype), tokens.to(dtype))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize("token", [11, 255, -1])
+def test_tokens_outside_of_the_vocabulary_are_named(token: int) -> None:
+    model, tokens = make(), text(4)
+    wrong = tokens.clone()
+    wrong[1, 2] = token
+    with pytest.raises(ValueError, match=rf"tokens has {token}: must lie in 0 \.\.\. 10"):
+        model(wrong)
+    with pytest.raises(ValueError, match=rf"targets has {token}: must lie in 0 \.\.\. 10"):
+        model(tokens, wrong)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"update": "dgd"}, {"update": "gd"}, {"objective": "dot"}, {"memory_hidden": 0},
+    {"memory_hidden": 9}, {"momentum": True}, {"retention": "zero"}, {"per_channel": True},
+    {"max_erase": None}, {"projections": False}, {"memory_chunk": 5, "projection_chunk": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_is_exact_causal_and_trained_through_every_parameter(
+    options: dict[str, Any],
+) -> None:
+    model, tokens = make(**options), text(20)
+    loss = model(tokens[:, :-1], tokens[:, 1:]).loss
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    changed = tokens.clone()
+    changed[:, 13:] = (changed[:, 13:] + 1) % 11
+    before, after = model(tokens).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :13], after[:, :13], rtol=0, atol=1e-12)
+    assert torch.equal(before, model.eval()(tokens).logits)
+    state, logits = None, []
+    for piece in tokens.split([1, 7, 1, 11], 1):
+        out = model(piece, state=state)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), before, rtol=0, atol=1e-10)
+
+
+def test_recomputing_activations_changes_no_number() -> None:
+    tokens = text(20)
+    found = []
+    for recompute in (False, True):
+        model = make(recompute=recompute)
+        state = model(tokens).state
+        loss = model(tokens[:, :-1], tokens[:, 1:], state=state).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_printed_form_has_the_papers_parts() -> None:
+    """Eqs 83-91: one static projection, vectors for eta, erased by eta, pulled to zero."""
+    config = HopeConfig.paper(dim=8, heads=2)
+    assert (config.update, config.objective, config.retention) == ("dgd", "l2", "zero")
+    assert (config.max_erase, config.per_channel, config.momentum) == (None, True, False)
+    names = {n for n, p in Hope(config).blocks[0].titans.named_parameters() if p.ndim == 2}
+    assert names == {"query.weight", "gate.weight", "output.weight"}
+    assert HopeConfig.paper(momentum=True, max_erase=1.0).momentum
+
+
+def test_gradients_of_single_texts_and_second_derivatives() -> None:
+    """torch.func on the whole model: functional_call, grad, vmap, and double backward."""
+    model, tokens = make(layers=1), text(7, batch=3)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        return torch.func.functional_call(model, params, (tokens, tokens)).loss
+
+    each = torch.func.vmap(torch.func.grad(lambda p, t: loss(p, t[None])), (None, 0))(
+        params, tokens
+    )
+    for i in range(3):
+        alone = torch.autograd.grad(
+            model(tokens[i : i + 1], tokens[i : i + 1]).loss, list(model.parameters())
+        )
+        for (name, grad), expected in zip(each.items(), alone, strict=True):
+            torch.testing.assert_close(grad[i], expected, msg=name)
+
+    def slope(step: float) -> Tensor:
+        moved = {n: p + step for n, p in params.items()}
+        grads = torch.func.grad(loss)(moved, tokens)
+        return torch.stack([g.sum() for g in grads.values()]).sum()
+
+    leaves = list(model.parameters())
+    grads = torch.autograd.grad(model(tokens, tokens).loss, leaves, create_graph=True)
+    total = torch.stack([g.sum() for g in grads]).sum()
+    second = torch.stack([g.sum() for g in torch.autograd.grad(total, leaves)]).sum()
+    numeric = (slope(1e-6) - slope(-1e-6)) / 2e-6
+    torch.testing.assert_close(second, numeric, rtol=1e-5, atol=1e-6)

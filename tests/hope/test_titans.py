@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepopt.hope import Hope, HopeConfig, SelfModifyingTitans, titans
-from deepopt.hope.memory import self_modifying, self_modifying_reference
+from deepopt.hope import Hope, HopeConfig, SelfModifyingTitans, reference, scan, titans
+from deepopt.hope.memory import Inputs
 
 
 @pytest.fixture(params=[True, False], ids=["momentum", "plain"])
@@ -35,12 +35,10 @@ def test_pieces_equal_the_whole(layer: SelfModifyingTitans, pieces: list[int]) -
         outputs.append(out)
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-10)
     assert state is not None
-    assert state.position == end.position == 21
-    for a, b in zip(
-        (*state.generators, *state.memory), (*end.generators, *end.memory), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-    torch.testing.assert_close(state.query_tail, end.query_tail, rtol=0, atol=1e-10)
+    assert state.positions == end.positions == (21, 21)
+    for a, b in zip(state[:3], end[:3], strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 
 
 def test_gradients_flow_through_a_carried_state(layer: SelfModifyingTitans) -> None:
@@ -86,9 +84,9 @@ def test_memories_write_and_forget() -> None:
 def test_queries_have_norm_one(layer: SelfModifyingTitans, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def spy(z: Tensor, q: Tensor, *rest: object, **options: object) -> object:
-        seen.append(q)
-        return self_modifying(z, q, *rest, **options)  # type: ignore[arg-type]
+    def spy(inputs: Inputs, *rest: object, **options: object) -> object:
+        seen.append(inputs.query)
+        return scan.self_modifying(inputs, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(titans, "self_modifying", spy)
     layer(text(5))
@@ -113,7 +111,7 @@ def test_a_whole_model_gives_the_same_with_the_token_by_token_form(
         return [out.logits, *torch.autograd.grad(out.loss, list(model.parameters()))]
 
     fast = run()
-    monkeypatch.setattr(titans, "self_modifying", self_modifying_reference)
+    monkeypatch.setattr(titans, "self_modifying", reference.self_modifying)
     for a, b in zip(fast, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 

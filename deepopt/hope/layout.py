@@ -1,0 +1,111 @@
+"""Where the tokens of packed or padded sequences go, so that every document has its own row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Documents(NamedTuple):
+    """A batch (batch, tokens) taken apart into documents, one per row, without padding in front.
+
+    Attributes:
+        real: (batch, tokens), True where there is a token.
+        row: row of every real token, in the order of `real`.
+        column: its place in that row.
+        lengths: tokens of every row.
+        source: for every row, the sequence whose state it goes on from; -1 for the start of a text.
+        last: for every sequence, the row that it ends with; -1 if it has no real token.
+    """
+
+    real: Tensor
+    row: Tensor
+    column: Tensor
+    lengths: tuple[int, ...]
+    source: tuple[int, ...]
+    last: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor, starts: Tensor) -> Documents:
+        """Documents of (batch, tokens) booleans: is there a token, does a document start here?"""
+        batch, width = mask.shape
+        number = starts.cumsum(1)
+        sequence = torch.arange(batch, device=mask.device)[:, None].expand_as(mask)
+        document = (sequence * (width + 1) + number)[mask]  # grows along the batch
+        _, row, counts = torch.unique_consecutive(document, return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        column = torch.arange(len(row), device=mask.device) - first[row]
+        owners = sequence[mask][first].tolist()
+        goes_on = (number[mask][first] == 0).tolist()
+        last = [-1] * batch
+        for i, owner in enumerate(owners):
+            last[owner] = i
+        source = tuple(o if on else -1 for o, on in zip(owners, goes_on, strict=True))
+        return cls(mask, row, column, tuple(counts.tolist()), source, tuple(last))
+
+    def take_apart(self, x: Tensor) -> Tensor:
+        """(batch, tokens) -> (rows, longest row), zero where a row is over."""
+        out = x.new_zeros(len(self.lengths), max(self.lengths))
+        return out.index_put((self.row, self.column), x[self.real])
+
+    def put_together(self, x: Tensor) -> Tensor:
+        """(rows, longest row, ...) -> (batch, tokens, ...), zero where there is no token."""
+        out = x.new_zeros(*self.real.shape, *x.shape[2:])
+        return out.masked_scatter(
+            self.real.view(*self.real.shape, *[1] * (x.ndim - 2)), x[self.row, self.column]
+        )
+
+
+class Grid(NamedTuple):
+    """Rows moved to the right, so that the chunks of all of them end in the same columns.
+
+    Attributes:
+        position: position of the first column in its chunks.
+        valid: (rows, 1, columns), True where a row has a token.
+        there: (rows, columns), where in its row a column's token is.
+        back: (rows, tokens), in which column a row's token is.
+    """
+
+    position: int
+    valid: Tensor
+    there: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(
+        cls, positions: tuple[int, ...], lengths: tuple[int, ...], period: int, width: int,
+        device: torch.device,
+    ) -> Grid:  # fmt: skip
+        """The grid of rows with so many tokens behind them and so many to come.
+
+        Args:
+            positions: tokens that every row has seen.
+            lengths: tokens that every row holds, at most `width`; the others are padding.
+            period: common multiple of the chunks.
+            width: tokens of a row, with padding.
+            device: where the tensors shall be.
+        """
+        phases = [p % period for p in positions]
+        base = min(phases)
+        shift = torch.tensor([p - base for p in phases], device=device)[:, None]
+        length = torch.tensor(lengths, device=device)[:, None]
+        columns = torch.arange(width + max(phases) - base, device=device)
+        there = columns - shift
+        valid = (there >= 0) & (there < length)
+        back = torch.arange(width, device=device) + shift
+        return cls(base, valid.unsqueeze(1), there.clamp(0, width - 1), back)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(rows, ..., tokens) -> (rows, ..., columns)."""
+        return _gather(x, self.there)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """(rows, ..., columns) -> (rows, ..., tokens)."""
+        return _gather(x, self.back)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    index = index.view(index.shape[0], *[1] * (x.ndim - 2), index.shape[1])
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))

@@ -1,0 +1,136 @@
+"""What a Hope model remembers between two calls, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from deepopt.hope.memory import Inputs, MemoryState
+
+Tree = TypeVar("Tree")
+
+
+class TitansState(NamedTuple):
+    """All that a layer remembers of the tokens so far.
+
+    Attributes:
+        generators: the four memories that generate keys, values, etas and alphas.
+        memory: the memory that answers queries.
+        tails: the last `conv_width - 1` inputs of the convolutions of keys, values and queries,
+            (batch, dim, .) each.
+        positions: tokens that every sequence of the batch has seen.
+    """
+
+    generators: MemoryState
+    memory: MemoryState
+    tails: Inputs
+    positions: tuple[int, ...]
+
+    def rows(self, index: Sequence[int], other: TitansState) -> TitansState:
+        """Sequences of two states: `index` counts those of this one, then those of the other."""
+        if list(index) == list(range(len(self.positions))):
+            return self
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([a, b])[list(index)]
+
+        both = self.positions + other.positions
+        return TitansState(
+            _map2(pick, self.generators, other.generators),
+            _map2(pick, self.memory, other.memory),
+            _map2(pick, self.tails, other.tails),
+            tuple(both[i] for i in index),
+        )
+
+
+class HopeState(NamedTuple):
+    """What a model remembers of the texts so far: hand it to the next call to go on exactly.
+
+    Attributes:
+        blocks: one state per block.
+    """
+
+    blocks: tuple[TitansState, ...]
+
+    def rows(self, index: Sequence[int], other: HopeState) -> HopeState:
+        """Texts of two states: `index` counts those of this one, then those of the other."""
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return HopeState(tuple(a.rows(index, b) for a, b in pairs))
+
+    def detach(self) -> HopeState:
+        """The same numbers without their history, so that gradients stop here."""
+        return _map(Tensor.detach, self)
+
+    def to(self, *args: Any, **kwargs: Any) -> HopeState:
+        """The state on another device or in another dtype; takes what `Tensor.to` takes."""
+        return _map(lambda x: x.to(*args, **kwargs), self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and lists of numbers by name, for `torch.save`; nothing is copied."""
+        entries: dict[str, Any] = {}
+        for i, block in enumerate(self.blocks):
+            for part in ("generators", "memory", "tails"):
+                for name, tensor in getattr(block, part)._asdict().items():
+                    if tensor is not None:
+                        entries[f"blocks.{i}.{part}.{name}"] = tensor.detach()
+            entries[f"blocks.{i}.positions"] = list(block.positions)
+        return entries
+
+    @classmethod
+    def from_state_dict(cls, entries: Mapping[str, Any]) -> HopeState:
+        """The state that `state_dict` was made from.
+
+        Raises:
+            ValueError: entries are missing.
+        """
+
+        def part(i: int, kind: Any, part: str) -> Any:
+            prefix = f"blocks.{i}.{part}."
+            found = {name: entries.get(prefix + name) for name in kind._fields}
+            missing = [k for k, x in found.items() if x is None and k not in ("s2", "s1")]
+            if missing:
+                raise ValueError(
+                    f"entries lack {prefix}{missing[0]}: pass all that state_dict() gave"
+                )
+            return kind(**found)
+
+        count = sum(name.endswith(".positions") for name in entries)
+        if count == 0:
+            raise ValueError("entries have no block's positions: pass what state_dict() gave")
+        return cls(
+            tuple(
+                TitansState(
+                    part(i, MemoryState, "generators"),
+                    part(i, MemoryState, "memory"),
+                    part(i, Inputs, "tails"),
+                    tuple(entries[f"blocks.{i}.positions"]),
+                )
+                for i in range(count)
+            )
+        )
+
+
+detach_state = HopeState.detach
+"""`HopeState.detach` as a function."""
+
+
+def _map(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Nested tuples with every tensor changed; what is no tensor stays."""
+    if isinstance(tree, Tensor):
+        return cast(Tree, change(tree))
+    if isinstance(tree, tuple):
+        parts = [_map(change, x) for x in tree]
+        return cast(Tree, type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts))
+    return tree
+
+
+def _map2(change: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor):
+        return change(a, b)
+    if isinstance(a, tuple):
+        parts = [_map2(change, x, y) for x, y in zip(a, b, strict=True)]
+        return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
+    return a

@@ -1,0 +1,180 @@
+"""Packing, padding and carrying the state give the numbers of one unpadded run."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepopt.hope import Hope, HopeConfig, HopeState, generate
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 11, "dim": 12, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 6,
+    "max_inner_lr": 0.3, "cms_chunks": (8,),
+}  # fmt: skip
+LENGTHS = (9, 1, 14, 5)
+
+
+@pytest.fixture(params=[{}, {"momentum": True, "memory_hidden": 0}], ids=["default", "linear"])
+def model(request: pytest.FixtureRequest) -> Hope:
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(**SMALL, **request.param)).double()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def texts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(11, (1, n), generator=g) for n in lengths]
+
+
+def assert_same_state(a: HopeState, b: HopeState, row: int = 0) -> None:
+    """Row `row` of a is the only row of b."""
+    for one, other in zip(a.blocks, b.blocks, strict=True):
+        assert one.positions[row] == other.positions[0]
+        for part, same in zip(one[:3], other[:3], strict=True):
+            for x, y in zip(part, same, strict=True):
+                if x is not None:
+                    torch.testing.assert_close(x[row : row + 1], y, rtol=0, atol=1e-10)
+
+
+def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
+    width = max(row.shape[1] for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - row.shape[1], None) if left else slice(row.shape[1])
+        tokens[i, where], mask[i, where] = row[0], True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_changes_nothing(model: Hope, left: bool) -> None:
+    rows = texts()
+    tokens, mask = padded(rows, left)
+    together = model(tokens, mask=mask)
+    for i, row in enumerate(rows):
+        alone = model(row)
+        torch.testing.assert_close(together.logits[i][mask[i]], alone.logits[0], rtol=0, atol=1e-10)
+        assert_same_state(together.state, alone.state, i)
+    assert not together.logits[~mask].any()
+
+
+def test_documents_of_a_packed_sequence_do_not_meet(model: Hope) -> None:
+    documents = texts()
+    tokens = torch.cat(documents, 1)
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, [0, 9, 10, 24]] = True
+    packed = model(tokens, starts=starts)
+    alone = [model(document) for document in documents]
+    torch.testing.assert_close(
+        packed.logits, torch.cat([x.logits for x in alone], 1), rtol=0, atol=1e-10
+    )
+    assert_same_state(packed.state, alone[-1].state)
+
+
+def test_sequences_at_different_positions_go_on_exactly(model: Hope) -> None:
+    """A batch whose texts have different lengths goes on, now packed and padded too."""
+    first, second = texts(), texts((7, 8, 3, 10))
+    tokens, mask = padded(first, left=True)
+    state = model(tokens, mask=mask).state
+    tokens, mask = padded(second, left=False)
+    starts = torch.zeros_like(mask)
+    starts[1, 5] = starts[3, 0] = True
+    found = model(tokens, state=state, mask=mask, starts=starts)
+    again = model(first[0], state=found.state.rows([0], found.state))
+    for i in (0, 2):
+        whole = torch.cat([first[i], second[i]], 1)
+        expected = model(whole)
+        n = second[i].shape[1]
+        torch.testing.assert_close(found.logits[i, :n], expected.logits[0, -n:], rtol=0, atol=1e-10)
+        assert_same_state(found.state, expected.state, i)
+    torch.testing.assert_close(
+        found.logits[1, 5:8], model(second[1][:, 5:]).logits[0], rtol=0, atol=1e-10
+    )
+    assert_same_state(found.state, model(second[3]).state, 3)
+    whole = torch.cat([first[0], second[0], first[0]], 1)
+    torch.testing.assert_close(again.logits[0], model(whole).logits[0, -9:], rtol=0, atol=1e-10)
+
+
+def test_gradients_of_a_packed_batch_are_those_of_its_documents(model: Hope) -> None:
+    documents = texts()
+    tokens = torch.cat([documents[0], documents[2], torch.zeros(1, 3, dtype=torch.long)], 1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, -3:] = False
+    starts = torch.zeros_like(mask)
+    starts[0, 9] = True
+    params = list(model.parameters())
+    packed = torch.autograd.grad(model(tokens, tokens, mask=mask, starts=starts).loss, params)
+    total = 0.0
+    for document in (documents[0], documents[2]):
+        total = total + model(document, document).loss * document.shape[1] / 23
+    for a, b in zip(packed, torch.autograd.grad(total, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_padding_and_ignored_targets_are_not_in_the_loss(model: Hope) -> None:
+    (text,) = texts((8,))
+    targets = text.clone()
+    targets[0, 5:] = -100
+    expected = model(text[:, :5], text[:, :5]).loss
+    torch.testing.assert_close(model(text, targets).loss, expected)
+    tokens, mask = padded([text[:, :5], text[:, :0]], left=True)
+    torch.testing.assert_close(model(tokens, tokens, mask=mask).loss, expected)
+
+
+def test_a_text_without_tokens_keeps_its_state(model: Hope) -> None:
+    rows = texts((4, 6))
+    tokens, mask = padded(rows, left=True)
+    state = model(tokens, mask=mask).state
+    nothing = model(tokens, state=state, mask=torch.zeros_like(mask)).state
+    tokens, mask = padded([rows[0], rows[0][:, :0]], left=True)
+    one = model(tokens, state=state, mask=mask).state
+    for i, row in enumerate(rows):
+        assert_same_state(nothing, model(row).state, i)
+    assert_same_state(one, model(rows[1]).state, 1)
+
+
+def test_left_padded_prompts_are_continued_as_alone(model: Hope) -> None:
+    prompts = texts((5, 9, 2))
+    tokens, mask = padded(prompts, left=True)
+    together = generate(model, tokens, 12, temperature=0, mask=mask)
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, prompt, 12, temperature=0)
+        assert torch.equal(together[i, -12:], alone[0, -12:])
+    with pytest.raises(ValueError, match="mask is False at the end"):
+        generate(model, tokens, 1, mask=mask.flip(1))
+
+
+def test_a_detached_state_goes_on_and_stops_gradients(model: Hope) -> None:
+    (text,) = texts((12,))
+    state = model(text).state
+    kept = model(text, state=state).loss, model(text, text, state=state.detach()).loss
+    assert kept[0] is None
+    for _ in range(2):  # twice: nothing is freed that a second backward pass would need
+        out = model(text, text, state=state.detach())
+        out.loss.backward()
+    torch.testing.assert_close(out.logits, model(text, state=state).logits)
+    assert all(not x.requires_grad for x in state.detach().blocks[0].memory[:4])
+
+
+def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
+    (text,) = texts((12,))
+    state = model(text).state
+    file = io.BytesIO()
+    torch.save(state.state_dict(), file)
+    file.seek(0)
+    loaded = HopeState.from_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(model(text, state=loaded).logits, model(text, state=state).logits)
+    moved = state.to(torch.float32)
+    assert moved.blocks[0].memory.w1.dtype == torch.float32
+    assert moved.blocks[0].positions == (12,)
+    entries = state.state_dict()
+    del entries["blocks.1.memory.w1"]
+    with pytest.raises(ValueError, match=r"blocks\.1\.memory\.w1"):
+        HopeState.from_state_dict(entries)
+    with pytest.raises(ValueError, match="positions"):
+        HopeState.from_state_dict({})
