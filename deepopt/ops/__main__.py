@@ -24,15 +24,15 @@ def report() -> str:
         used = []
         for device in devices:
             there = [b for b in PREFERRED[device] if b in operator.implementations]
-            if choice._forced is not None:
-                there = [b for b in (*there, "compiled") if b == choice._forced]
+            if choice._environment is not None:
+                there = [b for b in (*there, "compiled") if b == choice._environment]
             used.append(next((b for b in there if not why_not(b)), "reference"))
         lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
     if not why_not("cpu") and not multiplies_bfloat16():
         names = ", ".join(IN_BFLOAT16)
         lines += ["", f"on cpu, {names}: all but small matrices need AVX512-BF16, without AMX"]
-    if choice._forced is not None:
-        lines += ["", f"forced by DEEPOPT_BACKEND: {choice._forced}"]
+    if choice._environment is not None:
+        lines += ["", f"forced by DEEPOPT_BACKEND: {choice._environment}"]
     return "\n".join(lines)
 
 

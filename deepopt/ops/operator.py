@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -44,7 +45,10 @@ OPERATORS: dict[str, "Operator[Any, Any]"] = _process["_operators"]
 UNAVAILABLE: dict[str, str] = {}
 """Why a backend is not there, as far as it can be told without asking for a GPU: ``why_not``."""
 
-_forced: str | None = None
+_forced: dict[int, str] = {}
+"""The backend that operators must take, by thread; torch.compile sees through no ``ContextVar``."""
+_environment: str | None = None
+"""The backend that ``DEEPOPT_BACKEND`` names."""
 _gpu_asked = False
 _told = False
 
@@ -82,7 +86,8 @@ class Operator(Generic[P, R]):
         self.find_kernels()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        chosen = _forced if _forced == "reference" else self.backend_for(*args, **kwargs)
+        forced = _forced.get(get_ident(), _environment) if _forced else _environment
+        chosen = forced if forced == "reference" else self.backend_for(*args, **kwargs)
         if chosen == "reference":
             return self.reference(*args, **kwargs)
         if chosen == "compiled":
@@ -113,20 +118,21 @@ class Operator(Generic[P, R]):
     def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The backend that a call with these arguments takes."""
         given = (*args, *kwargs.values()) if kwargs else args
-        if _forced == "reference" or _recorded(given):
+        forced = _forced.get(get_ident(), _environment) if _forced else _environment
+        if forced == "reference" or _recorded(given):
             return "reference"
-        if _forced == "compiled":
-            return _forced
+        if forced == "compiled":
+            return forced
         device = _device(given)
         if device == "cuda":
             _find_gpu()
         for name in PREFERRED.get(device, ()):
             found = self.implementations.get(name)
-            if found is None or _forced not in (None, name):
+            if found is None or forced not in (None, name):
                 continue
             if found.supports(*args, **kwargs):
                 return name
-        if device == "cpu" and "cpu" in UNAVAILABLE and _forced is None:
+        if device == "cpu" and "cpu" in UNAVAILABLE and forced is None:
             _tell_what_is_missing()
         return "reference"
 
@@ -135,7 +141,8 @@ class Operator(Generic[P, R]):
         if device == "cuda":
             _find_gpu()
         there = [name for name in PREFERRED.get(device, ()) if name in self.implementations]
-        return _forced != "reference" and any(_forced in (None, name) for name in there)
+        forced = _forced.get(get_ident(), _environment) if _forced else _environment
+        return forced != "reference" and any(forced in (None, name) for name in there)
 
     def find_kernels(self) -> None:
         """Register the kernels that the loaded extensions have for this operator."""
@@ -232,13 +239,16 @@ def backend(name: str) -> Iterator[None]:
         ValueError: an unknown name.
         RuntimeError: a backend that is not there, with the reason.
     """
-    global _forced
     check_backend(name)
-    before, _forced = _forced, name
+    before = _forced.get(get_ident())
+    _forced[get_ident()] = name
     try:
         yield
     finally:
-        _forced = before
+        if before is None:
+            del _forced[get_ident()]
+        else:
+            _forced[get_ident()] = before
 
 
 def check_backend(
@@ -300,7 +310,7 @@ def _tell_what_is_missing() -> None:
 
 def _load_extensions() -> None:
     """Load the compiled extensions that are there, and obey ``DEEPOPT_BACKEND``."""
-    global _forced
+    global _environment
     package = Path(__file__).resolve().parents[1]
     for name in ("cpu", "cuda"):
         built = sorted(package.glob(f"_C_{name}.*so")) + sorted(package.glob(f"_C_{name}.*pyd"))
@@ -318,7 +328,7 @@ def _load_extensions() -> None:
         UNAVAILABLE["triton"] = "triton is not installed"
     if forced := os.environ.get("DEEPOPT_BACKEND"):
         check_backend(forced, "DEEPOPT_BACKEND", UNAVAILABLE.get)
-        _forced = forced
+        _environment = forced
 
 
 def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:

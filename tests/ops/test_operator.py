@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -25,6 +26,29 @@ def test_a_forced_backend_holds_inside_the_context_and_no_longer():
         with backend("compiled"):
             assert adamw_.backend_for(*arguments()) == "compiled"
         assert adamw_.backend_for(*arguments()) == "reference"
+    assert adamw_.backend_for(*arguments()) == automatic
+
+
+def test_backends_forced_in_two_threads_leave_each_other_alone_and_no_trace():
+    automatic = adamw_.backend_for(*arguments())
+    inside, leave, found = threading.Event(), threading.Event(), {}
+
+    def other():
+        found["before"] = adamw_.backend_for(*arguments())
+        with backend("compiled"):
+            inside.set()
+            leave.wait(10)
+            found["inside"] = adamw_.backend_for(*arguments())
+        found["after"] = adamw_.backend_for(*arguments())
+
+    thread = threading.Thread(target=other)
+    with backend("reference"):
+        thread.start()
+        assert inside.wait(10)
+        assert adamw_.backend_for(*arguments()) == "reference"
+    leave.set()  # it leaves last what it entered last: a single variable would keep "reference"
+    thread.join()
+    assert found == {"before": automatic, "inside": "compiled", "after": automatic}
     assert adamw_.backend_for(*arguments()) == automatic
 
 
@@ -74,7 +98,7 @@ def test_the_report_names_every_backend_and_operator():
 
 
 def test_an_environment_variable_forces_a_backend_and_is_checked():
-    code = "from deepopt.ops import operator; print(operator._forced)"
+    code = "from deepopt.ops import operator; print(operator._environment)"
     command = [sys.executable, "-c", code]
     run = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "DEEPOPT_BACKEND": "reference"}

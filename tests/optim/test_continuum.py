@@ -506,3 +506,36 @@ def test_what_is_no_optimizer_or_needs_a_closure_is_refused():
         Continuum(Continuum(torch.optim.SGD([param]), 2), 3)
     with pytest.raises(TypeError, match="LBFGS evaluates the model by a closure"):
         Continuum(torch.optim.LBFGS([param]))
+
+
+class AveragedSGD(torch.optim.SGD):
+    """A schedule-free optimizer's interface."""
+
+    training = False
+
+    def train(self):
+        self.training = True
+
+    def eval(self):
+        self.training = False
+
+    def step(self, closure=None):
+        if not self.training:
+            raise RuntimeError("not in training mode")
+        return super().step(closure)
+
+
+def test_whatever_the_wrapped_optimizer_has_beside_torchs_interface_is_passed_on():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = Continuum(AveragedSGD([param], lr=0.5))
+    param.grad = torch.ones(3)
+    optimizer.train()
+    optimizer.step()
+    optimizer.eval()
+    assert param.tolist() == [0.5] * 3
+    assert not optimizer.training
+    with pytest.raises(RuntimeError, match="not in training mode"):
+        optimizer.step()
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = optimizer.nothing_like_it
+    assert copy.deepcopy(optimizer).training is False

@@ -246,3 +246,21 @@ def test_what_cannot_be_recorded_is_refused():
         capture_inputs(nn.Linear(2, 2), rows=0)
     with pytest.raises(ValueError, match="no layer to record"):
         capture_inputs(nn.LayerNorm(3))
+
+
+class Scaled(nn.Linear):
+    """A subclass that calls its input otherwise, and takes more beside it."""
+
+    def forward(self, scale, x):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_layers_called_by_keyword_are_recorded(keyword):
+    x = torch.randn(6, 20)
+    plain, scaled = nn.Linear(20, 24), Scaled(20, 24)
+    with deepopt.capture_inputs(plain), deepopt.capture_inputs(scaled):
+        (plain(input=x) if keyword else plain(x)).sum().backward()
+        (scaled(scale=2.0, x=x) if keyword else scaled(2.0, x)).sum().backward()
+    for layer in (plain, scaled):
+        torch.testing.assert_close(seen_inputs(layer.weight)[0] * 6**0.5, x)

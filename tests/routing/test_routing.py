@@ -13,7 +13,7 @@ from torch import nn
 
 import deepopt
 from deepopt.hope import Hope
-from deepopt.routing import groups as optim_groups
+from deepopt.routing import groups
 from deepopt.routing import rules as routing
 from deepopt.routing.rules import route
 
@@ -434,7 +434,7 @@ def test_an_optimizer_refuses_a_group_that_its_split_does_not_fit(path):
     assert len(optimizer.param_groups) == 1
     vectors = {"params": [nn.Parameter(torch.randn(7))], "path": "elementwise", "split": 3}
     optimizer.add_param_group(vectors)
-    assert optim_groups.labels(optimizer.param_groups[1]) == ["elementwise"]
+    assert groups.labels(optimizer.param_groups[1]) == ["elementwise"]
 
 
 def train(model, groups, forward, steps=6):
@@ -580,11 +580,11 @@ def test_a_layer_named_like_a_fused_one_is_asked_about_but_left_whole(name, rows
 
 def test_labels_are_plain_words_that_tell_path_and_split():
     model = LanguageModel(tied=False)
-    labels = [optim_groups.labels(g) for g in deepopt.DeepMomentum(
+    labels = [groups.labels(g) for g in deepopt.DeepMomentum(
         deepopt.param_groups(model)).param_groups]  # fmt: skip
     assert labels == [["matrix"] * 3, ["matrix/3"], ["stack"], ["elementwise"] * 9]
     auto = deepopt.DeepMomentum(model.named_parameters()).param_groups[0]
-    assert optim_groups.labels(auto).count("stack") == 1
+    assert groups.labels(auto).count("stack") == 1
 
 
 def test_other_optimizers_take_the_groups():
@@ -766,3 +766,75 @@ def test_the_parts_of_a_tall_fused_matrix_are_stepped_as_layers_of_their_own():
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(fused.detach(), torch.cat([part.detach() for part in parts]))
+
+
+class Packed(nn.Linear):
+    """A layer whose weight has another name."""
+
+    def __init__(self):
+        super().__init__(64, 64, bias=False)
+        del self.weight
+        self.packed = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x):
+        return x @ self.packed
+
+
+def paths(model):
+    return {row.name: row.path for row in deepopt.routing_table(model)}
+
+
+def sequence():
+    return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 100))
+
+
+def test_a_layer_without_a_weight_is_routed_by_its_type():
+    model = nn.Sequential(nn.Embedding(100, 64), Packed(), nn.Linear(64, 100))
+    assert paths(model) == {
+        "1.packed": "matrix", "0.weight": "elementwise", "2.weight": "elementwise",
+        "2.bias": "elementwise",
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_routed_as_the_one_that_it_was_made_from():
+    layers = [nn.LSTM(64, 32), nn.MultiheadAttention(32, 4), nn.LayerNorm(32)]
+    for model in (sequence(), *layers):
+        assert paths(torch.jit.script(model)) == paths(model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("unflattened", [False, True])
+def test_an_exported_program_gives_one_warning_that_types_are_lost(unflattened):
+    program = torch.export.export(sequence(), (torch.zeros(2, 3, dtype=torch.long),))
+    model = torch.export.unflatten(program) if unflattened else program.module()
+    with pytest.warns(UserWarning, match="has lost its type, as in an exported") as told:
+        deepopt.param_groups(model)
+    assert len(told) == 1
+    overrides = dict.fromkeys(("0.weight", "1.weight", "3.weight"), "elementwise")
+    deepopt.param_groups(model, overrides=overrides)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_flattened_matrices_give_one_warning_with_the_remedy(flat):
+    size = groups.LONGEST_VECTOR + flat
+    params = [nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(3))]
+    if not flat:
+        deepopt.DeepMomentum(params)
+        return
+    with pytest.warns(UserWarning, match=r"no parameter is a matrix.*fully_shard") as told:
+        deepopt.DeepMomentum(params)
+    assert len(told) == 1
+    deepopt.DeepMomentum(params, path="elementwise")  # asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": 2}, r"Invalid split: 2 is no dict.*'\*.qkv.weight': 3"),
+        ({"overrides": "matrix"}, r"Invalid overrides: 'matrix' is no dict"),
+    ],
+)
+def test_what_is_no_dict_is_refused_by_name(options, message):
+    with pytest.raises(TypeError, match=message):
+        deepopt.param_groups(sequence(), **options)
