@@ -3,9 +3,10 @@
 import sys
 
 from benchmarks import fig4, swap
+from benchmarks.hope import command as hope
 from benchmarks.speed import command as speed
 
-BENCHMARKS = {"fig4": fig4, "speed": speed, "swap": swap}
+BENCHMARKS = {"fig4": fig4, "hope": hope, "speed": speed, "swap": swap}
 
 
 def main() -> int:
