@@ -25,7 +25,6 @@ from deepopt.hope.memory import (
     Weights,
     erasures,
     generate,
-    recall,
     unit,
 )
 
@@ -59,32 +58,23 @@ def self_modifying(
     Returns:
         the outputs o_t (batch, heads, d, tokens) and the two states after the last token.
     """
-    total = inputs.query.shape[-1]
-    start, parts = 0, []
-    for length in _segments(total, form.projection_chunk, position):
+    chunks = (form.projection_chunk, form.memory_chunk)
+    outputs, start = [], 0
+    for length in _segments(inputs.query.shape[-1], chunks, position):
         piece = slice(start, start + length)
         seen = Inputs(*(x[..., piece] for x in inputs))
         now = None if valid is None else valid[..., piece]
+        begins = None if now is None else now[:, 0, 0]
         if (position + start) % form.projection_chunk == 0:
-            generators = generators.anchored(None if now is None else now[:, 0, 0])
-        tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
-        chunk = _write(generators, _part(initial, slice(0, -1)), tokens, gates, form, now, True)
-        generators = chunk.after(generators)
-        parts.append(tokens)
-        start += length
-    tokens = Generated(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
-
-    own = _part(initial, slice(-1, None))
-    start, outputs = 0, []
-    for length in _segments(total, form.memory_chunk, position):
-        piece = slice(start, start + length)
-        now = None if valid is None else valid[..., piece]
+            generators = generators.anchored(begins)
         if (position + start) % form.memory_chunk == 0:
-            memory = memory.anchored(None if now is None else now[:, 0, 0])
-        some = Generated(*(x[..., piece] for x in tokens))
-        chunk = _write(memory, own, some, gates, form, now, False)
-        outputs.append(chunk.read(inputs.query[..., piece]))
-        memory = chunk.after(memory)
+            memory = memory.anchored(begins)
+        tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
+        times = _times(tokens.log_alpha, gates.theta, now)
+        generating = _write(generators, _part(initial, slice(0, -1)), tokens, times, form, True)
+        answering = _write(memory, _part(initial, slice(-1, None)), tokens, times, form, False)
+        outputs.append(answering.read(seen.query))
+        generators, memory = generating.after(generators), answering.after(memory)
         start += length
     return torch.cat(outputs, -1), generators, memory
 
@@ -162,19 +152,25 @@ class _Matrix(NamedTuple):
 
     def before(self, y: Tensor) -> Tensor:
         """The columns X_{t-1} y_t, t = 1..C."""
+        return self._carried(self.start @ y, y) + self._wrote(self.key.mT @ y)
+
+    def _carried(self, seen: Tensor, y: Tensor) -> Tensor:
+        """What of X_{t-1} y_t was there when the chunk began; `seen` is X y_t of that time."""
         times = self.times
-        found = times.kept[..., None, :-1] * (self.start @ y)
+        found = times.kept[..., None, :-1] * seen
         if self.initial is not None:
             found = found + times.pulled[..., None, :-1] * (self.initial @ y)
         if self.momentum is not None and times.summed is not None:
             found = found + times.summed[..., None, :-1] * (self.momentum @ y)
-        if self.written is None and self.gradient is None:
-            return found
-        similarity = self.key.mT @ y
+        return found
+
+    def _wrote(self, similarity: Tensor) -> Tensor | float:
+        """What of X_{t-1} y_t earlier tokens of the chunk wrote; similarity is key^T y."""
+        found: Tensor | float = 0.0
         if self.written is not None:
-            found = found + self.written @ (times.written[..., :-1] * similarity)
-        if self.gradient is not None and times.passed is not None:
-            found = found + self.gradient @ (times.passed[..., :-1] * similarity)
+            found = self.written @ (self.times.written[..., :-1] * similarity)
+        if self.gradient is not None and self.times.passed is not None:
+            found = found + self.gradient @ (self.times.passed[..., :-1] * similarity)
         return found
 
     def after(self) -> tuple[Tensor, Tensor | None]:
@@ -194,18 +190,23 @@ class _Matrix(NamedTuple):
         momentum = times.momentum[..., None, :1] * self.momentum
         return end, momentum + (self.gradient * times.momentum[..., None, 1:]) @ self.key.mT
 
-    def erased(self, erase: Tensor | None) -> _Matrix:
+    def erased(self, erase: Tensor | None, seen: Tensor) -> _Matrix:
         """The same with what the tokens erase, e_t X_{t-1} y_t, taken from what they write.
 
         An erased column depends on all that earlier tokens erased: a unit triangular system.
+        `seen` holds the columns X y_t of the chunk's start.
         """
         if erase is None:
             return self
         erase = erase.unsqueeze(-2)
-        right = -erase * self._replace(written=None).before(self.key)
+        similarity = self.key.mT @ self.key
+        right = self._carried(seen, self.key)
+        if self.gradient is not None:
+            right = right + self._replace(written=None)._wrote(similarity)
+        right = -erase * right
         if self.written is not None:
             right = right + self.written
-        system = self.times.written[..., :-1] * (self.key.mT @ self.key) * erase
+        system = self.times.written[..., :-1] * similarity * erase
         exact = torch.promote_types(right.dtype, torch.float32)  # LAPACK knows nothing narrower
         solved = torch.linalg.solve_triangular(
             system.to(exact), right.to(exact), upper=True, left=False, unitriangular=True
@@ -242,71 +243,92 @@ def _write(
     state: MemoryState,
     initial: Weights | None,
     tokens: Generated,
-    gates: Gates,
+    times: _Times,
     form: Form,
-    valid: Tensor | None,
     generating: bool,
 ) -> _Chunk:
     """What the tokens of a chunk write into a stack of memories."""
     linear = state.w2.shape[-2] == 0
-    erase2, erase1 = erasures(tokens, form, generating, linear)
     surprise = _surprise(state, tokens, form, GENERATOR_FLOOR if generating else MEM_FLOOR)
-    times = _times(tokens.log_alpha, gates.theta, valid)
-    apart = _Times._make(None if x is None else x.unsqueeze(2) for x in times)
     start2, start1 = (None, None) if initial is None else initial
-    target: Tensor | None = -surprise.error
+    erase2, erase1 = erasures(tokens, form, generating, linear)
+    wrote: Tensor = -surprise.error
     exact = form.update == "delta" and not generating
     if exact:
         wanted = tokens.value if linear else tokens.value - tokens.key
-        target = (tokens.delta.unsqueeze(-2) * wanted).unsqueeze(2)
-    plain = exact or gates.theta is None
+        wrote = (tokens.delta.unsqueeze(-2) * wanted).unsqueeze(2)
+    plain = exact or state.s1 is None
     w1 = _Matrix(
-        state.w1, start1, None if plain else state.s1, apart, surprise.features,
-        target if plain else None, None if plain else target,
-    ).erased(None if erase1 is None else erase1.unsqueeze(2))  # fmt: skip
+        state.w1, start1, None if plain else state.s1,
+        _Times._make(None if x is None else x.unsqueeze(2) for x in times), surprise.features,
+        wrote if plain else None, None if plain else wrote,
+    )  # fmt: skip
+    if erase1 is not None:
+        # At the beginning of a chunk the anchor is the running weights: nothing is read twice.
+        fresh = state.anchor_w1 is state.w1
+        seen = surprise.read if fresh else state.w1 @ surprise.features
+        w1 = w1.erased(erase1.unsqueeze(2), seen)
     if linear:
         return _Chunk(None, w1)
-    plain = gates.theta is None
+    plain = state.s2 is None
     slope = -surprise.slope.flatten(2, 3)
+    running = state.w2.flatten(2, 3)
     w2 = _Matrix(
-        state.w2.flatten(2, 3), None if start2 is None else start2.flatten(1, 2),
+        running, None if start2 is None else start2.flatten(1, 2),
         None if state.s2 is None else state.s2.flatten(2, 3), times, tokens.key,
         slope if plain else None, None if plain else slope,
     )  # fmt: skip
-    return _Chunk(w2.erased(erase2), w1)
+    if erase2 is not None:
+        fresh = state.anchor_w2 is state.w2
+        seen = surprise.before.flatten(2, 3) if fresh else running @ tokens.key
+        w2 = w2.erased(erase2, seen)
+    return _Chunk(w2, w1)
 
 
 class _Surprise(NamedTuple):
     """Gradients at the anchor, factored: dL/dW1 = error f^T and dL/dW2 = slope k^T, per token.
 
     Attributes:
+        before: W2 k, (batch, heads, G, hidden, C).
         features: f(k), (batch, heads, G, hidden, C); k itself in a linear memory.
+        read: W1 f(k), (batch, heads, G, d, C).
         error: eta (M(k) - v^), or -eta v^ for the dot product, (batch, heads, G, d, C).
         slope: the error's gradient in W2 k, (batch, heads, G, hidden, C).
     """
 
+    before: Tensor
     features: Tensor
+    read: Tensor
     error: Tensor
     slope: Tensor
 
 
 def _surprise(state: MemoryState, tokens: Generated, form: Form, floor: float) -> _Surprise:
     w2, w1 = state.anchor_w2, state.anchor_w1
+    count, hidden = w2.shape[-3:-1]
     key, value, eta = (x.unsqueeze(2) for x in (tokens.key, tokens.value, tokens.eta))
-    value_hat = unit(recall(w2, w1, value, floor))
-    if w2.shape[-2] == 0:
-        found = key.expand(-1, -1, w1.shape[2], -1, -1)
-        error = w1 @ found - value_hat if form.objective == "l2" else -value_hat
-        return _Surprise(found, eta * error, error[..., :0, :])
-    before = w2 @ key
-    hidden = F.gelu(before)
-    shrink = (hidden.square().sum(-2, keepdim=True) + floor).rsqrt()
-    found = hidden * shrink
-    error = key + w1 @ found - value_hat if form.objective == "l2" else -value_hat
+    if hidden == 0:
+        found = key.expand(-1, -1, count, -1, -1)
+        read = w1 @ found
+        value_hat = unit(w1 @ value)
+        error = read - value_hat if form.objective == "l2" else -value_hat
+        nothing = error[..., :0, :]
+        return _Surprise(nothing, found, read, eta * error, nothing)
+    both = w2.flatten(2, 3) @ torch.cat([tokens.key, tokens.value], -1)
+    both = both.unflatten(2, (count, hidden))
+    active = F.gelu(both)
+    shrink = (active.square().sum(-2, keepdim=True) + floor).rsqrt()
+    active = active * shrink
+    found, _ = active.chunk(2, -1)
+    before, _ = both.chunk(2, -1)
+    read, read_value = (w1 @ active).chunk(2, -1)
+    shrink, _ = shrink.chunk(2, -1)
+    value_hat = unit(value + read_value)
+    error = key + read - value_hat if form.objective == "l2" else -value_hat
     error = eta * error
     slope = w1.mT @ error
     slope = shrink * (slope - found * (found * slope).sum(-2, keepdim=True))
-    return _Surprise(found, error, _times_gelu_slope(slope, before))
+    return _Surprise(before, found, read, error, _times_gelu_slope(slope, before))
 
 
 class _TimesGeluSlope(torch.autograd.Function):
@@ -336,11 +358,11 @@ def _times_gelu_slope(x: Tensor, h: Tensor) -> Tensor:
     return out
 
 
-def _segments(total: int, size: int, position: int) -> list[int]:
-    """Lengths of the pieces of `total` tokens that start or end where a chunk does."""
+def _segments(total: int, chunks: tuple[int, int], position: int) -> list[int]:
+    """Lengths of the pieces of `total` tokens that start or end where a chunk of either does."""
     lengths = []
     while total > 0:
-        length = min(size - position % size, total)
+        length = min(*(size - position % size for size in chunks), total)
         lengths.append(length)
         position, total = position + length, total - length
     return lengths
