@@ -72,6 +72,17 @@ class Results:
         return self.folder / f"{task}.jsonl"
 
 
+def deciding(arguments: argparse.Namespace) -> list[str]:
+    """The options that decide what the page shows: it has all tasks and models, run or not."""
+    options: list[str] = []
+    if tuple(arguments.rates) != RATES:
+        options += ["--rates", *(f"{lr:g}" for lr in arguments.rates)]
+    for name, default in (("seeds", Plan.seeds), ("steps", Plan.steps)):
+        if getattr(arguments, name) != default:
+            options += [f"--{name}", str(getattr(arguments, name))]
+    return options
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks hope", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
@@ -94,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"--{name} {count}: must be at least 1")
 
     tasks, compared = arguments.tasks, arguments.models
-    plan = Plan(tasks, compared, arguments.rates, arguments.seeds, arguments.steps)
+    plan = Plan(rates=arguments.rates, seeds=arguments.seeds, steps=arguments.steps)
     folder = arguments.out / "hope"
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder, arguments.report)
@@ -120,8 +131,9 @@ def main(argv: Sequence[str]) -> int:
             complete(plan.optimizers())
     if not results.lines:
         parser.error(f"--report: there is no line in {folder} yet; run without it first")
-    given = [argument for argument in argv if argument not in ("--report", "--fresh")]
-    page = report(plan, results.lines, " ".join(["python -m benchmarks hope", *given]))
+    page = report(
+        plan, results.lines, " ".join(["python -m benchmarks hope", *deciding(arguments)])
+    )
     (arguments.out / "hope.md").write_text(page)
     print(f"written: {arguments.out / 'hope.md'}", file=sys.stderr)
     return 0

@@ -20,7 +20,7 @@ Lines = Mapping[Run, Line]
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of one command.
+    """The runs of the benchmark, or as many of them as a page shows.
 
     Attributes:
         tasks: names of `TASKS`.
