@@ -66,15 +66,18 @@ class HopeConfig:
         default=False, metadata=about("whether every channel has its own inner learning rate")
     )
     max_delta: float = field(
-        default=1.0,
-        metadata=about("upper end of the exact delta rule's inner learning rate, at most 2"),
+        default=2.0,
+        metadata=about(
+            "upper end of the exact delta rule's inner learning rate, at most 2",
+            "Above 1 a memory can flip its answers, and so track states; every head learns its "
+            "own share of the range.",
+        ),
     )
     max_erase: float | None = field(
         default=2.0,
         metadata=about(
             "upper end of what the main memory erases from W2, at most 2; None erases by eta",
-            "Above 1 a memory can flip its answers, and so track states; every head learns its "
-            "own share of the range.",
+            "Heads start with a hundredth of it: an erased key is not recalled.",
             type=float,
         ),
     )
@@ -105,6 +108,14 @@ class HopeConfig:
     )
     cms_expansion: int = field(
         default=2, metadata=about("hidden width of a CMS level's MLP, as a multiple of `dim`")
+    )
+
+    recompute: bool = field(
+        default=False,
+        metadata=about(
+            "whether the backward pass computes every block once more instead of keeping its "
+            "activations"
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
@@ -127,7 +128,10 @@ class Hope(nn.Module):
             raise ValueError(self._out_of_range("tokens", tokens)) from error
         states = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            x, after = block(x, before, lengths)
+            if self.config.recompute and torch.is_grad_enabled():
+                x, after = checkpoint(block, x, before, lengths, use_reentrant=False)
+            else:
+                x, after = block(x, before, lengths)
             states.append(after)
         return x, HopeState(tuple(states))
 

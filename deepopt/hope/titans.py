@@ -80,9 +80,10 @@ class SelfModifyingTitans(nn.Module):
             config.update != "gd" and config.max_erase is not None and not (exact and not hidden)
         )
         self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
-        self.erase_range = nn.Parameter(_spread(heads)) if erases else None
+        # Recall needs the features of the keys that are stored, which are what W2 would lose.
+        self.erase_range = nn.Parameter(torch.full((heads,), -4.6)) if erases else None
         self.delta_bias = nn.Parameter(torch.zeros(heads)) if exact else None
-        self.delta_range = nn.Parameter(torch.full((heads,), 4.0)) if exact else None
+        self.delta_range = nn.Parameter(torch.full((heads,), 7.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None
         self.norm = nn.RMSNorm(d)
         self.gate = nn.Linear(dim, dim, bias=False)
@@ -177,8 +178,3 @@ class SelfModifyingTitans(nn.Module):
             unused if self.delta_range is None else self.delta_range,
             self.theta_logit,
         )
-
-
-def _spread(heads: int) -> Tensor:
-    """Logits of shares from 1 % to 98 %: heads that recall to heads that track states."""
-    return torch.linspace(-4.6, 4.0, heads) if heads > 1 else torch.zeros(1)

@@ -223,6 +223,17 @@ def test_every_option_is_exact_causal_and_trained_through_every_parameter(
     torch.testing.assert_close(torch.cat(logits, 1), before, rtol=0, atol=1e-10)
 
 
+def test_recomputing_activations_changes_no_number() -> None:
+    tokens = text(20)
+    found = []
+    for recompute in (False, True):
+        model = make(recompute=recompute)
+        state = model(tokens).state
+        loss = model(tokens[:, :-1], tokens[:, 1:], state=state).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_printed_form_has_the_papers_parts() -> None:
     """Eqs 83-91: one static projection, vectors for eta, erased by eta, pulled to zero."""
     config = HopeConfig.paper(dim=8, heads=2)
