@@ -236,7 +236,7 @@ def rates(
 
     The channels of M_alpha are shared out: a third each for the retention and for the two
     erasures. Whatever the weights are, a chunk of C tokens has eta C <= 1, alpha - beta and
-    alpha - delta are above -1, and so is alpha - 2 eta, for the regression of a linear memory
+    alpha - delta are at least -1, and so is alpha - 2 eta, for the regression of a linear memory
     erases a second time: no gradient overshoots and no erasure grows what it erases.
     """
     third = alpha.shape[-2] // 3
@@ -252,14 +252,20 @@ def rates(
     else:
         # A gradient on top of the erasure takes its part of the room.
         room = half - eta.amax(-2) / 2 if form.update == "dgd" else half
-        most = form.max_erase * torch.sigmoid(gates.erase_range)[:, None]
-        beta = most * room * torch.sigmoid(_pooled(erase) + gates.erase[:, None])
-    most = form.max_delta * torch.sigmoid(gates.delta_range)[:, None]
-    delta = most * half * torch.sigmoid(_pooled(delta) + gates.delta[:, None])
+        beta = form.max_erase * room * _share(_pooled(erase), gates.erase, gates.erase_range)
+    delta = form.max_delta * half * _share(_pooled(delta), gates.delta, gates.delta_range)
     log_alpha = F.logsigmoid(retention)
     if valid is None:
         return eta, beta, delta, log_alpha
     return eta * valid.unsqueeze(-2), beta * valid, delta * valid, log_alpha * valid
+
+
+def _share(logit: Tensor, bias: Tensor, range_logit: Tensor) -> Tensor:
+    """Share of a range, 0 to 1. It reaches 1: an erasure of exactly 2 is a reflection, which keeps
+    its length, so that a state is tracked over any number of tokens and not only those trained on.
+    """
+    range_ = torch.sigmoid(range_logit)[:, None]
+    return (1.1 * range_ * torch.sigmoid(logit + bias[:, None])).clamp(max=1.0)
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class SelfModifyingTitans(nn.Module):
         self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
         # Recall needs the features of the keys that are stored, which are what W2 would lose.
         self.erase_range = nn.Parameter(torch.full((heads,), -4.6)) if erases else None
-        self.delta_bias = nn.Parameter(torch.zeros(heads)) if exact else None
+        self.delta_bias = nn.Parameter(torch.full((heads,), -1.1)) if exact else None
         self.delta_range = nn.Parameter(torch.full((heads,), 7.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None
         self.norm = nn.RMSNorm(d)
