@@ -66,10 +66,25 @@ def test_batches_are_functions_of_seed_and_step_and_tests_are_their_own(name):
     once, again = task.data(0, 3), task.data(0, 3)
     assert torch.equal(once.tokens, again.tokens)
     assert torch.equal(once.targets, again.targets)
-    assert once.tokens.shape == (task.batch, task.tokens)
+    assert once.tokens.numel() == task.batch * task.tokens
     if name != "aa":  # which has one word
         assert not torch.equal(once.tokens, task.data(1, 3).tokens)
         assert not torch.equal(once.tokens, task.data(0, 4).tokens)
+
+
+def test_texts_to_recall_from_grow_to_their_whole_length():
+    task = TASKS["recall"]
+    shapes = [(*task.data(0, step).tokens.shape, pairs(task.data(0, step))) for step in STEPS]
+    assert shapes == [(32, 32, 4), (32, 32, 4), (16, 64, 8), (8, 128, 16), (4, 256, 32)]
+
+
+STEPS = (0, 399, 400, 799, 800)
+
+
+def pairs(batch):
+    """Keys asked in a text."""
+    (count,) = set((batch.targets != IGNORED).sum(1).tolist())
+    return count
 
 
 class Answers(nn.Module):
