@@ -60,11 +60,14 @@ class Bytes(Task):
     metric: str = BITS
     smaller_is_better: bool = True
     goals: tuple[Goal, ...] = GOALS
-    about: str = (
-        "Next byte of the sources of Python's standard library, held-out files. *Carried on*: "
-        "texts of 16 times the trained length in one go; *with resets*: the same texts in pieces "
-        "of the trained length, each from the start."
-    )
+
+    @property
+    def about(self) -> str:
+        return (
+            "Next byte of the sources of Python's standard library, held-out files. *Carried on*: "
+            f"texts of {self.longer} times the trained length in one go; *with resets*: the same "
+            "texts in pieces of the trained length, each from the start."
+        )
 
     def data(self, seed: int, step: int) -> Batch:
         return Batch(*sample_batch(corpus().train, self.batch, self.tokens, seed, step))

@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
             complete([run for first in best if first for run in plan.repeats(first)])
         if "ablations" in arguments.parts:
             changed = arguments.ablations
-            complete([plan.without(t, part, results.lines) for t in tasks for part in changed])
+            complete([plan.hope(t, part, results.lines) for t in tasks for part in changed])
         if "optimizers" in arguments.parts:
             complete(plan.optimizers())
     if not results.lines:

@@ -73,7 +73,7 @@ class Formal(Task):
     goals: tuple[Goal, ...] = GOALS
 
     @property
-    def about(self) -> str:  # type: ignore[override]
+    def about(self) -> str:
         return (
             f"The language {self.language}, learned on words of {self.tokens} letters. *Beyond*: "
             f"share of right answers at letters {self.tokens + 1} to {self.longer * self.tokens}; "

@@ -51,10 +51,11 @@ class Plan:
         """The run with every seed."""
         return [self.run(best.task, best.model, best.lr, seed) for seed in range(self.seeds)]
 
-    def without(self, task: str, part: str, lines: Lines) -> Run:
-        """Hope with a part of its layer changed, at the rate that is best for Hope."""
+    def hope(self, task: str, part: str, lines: Lines) -> Run:
+        """Hope with a part of its layer changed, or "" for none, at the best rate of the whole."""
         best = self.best(task, "Hope", lines)
-        return self.run(task, f"Hope, {part}", best.lr if best else self.rates[0])
+        name = f"Hope, {part}" if part else "Hope"
+        return self.run(task, name, best.lr if best else self.rates[0])
 
     def optimizers(self) -> list[Run]:
         """The default training run with every optimizer of the package, and three of torch's."""

@@ -52,11 +52,13 @@ class Recall(Task):
     goals: tuple[Goal, ...] = GOALS
 
     @property
-    def about(self) -> str:  # type: ignore[override]
+    def about(self) -> str:
         return (
             f"{self.pairs} pairs of key and value, then every key once more, within {self.tokens} "
             f"tokens out of {self.sizes.vocab_size}. *Accuracy*: share of the keys whose value is "
-            f"predicted; a guess is right once in {self.sizes.vocab_size // 2}."
+            f"predicted; a guess is right once in {self.sizes.vocab_size // 2}. Training starts "
+            "with an eighth of the pairs within an eighth of the tokens, in eight times as many "
+            f"texts, and doubles both at steps {', '.join(map(str, self.grows))}."
         )
 
     def data(self, seed: int, step: int) -> Batch:

@@ -48,7 +48,7 @@ def mean(plan: Plan, task: str, lines: Lines, model: str, metric: str) -> float:
     if model in plan.compared:
         found = seeds_of(plan, task, model, lines)
     else:
-        run = plan.without(task, model.removeprefix("Hope, "), lines)
+        run = plan.hope(task, model.removeprefix("Hope, "), lines)
         found = [lines[run]] if run in lines else []
     return statistics.fmean(value(line, metric) for line in found) if found else math.nan
 
@@ -123,11 +123,11 @@ def at_an_end(plan: Plan, task: str, lines: Lines) -> list[str]:
 def parts(plan: Plan, lines: Lines) -> str:
     """Hope with one part of its layer changed, on every task."""
     head = ["Hope", "parameters", *plan.tasks]
-    whole = [plan.run(task, "Hope", plan.without(task, "", lines).lr) for task in plan.tasks]
-    table = [head, ["as it is", size(whole, lines), *(cell(run, lines) for run in whole)]]
-    for part in ABLATIONS:
-        runs = [plan.without(task, part, lines) for task in plan.tasks]
-        table.append([part, size(runs, lines), *(cell(run, lines) for run in runs)])
+    table = [head]
+    for part in ("", *ABLATIONS):
+        runs = [plan.hope(task, part, lines) for task in plan.tasks]
+        cells = [cell(run, lines) for run in runs]
+        table.append([part or "as it is", size(runs, lines), *cells])
     return markdown(table)
 
 

@@ -47,7 +47,6 @@ class Task:
         metric: the metric that decides between learning rates.
         smaller_is_better: whether that is a loss.
         goals: what the default Hope shall reach.
-        about: what the task is, for the page.
     """
 
     steps: int
@@ -55,7 +54,11 @@ class Task:
     metric: str
     smaller_is_better: bool = False
     goals: tuple[Goal, ...] = ()
-    about: str
+
+    @property
+    def about(self) -> str:
+        """What the task is, for the page."""
+        raise NotImplementedError
 
     def data(self, seed: int, step: int) -> Batch:
         """The batch of a step: a function of the seed and the step alone."""
