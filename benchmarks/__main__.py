@@ -3,10 +3,11 @@
 import sys
 
 from benchmarks import fig4, swap
+from benchmarks.hope import command as hope
 from benchmarks.speed import command as speed
 from deepopt._output import outlive_readers
 
-BENCHMARKS = {"fig4": fig4, "speed": speed, "swap": swap}
+BENCHMARKS = {"fig4": fig4, "hope": hope, "speed": speed, "swap": swap}
 
 
 def main() -> int:

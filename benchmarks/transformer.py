@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deepopt.hope.attention import rotate, rotations
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Block(nn.Module):
             project(z).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        q, k = (_rotate(F.rms_norm(t, t.shape[-1:]), cos, sin) for t in (q, k))
+        q, k = (rotate(F.rms_norm(t, t.shape[-1:]), cos, sin) for t in (q, k))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -79,18 +80,11 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)  # the first loss is ln(vocab_size)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> TransformerOutput:
-        width = self.config.dim // self.config.heads
-        rates = 10_000 ** -torch.linspace(0, 1, width // 2, device=tokens.device)
-        angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), rates)
         x = self.embedding(tokens)
+        cos, sin = rotations(tokens.shape[1], self.config.dim // self.config.heads, x)
         for block in self.blocks:
-            x = block(x, angles.cos(), angles.sin())
+            x = block(x, cos, sin)
         logits = self.head(self.norm(x))
         if targets is None:
             return TransformerOutput(logits, None)
         return TransformerOutput(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

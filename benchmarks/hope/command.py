@@ -1,0 +1,139 @@
+"""Hope: bytes, formal languages and recall beside a Transformer++ and a gated DeltaNet.
+
+Every model has the same parameters, data and optimizer. Learning rates are swept with one seed, and
+further seeds run at each model's best; then parts of Hope's layer are changed one by one, and the
+default run is repeated with every optimizer. Every finished run is a line of ``hope/TASK.jsonl``,
+with all that its outcome depends on but the code; a run that has a line is not repeated, so that an
+interrupted benchmark goes on, but with ``--fresh``, for when its code has changed. ``hope.md`` is
+made from the lines alone; ``--report`` writes it again and runs nothing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.hope.models import ABLATIONS, NAMES
+from benchmarks.hope.plan import MODELS, RATES, Plan
+from benchmarks.hope.report import cell, report
+from benchmarks.hope.training import TASKS, Line, Run, execute, setting
+from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.report import read_metrics
+
+PARTS = ("models", "ablations", "optimizers")
+
+
+class Results:
+    """The lines of a folder's JSONL files, one file per task, by run.
+
+    Args:
+        folder: where the files are.
+        of_any_setting: take all lines. Otherwise those count that were made in today's setting.
+    """
+
+    def __init__(self, folder: Path, of_any_setting: bool = False) -> None:
+        self.folder = folder
+        self.lines: dict[Run, Line] = {}
+        names = [field.name for field in dataclasses.fields(Run)]
+        for task in TASKS:
+            for line in read_metrics(self._path(task)):
+                run = Run(**{name: line[name] for name in names})
+                if of_any_setting or (run.model in NAMES and setting(run).items() <= line.items()):
+                    self.lines[run] = line
+
+    def complete(self, runs: Iterable[Run], jobs: int) -> None:
+        """Execute the runs that have no line yet, each on one thread, the first ones first."""
+        missing = [run for run in dict.fromkeys(runs) if run not in self.lines]
+        for task in {run.task for run in missing}:  # without what a kill has torn, and old lines
+            kept = [json.dumps(x) + "\n" for run, x in self.lines.items() if run.task == task]
+            write_atomically(self._path(task), "".join(kept).encode())
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            futures = {pool.submit(execute, run): run for run in missing}
+            for count, future in enumerate(as_completed(futures), 1):
+                run = futures[future]
+                if error := future.exception():
+                    print(f"{count}/{len(missing)} {run}: {error}", file=sys.stderr, flush=True)
+                    continue
+                self.lines[run] = line = future.result()
+                with open(self._path(run.task), "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{count}/{len(missing)} {run}: {cell(run, self.lines)}", flush=True)
+        if failed := [run for run in missing if run not in self.lines]:
+            raise RuntimeError(f"{len(failed)} runs failed, see above; the others are kept")
+
+    def _path(self, task: str) -> Path:
+        return self.folder / f"{task}.jsonl"
+
+
+def deciding(arguments: argparse.Namespace) -> list[str]:
+    """The options that decide what the page shows: it has all tasks and models, run or not."""
+    options: list[str] = []
+    if tuple(arguments.rates) != RATES:
+        options += ["--rates", *(f"{lr:g}" for lr in arguments.rates)]
+    for name, default in (("seeds", Plan.seeds), ("steps", Plan.steps)):
+        if getattr(arguments, name) != default:
+            options += [f"--{name}", str(getattr(arguments, name))]
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks hope", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(all)")
+    parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS),
+                        metavar="PART", help="parts of the layer to change (all)")  # fmt: skip
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES,
+                        help="learning rates, on AdamW's scale (0.004 0.002 0.008)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate (3)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (each task's own)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (all cores)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="repeat the runs that have a line")
+    again.add_argument("--report", action="store_true", help="write the page, run nothing")
+    arguments = parser.parse_args(argv)
+    for name in ("seeds", "steps", "jobs"):
+        if (count := getattr(arguments, name)) is not None and count < 1:
+            parser.error(f"--{name} {count}: must be at least 1")
+
+    tasks, compared = arguments.tasks, arguments.models
+    plan = Plan(rates=arguments.rates, seeds=arguments.seeds, steps=arguments.steps)
+    folder = arguments.out / "hope"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder, arguments.report)
+    repeated: set[Run] = set()
+
+    def complete(runs: Sequence[Run]) -> None:
+        if arguments.fresh:
+            for run in set(runs) - repeated:
+                results.lines.pop(run, None)
+            repeated.update(runs)
+        results.complete(runs, arguments.jobs)
+
+    if not arguments.report:
+        if "models" in arguments.parts:
+            pairs = [(task, model) for task in tasks for model in compared]
+            complete([plan.run(*pair, lr) for lr in plan.rates for pair in pairs])
+            best = [plan.best(*pair, results.lines) for pair in pairs]
+            complete([run for first in best if first for run in plan.repeats(first)])
+        if "ablations" in arguments.parts:
+            changed = arguments.ablations
+            complete([plan.hope(t, part, results.lines) for t in tasks for part in changed])
+        if "optimizers" in arguments.parts:
+            complete(plan.optimizers())
+    if not results.lines:
+        parser.error(f"--report: there is no line in {folder} yet; run without it first")
+    page = report(
+        plan, results.lines, " ".join(["python -m benchmarks hope", *deciding(arguments)])
+    )
+    (arguments.out / "hope.md").write_text(page)
+    print(f"written: {arguments.out / 'hope.md'}", file=sys.stderr)
+    return 0

@@ -1,0 +1,99 @@
+"""What a task is: four functions, and what the tables say about it."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100
+"""As a target: nothing is to be predicted here."""
+
+
+class Batch(NamedTuple):
+    """Tokens and what to predict at each, both int64 (batch, tokens)."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+Mean = Callable[[str, str], float]
+"""The mean over the seeds of a model's metric, by the names of both; NaN if there is no run."""
+
+
+class Goal(NamedTuple):
+    """A bound on what the default Hope reaches.
+
+    Attributes:
+        what: the quantity, for the table.
+        value: computes it.
+        limit: the bound.
+        at_least: whether the quantity shall be at least the bound, or at most.
+    """
+
+    what: str
+    value: Callable[[Mean], float]
+    limit: float
+    at_least: bool = True
+
+
+class Task:
+    """A task: its data, its model, its loss and its metrics.
+
+    Attributes:
+        steps: optimizer steps of a run.
+        tokens: tokens of a training sequence.
+        metric: the metric that decides between learning rates.
+        smaller_is_better: whether that is a loss.
+        goals: what the default Hope shall reach.
+    """
+
+    steps: int
+    tokens: int
+    metric: str
+    smaller_is_better: bool = False
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """What the task is, for the page."""
+        raise NotImplementedError
+
+    def data(self, seed: int, step: int) -> Batch:
+        """The batch of a step: a function of the seed and the step alone."""
+        raise NotImplementedError
+
+    def model(self, name: str) -> nn.Module:
+        """The untrained model of that name (one of `models.NAMES`) at the sizes of the task."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What training makes small."""
+        raise NotImplementedError
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the trained model can do, on data that training has not seen."""
+        raise NotImplementedError
+
+    def setting(self, name: str) -> Mapping[str, object]:
+        """All that the outcome of a run depends on besides the run and the code."""
+        raise NotImplementedError
+
+
+def generator(seed: int | str, step: int) -> torch.Generator:
+    """Random numbers of a step: neighboring seeds and steps have nothing in common."""
+    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
+
+
+@torch.no_grad()
+def right(model: nn.Module, batch: Batch, size: int = 32) -> Tensor:
+    """Whether the likeliest token is the target, (batch, tokens) bool.
+
+    Args:
+        model: the model.
+        batch: tokens and targets.
+        size: sequences that are computed at once.
+    """
+    parts = [model(tokens).logits.argmax(-1) for tokens in batch.tokens.split(size)]
+    return torch.cat(parts) == batch.targets

@@ -1,0 +1,107 @@
+"""One training run of one model on one task, for all models and tasks the same."""
+
+import dataclasses
+import platform
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.hope import models
+from benchmarks.hope.bytes import Bytes
+from benchmarks.hope.formal import LANGUAGES, Formal
+from benchmarks.hope.recall import Recall
+from benchmarks.hope.task import Task
+from deepopt.hope.optimizers import build_optimizers
+from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
+
+TASKS: dict[str, Task] = {
+    "bytes": Bytes(),
+    "recall": Recall(),
+    **{name: Formal(name) for name in LANGUAGES},
+}
+WEIGHT_DECAY = 0.1
+WARMUP = 50
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from another."""
+
+    task: str
+    model: str
+    optimizer: str
+    lr: float
+    seed: int
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task}, {self.model}, {self.optimizer}, lr {self.lr:g}, seed {self.seed}, "
+            f"{self.steps} steps"
+        )
+
+
+def setting(run: Run) -> Line:
+    """What the outcome of a run depends on besides the run itself and the code."""
+    return {
+        **TASKS[run.task].setting(run.model),
+        "weight_decay": WEIGHT_DECAY,
+        "warmup": WARMUP,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def execute(run: Run) -> Line:
+    """Train and measure; the run with its setting and its outcome."""
+    task = TASKS[run.task]
+    torch.manual_seed(run.seed)
+    model = task.model(run.model)
+    began = time.process_time()
+    try:
+        losses = train(task, model, run)
+        outcome: Line = {"train_loss": statistics.fmean(losses[-max(1, run.steps // 10) :])}
+        outcome["train_cpu_seconds"] = round(time.process_time() - began, 1)
+        outcome["metrics"] = task.metrics(model)
+    except FloatingPointError as error:
+        outcome = {"diverged": str(error)}
+    return {
+        **dataclasses.asdict(run),
+        **setting(run),
+        "parameters": models.parameters(model),
+        **outcome,
+    }
+
+
+def train(task: Task, model: nn.Module, run: Run) -> list[float]:
+    """Losses of all steps, as `deepopt.hope.trainer.Trainer` takes them.
+
+    Raises:
+        FloatingPointError: a loss or the norm of a gradient is not finite.
+    """
+    optimizers = build_optimizers(model, run.optimizer, run.lr, WEIGHT_DECAY, None, task.tokens)
+    losses = []
+    for step in range(run.steps):
+        factor = lr_factor(step, run.steps, min(WARMUP, run.steps // 2))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.zero_grad()
+        loss = task.loss(model, task.data(run.seed, step))
+        loss.backward()
+        with ExitStack() as chunks:  # what is clipped is what is applied
+            for optimizer in optimizers:
+                chunks.enter_context(optimizer.due())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            if not torch.isfinite(loss + norm):
+                raise FloatingPointError(f"not finite after {step} steps")
+            for optimizer in optimizers:
+                optimizer.optimizer.step()
+        losses.append(loss.item())
+    return losses
