@@ -348,3 +348,9 @@ def test_a_subclass_may_make_its_memory_from_an_argument_of_its_own():
     assert optimizer._parts(group)[0].refresh == 10
     group["refresh"] = 3
     assert optimizer._parts(group)[0].refresh == 3
+
+
+@pytest.mark.parametrize("cls", [deepopt.DeepMomentum, deepopt.M3, deepopt.DMGD])
+def test_a_model_in_the_place_of_its_parameters_is_refused_with_the_remedy(cls):
+    with pytest.raises(TypeError, match=r"a model \(Sequential\).*deepopt.param_groups\(model\)"):
+        cls(make_model())

@@ -780,10 +780,6 @@ class Packed(nn.Linear):
         return x @ self.packed
 
 
-def paths(model):
-    return {row.name: row.path for row in deepopt.routing_table(model)}
-
-
 def sequence():
     return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 100))
 
