@@ -5,12 +5,15 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+import deepopt
 from tests.optim.contract.helpers import (
     EXPECTED_WARNINGS,
     assert_near,
     assert_same,
     every,
+    every_settled,
     feed,
     gradient_stream,
     label,
@@ -147,3 +150,49 @@ def test_complex_parameters_are_refused_or_stepped_as_two_real_ones(cls, options
         feed(optimizer, [param], [[grad]])
         feed(reference, [twin], [[torch.view_as_real(grad)]])
     torch.testing.assert_close(torch.view_as_real(param.detach()), twin.detach())
+
+
+class Wrapped(torch.Tensor):
+    """A tensor class of a user's, such as a quantized one: it knows torch's own operators alone."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace != "aten":
+            raise NotImplementedError(f"Wrapped does not know {function}")
+        first = args[0]
+        args, kwargs = tree_map_only(Wrapped, lambda x: x.inner, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        if function.overloadpacket.__name__.endswith("_"):
+            return first
+        return cls(result) if function is torch.ops.aten.detach.default else result
+
+
+@every_settled
+def test_tensor_subclasses_are_stepped_by_their_own_operators(cls, options):
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Parameter(torch.randn(20, 24, generator=generator))
+    weight = nn.Parameter(Wrapped(plain.detach().clone()))
+    optimizers = cls([plain], **options), cls([weight], **options)
+    for _ in range(3):
+        plain.grad = torch.randn(20, 24, generator=generator)
+        weight.grad = plain.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(weight.inner, plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_rounding_that_a_tensor_subclass_cannot_have_is_refused():
+    weight = nn.Parameter(Wrapped(torch.randn(20, 24, dtype=torch.bfloat16)))
+    optimizer = deepopt.DeepMomentum([weight], rounding="exact")
+    weight.grad = torch.ones(20, 24, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="does not support tensor subclass parameters"):
+        optimizer.step()
