@@ -78,11 +78,17 @@ def keep_lines(path: Path, step: int) -> None:
 
 
 def plot(path: Path, runs: Mapping[str, Path]) -> None:
-    """Draw the bits per byte of runs, by label: training thin and smoothed, held out with dots."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (label, metrics) in enumerate(runs.items()):
-        lines = list(read_metrics(metrics))
+    """Draw runs by label: bits per byte, and beside it how far a step moves what it moves.
+
+    Training is thin and smoothed, held-out text has dots. On the right are the root mean squares of
+    updates over those of their parameters, of the steps that were watched: the median over the
+    parameters, and a band from the first to the third quartile.
+    """
+    lines_of = {label: list(read_metrics(metrics)) for label, metrics in runs.items()}
+    watched = any("diagnostics" in line for lines in lines_of.values() for line in lines)
+    figure = Figure(figsize=(11 if watched else 7, 4.5), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
+    for index, (label, lines) in enumerate(lines_of.items()):
         smooth, curve = math.nan, []
         for line in lines:
             if "bits_per_byte" in line:
@@ -95,9 +101,24 @@ def plot(path: Path, runs: Mapping[str, Path]) -> None:
             axes.plot(*zip(*curve, strict=True), color=color, alpha=0.4, label=f"{label}, training")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color=color, label=f"{label}, held out")
+        for right in beside:
+            _plot_ratios(right, lines, color, label)
     axes.set(xlabel="step", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for each in (axes, *beside):
+        each.grid(alpha=0.3)
+        each.legend()
     image = io.BytesIO()
     figure.savefig(image, dpi=120)
     write_atomically(path, image.getvalue())
+
+
+def _plot_ratios(axes: Any, lines: list[dict[str, Any]], color: str, label: str) -> None:
+    found = [(x["step"], x["diagnostics"]) for x in lines if "diagnostics" in x]
+    axes.set(xlabel="step", ylabel="update / parameter", yscale="log")
+    if not found:
+        return
+    steps = [step for step, _ in found]
+    ratios = [sorted(row["ratio"] for row in rows.values()) for _, rows in found]
+    low, middle, high = ([r[int(q * (len(r) - 1))] for r in ratios] for q in (0.25, 0.5, 0.75))
+    axes.plot(steps, middle, "o-", color=color, label=label)
+    axes.fill_between(steps, low, high, color=color, alpha=0.2)

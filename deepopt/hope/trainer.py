@@ -26,6 +26,7 @@ from deepopt.hope import Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, optimizer_class
 from deepopt.hope.options import about, documented
 from deepopt.memory import BUILT_IN
+from deepopt.optim.base import MemoryOptimizer
 
 try:
     from deepopt.hope import checkpoint
@@ -252,8 +253,11 @@ class Trainer:
                 metrics.write(json.dumps({"step": self.step, **values}) + "\n")
 
             while self.step < config.steps:
-                values = self.train_step()
+                watched = (self.step + 1) % config.eval_every == 0 or self.step + 1 == config.steps
+                values, diagnostics = self.train_step(watched)
                 log(**values)
+                if diagnostics:
+                    log(diagnostics=diagnostics)
                 progress.show(values["loss"])
                 last = self.step == config.steps
                 if last or self.step % config.eval_every == 0:
@@ -279,8 +283,17 @@ class Trainer:
         plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
         return self._result(val_loss)
 
-    def train_step(self) -> dict[str, float]:
-        """Take one step and return what there is to log about it."""
+    def train_step(
+        self, watched: bool = False
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Take one step and return what there is to log about it.
+
+        Args:
+            watched: whether deepopt's optimizers tell what the step does to every parameter.
+
+        Returns:
+            Values by name, and for a watched step the diagnostics by parameter.
+        """
         config = self.config
         factor = lr_factor(self.step, config.steps, self.trajectory["warmup"])
         for optimizer in self.optimizers:
@@ -301,15 +314,17 @@ class Trainer:
                 chunks.enter_context(optimizer.due())
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
             self._check_finite("norm of the gradient", norm.item(), self.step + 1)
-            began = time.process_time()
+            began, seen = time.process_time(), []
             for optimizer in self.optimizers:
+                if watched and isinstance(optimizer.optimizer, MemoryOptimizer):
+                    seen.append(chunks.enter_context(optimizer.optimizer.diagnostics()))
                 optimizer.optimizer.step()
             optimizer_seconds = time.process_time() - began
 
         self.step += 1
         self.model_seconds.append(model_seconds)
         self.optimizer_seconds.append(optimizer_seconds)
-        return {
+        values = {
             "loss": loss.item(),
             "bits_per_byte": loss.item() / math.log(2),
             "lr": config.lr * factor,
@@ -317,6 +332,7 @@ class Trainer:
             "model_cpu_seconds": round(model_seconds, 6),
             "optimizer_cpu_seconds": round(optimizer_seconds, 6),
         }
+        return values, {n: row.scalars() for rows in seen for n, row in rows.items()}
 
     @torch.no_grad()
     def evaluate(self) -> float:

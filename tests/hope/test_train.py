@@ -113,6 +113,11 @@ def test_training_learns_and_writes_its_outputs(config):
     lines = metrics(config.out)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "val_loss" in line] == list(range(4, 41, 4))
+    watched = [line for line in lines if "diagnostics" in line]
+    assert [line["step"] for line in watched] == list(range(4, 41, 4))
+    model = Trainer(dataclasses.replace(config, out=config.out / "names")).model
+    assert watched[0]["diagnostics"].keys() == {name for name, _ in model.named_parameters()}
+    assert all(0 < row["ratio"] < 1 for row in watched[-1]["diagnostics"].values())
     assert lines[0]["bits_per_byte"] == pytest.approx(8, abs=1e-3)
     assert result.val_bits_per_byte < 6
     assert result.val_loss == lines[-1]["val_loss"]
@@ -450,11 +455,11 @@ def weights_become(value: float, monkeypatch, step: int) -> None:
     """The optimizer makes a weight of this value in a step."""
     train_step = Trainer.train_step
 
-    def breaking(self):
-        values = train_step(self)
+    def breaking(self, watched=False):
+        result = train_step(self, watched)
         if self.step == step:
             self.model.head.weight.data[0, 0] = value
-        return values
+        return result
 
     monkeypatch.setattr(Trainer, "train_step", breaking)
 
