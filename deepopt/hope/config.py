@@ -77,7 +77,7 @@ class HopeConfig:
         default=2.0,
         metadata=about(
             "upper end of what the main memory erases from W2, at most 2; None erases by eta",
-            "Heads start with a hundredth of it: an erased key is not recalled.",
+            "Heads start with a thousandth of it: an erased key is not recalled.",
             type=float,
         ),
     )

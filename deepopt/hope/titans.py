@@ -72,7 +72,9 @@ class SelfModifyingTitans(nn.Module):
         w2 = torch.randn(heads, count, hidden, d) / math.sqrt(d)
         self.initial_w2 = nn.Parameter(w2) if hidden else None
         self.initial_w1 = nn.Parameter(torch.randn(heads, count, d, columns) / math.sqrt(columns))
-        self.eta_bias = nn.Parameter(torch.zeros(heads))
+        # Eta and the erasure of W2 start small, and with them the drift of the features: what was
+        # written with old features is neither read nor changed well with new ones.
+        self.eta_bias = nn.Parameter(torch.full((heads,), -4.0))
         # alpha starts at 0.999: half of what is written is left after 760 tokens.
         self.alpha_bias = nn.Parameter(torch.full((heads,), 7.0))
         exact = config.update == "delta"
@@ -80,8 +82,7 @@ class SelfModifyingTitans(nn.Module):
             config.update != "gd" and config.max_erase is not None and not (exact and not hidden)
         )
         self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
-        # Recall needs the features of the keys that are stored, which are what W2 would lose.
-        self.erase_range = nn.Parameter(torch.full((heads,), -4.6)) if erases else None
+        self.erase_range = nn.Parameter(torch.full((heads,), -7.0)) if erases else None
         self.delta_bias = nn.Parameter(torch.full((heads,), -1.1)) if exact else None
         self.delta_range = nn.Parameter(torch.full((heads,), 7.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None
