@@ -227,13 +227,22 @@ def test_ctrl_c_saves_and_says_how_to_resume(config, tmp_path, monkeypatch, caps
 def test_signals_save_and_end_the_process_with_their_own_code(config, number, code):
     endless = arguments(config, "--steps=9999999", "--save-every=9999999", "--eval-every=9999999")
     command = [sys.executable, "-m", "deepopt.hope.train", *endless]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          start_new_session=True, text=True) as run:  # fmt: skip
+    # A background job of a shell ignores SIGINT, one under nohup SIGHUP, and children inherit that.
+    ignored = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True, text=True)  # fmt: skip
+    finally:
+        signal.signal(number, ignored)
+    try:
         began = time.monotonic()
         while not (config.out / "metrics.jsonl").exists() and time.monotonic() < began + 60:
             time.sleep(0.01)
         run.send_signal(number)
         message = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
     assert run.returncode == code, message
     assert "Traceback" not in message
     assert message.rstrip().endswith("--resume")
