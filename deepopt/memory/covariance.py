@@ -120,7 +120,7 @@ class Covariance:
         momentum = LINEAR.read(state, grad, retention)
         before = frobenius(momentum)
         # A root enlarges: what is huge is made smaller first. Its norm is restored in any case.
-        unit = torch.where(before > 2.0**64, 2.0**-32, 1.0)[:, None, None]
+        unit = torch.where(before > 2.0**64, 2.0**-32, 1.0).to(grad.dtype)[:, None, None]
         for side in self._sides(grad):
             root = unit * state[f"root_{side}"]
             left = side == "left"

@@ -62,7 +62,7 @@ def delta_write(
     ratio = (scale / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
     # Products of a huge momentum would leave the range before the small ratio brings them back.
     size = frobenius(momentum)
-    unit = torch.where(size > 2.0**64, 2.0**-64, 1.0)
+    unit = torch.where(size > 2.0**64, 2.0**-64, 1.0).to(grad.dtype)
     shrunk = unit[:, None, None] * (keys.mT if wide else gram)
     erased = (momentum @ shrunk) @ keys if wide else momentum @ shrunk
     erased = erased * (rate * ratio / unit)[:, None, None]

@@ -265,6 +265,7 @@ def test_what_nohup_ignores_stays_ignored():
 
 def test_the_second_signal_is_real_whichever_it_is(monkeypatch):
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whose effect can be seen
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
     try:
         with interrupts() as stop:
             signal.raise_signal(signal.SIGHUP)
@@ -274,6 +275,7 @@ def test_the_second_signal_is_real_whichever_it_is(monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, ignored)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 15, 16, 20, 800])
