@@ -1,4 +1,4 @@
-"""One block of Hope (Eqs 94-97)."""
+"""One block of Hope (Eq 94, Eq 95, Eq 96, Eq 97)."""
 
 from __future__ import annotations
 

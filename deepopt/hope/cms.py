@@ -1,4 +1,4 @@
-"""Continuum memory system: a chain of MLPs that learn at different frequencies (Eqs 70, 71, 73)."""
+"""Continuum memory system: MLPs in a chain, at different frequencies (Eq 70, Eq 71, Eq 73)."""
 
 from __future__ import annotations
 

@@ -190,8 +190,8 @@ class HopeConfig:
 
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
-        """The layer as it is printed (Eqs 83-91): no projection but the query's, eta a vector that
-        is the erasure too, gradients in every matrix, retention that leads to zero, no momentum.
+        """The layer as it is printed (Eq 83 to Eq 91): no projection but the query's, eta a vector
+        that is the erasure too, gradients in every matrix, retention towards zero, no momentum.
 
         Args:
             options: any other field, or one of these to change it.

@@ -1,20 +1,20 @@
 r"""Self-modifying memories: what they are, what they read and how fast they learn.
 
-A memory is a residual two-layer MLP (Eqs 89, 91) whose hidden features have a norm of at most 1,
+A memory is a residual two-layer MLP (Eq 89, Eq 91) whose hidden features have a norm of at most 1,
 
     M(z) = z + W1 f(z),  f(z) = unit(gelu(W2 z)),  unit(u) = u / sqrt(|u|^2 + floor),
     W2: (hidden, d),  W1: (d, hidden),
 
-or, with a hidden width of 0, the linear map M(z) = W1 z (Eqs 88, 93). Every head owns five. Four
+or, with a hidden width of 0, the linear map M(z) = W1 z (Eq 88, Eq 93). Every head owns five. Four
 *generate* the key, the value, the inner learning rate and the retention of a token (Eq 83); the
 fifth, `mem`, answers the queries. All five store the same key k_t, each with a value that it makes
-itself (Eqs 84, 85),
+itself (Eq 84, Eq 85),
 
     v^_t = unit(M_anchor(v_t)),   L_t(M) = 1/2 |M(k_t) - v^_t|^2   or   -<M(k_t), v^_t>,
 
-and learn by gradient descent at an anchor, the state at the end of the previous chunk (Eqs 86-88,
-90). Each of their matrices X follows one recurrence, in which X_0 is its learned initial value and
-y_t is what it sees of the key, k_t for W2 and f(k_t) at the anchor for W1:
+and learn by gradient descent at an anchor, the state at the end of the previous chunk
+(Eq 86, Eq 87, Eq 88, Eq 90). Each of their matrices X follows one recurrence, in which X_0 is its
+learned initial value and y_t what it sees of the key, k_t for W2 and f(k_t) at the anchor for W1:
 
     S_t = theta S_{t-1} + g_t y_t^T
     X_t = alpha_t X_{t-1} + (1 - alpha_t) X_0 - e_t (X_{t-1} y_t) y_t^T + S_t

@@ -40,7 +40,7 @@ def self_modifying(
     position: int = 0,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState, MemoryState]:
-    """Reads and writes of all memories over some tokens: Eqs 83-91 in their chunk-parallel form.
+    """Reads and writes of all memories over some tokens, chunk by chunk: Eq 83 to Eq 91.
 
     Args:
         inputs: what the memories see, (batch, heads, d, tokens) each.

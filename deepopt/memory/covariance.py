@@ -1,4 +1,4 @@
-"""A linear memory read through the memory of the gradient's covariance (Eqs 106-111)."""
+"""A linear memory read through the memory of the gradient's covariance (Eq 106 to Eq 111)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,4 +1,4 @@
-"""The delta-rule memory: forget what the present gradient's keys recall (Eqs 48-49)."""
+"""The delta-rule memory: forget what the present gradient's keys recall (Eq 48, Eq 49)."""
 
 from dataclasses import dataclass
 

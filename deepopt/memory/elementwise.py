@@ -1,4 +1,4 @@
-"""Adam and AdaGrad as optimal memories of the gradient stream (App. B, Eqs 100-111)."""
+"""Adam and AdaGrad as optimal memories of the gradient stream (App. B, Eq 100 to Eq 111)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -99,7 +99,7 @@ class OuterProduct:
     .. math::
         H = \sum_i g_i g_i^\top, \quad P = H^{1/2}, \qquad
         m^* = (H + \varepsilon P)^{-1} P\, S = (H^{1/2} + \varepsilon I)^{-1} S
-        \qquad\text{(Eqs 106-111)}
+        \qquad\text{(Eq 106 to Eq 111)}
 
     The paper prints :math:`\|m g_i - P\|^2`, whose shapes do not agree; m* minimises
     :math:`\frac12 m^\top (H + \varepsilon P)\, m - m^\top P S`, which is Eq 101 without its

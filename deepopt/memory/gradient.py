@@ -1,4 +1,4 @@
-"""No memory: plain gradient descent (Eqs 7-9)."""
+"""No memory: plain gradient descent (Eq 7, Eq 8, Eq 9)."""
 
 from dataclasses import dataclass
 

@@ -1,9 +1,10 @@
-"""Any ``nn.Module`` as a memory: its weights are the state, and gradients train it (Eqs 50-52)."""
+"""Any ``nn.Module`` as a memory: gradients train its weights, the state (Eq 50, Eq 51, Eq 52)."""
 
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import Lock, get_ident
 from typing import Literal
 
 import torch
@@ -162,7 +163,7 @@ class Module:
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         for index, kept in enumerate(self._retentions(retention)):
             state[f"average.{index}"] = state[f"average.{index}"].lerp(grad, 1 - kept)
-        module = _skeleton(self.factory, *self._widths(grad))
+        module = _skeleton(self.factory, *self._widths(grad), get_ident())
         keys, base, scale = self._keys(state, grad, retention)
         u = grad / scale.clamp_min(torch.finfo(grad.dtype).tiny)
         target = u if self.preconditioner is None else self.preconditioner(u)
@@ -187,7 +188,7 @@ class Module:
         state.update({f"weight.{k}": weight for k, weight in trained.items()})
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        module = _skeleton(self.factory, *self._widths(grad))
+        module = _skeleton(self.factory, *self._widths(grad), get_ident())
         keys, base, scale = self._keys(state, grad, retention)
         weights = {k: state[f"weight.{k}"] for k, _ in module.named_parameters()}
         at_once = max(1, ENTRIES_AT_ONCE // grad[0].numel())
@@ -291,7 +292,14 @@ def _make(factory: Factory, inputs: int, outputs: int, device: torch.device) -> 
     return module
 
 
+_MAKING = Lock()
+"""The generator and the default dtype belong to the process: one thread at a time changes them."""
+
+
 @functools.lru_cache(maxsize=256)
-def _skeleton(factory: Factory, inputs: int, outputs: int) -> nn.Module:
-    """The module without its weights, to be called with those of the state."""
+def _skeleton(factory: Factory, inputs: int, outputs: int, thread: int) -> nn.Module:
+    """The module without its weights, to be called with those of the state.
+
+    One for each thread: ``functional_call`` puts weights into the module while it is called.
+    """
     return _make(factory, inputs, outputs, torch.device("meta"))

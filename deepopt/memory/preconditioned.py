@@ -1,4 +1,4 @@
-"""Heavy-ball momentum of a preconditioned gradient (Eqs 33-34 and 46-47)."""
+"""Heavy-ball momentum of a preconditioned gradient (Eq 33, Eq 34 and Eq 46, Eq 47)."""
 
 from dataclasses import dataclass
 

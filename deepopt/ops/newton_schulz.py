@@ -1,4 +1,4 @@
-"""Orthogonalization by an odd matrix polynomial: the output map of Muon (Eqs 42-44 and 52)."""
+"""Orthogonalization by an odd matrix polynomial, as in Muon (Eq 42, Eq 43, Eq 44, Eq 52)."""
 
 import functools
 import math

@@ -80,14 +80,15 @@ class MemoryOptimizer(Optimizer):
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
         checkpoint.describe_when_saved(self)
-        if self._least_dims["matrix"]:  # a rule for vectors too has nothing against embeddings
+        if self._least_dims["matrix"]:  # rules that step vectors too may step embeddings
             routing.warn_of_groups(self.param_groups, stacklevel=4)
 
     # -- for the subclasses ------------------------------------------------------------------
 
     def _check_group(self, group: Group) -> None:
         """Raise ValueError for the first value of ``group`` that is out of range."""
-        lr, betas = group["lr"], group["betas"]
+        lr: Any = group["lr"]
+        betas: Any = group["betas"]
         for name in ("lr", "eps", "weight_decay"):
             if not isinstance(group[name], Real | Tensor):
                 raise TypeError(
@@ -102,6 +103,8 @@ class MemoryOptimizer(Optimizer):
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"Invalid betas: {betas}; two values are needed")
+        if not all(isinstance(beta, Real | Tensor) for beta in betas):
+            raise TypeError(f"Invalid betas: {betas}; give two numbers")
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
@@ -139,7 +142,7 @@ class MemoryOptimizer(Optimizer):
             return f"{value.__module__}.{value.__qualname__}"
         if type(value).__repr__ is object.__repr__:
             return type(value).__name__
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # which no other process would have
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # another process has other addresses
 
     # -- groups ------------------------------------------------------------------------------
 
@@ -175,7 +178,7 @@ class MemoryOptimizer(Optimizer):
         return parts
 
     def _forget(self) -> None:
-        """Derive anew from the groups whatever was."""
+        """Forget everything that was derived from the groups."""
         self._kept_parts: dict[int, Parts] = {}
         self._kept_sorted: dict[int, Sorted] = {}
 
@@ -225,7 +228,8 @@ class MemoryOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, a DTensor of partial sums, or a state that does not
-                fit its parameter; no parameter has moved then.
+                fit its parameter; no parameter has moved then. What a memory itself raises leaves
+                the matrices of its call as they were; others may have been stepped before it.
             AssertionError: ``capturable=True`` with parameters on a device without graphs.
         """
         graph_capture_health_check(self)
@@ -343,14 +347,16 @@ class MemoryOptimizer(Optimizer):
             distribute(tensor, made, key, counts)
         return made
 
-    def _keys(self, bucket: Bucket) -> Sequence[str]:
-        """The names of the state tensors that ``init`` makes; all others are the user's."""
+    def _keys(self, bucket: Bucket) -> Mapping[str, Tensor]:
+        """The state tensors that ``init`` makes, by name; all others are the user's."""
         if bucket.kind.elementwise:
-            return adamw_path.KEYS
-        keys, sides = bucket.parts.keys, bucket.kind.sides
-        if sides not in keys:  # as after a checkpoint has been loaded
-            _init(bucket.parts, torch.empty(1, *sides, device="meta"))
-        return keys[sides]
+            return adamw_path.LIKE
+        keys, kind = bucket.parts.keys, bucket.kind
+        layout = (*kind.sides, kind.state_dtype)
+        if layout not in keys:  # as after a checkpoint has been loaded
+            like = torch.empty(1, *kind.sides, dtype=kind.state_dtype, device="meta")
+            _init(bucket.parts, like)
+        return keys[layout]
 
     def _expected_state(
         self, param: Tensor, route: routing.Route, group: Group
@@ -372,7 +378,7 @@ class MemoryOptimizer(Optimizer):
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads) if len(grads) > 1 else grads[0]
             grad = grad.to(kind.state_dtype)
-            with stacked(states, bucket.parts.keys[kind.sides], group["differentiable"]) as whole:
+            with stacked(states, self._keys(bucket), group["differentiable"]) as whole:
                 each = steps
                 if counts.count(1) < len(counts):
                     each = [step for step, n in zip(steps, counts, strict=True) for _ in range(n)]
@@ -540,7 +546,10 @@ def _init(parts: Parts, like: Tensor) -> State:
                 f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
                 f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
             )
-    parts.keys[like.shape[1], like.shape[2]] = list(whole)
+    parts.keys[like.shape[1], like.shape[2], like.dtype] = {
+        key: torch.empty(1, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+        for key, tensor in whole.items()
+    }
     return whole
 
 

@@ -1,4 +1,4 @@
-"""Continuum: any optimizer, with an update frequency for every parameter group (Eqs 70 and 71)."""
+"""Continuum: any optimizer, and an update frequency for every group (Eq 70 and Eq 71)."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepopt._compat import disable_dynamo
-from deepopt.optim.base import Group
+from deepopt.optim.base import Group, undisturbed
 from deepopt.optim.engine.adamw_path import state_dtype
 
 REDUCTIONS = ("mean", "sum")
@@ -19,7 +19,7 @@ PENDING = "pending_grad"
 
 
 class Continuum(Optimizer):
-    r"""Continuum memory system: parameters that learn at different frequencies (Eqs 70 and 71).
+    r"""Continuum memory system: parameters that learn at different frequencies (Eq 70 and Eq 71).
 
     A parameter group with a ``chunk`` of C learns at every C-th step only, from all the gradients
     of its chunk; in between it rests, so that what it knows outlasts what the faster groups forget:
@@ -187,19 +187,20 @@ class Continuum(Optimizer):
         """
         pending, counts, grads = dict(self.pending), [], {}
         due = []
-        for group in self.param_groups:
-            count = group["pending_steps"] + 1
-            ends = count >= group["chunk"]
-            counts.append((group, 0 if ends else count))
-            if ends:
-                due.append(group)
-            if ends and count == 1:
-                continue
-            for param in group["params"]:
-                total = _plus(pending.pop(param, None), param, group)
-                grads[param] = _reduced(total, param, group, count) if ends else None
-                if not ends and total is not None:
-                    pending[param] = total
+        with undisturbed(torch.is_grad_enabled()):
+            for group in self.param_groups:
+                count = group["pending_steps"] + 1
+                ends = count >= group["chunk"]
+                counts.append((group, 0 if ends else count))
+                if ends:
+                    due.append(group)
+                if ends and count == 1:
+                    continue
+                for param in group["params"]:
+                    total = _plus(pending.pop(param, None), param, group)
+                    grads[param] = _reduced(total, param, group, count) if ends else None
+                    if not ends and total is not None:
+                        pending[param] = total
         with _swapped(grads):
             yield due
         self.pending = pending
@@ -222,10 +223,11 @@ class Continuum(Optimizer):
         if partial == "step" and waiting:
             params = [param for group in self.param_groups for param in group["params"]]
             grads: dict[Tensor, Tensor | None] = dict.fromkeys(params)
-            for group in waiting:
-                for param in group["params"]:
-                    total = self.pending.get(param)
-                    grads[param] = _reduced(total, param, group, group["pending_steps"])
+            with undisturbed(torch.is_grad_enabled()):
+                for group in waiting:
+                    for param in group["params"]:
+                        total = self.pending.get(param)
+                        grads[param] = _reduced(total, param, group, group["pending_steps"])
             with _swapped(grads):
                 self.optimizer.step()
         self.pending = {}

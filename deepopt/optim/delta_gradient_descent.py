@@ -20,7 +20,7 @@ GRADIENT = Gradient()
 
 
 class DeltaGradientDescent(MemoryOptimizer):
-    r"""Gradient descent with a delta rule on the weights (Eqs 54-57).
+    r"""Gradient descent with a delta rule on the weights (Eq 54, Eq 55, Eq 56, Eq 57).
 
     A linear layer's weight W is an associative memory that maps inputs x to their local errors.
     Plain gradient descent stores them one by one; here W is regressed on them (Eq 56), so that a
@@ -93,7 +93,8 @@ class DeltaGradientDescent(MemoryOptimizer):
         ValueError: an argument out of range, named with its value.
         RuntimeError: sparse gradients, or flags that exclude each other.
 
-    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, Eqs 54-57 and App. C.
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, Eq 54 to Eq 57
+    and App. C.
     """
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}

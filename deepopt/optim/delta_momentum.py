@@ -12,7 +12,7 @@ from deepopt.optim.base import Group, MemoryOptimizer
 
 
 class DeltaMomentum(MemoryOptimizer):
-    r"""Momentum with the delta rule, the paper's Eqs 48-49.
+    r"""Momentum with the delta rule, the paper's Eq 48, Eq 49.
 
     The momentum is an associative memory with the gradient G for a key and -P for a value, trained
     online on :math:`\frac12\|m G^\top + P\|^2`. In units of the step, :math:`B = -m/\gamma`, with

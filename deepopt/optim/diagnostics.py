@@ -49,26 +49,26 @@ class Diagnosis(NamedTuple):
 def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diagnosis]]:
     """See :meth:`deepopt.DeepMomentum.diagnostics`."""
     found: dict[str, Diagnosis] = {}
-    before: list[tuple[Tensor, Tensor]] = []
+    before: list[Tensor] = []
 
     def remember(*_: Any) -> None:
-        before[:] = [
-            (param.detach().clone(), param.grad.detach().clone())
-            if param.grad is not None
-            else (param, param)
-            for param in _params(optimizer)
-        ]
+        before[:] = [param.detach().clone() for param in _params(optimizer)]
 
     def compare(*_: Any) -> None:
-        rows = [(group, *row) for group in optimizer.param_groups for row in routing.routed(group)]
-        for index, ((group, param, name, route), (old, grad)) in enumerate(
-            zip(rows, before, strict=True)
-        ):
-            if old is not param:
-                sign = 1 if group["maximize"] else -1
-                report = optimizer._report(group, param, route)
-                key = name or f"parameter {index}"
-                found[key] = _diagnose(old, param.detach(), sign * grad, route, report, spread)
+        # Gradients are read after the step, which leaves them alone: a closure makes them inside.
+        found.clear()
+        groups = optimizer.param_groups
+        rows = [(index, *row) for index, g in enumerate(groups) for row in routing.routed(g)]
+        for number, ((index, param, name, route), old) in enumerate(zip(rows, before, strict=True)):
+            if param.grad is None:
+                continue
+            sign = 1 if groups[index]["maximize"] else -1
+            report = optimizer._report(groups[index], param, route)
+            key = name or f"parameter {number}"
+            key = f"{key} of group {index}" if key in found else key
+            found[key] = _diagnose(
+                old, param.detach(), sign * param.grad.detach(), route, report, spread
+            )
         before.clear()
 
     hooks = (
@@ -110,7 +110,7 @@ def _diagnose(
         parameter,
         update,
         update / parameter if parameter else float("inf") if update else 0.0,
-        (one * other).sum().item() / norms if norms else 0.0,
+        (one * other).sum().item() / norms if update and norms else 0.0,
         {name: whole(value).double().mean().item() for name, value in report.items()},
         values,
     )

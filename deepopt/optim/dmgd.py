@@ -1,4 +1,4 @@
-"""DMGD: gradient descent whose momentum is a module, trained inside the step (Eqs 50-52)."""
+"""DMGD: gradient descent whose momentum is a module, trained in the step (Eq 50, Eq 51, Eq 52)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class DMGD(MemoryOptimizer):
     .. math::
         \theta_t &= \theta_0 + \beta_1 (\theta_{t-1} - \theta_0)
             - \eta\, \nabla_\theta L\big(m_{\theta_{t-1}};\, u\big), \qquad
-            L = \tfrac12 \text{mean}\,(m_\theta(\varphi(u)) + P u)^2 \qquad\text{(Eqs 50, 51)}\\
+            L = \tfrac12 \text{mean}\,(m_\theta(\varphi(u)) + P u)^2 \qquad\text{(Eq 50, Eq 51)}\\
         W_t &= (1 - \gamma\lambda)\, W_{t-1}
             + \gamma\, \sigma\big(s_t\, m_{\theta_t}(\varphi(u))\big) \qquad\text{(Eq 52)}
 

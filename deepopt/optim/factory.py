@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -82,7 +83,16 @@ def create_optimizer(
     if model_or_params is None or name is None:
         missing = "model_or_params" if model_or_params is None else "name"
         raise TypeError(f"create_optimizer needs {missing}; choose a name from {_names()}")
-    if name.lower() == "continuum":
+    if not isinstance(name, str):
+        raise TypeError(f"Invalid name: {name!r}; choose a text from {_names()}")
+    if layer_decay is not None and not isinstance(layer_decay, Real):
+        raise TypeError(f"Invalid layer_decay: {layer_decay!r} is no number, such as 0.75")
+    if overrides and "path" in options:
+        raise ValueError(
+            f"Invalid overrides: {overrides!r} beside path={options['path']!r}, which is for all "
+            "parameters; give one of the two"
+        )
+    if name.replace("_", "").lower() == "continuum":
         wrapper: dict[str, Any] = {k: options.pop(k) for k in ("chunk", "reduce") if k in options}
         inner = create_optimizer(
             model_or_params,
@@ -114,7 +124,7 @@ def create_optimizer(
         return cls(model_or_params, **options)
 
     model = model_or_params
-    layers = {} if layer_decay is None else _layers(model)
+    layers: dict[str, int] = {} if layer_decay is None else _layers(model)
     undecayed = _undecayed(model) if filter_bias_and_bn else set()
     routed: list[dict[str, Any]] = param_groups(model, overrides, split)
     if "path" in options:
@@ -151,8 +161,6 @@ def _names() -> str:
 
 
 def _resolve(name: str) -> Any:
-    if not isinstance(name, str):
-        raise TypeError(f"Invalid name: {name!r}; choose a text from {_names()}")
     known = {key.replace("_", ""): e.cls for key, e in REGISTRY.items() if not e.wraps}
     classes = _torch_classes() | {"muon": MuonAndAdamW} | known
     cls = classes.get(name.replace("_", "").lower())

@@ -1,4 +1,4 @@
-"""Layer inputs, for optimizers whose rule needs more than the gradient (Eqs 54-57)."""
+"""Layer inputs, for rules that need more than the gradient (Eq 54, Eq 55, Eq 56, Eq 57)."""
 
 import functools
 import math

@@ -12,7 +12,7 @@ from deepopt.optim.base import Group, MemoryOptimizer
 
 
 class PreconditionedMomentum(MemoryOptimizer):
-    r"""Momentum with a preconditioner, the paper's Eqs 46-47; without one, SGD with momentum.
+    r"""Momentum with a preconditioner, the paper's Eq 46, Eq 47; without one, SGD with momentum.
 
     For every parameter W with gradient G, and a matrix P of rows x rows:
 

@@ -17,7 +17,7 @@ def make_params():
 
 
 def named(params):
-    return list(zip(("wide", "bias", "resting"), params, strict=True))
+    return list(zip(("wide", "bias", "resting"), params, strict=False))
 
 
 @every_settled
@@ -78,3 +78,32 @@ def test_a_wrapped_optimizer_has_them():
         assert not seen
         optimizer.step()
         assert seen.keys() == {"parameter 0", "parameter 1"}
+
+
+def test_gradients_of_a_closure_count_and_rows_are_those_of_the_last_step():
+    params = make_params()
+    optimizer = deepopt.DeepMomentum(params)
+
+    def closure():
+        for param in params[:2]:
+            param.grad = torch.ones_like(param)
+        return torch.tensor(0.0)
+
+    for param in params:
+        param.grad = -torch.ones_like(param)  # stale: the closure has others
+    params[2].grad = None
+    with optimizer.diagnostics() as seen:
+        optimizer.step(closure)
+        assert seen.keys() == {"parameter 0", "parameter 1"}
+        assert all(row.cosine > 0 for row in seen.values())
+        params[0].grad = None
+        optimizer.step()
+        assert seen.keys() == {"parameter 1"}
+
+
+def test_equal_names_in_two_groups_are_told_apart():
+    groups = [{"params": named(make_params()[:2])}, {"params": named(make_params()[:2])}]
+    optimizer = deepopt.DeepMomentum(groups)
+    with optimizer.diagnostics() as seen:
+        optimizer.step()
+    assert seen.keys() == {"wide", "bias", "wide of group 1", "bias of group 1"}

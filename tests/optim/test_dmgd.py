@@ -1,5 +1,7 @@
 """DMGD: the printed rule, which is no descent method, and the settled one, which is."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -399,3 +401,24 @@ def test_a_callable_with_a_wrong_result_is_named(options, message):
     w.grad = torch.ones(4, 5)
     with pytest.raises(ValueError, match=message):
         DMGD([w], **options).step()
+
+
+def test_optimizers_in_two_threads_leave_each_other_alone():
+    def run(results=None, index=0):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(24, 20, generator=generator))
+        optimizer = DMGD([param], lr=1e-2)
+        for _ in range(6):
+            param.grad = torch.randn(24, 20, generator=generator)
+            optimizer.step()
+        if results is not None:
+            results[index] = param.detach()
+        return param.detach()
+
+    expected, results = run(), {}
+    threads = [threading.Thread(target=run, args=(results, index)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[index], expected) for index in range(3))

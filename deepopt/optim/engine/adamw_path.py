@@ -12,6 +12,7 @@ from deepopt.optim.engine import State
 from deepopt.optim.engine.rounding import lows_and_seeds
 
 KEYS = ("exp_avg", "exp_avg_sq")
+LIKE = {key: torch.empty(0, device="meta") for key in KEYS}
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ number of matrices in their parameter.
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,7 +37,9 @@ PLAIN = {Tensor, torch.nn.Parameter}
 """Types of parameters that kernels can write to."""
 SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
-SHAPE, DEVICE = operator.attrgetter("shape"), operator.attrgetter("device")
+DEVICE, STEP = operator.attrgetter("device"), operator.itemgetter("step")
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes of parameters whose state is float32."""
 ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
@@ -71,8 +73,9 @@ class Parts(NamedTuple):
     memory: Memory
     output_map: OutputMap
     arguments: dict[str, Any]
-    keys: dict[tuple[int, int], list[str]]
-    """Names of their state tensors, by the sides of the matrices; all others are the user's."""
+    keys: dict[tuple[Any, ...], dict[str, Tensor]]
+    """What ``init`` makes of one matrix, on the meta device, by the sides and dtype of the matrix.
+    Other entries of a state are the user's."""
 
     def hold(self, group: Group) -> bool:
         """Whether every argument is the very object that it was.
@@ -265,7 +268,7 @@ def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
 
 @contextmanager
 def stacked(
-    states: Sequence[State], keys: Sequence[str], differentiable: bool = False
+    states: Sequence[State], keys: Iterable[str], differentiable: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors under ``keys``, stacked; what is assigned or written to them reaches the states.
 
@@ -316,13 +319,13 @@ def distribute(
         state[key] = part.clone(memory_format=torch.contiguous_format)
 
 
-def check_states(bucket: Bucket, states: Sequence[Any], keys: Sequence[str]) -> None:
+def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tensor]) -> None:
     """Raise RuntimeError where the user has left a state that does not fit its parameter.
 
     Args:
         bucket: what is about to be stepped.
-        states: of its parameters; one without a step is yet to be made, and passes.
-        keys: the tensors that ``init`` makes.
+        states: of its parameters. One without a step has yet to be made, and passes.
+        keys: what ``init`` makes of one matrix; on the element-wise path the names alone count.
     """
     kind, params = bucket.kind, bucket.params
     if not all(states):
@@ -332,11 +335,16 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Sequence[str]) -> 
         tensors = [state[key] for key in keys for state in states]
     except KeyError:
         pairs = zip(params, states, strict=True)
-        param, lost = next((p, set(keys) - s.keys()) for p, s in pairs if set(keys) - s.keys())
+        param, lost = next((p, keys.keys() - s) for p, s in pairs if keys.keys() - s)
         raise RuntimeError(
             f"state {min(lost)!r} of {_who(bucket, param)} is missing: put it back, or delete the "
             "whole entry of optimizer.state to begin anew"
         ) from None
+    if not all(map(torch.is_tensor, map(STEP, states))) or not all(map(torch.is_tensor, tensors)):
+        raise RuntimeError(
+            f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
+            "put the tensor back, or delete the whole entry of optimizer.state"
+        )
     if set(map(DEVICE, tensors)) - {kind.device}:
         where = next(tensor.device for tensor in tensors if tensor.device != kind.device)
         raise RuntimeError(
@@ -345,19 +353,27 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Sequence[str]) -> 
         )
     if kind.mesh is not None:
         return
-    if kind.elementwise:
-        found, wanted = list(map(SHAPE, tensors)), list(map(SHAPE, params)) * len(keys)
-    else:
-        count = kind.sides[0] * kind.sides[1]
-        found = list(map(len, tensors))
-        wanted = [param.numel() // count for param in params] * len(keys)
-    if found != wanted:
-        index = next(i for i, size in enumerate(wanted) if size != found[i])
-        key, param = keys[index // len(params)], params[index % len(params)]
-        raise RuntimeError(
-            f"state {key!r} of {_who(bucket, param)} has the shape {tuple(tensors[index].shape)}, "
-            "which does not fit: replace a state tensor only by one of its own shape"
-        )
+    count = kind.sides[0] * kind.sides[1]
+    index = 0
+    for key, like in keys.items():
+        for param in params:
+            tensor = tensors[index]
+            index += 1
+            if kind.elementwise:
+                fits = tensor.shape == param.shape and tensor.dtype == (
+                    torch.float32 if param.dtype in NARROW else param.dtype
+                )
+            else:
+                fits = tensor.dtype == like.dtype and tensor.shape == (
+                    param.numel() // count,
+                    *like.shape[1:],
+                )
+            if not fits:
+                raise RuntimeError(
+                    f"state {key!r} of {_who(bucket, param)} has become a tensor of "
+                    f"{tuple(tensor.shape)} and {tensor.dtype}, which does not fit: replace a "
+                    "state tensor only by one of its own shape and dtype"
+                )
 
 
 def _who(bucket: Bucket, param: Tensor) -> str:
