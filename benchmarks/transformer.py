@@ -38,7 +38,7 @@ class TransformerOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm causal attention with normalised, rotated queries and keys, and a GELU MLP."""
+    """Pre-norm causal attention with normalized, rotated queries and keys, and a GELU MLP."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def literal(theta, grads, *, lr, betas, eps, alpha, chunk, coefficients):
 
 
 def settled(theta, grads, *, lr, decay, betas, beta3, alpha, chunk, ramp, cap, mix, coefficients):
-    """The settled form without row normalisation and gate; yields Θ after every step."""
+    """The settled form without row normalization and gate; yields Θ after every step."""
     beta1, beta2 = betas
     rank, longest = min(theta.shape), max(theta.shape)
     m1, m2, square = np.zeros_like(theta), np.zeros_like(theta), 0.0

@@ -1,4 +1,4 @@
-"""Correctness beside speed: errors of steps, and singular values of orthogonalised matrices."""
+"""Correctness beside speed: errors of steps, and singular values of orthogonalized matrices."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ Spread = TypedDict(
 
 
 class SingularValuesRow(Spread):
-    """The singular values of one matrix, orthogonalised by one contender."""
+    """The singular values of one matrix, orthogonalized by one contender."""
 
     shape: str
     input: str
@@ -69,7 +69,7 @@ def strides(setting: Setting, shape: Sequence[int] = (64, 32, 3, 3), steps: int 
 
 
 def singular_values(setting: Setting, shapes: Shapes = ((768, 768), (768, 3072))) -> Found:
-    """How far from 1 the singular values σ of orthogonalised matrices are."""
+    """How far from 1 the singular values σ of orthogonalized matrices are."""
     device = setting.device
     steps = work.NS_STEPS
     deep = Orthogonal(steps)

@@ -90,7 +90,7 @@ def deep_adamw(lr: float) -> Make:
 
 
 def products_dtype(m: int, n: int, device: str) -> str:
-    """In which DeepMomentum orthogonalises."""
+    """In which DeepMomentum orthogonalizes."""
     fast = min(m, n) >= 64 and multiplies_bfloat16_faster(torch.device(device))
     return "bfloat16" if fast else "float32"
 

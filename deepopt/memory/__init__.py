@@ -46,7 +46,7 @@ class Memory(Protocol):
     one call serves every parameter of that shape; row b of a result may depend on row b of the
     arguments only. ``retention`` is the optimizer's ``betas[0]``, an argument because schedulers
     change it. Hyper-parameters of the memory's own are attributes and are not checkpointed:
-    a frozen dataclass gives it the ``repr`` by which a checkpoint recognises it. A memory that
+    a frozen dataclass gives it the ``repr`` by which a checkpoint recognizes it. A memory that
     looks at values of tensors on the host says so by a class attribute ``capturable = False``.
     What :meth:`read` returns may be a tensor of the state times a number for each matrix: a method
     ``read_factored`` returns both, the number of shape (B,), and spares a pass over the matrices.
@@ -72,7 +72,7 @@ class Memory(Protocol):
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         """The momentum, shape (B, m, n), right after ``write`` of the same ``grad``.
 
-        Its direction is orthogonalised; its norm, if it is in the gradient's units as an average
+        Its direction is orthogonalized; its norm, if it is in the gradient's units as an average
         of gradients is, sets the size of the step.
         """
         ...

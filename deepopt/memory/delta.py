@@ -12,7 +12,7 @@ from deepopt.ops import delta_write
 class Delta:
     r"""Momentum with a delta rule on the input side, stable for every gradient.
 
-    Eq 49 with the rate on the erase term that its derivation asks for, and with normalised keys:
+    Eq 49 with the rate on the erase term that its derivation asks for, and with normalized keys:
 
     .. math::
         K_t &= G_t / s_t, \qquad s_t^2 = \max(a_t,\ \bar\sigma^2(G_t)),

@@ -1,7 +1,7 @@
 """The paper's delta momentum: as printed, as derived, and solved implicitly (Eq 48, Eq 49).
 
 :class:`deepopt.memory.Delta` is another settlement of the same equations, made for an orthogonal
-read-out: its keys are normalised and its momentum is an average.
+read-out: its keys are normalized and its momentum is an average.
 """
 
 from dataclasses import dataclass

@@ -130,7 +130,7 @@ class MemoryOptimizer(Optimizer):
     def _gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
         """What a group's parameters are stepped with, from their unscaled gradients.
 
-        These must not be written to. None lets a parameter rest.
+        They must not be written to. A parameter whose gradient is None is not stepped.
         """
         return grads
 
@@ -164,7 +164,7 @@ class MemoryOptimizer(Optimizer):
             raise
 
     def __repr__(self) -> str:
-        told = ("    param_names: ", "    reasons: ")  # by the routing, or too long
+        told = ("    param_names: ", "    reasons: ")  # the routing shows them, shortened
         lines = [line for line in super().__repr__().splitlines() if not line.startswith(told)]
         return "\n".join([*lines, "Routing:", *routing.describe(self.param_groups)])
 

@@ -32,7 +32,7 @@ class DMGD(MemoryOptimizer):
 
     The memory is updated first and then read at the same gradient. As printed,
     (``objective="literal"``) L is the sum of m(G), θ₀ = 0 after the first gradient, s = 1 and
-    nothing is normalised: that target ignores the sign of the gradient, and the rule is not a
+    nothing is normalized: that target ignores the sign of the gradient, and the rule is not a
     descent method. It is here to be looked at, with ``lr=1, weight_decay=0``.
 
     Vectors are matrices of one column, scalars of one entry. All matrices of one shape are trained

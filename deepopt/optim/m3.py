@@ -1,4 +1,4 @@
-"""M3: momenta at two time scales, each orthogonalised (Alg. 1, Eq 75)."""
+"""M3: momenta at two time scales, each orthogonalized (Alg. 1, Eq 75)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class M3(MemoryOptimizer):
     quarter of the run until :math:`\beta_3` limits it, and
     :math:`\alpha_t = \alpha \min(1, kf/\texttt{ramp})`, times the gate of
     :class:`deepopt.memory.MultiScale` where asked for. :math:`\hat O_t` has the norm of
-    :math:`\text{NS}(\hat M^{(1)}_t)` and normalised rows; they, :math:`c_t` and :math:`r_t`, which
+    :math:`\text{NS}(\hat M^{(1)}_t)` and normalized rows; they, :math:`c_t` and :math:`r_t`, which
     is taken from :math:`\hat M^{(1)}_t`, are those of :class:`DeepMomentum`, which ``alpha=0``
     equals with its linear memory, bit for bit. So AdamW's ``lr`` and ``weight_decay`` carry over,
     and the slow momentum turns an update but never enlarges it. In the first chunk
@@ -74,8 +74,8 @@ class M3(MemoryOptimizer):
         beta3: largest retention of the slow momentum per chunk, in [0, 1) (default: 0.99).
         alpha: weight of the slow momentum beside the fast one's 1 (default: 0.5).
         slow_chunk: steps per chunk, f, at least 1 (default: 10).
-        mix: "post" adds the orthogonalised momenta and keeps the slow one's; "pre"
-            orthogonalises the sum (default: "post").
+        mix: "post" adds the orthogonalized momenta and keeps the slow one's; "pre"
+            orthogonalizes the sum (default: "post").
         ramp: steps until the slow momentum has its whole weight (default: 500).
         gate: lower the slow momentum's weight where it foresees gradients less well than the fast
             one does: for abrupt changes of the task. Where gradients are mostly noise it costs

@@ -1,4 +1,4 @@
-"""Parameter groups: made from a model, shown as a table, doubted in a warning."""
+"""Parameter groups: how they are made from a model and printed, and when a warning is due."""
 
 import math
 import warnings

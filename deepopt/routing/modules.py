@@ -176,7 +176,7 @@ def _stores_input_first(module: nn.Module) -> bool:
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, str]:
-    """The output heads of a model, and how each was recognised."""
+    """The output heads of a model, and how each was recognized."""
     modules = [(name, m, module_type(m)) for name, m in model.named_modules()]
     tables = [w for _, m, kind in modules if issubclass(kind, _TABLE_MODULES) for w in _weights(m)]
     heads: dict[nn.Module, str] = {}

@@ -113,7 +113,7 @@ def _route_shape(shape: torch.Size, is_complex: bool, name: str, split: int) -> 
 
 
 def no_matrix(param: Tensor) -> Route | None:
-    """The route of what can be no matrix on any path, or None."""
+    """The element-wise route of a parameter that cannot be a matrix; None for any other."""
     if param.ndim < 2:
         return Route("elementwise", 1, "vector" if param.ndim else "scalar")
     return Route("elementwise", 1, "complex") if param.is_complex() else None
@@ -177,7 +177,9 @@ def routed(group: Mapping[str, Any]) -> Iterator[Routed]:
     """Every parameter of an optimizer's group with its name (or "") and its route."""
     params, path, split = group["params"], group["path"], group.get("split", 1)
     reasons = group.get("reasons")
-    if reasons is None or len(reasons) != len(params):  # not, or no longer, from param_groups
+    if reasons is None or len(reasons) != len(
+        params
+    ):  # the group was not made by param_groups, or was changed
         reasons = [""] * len(params)
     names = _names(group)
     for param, name, reason in zip(params, names, reasons, strict=True):

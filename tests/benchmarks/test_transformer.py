@@ -9,7 +9,7 @@ CONFIG = TransformerConfig(vocab_size=11, dim=16, layers=2, heads=2)
 
 
 def perturbed():
-    """A model whose zero-initialised weights are not zero."""
+    """A model whose zero-initialized weights are not zero."""
     torch.manual_seed(0)
     model = Transformer(CONFIG)
     for param in model.parameters():

@@ -21,7 +21,7 @@ def run(memory, grads):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 5), (4, 9), (9, 4)])
-def test_write_follows_the_printed_rule_with_normalised_keys(rows, columns):
+def test_write_follows_the_printed_rule_with_normalized_keys(rows, columns):
     grads = torch.randn(6, 2, rows, columns, dtype=torch.float64)
     momentum = torch.zeros(2, rows, columns, dtype=torch.float64)
     energy = torch.zeros(2, dtype=torch.float64)

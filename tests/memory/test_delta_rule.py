@@ -82,7 +82,7 @@ def test_without_a_rate_it_is_the_preconditioned_heavy_ball(rule, name):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("size", [1e-3, 0.3, 1.2])
 def test_a_steady_vector_comes_to_the_fixed_point(rule, size):
-    """Pg / (1 - alpha + c ‖g‖²): momentum for a small gradient, normalised for a large one."""
+    """Pg / (1 - alpha + c ‖g‖²): momentum for a small gradient, normalized for a large one."""
     eta = 0.2
     grad = random(1, 5, 1)
     grad *= size / grad.norm()

@@ -382,7 +382,7 @@ def test_the_cubic_iteration_converges_in_bfloat16():
 
 
 @needs_kernel
-def test_no_steps_are_refused_in_bfloat16_and_leave_the_normalised_matrix_in_float32():
+def test_no_steps_are_refused_in_bfloat16_and_leave_the_normalized_matrix_in_float32():
     stack = torch.randn(1, 6, 9)
     with pytest.raises(RuntimeError, match="at least one step"):
         kernel(stack, [], torch.bfloat16)

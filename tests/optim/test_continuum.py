@@ -1,5 +1,6 @@
 """Parameter groups with update frequencies of their own, over any optimizer."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.overrides import TorchFunctionMode
 
 import deepopt
 from deepopt.optim.continuum import Continuum
@@ -539,3 +541,28 @@ def test_whatever_the_wrapped_optimizer_has_beside_torchs_interface_is_passed_on
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = optimizer.nothing_like_it
     assert copy.deepcopy(optimizer).training is False
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        doubled = isinstance(result, torch.Tensor) and result.is_floating_point() and result.ndim
+        return result * 2 if doubled else result
+
+
+@pytest.mark.parametrize("end", ["step", "flush"])
+def test_sums_of_gradients_are_alone_in_their_world(end):
+    def run(mode):
+        generator = torch.Generator().manual_seed(0)
+        param = nn.Parameter(torch.randn(20, 24, generator=generator))
+        optimizer = Continuum(deepopt.DeepMomentum([param]), chunk=2 if end == "step" else 3)
+        for _ in range(2):
+            param.grad = torch.randn(20, 24, generator=generator)
+            with mode():
+                optimizer.step()
+        if end == "flush":
+            with mode():
+                optimizer.flush("step")
+        return param.detach()
+
+    assert torch.equal(run(Doubled), run(contextlib.nullcontext))

@@ -183,7 +183,7 @@ def test_a_convolution_is_the_matrix_of_its_output_channels():
 
 @pytest.mark.parametrize("memory", BUILT_IN)
 def test_zero_gradients_move_nothing_and_leave_training_able_to_start(memory):
-    """As of a network whose zero-initialised head passes nothing back at the first step."""
+    """As of a network whose zero-initialized head passes nothing back at the first step."""
     param = nn.Parameter(torch.randn(32, 32))
     optimizer = deepopt.DeepMomentum([param], memory=memory, weight_decay=0)
     before = param.detach().clone()

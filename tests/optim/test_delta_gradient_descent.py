@@ -275,7 +275,7 @@ def test_a_refused_step_uses_up_no_inputs():
 
 def test_a_layer_without_inputs_is_left_alone():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that there is nothing to initialise
+        warnings.simplefilter("ignore")  # torch's, that there is nothing to initialize
         module = nn.Linear(0, 3)
     optimizer = DeltaGradientDescent(module.parameters(), lr=0.1)
     with capture_inputs(module):

@@ -18,7 +18,7 @@ from tests.optim.contract.helpers import (
 )
 
 pytestmark = [needs_gpu, EXPECTED_WARNINGS]
-# Sides of 64 and more are orthogonalised in half precision, smaller ones in float32.
+# Sides of 64 and more are orthogonalized in half precision, smaller ones in float32.
 SHAPES = [(64, 192), (64, 192), (192, 64), (24, 32), (7,), ()]
 SMALL = [(24, 32), (32, 24), (24, 32), (7,)]
 EVERY_CASE = [case for case in SETTLED + LITERAL if case[0] is not Wrapped]

@@ -14,7 +14,7 @@ from deepopt.optim.m3 import M3
     ("cls", "options"),
     [(deepopt.DeepMomentum, {}), (M3, {}), (DMGD, {"output_map": "newton_schulz"})],
 )
-def test_wide_matrices_are_orthogonalised_in_bfloat16_where_that_is_faster(
+def test_wide_matrices_are_orthogonalized_in_bfloat16_where_that_is_faster(
     cls, options, monkeypatch
 ):
     def update(faster):

@@ -42,10 +42,10 @@ def step(
 ) -> None:
     """One step of AdamW; where ``found_inf`` is 1, nothing changes.
 
-    With ``foreach`` given it is torch's, bit for bit where the state has the parameter's dtype.
-    Otherwise it is the kernel's, which has the bits of torch's fused one, but for second moments
-    beyond the last whole vector, and serves tensors of any strides. Narrower parameters are stepped
-    in float32 and rounded once.
+    With ``foreach`` given torch's implementation runs, bit for bit where the state has the
+    parameter's dtype. Otherwise the kernel runs, for tensors of any strides. It has the bits of
+    torch's fused AdamW, except for the second moments beyond the last whole vector. Narrower
+    parameters are stepped in float32 and rounded once.
     """
     fused = bool(group["fused"])
     if found_inf is not None and not (fused and found_inf.device.type != "cpu"):

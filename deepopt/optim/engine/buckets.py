@@ -2,7 +2,7 @@
 
 torch keeps an optimizer's state per parameter, and there users read it, move it, replace it and
 drop it. A batched step wants it stacked. So a step gathers the state of its matrices into one
-tensor per key and writes the new values back. Nothing is kept from step to step: whoever holds the
+tensor per key and writes the new values back. No state is kept elsewhere: whoever holds the
 state of one parameter holds that and nothing else. State tensors have a leading dimension, the
 number of matrices in their parameter.
 """
@@ -80,8 +80,8 @@ class Parts(NamedTuple):
     def hold(self, group: Group) -> bool:
         """Whether every argument is the very object that it was.
 
-        What equality means is up to objects of the user. Tensors and lists can change in place: of
-        these nothing holds.
+        What equality means is up to objects of the user. A tensor or a list can
+        change in place, so it never counts as unchanged.
         """
         for name, value in self.arguments.items():
             if group.get(name) is not value or isinstance(value, Tensor | list):
@@ -109,7 +109,7 @@ class Sorted(NamedTuple):
     kinds: list[Kind]
     """Equal kinds are one object."""
     lasting: bool
-    """A DTensor can come to be placed otherwise, which its attributes do not tell."""
+    """Whether it can be kept: the attributes of a DTensor do not show a new placement."""
 
     @classmethod
     def of(cls, group: Group, before: "Sorted | None" = None) -> "Sorted":
@@ -157,7 +157,7 @@ def sort(
     Args:
         group: of an optimizer.
         kinds: of its parameters, from :class:`Sorted`.
-        grads: what they are stepped with; None lets a parameter rest.
+        grads: what they are stepped with; None where a parameter is not stepped.
         parts: the group's.
         optimizer: the name of its class, for messages.
 
@@ -324,7 +324,7 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
 
     Args:
         bucket: what is about to be stepped.
-        states: of its parameters. One without a step has yet to be made, and passes.
+        states: of its parameters. Those without a step are still to be made, and are not checked.
         keys: what ``init`` makes of one matrix; on the element-wise path the names alone count.
     """
     kind, params = bucket.kind, bucket.params

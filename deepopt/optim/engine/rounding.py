@@ -33,7 +33,7 @@ def check_rounding(group: dict[str, Any]) -> None:
 
 
 def check_dtypes(group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that a group's rounding does nothing for."""
+    """Raise ValueError for a parameter whose dtype the group's rounding does not cover."""
     if group["rounding"] == "nearest":
         return
     for param in group["params"]:
@@ -48,7 +48,7 @@ def check_dtypes(group: dict[str, Any]) -> None:
 def lows_and_seeds(
     params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[int]]:
-    """What ``apply_update_`` and ``adamw_`` need for the rounding of a group: before a step.
+    """The low bits and the random seeds with which a group's parameters are rounded in a step.
 
     Low bits are in ``state["low"]``, made here, for bfloat16 parameters alone. Seeds are of the
     step count and the parameter's size: the same whatever else is stepped.

@@ -98,7 +98,7 @@ def sharded_along(placement: Any) -> int | None:
 
 
 def has_to_send(layout: Layout, position: int, owner: int) -> bool:
-    """Whether the owner gets the piece at ``position`` from there: of replicas, from his own."""
+    """Whether ``position`` sends its piece to the owner: of several replicas one does, his own."""
     all_coordinates = coordinates(layout.mesh)
     return all(
         mine == his or sharded_along(placement) is not None
@@ -196,7 +196,7 @@ def assign(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...
 
 
 def overlap(one: Box, other: Box) -> Box | None:
-    """What two boxes share, or None; of scalars, whose box is empty, (), it is ()."""
+    """What two boxes share, or None. A scalar has the empty box (), and shares it."""
     shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return None if any(start >= stop for start, stop in shared) else shared
 
