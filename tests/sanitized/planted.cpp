@@ -1,5 +1,5 @@
 // Reads one entry beyond a tensor: what the sanitizer must see, or it sees nothing.
-#include "../../csrc/cpu/multi_tensor.h"
+#include "../../csrc/common/multi_tensor.h"
 
 namespace {
 
