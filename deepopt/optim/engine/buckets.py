@@ -37,6 +37,7 @@ PLAIN = {Tensor, torch.nn.Parameter}
 """Types of parameters that kernels can write to."""
 SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
+SHAPE, DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 DEVICE, STEP = operator.attrgetter("device"), operator.itemgetter("step")
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes of parameters whose state is float32."""
@@ -340,7 +341,8 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
             f"state {min(lost)!r} of {_who(bucket, param)} is missing: put it back, or delete the "
             "whole entry of optimizer.state to begin anew"
         ) from None
-    if not all(map(torch.is_tensor, map(STEP, states))) or not all(map(torch.is_tensor, tensors)):
+    types = set(map(type, tensors)) | set(map(type, map(STEP, states)))
+    if not types <= PLAIN and not all(map(issubclass, types, [Tensor] * len(types))):
         raise RuntimeError(
             f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
             "put the tensor back, or delete the whole entry of optimizer.state"
@@ -353,27 +355,32 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         )
     if kind.mesh is not None:
         return
-    count = kind.sides[0] * kind.sides[1]
-    index = 0
-    for key, like in keys.items():
-        for param in params:
-            tensor = tensors[index]
-            index += 1
-            if kind.elementwise:
-                fits = tensor.shape == param.shape and tensor.dtype == (
-                    torch.float32 if param.dtype in NARROW else param.dtype
-                )
-            else:
-                fits = tensor.dtype == like.dtype and tensor.shape == (
-                    param.numel() // count,
-                    *like.shape[1:],
-                )
-            if not fits:
-                raise RuntimeError(
-                    f"state {key!r} of {_who(bucket, param)} has become a tensor of "
-                    f"{tuple(tensor.shape)} and {tensor.dtype}, which does not fit: replace a "
-                    "state tensor only by one of its own shape and dtype"
-                )
+    # Shapes and dtypes of all at once: one by one they would cost more than small tensors' steps.
+    if kind.elementwise:
+        wanted = list(map(SHAPE, params)) * len(keys)
+        dtypes = [torch.float32] * len(tensors)
+        if set(map(DTYPE, params)) != {torch.float32}:
+            dtypes = [torch.float32 if p.dtype in NARROW else p.dtype for p in params] * len(keys)
+    else:
+        count = kind.sides[0] * kind.sides[1]
+        wanted, dtypes = [], []
+        for like in keys.values():
+            for param in params:
+                wanted.append(torch.Size((param.numel() // count, *like.shape[1:])))
+                dtypes.append(like.dtype)
+    if list(map(SHAPE, tensors)) != wanted or list(map(DTYPE, tensors)) != dtypes:
+        index = next(
+            i
+            for i, tensor in enumerate(tensors)
+            if (tensor.shape, tensor.dtype) != (wanted[i], dtypes[i])
+        )
+        key, param = list(keys)[index // len(params)], params[index % len(params)]
+        tensor = tensors[index]
+        raise RuntimeError(
+            f"state {key!r} of {_who(bucket, param)} has become a tensor of {tuple(tensor.shape)} "
+            f"and {tensor.dtype}, which does not fit: replace a state tensor only by one of its "
+            "own shape and dtype"
+        )
 
 
 def _who(bucket: Bucket, param: Tensor) -> str:
