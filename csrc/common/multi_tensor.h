@@ -51,20 +51,16 @@ struct Places {
   int64_t count;
 };
 
-// Where the entries of a tensor are: in its own memory, or in a part of one tensor that holds many.
+// Where the entries of a tensor are.
 struct View {
   char* data;
-  int64_t width;  // bytes of an entry
-  const int64_t* strides;  // in entries; null: one entry after the other, in the shape's order
+  int64_t width;           // bytes of an entry
+  const int64_t* strides;  // in entries
 
   explicit View(const Tensor& tensor)
       : data(static_cast<char*>(tensor.mutable_data_ptr())),
         width(int64_t(tensor.element_size())),
         strides(tensor.strides().data()) {}
-  View(const Tensor& whole, int64_t offset) : View(whole) {
-    data += offset * width;
-    strides = nullptr;
-  }
 };
 
 inline void check_same_shape(const Tensor& tensor, const Tensor& param) {
@@ -103,27 +99,21 @@ class Walk {
 
   Walk(const Tensor& shaped, const std::array<View, N>& views) {
     const auto sizes = shaped.sizes();
-    std::array<int64_t, N> dense;  // strides in bytes for views without strides of their own
     for (size_t k = 0; k < N; ++k) {
       base_[k] = views[k].data;
-      width_[k] = dense[k] = views[k].width;
+      width_[k] = views[k].width;
     }
     std::array<Dim, kMostDims> dims;
     size_t used = 0;
     count_ = 1;
-    for (size_t d = sizes.size(); d-- > 0;) {
-      if (sizes[d] != 1) {
-        STD_TORCH_CHECK(used < kMostDims, "deepopt: a parameter has more than 16 dimensions");
-        Dim& dim = dims[used++];
-        dim.size = sizes[d];
-        for (size_t k = 0; k < N; ++k) {
-          dim.stride[k] = views[k].strides ? views[k].strides[d] * views[k].width : dense[k];
-        }
-      }
-      for (size_t k = 0; k < N; ++k) dense[k] *= sizes[d];
+    for (size_t d = 0; d < sizes.size(); ++d) {
       count_ *= sizes[d];
+      if (sizes[d] == 1) continue;
+      STD_TORCH_CHECK(used < kMostDims, "deepopt: a parameter has more than 16 dimensions");
+      Dim& dim = dims[used++];
+      dim.size = sizes[d];
+      for (size_t k = 0; k < N; ++k) dim.stride[k] = views[k].strides[d] * views[k].width;
     }
-    std::reverse(dims.begin(), dims.begin() + used);
     // The walk follows the memory order of the first tensor, the parameter.
     std::stable_sort(dims.begin(), dims.begin() + used,
                      [](const Dim& a, const Dim& b) { return a.stride[0] > b.stride[0]; });

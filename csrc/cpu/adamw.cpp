@@ -65,10 +65,10 @@ Kernel<S> kernel_for(ScalarType param, ScalarType grad, Rounding rounding) {
   }
 }
 
-// Counts up one number of a tensor of them, and returns it.
-double count_up(const Tensor& steps, int64_t index) {
-  if (steps.scalar_type() == ScalarType::Double) return steps.mutable_data_ptr<double>()[index] += 1;
-  return steps.mutable_data_ptr<float>()[index] += 1;
+// Counts up the number in a tensor, and returns it.
+double count_up(const Tensor& step) {
+  if (step.scalar_type() == ScalarType::Double) return *step.mutable_data_ptr<double>() += 1;
+  return *step.mutable_data_ptr<float>() += 1;
 }
 
 // The parameters whose state is of type S, checked and ready to be stepped.
@@ -80,13 +80,13 @@ struct Stepped {
   std::vector<Noise> noises;
   std::vector<Kernel<S>> kernels;
 
-  Stepped(const AdamWArguments& arguments, const std::vector<int64_t>& offsets, ScalarType state)
+  Stepped(const AdamWArguments& arguments, ScalarType state)
       : given(arguments), which(arguments.with_state(state)) {
     const Roundings roundings = given.roundings();
     walks.reserve(which.size());
     kernels.reserve(which.size());
     for (size_t t : which) {
-      given.add_walk(walks, t, offsets[t]);
+      given.add_walk(walks, t);
       noises.push_back(roundings.noise(t));
       kernels.push_back(kernel_for<S>(given.params[t].scalar_type(), given.grads[t].scalar_type(),
                                       roundings.of(t)));
@@ -96,10 +96,7 @@ struct Stepped {
   void run() const {
     std::vector<AdamW<S>> rules(which.size(), given.rule<S>());
     for (size_t i = 0; i < which.size(); ++i) {
-      const size_t t = which[i];
-      const bool joined = given.joined();
-      rules[i].at_step(given.lr, given.beta1, given.beta2,
-                       count_up(given.steps[joined ? 0 : t], joined ? int64_t(t) : 0));
+      rules[i].at_step(given.lr, given.beta1, given.beta2, count_up(given.steps[which[i]]));
     }
     for_chunks(walks, [&](size_t t, int64_t begin, int64_t end) {
       walks[t].between(begin, end,
@@ -110,10 +107,9 @@ struct Stepped {
 
 void adamw_(const AdamWArguments& given) {
   given.check();
-  const auto offsets = given.offsets();
   // Both are checked before either changes anything.
-  const Stepped<float> narrow(given, offsets, ScalarType::Float);
-  const Stepped<double> wide(given, offsets, ScalarType::Double);
+  const Stepped<float> narrow(given, ScalarType::Float);
+  const Stepped<double> wide(given, ScalarType::Double);
   narrow.run();
   wide.run();
 }

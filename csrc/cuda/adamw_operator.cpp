@@ -28,12 +28,7 @@ class Steps {
   bool on_device() const { return on_device_; }
   Kind kind() const { return kind_; }
 
-  void* at(size_t t) const {
-    const bool joined = given_.joined();
-    const Tensor& step = given_.steps[joined ? 0 : t];
-    char* data = static_cast<char*>(step.mutable_data_ptr());
-    return data + (joined ? t * step.element_size() : 0);
-  }
+  void* at(size_t t) const { return given_.steps[t].mutable_data_ptr(); }
 
   // Counts up on the host.
   double next(size_t t) const {
@@ -67,8 +62,7 @@ struct Stepped {
   std::vector<AtStep<S>> own;
   std::vector<Dtypes> dtypes;
 
-  Stepped(const AdamWArguments& arguments, const Steps& steps, const std::vector<int64_t>& offsets,
-          ScalarType state)
+  Stepped(const AdamWArguments& arguments, const Steps& steps, ScalarType state)
       : given(arguments), which(arguments.with_state(state)) {
     const Roundings roundings = given.roundings();
     walks.reserve(which.size());
@@ -76,7 +70,7 @@ struct Stepped {
       const Kind param = kind_of(given.params[t]), grad = kind_of(given.grads[t]);
       STD_TORCH_CHECK(grad == param || (grad == Kind::f32 && param != Kind::f64),
                       "deepopt::adamw_: a gradient must have the dtype of its parameter or state");
-      given.add_walk(walks, t, offsets[t]);
+      given.add_walk(walks, t);
       own.push_back({0, 0, steps.on_device() ? steps.at(t) : nullptr, roundings.noise(t).key});
       dtypes.push_back({param, grad, roundings.of(t)});
     }
@@ -111,10 +105,9 @@ void on_adamw(const AdamWArguments& given) {
   }
   given.check();
   const Steps steps(given, device);
-  const auto offsets = given.offsets();
   // Both are checked before either changes anything.
-  Stepped<float> narrow(given, steps, offsets, ScalarType::Float);
-  Stepped<double> wide(given, steps, offsets, ScalarType::Double);
+  Stepped<float> narrow(given, steps, ScalarType::Float);
+  Stepped<double> wide(given, steps, ScalarType::Double);
   narrow.run(steps, device);
   wide.run(steps, device);
 }

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
@@ -40,9 +39,7 @@ def adamw_(
         params: of any strides.
         grads: of their shapes and, for the kernels, of their dtypes or the state's; strides may
             differ.
-        exp_avgs: m, float32 or for float64 parameters float64. State of several parameters can be
-            one tensor for each of ``exp_avgs``, ``exp_avg_sqs`` and ``steps``, which holds the
-            entries of all in their order and is handed over faster.
+        exp_avgs: m, float32 or for float64 parameters float64.
         exp_avg_sqs: v.
         steps: t before this step, one number each, on the CPU or, for CUDA kernels, on the device;
             each is counted up.
@@ -55,10 +52,6 @@ def adamw_(
         weight_decay: λ, decoupled.
         maximize: ascend.
     """
-    if len(params) > len(exp_avgs) == 1:
-        shapes = [param.shape for param in params]
-        exp_avgs, exp_avg_sqs = _views(exp_avgs[0], shapes), _views(exp_avg_sqs[0], shapes)
-        steps = list(steps[0].unbind())
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     kept = roundings(params, lows, seeds)
     for (param, grad, exp_avg, exp_avg_sq, step), rounding in zip(tensors, kept, strict=True):
@@ -72,8 +65,3 @@ def adamw_(
         store_rounded(
             param, value.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**t)), rounding
         )
-
-
-def _views(whole: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = whole.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

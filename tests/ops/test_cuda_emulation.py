@@ -170,16 +170,6 @@ def test_bfloat16_is_rounded_to_the_bits_of_the_cpu(library, rounding, layout):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("where", ["host", "device"])
-def test_joined_state_serves_many_parameters(library, where):
-    params, grads, firsts, seconds, steps = adamw_lists([torch.randn(s) for s in range(1, 200)])
-    joined = [torch.cat([x.reshape(-1) for x in kind]) for kind in (firsts, seconds, steps)]
-    together = [params, grads, *[[whole] for whole in joined]]
-    ours, theirs, _ = both(library, together, [], [], *RATES, steps=where)
-    for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
-        assert torch.equal(mine, other)
-
-
 def test_step_counts_that_are_off_by_dtype_are_refused(library):
     lists = adamw_lists([torch.randn(3), torch.randn(4)])
     lists[4][1] = lists[4][1].double()

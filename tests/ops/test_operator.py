@@ -156,23 +156,16 @@ def test_a_backend_in_python_is_opaque_to_compile():
         {"steps": torch.zeros(0)},
         {"steps": torch.zeros((), dtype=torch.int64)},
         {"exp_avgs": torch.zeros(1).expand(3)},
-        {"exp_avgs": torch.zeros(12)[::2], "joined": True},
-        {"steps": torch.zeros(1).expand(2), "joined": True},
+        {"exp_avgs": torch.zeros(6)},
+        {"steps": torch.zeros(2)},
         {"params": torch.zeros(1).expand(3)},
     ],
     ids=lambda change: " ".join(change),
 )
 def test_what_a_kernel_would_write_beyond_is_refused(change):
-    count = 2 if change.get("joined") else 1
-    entries = 3 * count
-    lists = {
-        "params": [torch.zeros(3)] * count,
-        "grads": [torch.zeros(3)] * count,
-        "exp_avgs": [torch.zeros(entries)],
-        "exp_avg_sqs": [torch.zeros(entries)],
-        "steps": [torch.zeros(count)],
-    }
-    lists.update({key: [value] for key, value in change.items() if key != "joined"})
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+    lists = {name: [torch.zeros(3)] for name in names} | {"steps": [torch.zeros(())]}
+    lists.update({key: [value] for key, value in change.items()})
     with pytest.raises(RuntimeError, match=r"must|several entries in one place"):
         torch.ops.deepopt.adamw_(*lists.values(), [], [], 1e-3, 0.9, 0.999, 1e-8, 0.1, False)
 
@@ -195,27 +188,12 @@ def test_the_report_shows_what_is_forced():
     assert "forced by DEEPOPT_BACKEND: reference" in report.stdout
 
 
-def test_adamw_takes_the_state_of_many_parameters_in_one_tensor_on_every_backend():
-    for name in ("reference", "cpu"):
-        if name in UNAVAILABLE:
-            continue
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(3, 4), (5,), ()]
-        grads = [torch.randn(shape, generator=generator) for shape in shapes]
-        apart = [[torch.ones(shape) for shape in shapes] for _ in range(3)]
-        joined = [torch.ones(shape) for shape in shapes]
-        whole = [torch.ones(18), torch.ones(18), torch.zeros(3)]
-        rest = ([], [], 0.1, 0.9, 0.99, 1e-8, 0.1, False)
-        with backend(name):
-            for _ in range(2):
-                adamw_(joined, grads, *([one] for one in whole), *rest)
-            steps = [torch.zeros(()) for _ in shapes]
-            for _ in range(2):
-                adamw_(apart[0], grads, apart[1], apart[2], steps, *rest)
-        for ours, theirs in zip(joined, apart[0], strict=True):
-            assert torch.equal(ours, theirs)
-        assert torch.equal(whole[0], torch.cat([t.flatten() for t in apart[1]]))
-        assert whole[2].tolist() == [2, 2, 2]
+@pytest.mark.skipif("cpu" in UNAVAILABLE, reason="not built")
+def test_one_tensor_of_state_for_several_parameters_is_refused():
+    both = [torch.zeros(3), torch.zeros(3)]
+    for one in ([torch.zeros(6)], []):
+        with pytest.raises(RuntimeError, match="one tensor for each parameter"):
+            adamw_(both, both, one, one, [torch.zeros(2)], [], [], 1e-3, 0.9, 0.9, 1e-8, 0.0, False)
 
 
 def test_a_lazy_copy_of_a_parameter_is_not_stepped_with_it():

@@ -85,7 +85,7 @@ def test_a_complex_parameter_beside_real_ones_is_stepped_as_pairs_of_reals():
 
 
 class Small:
-    """Two small parameters, stepped beside each other for a while: their state is joined."""
+    """Small parameters, stepped beside each other for a while."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def test_a_loaded_state_is_stepped_and_the_one_it_replaced_is_not():
     check(run.step(2), [()] * 4)
 
 
-def test_joined_state_survives_a_new_memory_format_of_a_parameter():
+def test_state_survives_a_new_memory_format_of_a_parameter():
     def run(make):
         param = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
         params = [param.requires_grad_(), torch.ones(3, requires_grad=True)]
