@@ -19,9 +19,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.runs import executed
 from benchmarks.tables import markdown
 from benchmarks.transformer import Transformer, TransformerConfig
 from deepopt.data import stdlib_corpus
@@ -149,21 +148,12 @@ class Results:
     def complete(self, runs: Iterable[Run], jobs: int) -> None:
         """Execute the runs that have no line yet, each on one thread."""
         missing = [run for run in runs if run not in self.lines]
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(execute, run): run for run in missing}
-            for count, future in enumerate(as_completed(futures), 1):
-                run = futures[future]
-                if error := future.exception():
-                    print(f"{count}/{len(missing)} {run}: {error}", file=sys.stderr, flush=True)
-                    continue
-                line = future.result()
-                self.lines[run] = line
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                where = f"{run.model}, {run.label}, lr {run.lr:g}, seed {run.seed}"
-                print(f"{count}/{len(missing)} {where}: {bits(line):.4f} bits/byte", flush=True)
-        if failed := [run for run in missing if run not in self.lines]:
-            raise RuntimeError(f"{len(failed)} runs failed, see above; the others are kept")
+        for place, run, line in executed(missing, execute, jobs):
+            self.lines[run] = line
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            where = f"{run.model}, {run.label}, lr {run.lr:g}, seed {run.seed}"
+            print(f"{place} {where}: {bits(line):.4f} bits/byte", flush=True)
 
 
 def sweep(model: str, steps: int) -> list[Run]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.hope import models
 from benchmarks.hope.task import Batch, Goal, Task
 from deepopt.data import Corpus, evaluation_batches, sample_batch, stdlib_corpus
 from deepopt.hope import HopeConfig
@@ -72,12 +71,6 @@ class Bytes(Task):
     def data(self, seed: int, step: int) -> Batch:
         return Batch(*sample_batch(corpus().train, self.batch, self.tokens, seed, step))
 
-    def model(self, name: str) -> nn.Module:
-        return models.build(name, self.sizes)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(*batch).loss
-
     @torch.no_grad()
     def metrics(self, model: nn.Module) -> dict[str, float]:
         short = evaluation_batches(corpus().val, self.batch, self.tokens, self.windows)
@@ -90,13 +83,15 @@ class Bytes(Task):
             "with_resets": bits(model, pieces),
         }
 
+    @property
+    def batches(self) -> str:
+        return (
+            f"{self.batch} x {self.tokens}, {self.windows} windows, "
+            f"{self.texts} texts x {self.longer}"
+        )
+
     def setting(self, name: str) -> Mapping[str, object]:
-        return {
-            "task_config": f"{self.batch} x {self.tokens}, {self.windows} windows, "
-            f"{self.texts} texts x {self.longer}",
-            "model_config": models.described(name, self.sizes),
-            "data_sha256": corpus().sha256,
-        }
+        return {**super().setting(name), "data_sha256": corpus().sha256}
 
 
 def bits(model: nn.Module, batches: list[Batch]) -> float:

@@ -14,16 +14,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
-
-import torch
 
 from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import MODELS, RATES, Plan
 from benchmarks.hope.report import cell, report
 from benchmarks.hope.training import TASKS, Line, Run, execute, setting
+from benchmarks.runs import executed
 from deepopt.hope.checkpoint import write_atomically
 from deepopt.hope.report import read_metrics
 
@@ -54,19 +51,11 @@ class Results:
         for task in {run.task for run in missing}:  # without what a kill has torn, and old lines
             kept = [json.dumps(x) + "\n" for run, x in self.lines.items() if run.task == task]
             write_atomically(self._path(task), "".join(kept).encode())
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(execute, run): run for run in missing}
-            for count, future in enumerate(as_completed(futures), 1):
-                run = futures[future]
-                if error := future.exception():
-                    print(f"{count}/{len(missing)} {run}: {error}", file=sys.stderr, flush=True)
-                    continue
-                self.lines[run] = line = future.result()
-                with open(self._path(run.task), "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(f"{count}/{len(missing)} {run}: {cell(run, self.lines)}", flush=True)
-        if failed := [run for run in missing if run not in self.lines]:
-            raise RuntimeError(f"{len(failed)} runs failed, see above; the others are kept")
+        for place, run, line in executed(missing, execute, jobs):
+            self.lines[run] = line
+            with open(self._path(run.task), "a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{place} {run}: {cell(run, self.lines)}", flush=True)
 
     def _path(self, task: str) -> Path:
         return self.folder / f"{task}.jsonl"

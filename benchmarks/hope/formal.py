@@ -9,13 +9,12 @@ After every letter the model says which state an automaton has reached:
   open a bracket opens, elsewhere it opens or closes with equal chance.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.hope import models
 from benchmarks.hope.task import Batch, Goal, Task, generator, right
 from deepopt.hope import HopeConfig
 
@@ -84,12 +83,6 @@ class Formal(Task):
     def data(self, seed: int, step: int) -> Batch:
         return LANGUAGES[self.language](self.batch, self.tokens, generator(seed, step))
 
-    def model(self, name: str) -> nn.Module:
-        return models.build(name, self.sizes)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(*batch).loss
-
     def metrics(self, model: nn.Module) -> dict[str, float]:
         length = self.longer * self.tokens
         batch = LANGUAGES[self.language](self.words, length, generator("held out", length))
@@ -101,8 +94,6 @@ class Formal(Task):
             "chance": beyond.flatten().bincount().max().item() / beyond.numel(),
         }
 
-    def setting(self, name: str) -> Mapping[str, object]:
-        return {
-            "task_config": f"{self.batch} x {self.tokens}, {self.words} words x {self.longer}",
-            "model_config": models.described(name, self.sizes),
-        }
+    @property
+    def batches(self) -> str:
+        return f"{self.batch} x {self.tokens}, {self.words} words x {self.longer}"

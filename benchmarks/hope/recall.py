@@ -5,13 +5,11 @@ place, and there its value is to be predicted; all other tokens are 0. Keys are 
 half of the vocabulary, values of the upper half, and both are drawn anew for every text.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.hope import models
 from benchmarks.hope.task import IGNORED, Batch, Goal, Task, generator, right
 from deepopt.hope import HopeConfig
 
@@ -65,23 +63,17 @@ class Recall(Task):
         share = 8 >> sum(step >= grows for grows in self.grows)
         return self._texts(self.batch, generator(seed, step), share)
 
-    def model(self, name: str) -> nn.Module:
-        return models.build(name, self.sizes)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(*batch).loss
-
     def metrics(self, model: nn.Module) -> dict[str, float]:
         batch = self._texts(self.texts, generator("held out", self.tokens), 1)
         asked = batch.targets != IGNORED
         return {"accuracy": right(model, batch)[asked].double().mean().item()}
 
-    def setting(self, name: str) -> Mapping[str, object]:
-        return {
-            "task_config": f"{self.batch} x {self.tokens}, {self.pairs} pairs, {self.texts} texts, "
-            f"growing at steps {self.grows}",
-            "model_config": models.described(name, self.sizes),
-        }
+    @property
+    def batches(self) -> str:
+        return (
+            f"{self.batch} x {self.tokens}, {self.pairs} pairs, {self.texts} texts, "
+            f"growing at steps {self.grows}"
+        )
 
     def _texts(self, batch: int, random: torch.Generator, share: int) -> Batch:
         sizes = (batch * share, self.tokens // share, self.pairs // share)

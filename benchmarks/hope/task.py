@@ -1,11 +1,15 @@
 """What a task is: four functions, and what the tables say about it."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.hope import models
+from deepopt.hope import HopeConfig
 
 IGNORED = -100
 """As a target: nothing is to be predicted here."""
@@ -38,10 +42,11 @@ class Goal(NamedTuple):
     at_least: bool = True
 
 
-class Task:
+class Task(ABC):
     """A task: its data, its model, its loss and its metrics.
 
     Attributes:
+        sizes: of Hope; its rivals get the same.
         steps: optimizer steps of a run.
         tokens: tokens of a training sequence.
         metric: the metric that decides between learning rates.
@@ -49,6 +54,7 @@ class Task:
         goals: what the default Hope shall reach.
     """
 
+    sizes: HopeConfig
     steps: int
     tokens: int
     metric: str
@@ -56,29 +62,34 @@ class Task:
     goals: tuple[Goal, ...] = ()
 
     @property
+    @abstractmethod
     def about(self) -> str:
         """What the task is, for the page."""
-        raise NotImplementedError
 
+    @abstractmethod
     def data(self, seed: int, step: int) -> Batch:
         """The batch of a step: a function of the seed and the step alone."""
-        raise NotImplementedError
 
     def model(self, name: str) -> nn.Module:
         """The untrained model of that name (one of `models.NAMES`) at the sizes of the task."""
-        raise NotImplementedError
+        return models.build(name, self.sizes)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """What training makes small."""
-        raise NotImplementedError
+        return model(*batch).loss
 
+    @abstractmethod
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """What the trained model can do, on data that training has not seen."""
-        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def batches(self) -> str:
+        """The sizes of the batches and of the tests, for the page."""
 
     def setting(self, name: str) -> Mapping[str, object]:
         """All that the outcome of a run depends on besides the run and the code."""
-        raise NotImplementedError
+        return {"task_config": self.batches, "model_config": models.described(name, self.sizes)}
 
 
 def generator(seed: int | str, step: int) -> torch.Generator:

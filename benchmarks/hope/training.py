@@ -4,7 +4,6 @@ import dataclasses
 import platform
 import statistics
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from benchmarks.hope.formal import LANGUAGES, Formal
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
 from deepopt.hope.optimizers import build_optimizers
-from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
+from deepopt.hope.trainer import clipped, lr_factor, prepare
 
 TASKS: dict[str, Task] = {
     "bytes": Bytes(),
@@ -88,17 +87,10 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
     optimizers = build_optimizers(model, run.optimizer, run.lr, WEIGHT_DECAY, None, task.tokens)
     losses = []
     for step in range(run.steps):
-        factor = lr_factor(step, run.steps, min(WARMUP, run.steps // 2))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.zero_grad()
+        prepare(optimizers, lr_factor(step, run.steps, min(WARMUP, run.steps // 2)))
         loss = task.loss(model, task.data(run.seed, step))
         loss.backward()
-        with ExitStack() as chunks:  # what is clipped is what is applied
-            for optimizer in optimizers:
-                chunks.enter_context(optimizer.due())
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        with clipped(optimizers, model) as norm:
             if not torch.isfinite(loss + norm):
                 raise FloatingPointError(f"not finite after {step} steps")
             for optimizer in optimizers:

@@ -12,8 +12,8 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from deepopt.hope import Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, optimizer_class
 from deepopt.hope.options import about, documented
 from deepopt.memory import BUILT_IN
+from deepopt.optim import Continuum
 from deepopt.optim.base import MemoryOptimizer
 
 try:
@@ -171,6 +172,27 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
     return (steps - step) / (steps - warmup)
 
 
+def prepare(optimizers: Sequence[Continuum], factor: float) -> None:
+    """Set the learning rates to ``factor`` of their peaks and forget the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.zero_grad()
+
+
+@contextmanager
+def clipped(optimizers: Sequence[Continuum], model: nn.Module) -> Iterator[Tensor]:
+    """For the update: inside, the gradients are those that are applied, clipped all together.
+
+    Where a chunk ends they are the chunk's, so what is clipped is what is applied. Step the wrapped
+    optimizers inside. The value is the norm before clipping.
+    """
+    with ExitStack() as chunks:
+        for optimizer in optimizers:
+            chunks.enter_context(optimizer.due())
+        yield torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+
+
 class Trainer:
     """A run, ready to start or to go on: what is wrong with its input shows when it is made.
 
@@ -296,10 +318,7 @@ class Trainer:
         """
         config = self.config
         factor = lr_factor(self.step, config.steps, self.trajectory["warmup"])
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.zero_grad()
+        prepare(self.optimizers, factor)
         tokens, targets = sample_batch(
             self.corpus.train, config.batch_size, config.seq_len, config.seed, self.step
         )
@@ -309,15 +328,12 @@ class Trainer:
         self._check_finite("loss", loss.item(), self.step + 1)
         loss.backward()
         model_seconds = time.process_time() - began
-        with ExitStack() as chunks:  # what is clipped is what is applied
-            for optimizer in self.optimizers:
-                chunks.enter_context(optimizer.due())
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        with clipped(self.optimizers, self.model) as norm, ExitStack() as diagnostics:
             self._check_finite("norm of the gradient", norm.item(), self.step + 1)
             began, seen = time.process_time(), []
             for optimizer in self.optimizers:
                 if watched and isinstance(optimizer.optimizer, MemoryOptimizer):
-                    seen.append(chunks.enter_context(optimizer.optimizer.diagnostics()))
+                    seen.append(diagnostics.enter_context(optimizer.optimizer.diagnostics()))
                 optimizer.optimizer.step()
             optimizer_seconds = time.process_time() - began
 

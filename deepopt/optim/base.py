@@ -86,7 +86,10 @@ class MemoryOptimizer(Optimizer):
     # -- for the subclasses ------------------------------------------------------------------
 
     def _check_group(self, group: Group) -> None:
-        """Raise ValueError for the first value of ``group`` that is out of range."""
+        """Raise ValueError for the first value of ``group`` that is out of range.
+
+        TypeError where it is no number at all, RuntimeError for flags that exclude each other.
+        """
         lr: Any = group["lr"]
         betas: Any = group["betas"]
         for name in ("lr", "eps", "weight_decay"):
@@ -182,7 +185,7 @@ class MemoryOptimizer(Optimizer):
         self._kept_parts: dict[int, Parts] = {}
         self._kept_sorted: dict[int, Sorted] = {}
 
-    # -- to look at --------------------------------------------------------------------------
+    # -- diagnostics -------------------------------------------------------------------------
 
     def diagnostics(self, spread: bool = False) -> AbstractContextManager[dict[str, Diagnosis]]:
         """What the steps inside do to every parameter: sizes, directions, what memories erase::
@@ -198,11 +201,11 @@ class MemoryOptimizer(Optimizer):
                 decomposition for each (default: False).
 
         Returns:
-            A context whose value is a dict by the parameters' names ("parameter 0", ... where they
-            have none), of those that the last step inside has moved.
+            A context manager. Its value is a dict with a row for every parameter that the last
+            step inside has stepped, by name, or by number ("parameter 0") where it has no name.
 
-        Cost: nothing outside; inside a copy of all parameters and gradients, and a transfer of all
-        of them to the host. It waits for the device.
+        Cost: none outside of the context. Inside, all parameters are copied, and they and their
+        gradients are moved to the host, which waits for the device.
         """
         return watch(self, spread)
 
@@ -233,10 +236,7 @@ class MemoryOptimizer(Optimizer):
             AssertionError: ``capturable=True`` with parameters on a device without graphs.
         """
         graph_capture_health_check(self)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else evaluated(closure)
         with undisturbed(bool(self.defaults["differentiable"])):
             # A GradScaler that leaves unscaling and skipping to the step sets these around it.
             scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -286,7 +286,7 @@ class MemoryOptimizer(Optimizer):
             kind = bucket.kind
             found = None if found_inf is None else found_inf.to(kind.device)
             if kind.elementwise:
-                adamw_path.step(bucket.params, bucket.grads, own, bucket.group, found)
+                adamw_path.step(bucket, own, found)
             elif kind.shared:
                 shared.append((bucket, own))
             elif kind.mesh is None:
@@ -310,9 +310,13 @@ class MemoryOptimizer(Optimizer):
         for bucket in buckets:
             own: list[Any] = list(map(states.get, bucket.params))
             fresh = [i for i, state in enumerate(own) if not state or "step" not in state]
-            if len(fresh) < len(own):
+            if not fresh:
                 check_states(bucket, own, self._keys(bucket))
-            if fresh:
+            else:
+                old = sorted(set(range(len(own))) - set(fresh))
+                if old:
+                    stepped = bucket._replace(params=[bucket.params[i] for i in old])
+                    check_states(stepped, [own[i] for i in old], self._keys(bucket))
                 params = [bucket.params[i] for i in fresh]
                 made += zip(params, self._fresh_states(bucket, params), strict=True)
             found.append(own)
@@ -350,7 +354,7 @@ class MemoryOptimizer(Optimizer):
     def _keys(self, bucket: Bucket) -> Mapping[str, Tensor]:
         """The state tensors that ``init`` makes, by name; all others are the user's."""
         if bucket.kind.elementwise:
-            return adamw_path.LIKE
+            return adamw_path.KEYS
         keys, kind = bucket.parts.keys, bucket.kind
         layout = (*kind.sides, kind.state_dtype)
         if layout not in keys:  # as after a checkpoint has been loaded
@@ -553,6 +557,12 @@ def _init(parts: Parts, like: Tensor) -> State:
     return whole
 
 
+def evaluated(closure: Callable[[], Any]) -> Any:
+    """The loss of a closure, which computes gradients whatever the grad mode of the step is."""
+    with torch.enable_grad():
+        return closure()
+
+
 def undisturbed(grad: bool = False) -> ExitStack:
     """A context in which nothing that the caller has switched on changes what is computed.
 
@@ -583,6 +593,7 @@ def _unscaled(
 
 
 def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Count the step, unless it was skipped."""
     if found_inf is None:
         torch._foreach_add_(steps, 1.0)
         return

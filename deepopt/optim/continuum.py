@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepopt._compat import disable_dynamo
-from deepopt.optim.base import Group, undisturbed
+from deepopt.optim.base import Group, evaluated, undisturbed
 from deepopt.optim.engine.adamw_path import state_dtype
 
 REDUCTIONS = ("mean", "sum")
@@ -161,10 +161,7 @@ class Continuum(Optimizer):
         Args:
             closure: evaluates the model anew and returns the loss, which is returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else evaluated(closure)
         with self.due() as groups:
             if groups:
                 self.optimizer.step()

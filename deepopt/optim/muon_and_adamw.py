@@ -4,10 +4,11 @@ from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.optimizer import ParamsT
+
+from deepopt.optim.base import evaluated
 
 MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 """Arguments of Muon alone; all others are AdamW's, and ``lr`` and ``weight_decay`` are both's."""
@@ -69,23 +70,12 @@ class MuonAndAdamW(Optimizer):
         super().__setstate__({})  # hooks and profiling alone: groups and state are the parts'
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return [group for part in self.parts.values() for group in part.param_groups]
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        first = len(self.parts["muon"].param_groups)
-        self.parts["muon"].param_groups = groups[:first]
-        self.parts["adamw"].param_groups = groups[first:]
-
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         return ChainMap(*(part.state for part in self.parts.values()))
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        for part in self.parts.values():
-            part.state = state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both.
@@ -93,10 +83,7 @@ class MuonAndAdamW(Optimizer):
         Args:
             closure: evaluates the model anew and returns the loss, which is returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else evaluated(closure)
         for part in self.parts.values():
             part.step()
         return loss

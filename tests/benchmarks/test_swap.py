@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import swap
+from benchmarks import runs, swap
 from benchmarks.__main__ import main
 from benchmarks.swap import Results, Run
 
@@ -72,7 +72,7 @@ def test_the_command_runs_sweeps_and_swaps_and_goes_on_where_it_stopped(
     )
     monkeypatch.setattr(swap, "LEARNING_RATES", (1e-3, 2e-3))
     monkeypatch.setattr(swap, "CHALLENGERS", (("DeepMomentum", "linear"),))
-    monkeypatch.setattr(swap, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
     command = ["--out", str(tmp_path), "--models", "Transformer", "--steps", "2"]
     assert swap.main(command) == 0
     lines = (tmp_path / "swap.jsonl").read_text().splitlines()

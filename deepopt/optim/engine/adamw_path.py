@@ -1,6 +1,6 @@
 """The element-wise path of every optimizer: AdamW, by the kernel if there is one, else torch's."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim.engine import State
 from deepopt.optim.engine.rounding import lows_and_seeds
 
-KEYS = ("exp_avg", "exp_avg_sq")
-LIKE = {key: torch.empty(0, device="meta") for key in KEYS}
+if TYPE_CHECKING:
+    from deepopt.optim.engine.buckets import Bucket, Kind
+
+KEYS = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.empty(0, device="meta"))
+"""The tensors of a state, by name; their shapes are those of the parameters."""
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -33,13 +36,7 @@ def init(param: Tensor, group: dict[str, Any]) -> State:
     }
 
 
-def step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    group: dict[str, Any],
-    found_inf: Tensor | None = None,
-) -> None:
+def step(bucket: "Bucket", states: list[State], found_inf: Tensor | None = None) -> None:
     """One step of AdamW; where ``found_inf`` is 1, nothing changes.
 
     With ``foreach`` given torch's implementation runs, bit for bit where the state has the
@@ -47,26 +44,26 @@ def step(
     torch's fused AdamW, except for the second moments beyond the last whole vector. Narrower
     parameters are stepped in float32 and rounded once.
     """
+    params, grads, group = bucket.params, bucket.grads, bucket.group
     fused = bool(group["fused"])
     if found_inf is not None and not (fused and found_inf.device.type != "cpu"):
         if found_inf.item():  # torch's other implementations leave the skipping to the caller
             return
         found_inf = None
-    if found_inf is None and _has_kernel(params, group):
+    if found_inf is None and _has_kernel(bucket.kind, group):
         _step_by_kernel(params, grads, states, group)
     else:
         _step_by_torch(params, grads, states, group, found_inf)
 
 
-def _has_kernel(params: list[Tensor], group: dict[str, Any]) -> bool:
-    if group["foreach"] is not None or group["differentiable"]:
+def _has_kernel(kind: "Kind", group: dict[str, Any]) -> bool:
+    if group["foreach"] is not None or group["differentiable"] or kind.wrapped or kind.distributed:
         return False
-    if group["capturable"] and params[0].device.type != "cuda":  # counts are read on the device
+    if group["capturable"] and kind.device.type != "cuda":  # counts are read on the device
         return False
     if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         return False
-    plain = set(map(type, params)) <= {torch.Tensor, torch.nn.Parameter}
-    return plain and adamw_.has_backend(params[0].device.type)
+    return adamw_.has_backend(kind.device.type)
 
 
 def _step_by_kernel(
@@ -116,7 +113,7 @@ def _step_by_torch(
             # torch's fused CPU kernel walks through all tensors in the parameter's memory order.
             if grads[index].stride() != param.stride():
                 grads[index] = torch.empty_like(param).copy_(grads[index])
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in KEYS:
                 if state[key].stride() != param.stride():
                     state[key] = torch.empty_like(param).copy_(state[key])
     beta1, beta2 = group["betas"]

@@ -2,9 +2,9 @@
 
 torch keeps an optimizer's state per parameter, and there users read it, move it, replace it and
 drop it. A batched step wants it stacked. So a step gathers the state of its matrices into one
-tensor per key and writes the new values back. No state is kept elsewhere: whoever holds the
-state of one parameter holds that and nothing else. State tensors have a leading dimension, the
-number of matrices in their parameter.
+tensor per key and writes the new values back. No state is kept elsewhere: whoever holds the state
+of one parameter holds that and nothing else. State tensors have a leading dimension, the number of
+matrices in their parameter.
 """
 
 import math
@@ -39,8 +39,6 @@ SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
 SHAPE, DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 DEVICE, STEP = operator.attrgetter("device"), operator.itemgetter("step")
-NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes of parameters whose state is float32."""
 ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
@@ -81,8 +79,8 @@ class Parts(NamedTuple):
     def hold(self, group: Group) -> bool:
         """Whether every argument is the very object that it was.
 
-        What equality means is up to objects of the user. A tensor or a list can
-        change in place, so it never counts as unchanged.
+        Objects of the user decide what equality means, so identity counts. A tensor or a list can
+        change in place, and never counts as unchanged.
         """
         for name, value in self.arguments.items():
             if group.get(name) is not value or isinstance(value, Tensor | list):
@@ -304,7 +302,7 @@ def stacked(
 def distribute(
     whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int] = ()
 ) -> None:
-    """Give ``state[key]`` of every state a copy of its part of ``whole``.
+    """Give ``state[key]`` of every state its part of ``whole``, in a storage of its own.
 
     Args:
         whole: all parts, one after the other.
@@ -325,13 +323,10 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
 
     Args:
         bucket: what is about to be stepped.
-        states: of its parameters. Those without a step are still to be made, and are not checked.
+        states: of its parameters.
         keys: what ``init`` makes of one matrix; on the element-wise path the names alone count.
     """
     kind, params = bucket.kind, bucket.params
-    if not all(states):
-        made = [(p, s) for p, s in zip(params, states, strict=True) if s and "step" in s]
-        params, states = [p for p, _ in made], [s for _, s in made]
     try:
         tensors = [state[key] for key in keys for state in states]
     except KeyError:
@@ -360,7 +355,7 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         wanted = list(map(SHAPE, params)) * len(keys)
         dtypes = [torch.float32] * len(tensors)
         if set(map(DTYPE, params)) != {torch.float32}:
-            dtypes = [torch.float32 if p.dtype in NARROW else p.dtype for p in params] * len(keys)
+            dtypes = list(map(state_dtype, params)) * len(keys)
     else:
         count = kind.sides[0] * kind.sides[1]
         wanted, dtypes = [], []

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from benchmarks import runs
 from benchmarks.hope import command, training
 from benchmarks.hope.bytes import Bytes
 from benchmarks.hope.formal import Formal
@@ -30,7 +31,7 @@ TINY_TASKS = {
 def tiny(monkeypatch):
     for name, task in TINY_TASKS.items():
         monkeypatch.setitem(training.TASKS, name, task)
-    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
 
 
 def lines(folder, task):
@@ -112,7 +113,7 @@ def test_a_run_on_bytes_is_the_training_command_of_hope(tmp_path):
 
 
 def test_a_run_that_is_not_finite_is_a_line_and_the_worst(monkeypatch):
-    monkeypatch.setattr(training, "MAX_GRAD_NORM", math.nan)
+    monkeypatch.setattr("deepopt.hope.trainer.MAX_GRAD_NORM", math.nan)
     line = training.execute(Run("recall", "Hope", "SGD", 4e-3, 0, 3))
     assert line["diverged"] == "not finite after 1 steps"
     plan = Plan(["recall"], ["Hope"], (4e-3,), 1, 3)

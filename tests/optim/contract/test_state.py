@@ -113,6 +113,19 @@ def test_entries_of_the_users_are_carried_saved_and_loaded_untouched(cls, option
 
 
 @every_settled
+def test_a_parameter_with_entries_of_the_users_alone_begins_beside_others_that_have_stepped(
+    cls, options
+):
+    params, generator = params_and_grads()
+    optimizer = cls(params, **options)
+    step(optimizer, params[1:], generator)  # the first one rests
+    optimizer.state[params[0]]["mine"] = "kept"
+    step(optimizer, params, generator, 1)
+    assert optimizer.state[params[0]]["mine"] == "kept"
+    assert [int(optimizer.state[param]["step"]) for param in params[:2]] == [1, 3]
+
+
+@every_settled
 @pytest.mark.parametrize("how", ["assigned", "data", "in place"])
 def test_a_tensor_that_is_replaced_counts_at_the_next_step(cls, options, how):
     def run(how):
