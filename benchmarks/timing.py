@@ -63,7 +63,7 @@ class Quartiles(NamedTuple):
 
 
 def quartiles(seconds: Sequence[float], period: int = 1) -> Quartiles:
-    """Of the means over whole periods of steps."""
+    """The median and quartiles of the means over whole periods of steps."""
     means = [
         statistics.fmean(seconds[first : first + period])
         for first in range(0, len(seconds) - period + 1, period)
@@ -203,7 +203,7 @@ def profiled(step: Callable[[], Any]) -> tuple[float, dict[str, tuple[float, int
 
 
 def share_of_products(contender: Contender) -> float:
-    """Of a period of steps, the share of time in matrix products."""
+    """The share of the time of a period of steps that is in matrix products."""
 
     def period() -> None:
         for _ in range(contender.period):

@@ -25,7 +25,7 @@ PERIOD = 10
 HIDDEN = 8
 """Units of the MLP memories."""
 TANH_OPERATIONS = 21
-"""Of a tanh as a bounded quotient of polynomials: 2 for the bounds, 1 for the square, 4 + 4
+"""What a tanh takes as a bounded quotient of polynomials: 2 for the bounds, 1 for the square, 4 + 4
 multiply-adds, a product and a division."""
 
 
@@ -51,7 +51,7 @@ class Phase:
     bytes: float
     flops: float = 0.0
     dtype: str = "float32"
-    """Of the products."""
+    """The dtype of the products."""
 
     def times(self, count: float) -> "Phase":
         return replace(self, bytes=count * self.bytes, flops=count * self.flops)
@@ -78,7 +78,7 @@ def product_seconds(work: Work, rates: Rates) -> float:
 
 
 def roofline_seconds(work: Work, rates: Rates) -> float:
-    """Of each phase the longer of its traffic and its arithmetic."""
+    """The sum over the phases of what takes longer in each, traffic or arithmetic."""
     return sum(max(traffic_seconds([p], rates), product_seconds([p], rates)) for p in work)
 
 

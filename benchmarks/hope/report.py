@@ -44,7 +44,7 @@ def seeds_of(plan: Plan, task: str, model: str, lines: Lines) -> list[Line]:
 
 
 def mean(plan: Plan, task: str, lines: Lines, model: str, metric: str) -> float:
-    """Of a metric over the seeds of a model; NaN if there is no run."""
+    """The mean of a metric over the seeds of a model; NaN if there is no run."""
     if model in plan.compared:
         found = seeds_of(plan, task, model, lines)
     else:

@@ -58,7 +58,7 @@ def device_name(device: str) -> str:
 
 
 def code_sha256() -> str:
-    """Of all that a step runs: lines of other code are told apart in the report."""
+    """The hash of all code that a step runs, by which the report tells lines of other code."""
     digest = hashlib.sha256()
     for folder in ("deepopt", "csrc"):
         for path in sorted((ROOT / folder).rglob("*")):

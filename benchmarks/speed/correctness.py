@@ -125,10 +125,10 @@ def inputs(m: int, n: int) -> dict[str, Tensor]:
 
 
 def farther(line: Found) -> float:
-    """Of the quantiles of the distance from 1 the worst: DeepMomentum's over torch's.
+    """DeepMomentum's distance from 1 over torch's, at the quantile where that is worst.
 
-    Not of the largest, that of the direction in which the input is weakest: with singular values
-    over many orders of magnitude it is out of the reach of any five steps.
+    The largest distance does not count. It is that of the direction in which the input is weakest,
+    and with singular values over many orders of magnitude no five steps can reach it.
     """
     rows = {(d["shape"], d["input"], d["contender"]): d for d in line["details"]}
     return max(

@@ -54,7 +54,7 @@ def scaling(
 
 
 def exponent(details: Sequence[ScalingRow]) -> float:
-    """Of the power law through the points, by least squares of the logarithms; one has none."""
+    """The exponent of the power law through the points, by least squares of their logarithms."""
     if len(details) < 2:
         return math.nan
     sizes = [math.log(point["parameters"]) for point in details]

@@ -42,7 +42,7 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
 
     Half precision is float16, whether float16 or bfloat16 was asked for: it is as fast, everything
     here is bounded (‖X‖ = 1 at first, singular values near 1 after), and its three more bits are
-    what the Gram form needs. Of six spectra at 256 x 512, well- and ill-conditioned, its singular
+    what the Gram form needs. For six spectra at 256 x 512, well- and ill-conditioned, its singular
     values were off those of exact arithmetic by 2e-3 to 2e-2 at most, where the direct form in
     bfloat16 was off by 4e-3 to 2e-1, five times as much or more on all but the random matrix. The
     Gram form in bfloat16 is off by half on that one.

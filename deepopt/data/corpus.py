@@ -62,7 +62,7 @@ def stdlib_corpus() -> Corpus:
 def load_corpus(path: str | os.PathLike[str]) -> Corpus:
     """Return the corpus in one file, or in all files below a directory but hidden ones.
 
-    Of a file the last 5 % are held out; of a directory about every twentieth file, chosen by its
+    The last 5 % of a file are held out. In a directory about every twentieth file is, chosen by its
     name among those that are no large part of the whole, or the last 5 % of the bytes where files
     are too few for that. Any encoding without NUL bytes will do (UTF-8, Latin-1, not UTF-16): a
     file with NUL bytes is refused if it is alone, and left out with a warning below a directory.

@@ -206,7 +206,7 @@ class Module:
         return 1 + len(tuple(self._retentions(0.0))), 1
 
     def _retentions(self, retention: float | Tensor) -> Sequence[float | Tensor]:
-        """Of the averages of the gradient that are kept."""
+        """The retentions of the averages of the gradient that are kept."""
         averages = self.granularity == "coordinate" and not self._literal
         return (retention, *self.time_scales) if averages else ()
 

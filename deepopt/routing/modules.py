@@ -156,8 +156,8 @@ def _route_owned(
 def _parts(module: nn.Module, local: str) -> tuple[int, str]:
     """How many matrices a parameter of one of torch's own layers holds, and what they are.
 
-    Only torch's own: their layout is part of their definition. Of a Linear layer the shape does not
-    tell whether it is fused, nor the name how.
+    Only torch's own layers count: their layout is part of their definition. The shape of a Linear
+    layer does not tell whether it is fused, and its name does not tell how.
     """
     kind = module_type(module)
     if issubclass(kind, nn.MultiheadAttention) and local == "in_proj_weight":

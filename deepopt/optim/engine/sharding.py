@@ -159,9 +159,10 @@ def _shares_matrices(spread: Spread, placement: Any) -> bool:
 def assign(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For each batch, parameter and matrix the position of its owner.
 
-    The dearest come first, and each goes to the rank with the least to do so far. Of equals it is
-    the one whose binary digits read backwards are smallest: few owners are far apart, on different
-    machines. Ranks that share out a stack's matrices keep them among themselves.
+    The most expensive come first, and each goes to the rank with the least to do so far. Where
+    several have equally little, the rank with the smallest number when its binary digits are read
+    backwards takes it: so a few owners lie far apart, on different machines. Ranks that share out a
+    stack's matrices keep them among themselves.
     """
     load: defaultdict[int, float] = defaultdict(float)
     owners: list[tuple[tuple[int, ...], ...]] = [()] * len(batches)
@@ -402,7 +403,7 @@ def step(
 
 class _Matrix(NamedTuple):
     number: int
-    """Of its parameter, in the bucket."""
+    """The number of its parameter in the bucket."""
     row: int
     owner: int
 
