@@ -43,6 +43,7 @@ from deepopt.optim.engine.buckets import (
     check_kept,
     check_states,
     distribute,
+    part_of,
     sort,
     stacked,
 )
@@ -266,7 +267,7 @@ class MemoryOptimizer(Optimizer):
         if found is not before:
             self._forget_groups_that_left()
             self._kept_sorted[id(group)] = found
-        return sort(group, found.kinds, grads, self._parts(group), type(self).__name__)
+        return sort(group, found, grads, self._parts(group), type(self).__name__)
 
     def _forget_groups_that_left(self) -> None:
         ids = set(map(id, self.param_groups))
@@ -315,10 +316,9 @@ class MemoryOptimizer(Optimizer):
             else:
                 old = sorted(set(range(len(own))) - set(fresh))
                 if old:
-                    stepped = bucket._replace(params=[bucket.params[i] for i in old])
-                    check_states(stepped, [own[i] for i in old], self._keys(bucket))
-                params = [bucket.params[i] for i in fresh]
-                made += zip(params, self._fresh_states(bucket, params), strict=True)
+                    check_states(part_of(bucket, old), [own[i] for i in old], self._keys(bucket))
+                begun = part_of(bucket, fresh)
+                made += zip(begun.params, self._fresh_states(begun), strict=True)
             found.append(own)
         if not made:
             return found
@@ -326,8 +326,8 @@ class MemoryOptimizer(Optimizer):
             states.setdefault(param, {}).update(state)
         return [[states[param] for param in bucket.params] for bucket in buckets]
 
-    def _fresh_states(self, bucket: Bucket, params: list[Tensor]) -> list[State]:
-        kind, group = bucket.kind, bucket.group
+    def _fresh_states(self, bucket: Bucket) -> list[State]:
+        kind, group, params = bucket.kind, bucket.group, bucket.params
         if group["fused"]:
             for param in params:
                 check_fused(param)
@@ -340,7 +340,7 @@ class MemoryOptimizer(Optimizer):
         if kind.mesh is not None:
             route = routing.Route(kind.path, kind.split)
             sharding.init(
-                sharding.ShardedBucket.of(bucket._replace(params=params, grads=params), made),
+                sharding.ShardedBucket.of(bucket, made),
                 [self._expected_state(param, route, group) for param in params],
                 lambda like: _init(bucket.parts, like),
             )
@@ -382,7 +382,8 @@ class MemoryOptimizer(Optimizer):
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads) if len(grads) > 1 else grads[0]
             grad = grad.to(kind.state_dtype)
-            with stacked(states, self._keys(bucket), group["differentiable"]) as whole:
+            keys = self._keys(bucket)
+            with stacked(states, keys, counts, group["differentiable"]) as whole:
                 each = steps
                 if counts.count(1) < len(counts):
                     each = [step for step, n in zip(steps, counts, strict=True) for _ in range(n)]

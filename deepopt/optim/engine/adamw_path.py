@@ -1,5 +1,6 @@
 """The element-wise path of every optimizer: AdamW, by the kernel if there is one, else torch's."""
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from deepopt.optim.engine.rounding import lows_and_seeds
 if TYPE_CHECKING:
     from deepopt.optim.engine.buckets import Bucket, Kind
 
+DTYPE = operator.attrgetter("dtype")
 KEYS = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.empty(0, device="meta"))
 """The tensors of a state, by name; their shapes are those of the parameters."""
 
@@ -69,13 +71,14 @@ def _has_kernel(kind: "Kind", group: dict[str, Any]) -> bool:
 def _step_by_kernel(
     params: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
 ) -> None:
-    grads = [  # a parameter's grad_dtype may be any
-        grad if grad.dtype == param.dtype else grad.to(state_dtype(param))
-        for param, grad in zip(params, grads, strict=True)
-    ]
+    if list(map(DTYPE, grads)) != list(map(DTYPE, params)):  # a parameter's grad_dtype may be any
+        grads = [
+            grad if grad.dtype == param.dtype else grad.to(state_dtype(param))
+            for param, grad in zip(params, grads, strict=True)
+        ]
     exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in KEYS)
     lists = params, grads, exp_avgs, exp_avg_sqs
-    if any(param.is_complex() for param in params):  # a pair of reals
+    if any(map(Tensor.is_complex, params)):  # a pair of reals
         lists = _as_reals(params), _as_reals(grads), _as_reals(exp_avgs), _as_reals(exp_avg_sqs)
     lows, seeds = lows_and_seeds(params, states, group)
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]

@@ -7,6 +7,7 @@ of one parameter holds that and nothing else. State tensors have a leading dimen
 matrices in their parameter.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,8 +38,9 @@ PLAIN = {Tensor, torch.nn.Parameter}
 """Types of parameters that kernels can write to."""
 SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
-SHAPE, DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
-DEVICE, STEP = operator.attrgetter("device"), operator.itemgetter("step")
+IS_SPARSE, STEP = operator.attrgetter("is_sparse"), operator.itemgetter("step")
+LAYOUT = operator.attrgetter("shape", "dtype", "device")
+Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
@@ -96,6 +98,8 @@ class Bucket(NamedTuple):
     parts: Parts
     params: list[Tensor]
     grads: list[Tensor]
+    layouts: list[Layout]
+    """Those of the parameters, as :class:`Sorted` has them."""
 
 
 class Sorted(NamedTuple):
@@ -105,8 +109,10 @@ class Sorted(NamedTuple):
     arguments: list[Any]
     attributes: list[tuple[Any, ...]]
     addresses: list[int] | None
-    kinds: list[Kind]
-    """Equal kinds are one object."""
+    members: dict[Kind, list[int]]
+    """The numbers of the parameters of each kind."""
+    layouts: list[Layout]
+    """For each parameter its shape and device, with the dtype of its state."""
     lasting: bool
     """Whether it can be kept: the attributes of a DTensor do not show a new placement."""
 
@@ -127,26 +133,24 @@ class Sorted(NamedTuple):
         ):
             return before
         check_dtypes(group)
-        found = [
-            _kind(param, route, turn)
-            for param, route, turn in zip(
-                params, routing.routes(group), _turns(params, addresses), strict=True
-            )
-        ]
-        one_of_each: dict[Kind, Kind] = {}
+        members: dict[Kind, list[int]] = {}
+        every = zip(params, routing.routes(group), _turns(params, addresses), strict=True)
+        for number, each in enumerate(every):
+            members.setdefault(_kind(*each), []).append(number)
         return cls(
             list(params),
             [list(value) if isinstance(value, list) else value for value in arguments],
             attributes,
             addresses,
-            [one_of_each.setdefault(kind, kind) for kind in found],
-            not any(kind.mesh is not None for kind in found),
+            members,
+            [(param.shape, state_dtype(param), param.device) for param in params],
+            not any(kind.mesh is not None for kind in members),
         )
 
 
 def sort(
     group: Group,
-    kinds: Sequence[Kind],
+    found: Sorted,
     grads: Sequence[Tensor | None],
     parts: Parts,
     optimizer: str,
@@ -155,8 +159,8 @@ def sort(
 
     Args:
         group: of an optimizer.
-        kinds: of its parameters, from :class:`Sorted`.
-        grads: what they are stepped with; None where a parameter is not stepped.
+        found: its parameters by kind.
+        grads: what its parameters are stepped with; None where one is not stepped.
         parts: the group's.
         optimizer: the name of its class, for messages.
 
@@ -164,30 +168,48 @@ def sort(
         RuntimeError, AssertionError: a gradient or parameter that cannot be stepped.
     """
     buckets: list[Bucket] = []
-    open_: dict[int, Bucket] = {}  # by the identity of the kind: its hash costs as much as a step
-    entries: dict[int, int] = {}
-    for param, kind, grad in zip(group["params"], kinds, grads, strict=True):
-        if grad is None:
-            continue
-        if grad.is_sparse:
+    for kind, numbers in found.members.items():
+        # No loop in Python: with hundreds of small tensors it would cost as much as their step.
+        params = list(map(group["params"].__getitem__, numbers))
+        layouts = list(map(found.layouts.__getitem__, numbers))
+        own: list[Any] = list(map(grads.__getitem__, numbers))
+        bucket = Bucket(kind, group, parts, params, own, layouts)
+        there = list(map(operator.is_not, own, itertools.repeat(None)))
+        if not all(there):
+            bucket = part_of(bucket, list(itertools.compress(range(len(there)), there)))
+            if not bucket.params:
+                continue
+        if any(map(IS_SPARSE, bucket.grads)):
             raise RuntimeError(f"{optimizer} does not support sparse gradients")
-        bucket = open_.get(id(kind))
-        if not kind.elementwise:
-            if kind.mesh is not None:
-                grad = sharding.place(grad, param)
-            elif kind.device.type == "cpu":  # where a few matrices at a time are faster
-                entries[id(kind)] = entries.get(id(kind), 0) + param.numel()
-                if entries[id(kind)] > ENTRIES_AT_ONCE:
-                    bucket = None
-                    entries[id(kind)] = param.numel()
-        if bucket is None:
-            if group["capturable"] or group["rounding"] != "nearest" or kind.mesh is not None:
-                _check(kind, group)
-            bucket = open_[id(kind)] = Bucket(kind, group, parts, [], [])
+        if group["capturable"] or group["rounding"] != "nearest" or kind.mesh is not None:
+            _check(kind, group)
+        if kind.mesh is not None:
+            bucket.grads[:] = map(sharding.place, bucket.grads, bucket.params)
+        if kind.elementwise or kind.device.type != "cpu" or len(bucket.params) == 1:
             buckets.append(bucket)
-        bucket.params.append(param)
-        bucket.grads.append(grad)
+        else:  # on the CPU a few matrices at a time are faster
+            buckets += _cut(bucket)
     return buckets
+
+
+def part_of(bucket: Bucket, numbers: Sequence[int]) -> Bucket:
+    """Some of a bucket's parameters, by their numbers in it."""
+    return bucket._replace(
+        params=list(map(bucket.params.__getitem__, numbers)),
+        grads=list(map(bucket.grads.__getitem__, numbers)),
+        layouts=list(map(bucket.layouts.__getitem__, numbers)),
+    )
+
+
+def _cut(bucket: Bucket) -> Iterator[Bucket]:
+    """A bucket in parts of at most ``ENTRIES_AT_ONCE`` entries each, or of one matrix."""
+    begin, entries = 0, 0
+    for index, size in enumerate(map(Tensor.numel, bucket.params)):
+        if index > begin and entries + size > ENTRIES_AT_ONCE:
+            yield part_of(bucket, range(begin, index))
+            begin, entries = index, 0
+        entries += size
+    yield part_of(bucket, range(begin, len(bucket.params))) if begin else bucket
 
 
 def _check(kind: Kind, group: Mapping[str, Any]) -> None:
@@ -267,7 +289,10 @@ def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
 
 @contextmanager
 def stacked(
-    states: Sequence[State], keys: Iterable[str], differentiable: bool = False
+    states: Sequence[State],
+    keys: Iterable[str],
+    counts: Sequence[int],
+    differentiable: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors under ``keys``, stacked; what is assigned or written to them reaches the states.
 
@@ -277,6 +302,7 @@ def stacked(
     Args:
         states: one per parameter.
         keys: of the tensors.
+        counts: matrices of each parameter, which is the leading size of its tensors.
         differentiable: give the states new tensors, with their history, instead of copying into
             the old ones.
     """
@@ -291,29 +317,26 @@ def stacked(
         if new[key] is old[key] and _version(new[key]) == version:
             continue
         if differentiable:
-            distribute(new[key], states, key)
+            distribute(new[key], states, key, counts)
         elif len(states) > 1:
             own = [state[key] for state in states]
-            torch._foreach_copy_(own, list(new[key].split(list(map(len, own)))))
+            torch._foreach_copy_(own, list(new[key].split(list(counts))))
         elif new[key] is not states[0][key]:
             states[0][key].copy_(new[key])
 
 
-def distribute(
-    whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int] = ()
-) -> None:
+def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int]) -> None:
     """Give ``state[key]`` of every state its part of ``whole``, in a storage of its own.
 
     Args:
         whole: all parts, one after the other.
         states: what gets them.
         key: where.
-        counts: rows of each part (default: those of the tensors that are there).
+        counts: rows of each part.
     """
     if len(states) == 1:
         states[0][key] = whole
         return
-    counts = counts or [len(state[key]) for state in states]
     for state, part in zip(states, whole.split(list(counts)), strict=True):
         state[key] = part.clone(memory_format=torch.contiguous_format)
 
@@ -337,45 +360,38 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
             "whole entry of optimizer.state to begin anew"
         ) from None
     types = set(map(type, tensors)) | set(map(type, map(STEP, states)))
-    if not types <= PLAIN and not all(map(issubclass, types, [Tensor] * len(types))):
+    if not types <= PLAIN and not all(map(issubclass, types, itertools.repeat(Tensor))):
         raise RuntimeError(
             f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
             "put the tensor back, or delete the whole entry of optimizer.state"
         )
-    if set(map(DEVICE, tensors)) - {kind.device}:
-        where = next(tensor.device for tensor in tensors if tensor.device != kind.device)
-        raise RuntimeError(
-            f"state lies on {where}, and its parameters on {kind.device}: bring what was moved "
-            "away back before the step"
-        )
-    if kind.mesh is not None:
-        return
-    # Shapes and dtypes of all at once: one by one they would cost more than small tensors' steps.
+    # All at once: one by one they would cost more than the steps of small tensors.
+    found = list(map(LAYOUT, tensors))
     if kind.elementwise:
-        wanted = list(map(SHAPE, params)) * len(keys)
-        dtypes = [torch.float32] * len(tensors)
-        if set(map(DTYPE, params)) != {torch.float32}:
-            dtypes = list(map(state_dtype, params)) * len(keys)
+        wanted = bucket.layouts * len(keys)
     else:
         count = kind.sides[0] * kind.sides[1]
-        wanted, dtypes = [], []
+        alike = bucket.layouts.count(bucket.layouts[0]) == len(params)
+        wanted = []
         for like in keys.values():
-            for param in params:
-                wanted.append(torch.Size((param.numel() // count, *like.shape[1:])))
-                dtypes.append(like.dtype)
-    if list(map(SHAPE, tensors)) != wanted or list(map(DTYPE, tensors)) != dtypes:
-        index = next(
-            i
-            for i, tensor in enumerate(tensors)
-            if (tensor.shape, tensor.dtype) != (wanted[i], dtypes[i])
-        )
+            for param in params[:1] if alike else params:
+                shape = torch.Size((param.numel() // count, *like.shape[1:]))
+                wanted += [(shape, like.dtype, kind.device)] * (len(params) if alike else 1)
+    if found == wanted:
+        return
+    for index, (shape, dtype, device) in enumerate(wanted):
         key, param = list(keys)[index // len(params)], params[index % len(params)]
-        tensor = tensors[index]
-        raise RuntimeError(
-            f"state {key!r} of {_who(bucket, param)} has become a tensor of {tuple(tensor.shape)} "
-            f"and {tensor.dtype}, which does not fit: replace a state tensor only by one of its "
-            "own shape and dtype"
-        )
+        if found[index][2] != device:
+            raise RuntimeError(
+                f"state {key!r} of {_who(bucket, param)} lies on {found[index][2]}, and the "
+                f"parameter on {device}: bring what was moved away back before the step"
+            )
+        if kind.mesh is None and found[index][:2] != (shape, dtype):
+            raise RuntimeError(
+                f"state {key!r} of {_who(bucket, param)} has become a tensor of "
+                f"{tuple(found[index][0])} and {found[index][1]}, which does not fit: replace a "
+                "state tensor only by one of its own shape and dtype"
+            )
 
 
 def _who(bucket: Bucket, param: Tensor) -> str:

@@ -8,6 +8,10 @@ def separate(*counts):
     return [{"m": torch.randn(count, 2, 3)} for count in counts]
 
 
+def counts(states):
+    return [len(state["m"]) for state in states]
+
+
 def values(states):
     return torch.cat([state["m"] for state in states])
 
@@ -16,14 +20,14 @@ def owns_its_storage(tensor):
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-@pytest.mark.parametrize("counts", [(1,), (3,), (1, 2, 1)])
+@pytest.mark.parametrize("sizes", [(1,), (3,), (1, 2, 1)])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_is_assigned_or_written_reaches_the_states_in_the_tensors_that_they_have(
-    counts, in_place
+    sizes, in_place
 ):
-    states = separate(*counts)
+    states = separate(*sizes)
     before, tensors = values(states).clone(), [state["m"] for state in states]
-    with stacked(states, ["m"]) as found:
+    with stacked(states, ["m"], counts(states)) as found:
         assert torch.equal(found["m"], before)
         if in_place:
             found["m"].add_(1)
@@ -37,7 +41,7 @@ def test_what_is_assigned_or_written_reaches_the_states_in_the_tensors_that_they
 def test_what_is_not_touched_is_not_copied_back():
     states = separate(1, 1)
     versions = [state["m"]._version for state in states]
-    with stacked(states, ["m"]):
+    with stacked(states, ["m"], counts(states)):
         pass
     assert [state["m"]._version for state in states] == versions
 
@@ -45,7 +49,7 @@ def test_what_is_not_touched_is_not_copied_back():
 def test_states_that_are_not_contiguous_are_stacked():
     for count in (1, 2):
         states = [{"m": torch.arange(6.0).view(1, 3, 2).mT} for _ in range(count)]
-        with stacked(states, ["m"]) as found:
+        with stacked(states, ["m"], counts(states)) as found:
             assert found["m"].is_contiguous()
             found["m"].add_(1)
         assert torch.equal(states[-1]["m"], torch.arange(6.0).view(1, 3, 2).mT + 1)
@@ -55,7 +59,7 @@ def test_an_exception_leaves_the_states_as_they_were():
     states = [{"m": torch.zeros(1, 3)}, {"m": torch.zeros(1, 3)}]
 
     def fail():
-        with stacked(states, ["m"]) as found:
+        with stacked(states, ["m"], counts(states)) as found:
             found["m"] += 1
             raise RuntimeError("on purpose")
 
@@ -68,7 +72,7 @@ def test_an_exception_leaves_the_states_as_they_were():
 def test_differentiable_states_are_new_tensors_with_their_history(count):
     old = [torch.zeros(1, 3) for _ in range(count)]
     states, scale = [{"m": tensor} for tensor in old], torch.tensor(2.0, requires_grad=True)
-    with stacked(states, ["m"], differentiable=True) as found:
+    with stacked(states, ["m"], counts(states), differentiable=True) as found:
         found["m"] = found["m"] + scale
     values(states).sum().backward()
     assert scale.grad == 3 * count
