@@ -1,0 +1,65 @@
+"""The rooms of the package, and which room may import which: arrows point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "deepopt"
+
+# What a room may import of the package, besides itself and the small files deepopt/_*.py.
+ROOMS = {
+    "ops": set(),
+    "routing": set(),
+    "data": set(),
+    "memory": {"ops"},
+    "optim.output_map": {"ops"},
+    "optim.engine": {"ops", "memory", "routing", "optim.output_map"},
+    "optim": {"ops", "memory", "routing", "optim.output_map", "optim.engine"},
+    "hope": {"ops", "memory", "data", "optim"},
+}
+
+
+def room(module: str) -> str | None:
+    """The room of a module of the package, the smallest there is; None for the small files."""
+    known = [name for name in ROOMS if f"{module}.".startswith(f"deepopt.{name}.")]
+    return max(known, key=len, default=None)
+
+
+def module_of(path: Path) -> str:
+    names = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(names).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import hides which room it comes from"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("deepopt.")}
+
+
+def test_every_folder_of_the_package_is_a_room():
+    folders = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("__init__.py")}
+    folders = {".".join(folder.parts) for folder in folders} - {""}
+    assert {name for name in folders if "." not in name} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("name", [*ROOMS, None])
+def test_a_room_imports_only_what_its_row_allows(name: str | None):
+    allowed = {name, None} | ROOMS.get(name, set())
+    if name is None:
+        allowed |= {"optim", "memory"}  # `deepopt/__init__.py` gives their names out
+    paths = [path for path in PACKAGE.rglob("*.py") if room(module_of(path)) == name]
+    assert paths
+    foreign = {
+        f"{path.relative_to(PACKAGE)} imports {module}"
+        for path in paths
+        for module in imports(path)
+        if room(module) not in allowed
+    }
+    assert not foreign
