@@ -36,10 +36,10 @@ class Recall(Task):
 
     Texts grow, as lessons do: an eighth of the pairs within an eighth of the tokens, in eight times
     as many texts, until the first step of `grows`; then a fourth, a half, and all from the last one
-    on. From long texts alone no model learns to recall within a thousand steps.
+    on. From long texts alone no model learned to recall within a thousand steps.
     """
 
-    steps: int = 1000
+    steps: int = 1500
     tokens: int = 256
     pairs: int = 32
     batch: int = 4

@@ -29,7 +29,17 @@ class HopeConfig:
     memory_hidden: int | None = field(
         default=None,
         metadata=about(
-            "hidden width of a memory; None means the width of a head, 0 a linear memory", type=int
+            "hidden width of the memory that is read; None means twice the width of a head, 0 a "
+            "linear memory",
+            type=int,
+        ),
+    )
+    projection_hidden: int | None = field(
+        default=None,
+        metadata=about(
+            "the same for the four memories that generate keys, values, inner learning rates and "
+            "retentions; None means the width of a head",
+            type=int,
         ),
     )
     memory_chunk: int = field(
@@ -41,8 +51,8 @@ class HopeConfig:
     projection_chunk: int = field(
         default=32,
         metadata=about(
-            "the same for the four memories that generate keys, values, inner learning rates and "
-            "retentions; these also stay constant, as projections, inside their chunk"
+            "the same for the four memories that generate, which also stay constant, as "
+            "projections, inside their chunk"
         ),
     )
     update: str = field(
@@ -130,12 +140,13 @@ class HopeConfig:
             raise ValueError(
                 f"dim={self.dim}: must be a multiple of heads={self.heads}, so that heads are equal"
             )
-        hidden = self.memory_hidden
-        if hidden is not None and (not isinstance(hidden, int) or hidden < 0):
-            raise ValueError(
-                f"memory_hidden={hidden!r}: must be an int of at least 1, 0 for linear memories, "
-                "or None for one head's width"
-            )
+        for name in ("memory_hidden", "projection_hidden"):
+            hidden = getattr(self, name)
+            if hidden is not None and (not isinstance(hidden, int) or hidden < 0):
+                raise ValueError(
+                    f"{name}={hidden!r}: must be an int of at least 1, 0 for linear memories, "
+                    "or None for the default width"
+                )
         if self.head_dim < 3:
             raise ValueError(
                 f"heads={self.heads}: leaves dim // heads = {self.head_dim} channels; a head needs "
@@ -170,8 +181,13 @@ class HopeConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of a memory; 0 for linear memories."""
-        return self.head_dim if self.memory_hidden is None else self.memory_hidden
+        """Hidden width of the memory that is read; 0 for a linear one."""
+        return 2 * self.head_dim if self.memory_hidden is None else self.memory_hidden
+
+    @property
+    def projection_width(self) -> int:
+        """Hidden width of the generating memories; 0 for linear ones."""
+        return self.head_dim if self.projection_hidden is None else self.projection_hidden
 
     @property
     def form(self) -> Form:

@@ -51,7 +51,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GENERATORS = ("key", "value", "eta", "alpha")
-MEMORIES = (*GENERATORS, "mem")
 
 Objective = Literal["l2", "dot"]
 Update = Literal["delta", "dgd", "gd"]
@@ -61,6 +60,10 @@ Update = Literal["delta", "dgd", "gd"]
 # what tracks a state. Those of the generating memories are as long as their input, up to 1.
 MEM_FLOOR = 1e-4
 GENERATOR_FLOOR = 1.0
+
+# What the generated logits of the two erasures are multiplied by. Whether a token is written is a
+# choice, and one that is made by halves leaks: of what a text asks to keep, and of a tracked state.
+SHARPNESS = 3.0
 
 
 class Form(NamedTuple):
@@ -88,7 +91,7 @@ class Form(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The initial weights of a stack of G memories per head, where retention pulls them.
+    """The initial weights of a stack of G memories per head.
 
     Attributes:
         w2: (heads, G, hidden, d).
@@ -97,6 +100,18 @@ class Weights(NamedTuple):
 
     w2: Tensor
     w1: Tensor
+
+
+class Initial(NamedTuple):
+    """Where retention pulls the weights of all five memories; None for towards zero.
+
+    Attributes:
+        generators: the four that generate, in the order of `GENERATORS`.
+        memory: the one that answers the queries, a stack of one.
+    """
+
+    generators: Weights | None
+    memory: Weights | None
 
 
 class MemoryState(NamedTuple):
@@ -265,7 +280,7 @@ def _share(logit: Tensor, bias: Tensor, range_logit: Tensor) -> Tensor:
     its length, so that a state is tracked over any number of tokens and not only those trained on.
     """
     range_ = torch.sigmoid(range_logit)[:, None]
-    return (1.1 * range_ * torch.sigmoid(logit + bias[:, None])).clamp(max=1.0)
+    return (1.1 * range_ * torch.sigmoid(SHARPNESS * logit + bias[:, None])).clamp(max=1.0)
 
 
 def _pooled(x: Tensor) -> Tensor:

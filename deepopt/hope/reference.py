@@ -14,6 +14,7 @@ from deepopt.hope.memory import (
     Form,
     Gates,
     Generated,
+    Initial,
     Inputs,
     MemoryState,
     Weights,
@@ -29,7 +30,7 @@ def self_modifying(
     inputs: Inputs,
     generators: MemoryState,
     memory: MemoryState,
-    initial: Weights | None,
+    initial: Initial,
     gates: Gates,
     form: Form,
     *,
@@ -49,8 +50,8 @@ def self_modifying(
         token = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         query = seen.query.unsqueeze(2)
         outputs.append(recall(memory.w2, memory.w1, query, MEM_FLOOR).squeeze(2))
-        generators = write(generators, _part(initial, slice(0, -1)), token, gates, form, now, True)
-        memory = write(memory, _part(initial, slice(-1, None)), token, gates, form, now, False)
+        generators = write(generators, initial.generators, token, gates, form, now, True)
+        memory = write(memory, initial.memory, token, gates, form, now, False)
     return torch.cat(outputs, -1), generators, memory
 
 
@@ -109,7 +110,3 @@ def write(
     w2, s2 = move(state.w2, start2, state.s2, wrote2, key, erase2, True)
     w1, s1 = move(state.w1, start1, state.s1, wrote1, feature, erase1, momentum1)
     return state._replace(w2=w2, w1=w1, s2=s2, s1=s1)
-
-
-def _part(initial: Weights | None, memories: slice) -> Weights | None:
-    return None if initial is None else Weights(*(x[:, memories] for x in initial))

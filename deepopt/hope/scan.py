@@ -20,6 +20,7 @@ from deepopt.hope.memory import (
     Form,
     Gates,
     Generated,
+    Initial,
     Inputs,
     MemoryState,
     Weights,
@@ -33,7 +34,7 @@ def self_modifying(
     inputs: Inputs,
     generators: MemoryState,
     memory: MemoryState,
-    initial: Weights | None,
+    initial: Initial,
     gates: Gates,
     form: Form,
     *,
@@ -46,8 +47,7 @@ def self_modifying(
         inputs: what the memories see, (batch, heads, d, tokens) each.
         generators: state of the four generating memories, in the order of `GENERATORS`.
         memory: state of the memory that answers the queries (a stack of one).
-        initial: where retention pulls the weights of all five, in the order of `MEMORIES`; None
-            for towards zero.
+        initial: where retention pulls the weights of all five.
         gates: parameters of the rates.
         form: which memories these are.
         position: tokens that the states have seen; decides where the chunks end.
@@ -71,8 +71,8 @@ def self_modifying(
             memory = memory.anchored(begins)
         tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         times = _times(tokens.log_alpha, gates.theta, now)
-        generating = _write(generators, _part(initial, slice(0, -1)), tokens, times, form, True)
-        answering = _write(memory, _part(initial, slice(-1, None)), tokens, times, form, False)
+        generating = _write(generators, initial.generators, tokens, times, form, True)
+        answering = _write(memory, initial.memory, tokens, times, form, False)
         outputs.append(answering.read(seen.query))
         generators, memory = generating.after(generators), answering.after(memory)
         start += length
@@ -366,7 +366,3 @@ def _segments(total: int, chunks: tuple[int, int], position: int) -> list[int]:
         lengths.append(length)
         position, total = position + length, total - length
     return lengths
-
-
-def _part(initial: Weights | None, memories: slice) -> Weights | None:
-    return None if initial is None else Weights(*(x[:, memories] for x in initial))

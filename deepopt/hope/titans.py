@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Grid
-from deepopt.hope.memory import MEMORIES, Gates, Inputs, MemoryState, Weights, unit
+from deepopt.hope.memory import GENERATORS, Gates, Initial, Inputs, MemoryState, Weights, unit
 from deepopt.hope.scan import self_modifying
 from deepopt.hope.state import TitansState
 
@@ -43,6 +43,35 @@ class CausalConv(nn.Module):
         return out, torch.stack(ends)
 
 
+class InitialWeights(nn.Module):
+    """Where a stack of memories starts in every sequence; learned by the outer loop.
+
+    Args:
+        heads: number of heads.
+        count: memories per head.
+        d: width of a head.
+        hidden: hidden width of a memory; 0 for linear memories.
+        gain: norm of W2 x for a unit input x.
+    """
+
+    def __init__(self, heads: int, count: int, d: int, hidden: int, gain: float) -> None:
+        super().__init__()
+        self.w2 = nn.Parameter(torch.empty(heads, count, hidden, d)) if hidden else None
+        if self.w2 is not None:
+            for matrix in self.w2.data.flatten(0, 1):
+                nn.init.orthogonal_(matrix, gain)
+        columns = hidden or d
+        self.w1 = nn.Parameter(torch.randn(heads, count, d, columns) / math.sqrt(columns))
+
+    @property
+    def weights(self) -> Weights:
+        """W2 and W1; W2 has no rows in linear memories."""
+        if self.w2 is not None:
+            return Weights(self.w2, self.w1)
+        heads, count, d, _ = self.w1.shape
+        return Weights(self.w1.new_zeros(heads, count, 0, d), self.w1)
+
+
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values and learning rates, and rewrite themselves.
 
@@ -67,11 +96,12 @@ class SelfModifyingTitans(nn.Module):
         self.value_conv = CausalConv(dim, config.conv_width) if own else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
-        # Where every sequence starts; learned by the outer loop (heads, memories, ., .).
-        count, columns = len(MEMORIES), hidden or d
-        w2 = torch.randn(heads, count, hidden, d) / math.sqrt(d)
-        self.initial_w2 = nn.Parameter(w2) if hidden else None
-        self.initial_w1 = nn.Parameter(torch.randn(heads, count, d, columns) / math.sqrt(columns))
+        self.generators = InitialWeights(heads, len(GENERATORS), d, config.projection_width, 1.0)
+        # In the memory that is read a unit key is long enough for the gelu to bend, so that its
+        # features have room for more pairs than d. It starts empty: a key that was not written
+        # recalls nothing.
+        self.memory = InitialWeights(heads, 1, d, hidden, math.sqrt(d))
+        nn.init.zeros_(self.memory.w1)
         # Eta and the erasure of W2 start small, and with them the drift of the features: what was
         # written with old features is neither read nor changed well with new ones.
         self.eta_bias = nn.Parameter(torch.full((heads,), -4.0))
@@ -93,13 +123,10 @@ class SelfModifyingTitans(nn.Module):
     def initial_state(self, batch: int) -> TitansState:
         """The state before the first token of `batch` sequences."""
         config = self.config
-        initial = self._initial()
-        generators = Weights(*(w[:, :-1] for w in initial))
-        memory = Weights(*(w[:, -1:] for w in initial))
-        tail = self.initial_w1.new_zeros(batch, config.dim, config.conv_width - 1)
+        tail = self.query.weight.new_zeros(batch, config.dim, config.conv_width - 1)
         return TitansState(
-            MemoryState.start(generators, batch, config.momentum),
-            MemoryState.start(memory, batch, config.momentum),
+            MemoryState.start(self.generators.weights, batch, config.momentum),
+            MemoryState.start(self.memory.weights, batch, config.momentum),
             Inputs(tail, tail, tail),
             (0,) * batch,
         )
@@ -134,7 +161,7 @@ class SelfModifyingTitans(nn.Module):
             inputs,
             state.generators,
             state.memory,
-            self._initial() if config.retention == "initial" else None,
+            self._initial(),
             self._gates(),
             config.form,
             position=position,
@@ -162,11 +189,10 @@ class SelfModifyingTitans(nn.Module):
         inputs = Inputs(F.silu(key), F.silu(value), unit(query))
         return inputs, Inputs(key_tail, value_tail, query_tail)
 
-    def _initial(self) -> Weights:
-        if self.initial_w2 is not None:
-            return Weights(self.initial_w2, self.initial_w1)
-        heads, count, d, _ = self.initial_w1.shape
-        return Weights(self.initial_w1.new_zeros(heads, count, 0, d), self.initial_w1)
+    def _initial(self) -> Initial:
+        if self.config.retention == "zero":
+            return Initial(None, None)
+        return Initial(self.generators.weights, self.memory.weights)
 
     def _gates(self) -> Gates:
         unused = torch.zeros_like(self.eta_bias)

@@ -12,9 +12,9 @@ from deepopt.hope import reference, scan
 from deepopt.hope.memory import (
     GENERATORS,
     MEM_FLOOR,
-    MEMORIES,
     Form,
     Gates,
+    Initial,
     Inputs,
     MemoryState,
     Weights,
@@ -35,17 +35,21 @@ class Case:
 
     def __init__(
         self, tokens: int = 11, hidden: int = 5, momentum: bool = False, retention: str = "initial",
-        padding: bool = False, **form: Any,
+        padding: bool = False, projection_hidden: int | None = None, **form: Any,
     ) -> None:  # fmt: skip
         self.generator = torch.Generator().manual_seed(tokens)
         self.leaves: list[Tensor] = []
-        self.hidden, self.momentum = hidden, momentum
+        self.hidden = {
+            False: hidden,
+            True: hidden if projection_hidden is None else projection_hidden,
+        }
+        self.momentum = momentum
         self.inputs = Inputs(*(self.leaf(BATCH, HEADS, DIM, tokens) for _ in range(3)))
-        self.generators = self.state(len(GENERATORS))
-        self.memory = self.state(1)
-        self.initial = None
+        self.generators = self.state(True)
+        self.memory = self.state(False)
+        self.initial = Initial(None, None)
         if retention == "initial":
-            self.initial = Weights(*self.weights(HEADS, len(MEMORIES)))
+            self.initial = Initial(*(self.weights(generating) for generating in (True, False)))
         theta = self.leaf(HEADS) if momentum else None
         self.gates = Gates(*(self.leaf(HEADS) for _ in range(6)), theta)
         self.form = FORM._replace(**form)
@@ -58,12 +62,13 @@ class Case:
         self.leaves.append(values.requires_grad_())
         return values
 
-    def weights(self, *lead: int) -> tuple[Tensor, Tensor]:
-        w2 = self.leaf(*lead, self.hidden, DIM, scale=0.5)
-        return w2, self.leaf(*lead, DIM, self.hidden or DIM, scale=0.5)
+    def weights(self, generating: bool, *lead: int) -> Weights:
+        count, hidden = len(GENERATORS) if generating else 1, self.hidden[generating]
+        w2 = self.leaf(*lead, HEADS, count, hidden, DIM, scale=0.5)
+        return Weights(w2, self.leaf(*lead, HEADS, count, DIM, hidden or DIM, scale=0.5))
 
-    def state(self, count: int) -> MemoryState:
-        pairs = [self.weights(BATCH, HEADS, count) for _ in range(2 + self.momentum)]
+    def state(self, generating: bool) -> MemoryState:
+        pairs = [self.weights(generating, BATCH) for _ in range(2 + self.momentum)]
         momentum = pairs[2] if self.momentum else (None, None)
         return MemoryState(*pairs[0], *pairs[1], *momentum)
 
@@ -92,6 +97,7 @@ class Case:
         {}, {"update": "dgd"}, {"update": "gd"}, {"objective": "dot"}, {"hidden": 0},
         {"momentum": True}, {"retention": "zero"}, {"per_channel": True}, {"max_erase": None},
         {"padding": True}, {"padding": True, "momentum": True},
+        {"projection_hidden": 2}, {"projection_hidden": 0}, {"hidden": 0, "projection_hidden": 4},
         {"momentum": True, "update": "dgd", "objective": "dot", "per_channel": True},
         {"momentum": True, "update": "gd", "retention": "zero"},
         {"hidden": 0, "update": "dgd", "momentum": True, "padding": True},
@@ -188,7 +194,7 @@ def test_rates_keep_the_conditions_of_stability_whatever_is_generated(
     retention = log_alpha.exp().unsqueeze(-2)
     theta = 0.0 if case.gates.theta is None else case.gates.theta.sigmoid()[:, None, None]
     assert (retention <= 1).all()
-    assert (eta <= case.form.max_eta * (1 - theta)).all()
+    assert (eta <= case.form.max_eta * (1 - theta) + 1e-12).all()
     again = eta if case.form.update == "dgd" or case.form.max_erase is None else 0.0
     for erased in (erase.unsqueeze(-2) + again, delta.unsqueeze(-2)):
         assert (erased >= 0).all()

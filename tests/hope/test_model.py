@@ -77,8 +77,8 @@ def test_every_parameter_learns_from_the_loss(momentum: bool) -> None:
 def test_every_memory_learns_from_the_loss() -> None:
     model, tokens = make(), text(20)
     model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-    stacks = {n: p.grad for n, p in model.named_parameters() if "initial_w" in n}
-    assert len(stacks) == 4
+    stacks = {n: p.grad for n, p in model.named_parameters() if n.endswith((".w1", ".w2"))}
+    assert len(stacks) == 8
     for grad in stacks.values():
         assert grad is not None
         assert (grad.abs().amax((-2, -1)) > 0).all()
@@ -199,6 +199,7 @@ OPTIONS: list[dict[str, Any]] = [
     {}, {"update": "dgd"}, {"update": "gd"}, {"objective": "dot"}, {"memory_hidden": 0},
     {"memory_hidden": 9}, {"momentum": True}, {"retention": "zero"}, {"per_channel": True},
     {"max_erase": None}, {"projections": False}, {"memory_chunk": 5, "projection_chunk": 2},
+    {"projection_hidden": 5},
 ]  # fmt: skip
 
 

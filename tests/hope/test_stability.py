@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepopt.hope import Hope, HopeConfig
-from deepopt.hope.memory import MEMORIES, Form, Gates, Inputs, MemoryState, Weights
+from deepopt.hope.memory import GENERATORS, Form, Gates, Initial, Inputs, MemoryState, Weights
 from deepopt.hope.scan import self_modifying
 
 OPTIONS: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ def test_long_texts_at_the_largest_rates(options: dict[str, Any], tokens: int) -
     for name, param in titans.named_parameters():
         if name.endswith(("_bias", "_range")):
             param.fill_(20.0)
-        elif "initial" in name:
+        elif "w1" in name or "w2" in name:
             param.mul_(10.0)
     g = torch.Generator().manual_seed(1)
     text = torch.randint(16, (3, tokens), generator=g)
@@ -80,24 +80,21 @@ def test_weights_grow_no_faster_than_what_is_written(
 ) -> None:
     """No erasure and no gradient multiplies a weight: growth is linear, so no input explodes."""
     inputs, gates, form, size = adversary
-    d, count = inputs.key.shape[2], len(MEMORIES)
+    d = inputs.key.shape[2]
     g = torch.Generator().manual_seed(0)
-    initial = Weights(
-        torch.randn(1, count, hidden, d, generator=g) * size,
-        torch.randn(1, count, d, hidden or d, generator=g) * size,
-    )
-
-    def states() -> tuple[MemoryState, MemoryState]:
-        parts = (slice(0, -1), slice(-1, None))
-        return tuple(  # type: ignore[return-value]
-            MemoryState.start(Weights(*(w[:, p] for w in initial)), 1, gates.theta is not None)
-            for p in parts
+    weights = [
+        Weights(
+            torch.randn(1, count, hidden, d, generator=g) * size,
+            torch.randn(1, count, d, hidden or d, generator=g) * size,
         )
-
-    _, *ends = self_modifying(inputs, *states(), initial if pulled else None, gates, form)
+        for count in (len(GENERATORS), 1)
+    ]
+    states = [MemoryState.start(w, 1, gates.theta is not None) for w in weights]
+    pull = Initial(*weights) if pulled else Initial(None, None)
+    _, *ends = self_modifying(inputs, *states, pull, gates, form)
     tokens = inputs.query.shape[-1]
-    start = initial.w1.norm(dim=(-2, -1)).max()
-    for end in ends:
+    for initial, end in zip(weights, ends, strict=True):
+        start = initial.w1.norm(dim=(-2, -1)).max()
         # At most |W_0| is pulled, and a column of norm 2 written, per token.
         largest = _largest(end.w1)
         assert largest <= 4 * (start + 2 * tokens)

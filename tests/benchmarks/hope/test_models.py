@@ -113,9 +113,9 @@ def test_frozen_memories_learn_nothing_and_others_do():
         model = perturbed(name)
         for block, after in zip(model.blocks, model(tokens).state.blocks, strict=True):
             for initial, end in (
-                (block.titans.initial_w2[:, -1:], after.memory.w2[0]),
-                (block.titans.initial_w1[:, -1:], after.memory.w1[0]),
-                (block.titans.initial_w1[:, :-1], after.generators.w1[0]),
+                (block.titans.memory.w2, after.memory.w2[0]),
+                (block.titans.memory.w1, after.memory.w1[0]),
+                (block.titans.generators.w1, after.generators.w1[0]),
             ):
                 moved = (initial - end).abs().max() > 1e-6
                 assert moved == learns, name
