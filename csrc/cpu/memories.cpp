@@ -60,9 +60,10 @@ struct Gradients {
 
 #if defined(DEEPOPT_LEVELS)
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace v4 {
 constexpr int64_t kBytes = 64;
+constexpr bool kFused = true;
 #include "memories_level.h"
 }  // namespace v4
 #pragma GCC pop_options
@@ -70,6 +71,7 @@ constexpr int64_t kBytes = 64;
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {
 constexpr int64_t kBytes = 32;
+constexpr bool kFused = true;
 #include "memories_level.h"
 }  // namespace v3
 #pragma GCC pop_options
@@ -83,6 +85,7 @@ constexpr int64_t kBytes = 32;
 #else
 constexpr int64_t kBytes = 16;
 #endif
+constexpr bool kFused = kBytes > 16;
 #include "memories_level.h"
 }  // namespace base
 

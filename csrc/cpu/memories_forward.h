@@ -161,13 +161,13 @@
           Vector rows[2];
           memcpy(&rows[0], to[k] + j, sizeof(Vector));
           memcpy(&rows[1], to[k + 1] + j, sizeof(Vector));
-          sums[0] = multiply_add(factors[k], rows[0], sums[0]);
-          sums[1] = multiply_add(factors[k + 1], rows[1], sums[1]);
+          sums[0] = multiply_add<T>(factors[k], rows[0], sums[0]);
+          sums[1] = multiply_add<T>(factors[k + 1], rows[1], sums[1]);
         }
         if (k < last) {
           Vector row;
           memcpy(&row, to[k] + j, sizeof(Vector));
-          sums[0] = multiply_add(factors[k], row, sums[0]);
+          sums[0] = multiply_add<T>(factors[k], row, sums[0]);
         }
         sums[0] += sums[1];
         memcpy(to[i] + j, &sums[0], sizeof(Vector));

@@ -14,29 +14,28 @@ struct Register {
   typedef T Vector __attribute__((vector_size(kBytes)));
 };
 
-#if defined(__x86_64__) && defined(__FMA__)
-inline __attribute__((always_inline)) Register<float>::Vector multiply_add(
-    float a, Register<float>::Vector b, Register<float>::Vector c) {
-  typedef Register<float>::Vector Vector;
-#if defined(__AVX512F__)
-  if constexpr (kBytes == 64) return (Vector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
-#endif
-  if constexpr (kBytes == 32) return (Vector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
-  return a * b + c;
-}
-inline __attribute__((always_inline)) Register<double>::Vector multiply_add(
-    double a, Register<double>::Vector b, Register<double>::Vector c) {
-  return a * b + c;
-}
+// a b + c, in one instruction where the processor has it.
 inline __attribute__((always_inline)) float multiply_add(float a, float b, float c) {
-  return __builtin_fmaf(a, b, c);
-}
-#else
-template <class T, class V>
-inline __attribute__((always_inline)) V multiply_add(T a, V b, V c) {
+  if constexpr (kFused) return __builtin_fmaf(a, b, c);
   return a * b + c;
 }
+inline __attribute__((always_inline)) double multiply_add(double a, double b, double c) {
+  return a * b + c;
+}
+template <class T>
+inline __attribute__((always_inline)) typename Register<T>::Vector multiply_add(
+    T a, typename Register<T>::Vector b, typename Register<T>::Vector c) {
+#if defined(__x86_64__)
+  typedef typename Register<T>::Vector Vector;
+  if constexpr (kFused && kBytes == 64 && sizeof(T) == 4) {
+    return (Vector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
+  }
+  if constexpr (kFused && kBytes == 32 && sizeof(T) == 4) {
+    return (Vector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+  }
 #endif
+  return a * b + c;
+}
 
 template <class T>
 struct Left {
@@ -80,7 +79,7 @@ inline __attribute__((always_inline)) void multiply_block(T* out, int64_t out_ro
     for (int r = 0; r < kCount; ++r) {
       const T x = from[r * left.down];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, row[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<T>(x, row[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 8
