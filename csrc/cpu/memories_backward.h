@@ -14,8 +14,6 @@
     memory_back();
     generators_back();
     for (int m = 0; m < 5; ++m) surprise_back(m);
-    multiply<kAdd>(d_anchor_.w2, d_f_.left(), 2 * width_, kv_t_);
-    multiply<kAdd>(d_kv_, anchor_.w2.transposed(), 5 * s_.hidden, d_f_);
     generate_back();
   }
 
@@ -304,6 +302,8 @@
     features_back(d_both.half(1), d_both.half(1), both.half(1), of_hidden(s2_, m).half(1),
                   n + width_, nullptr);
     each(s_.hidden, width_, [=](int64_t i, int64_t j) { d_f[i][j] += direct[i][j]; });
+    multiply<kAdd>(w2(d_anchor_, m), d_both.left(), 2 * width_, kv_t_);
+    multiply<kAdd>(d_kv_, w2(anchor_, m).transposed(), s_.hidden, d_both);
   }
 
   void generate_back() {

@@ -13,11 +13,9 @@
 
   // Eq 83: the channels that the generating memories make, and keys and values of them.
   void generate() {
-    multiply<kSet>(of_hidden(gen_f_, 0), w2(anchor_, 0).left(), s_.dim, x_key_);
-    multiply<kSet>(of_hidden(gen_f_, 1), w2(anchor_, 1).left(), s_.dim, x_value_);
-    multiply<kSet>(of_hidden(gen_f_, 2, 2), w2(anchor_, 2, 2).left(), s_.dim, x_key_);
     for (int g = 0; g < 4; ++g) {
       const Tile<T> f = of_hidden(gen_f_, g), made = of_dim(made_, g);
+      multiply<kSet>(f, w2(anchor_, g).left(), s_.dim, g == 1 ? x_value_ : x_key_);
       features<false>(f, of_hidden(gen_s_, g), f, gen_n_[g], form_.generator_floor);
       copy(made, g == 1 ? x_value_ : x_key_);
       multiply<kAdd>(made, w1(anchor_, g).left(), s_.hidden, f);
@@ -108,9 +106,9 @@
   void surprise() {
     const T* eta = rate_.eta;
     const Tile<T> key = kv_.half(0), value = kv_.half(1);
-    multiply<kSet>(f_, anchor_.w2.left(), s_.dim, kv_);
     for (int m = 0; m < 5; ++m) {
       const Tile<T> both = of_hidden(f_, m), f = both.half(0), slopes = of_hidden(s2_, m);
+      multiply<kSet>(both, w2(anchor_, m).left(), s_.dim, kv_);
       const Tile<T> bend = kBackward ? of_hidden(bend_, m) : f;
       const T floor = m < 4 ? form_.generator_floor : form_.memory_floor;
       features<kBackward>(f, slopes.half(0), bend, n_[m], floor);
@@ -271,23 +269,29 @@
 
   // The running weights at the end of the chunk.
   void finish() {
+    const Weights next = spare();
     const T kept = rate_.all_kept, pulled = rate_.all_pulled;
-    const auto fade = [=](Tile<T> x, Tile<T> first) {
+    const auto fade = [=](Tile<T> to, Tile<T> x, Tile<T> first) {
       each(x.rows, x.row, [=](int64_t i, int64_t j) {
-        x[i][j] = kept * x[i][j] + pulled * first[i][j];
+        to[i][j] = kept * x[i][j] + pulled * first[i][j];
       });
     };
-    fade(running_.w1, initial_.w1), fade(w2(running_, 4), w2(initial_, 4));
     for (int m = 0; m < 5; ++m) {
+      const Tile<T> to = w1(next, m);
+      fade(to, w1(running_, m), w1(initial_, m));
       transpose(f_t_.part(0, width_), of_hidden(f_, m).half(0));
       scale(t_d_, m < 4 ? of_dim(scaled_, m) : x1_, rate_.end);
-      if (m < 4) multiply<kSubtract>(w1(running_, m), t_d_.left(), count_, f_t_);
-      if (m == 4) multiply<kAdd>(w1(running_, m), t_d_.left(), count_, f_t_);
+      if (m < 4) multiply<kSubtract>(to, t_d_.left(), count_, f_t_);
+      if (m == 4) multiply<kAdd>(to, t_d_.left(), count_, f_t_);
     }
+    for (int g = 0; g < 4; ++g) {
+      const Tile<T> to = w2(next, g);
+      multiply<kSet>(to, w2(running_, g).left(), s_.dim, keep_);
+      multiply<kAdd>(to, w2(initial_, g).left(), s_.dim, pull_);
+      multiply<kSubtract>(to, of_hidden(slope_, g).left(), count_, r_);
+    }
+    fade(w2(next, 4), w2(running_, 4), w2(initial_, 4));
     scale(t_h_, x2_, rate_.end);
-    multiply<kAdd>(w2(running_, 4), t_h_.left(), count_, kv_t_);
-    multiply<kSet>(next_w2_, w2(running_, 0, 4).left(), s_.dim, keep_);
-    multiply<kAdd>(next_w2_, w2(initial_, 0, 4).left(), s_.dim, pull_);
-    multiply<kSubtract>(next_w2_, of_hidden(slope_, 0, 4).left(), count_, r_);
-    copy(w2(running_, 0, 4), next_w2_);
+    multiply<kAdd>(w2(next, 4), t_h_.left(), count_, kv_t_);
+    running_ = next;
   }

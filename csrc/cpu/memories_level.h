@@ -232,7 +232,8 @@ class Head {
       : s_(shape), form_(form), memory_(memory) {
     width_ = padded(s_.longest);
     const int64_t d = s_.dim, h = s_.hidden, c = s_.longest, w = width_;
-    for (Weights* each : {&running_, &anchor_, &initial_}) *each = weights();
+    for (Weights* each : {&buffers_[0], &buffers_[1], &buffers_[2], &initial_}) *each = weights();
+    running_ = buffers_[0], anchor_ = buffers_[1];
     for (Tile<T>* each : {&x_key_, &x_value_, &query_}) *each = tile(d, w);
     gen_f_ = tile(4 * h, w), gen_s_ = tile(4 * h, w), made_ = tile(4 * d, w);
     kv_ = tile(d, 2 * w), f_ = tile(5 * h, 2 * w), s2_ = tile(5 * h, 2 * w);
@@ -258,7 +259,7 @@ class Head {
       each->log_b = take(w + 16);
     }
     for (T** one : {&sig_keep_, &sig_eta_, &sig_erase_, &sig_delta_}) *one = take(w);
-    next_w2_ = tile(4 * h, d);
+
     if (!backward) return;
     for (Weights* each : {&d_running_, &d_before_, &d_anchor_, &d_initial_}) *each = weights();
     d_kv_ = tile(d, 2 * w), d_f_ = tile(5 * h, 2 * w), d_read_ = tile(5 * d, 2 * w);
@@ -302,8 +303,8 @@ class Head {
     for (int i = 0; i < 6; ++i) d_gates_[i] = 0;
     for (int64_t n = s_.segments; n-- > 0;) {
       const Segment& segment = s_.segment[n];
-      load_anchor(given, starts, segment);
       load(running_, starts + n * s_.state());
+      load_anchor(given, starts, segment);
       load_inputs(given, segment);
       forward<true>(segment.length);
       zero(d_out_);
@@ -337,7 +338,7 @@ class Head {
   static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
   T* take(int64_t count) {
     T* taken = memory_ ? memory_ + used_ : nullptr;
-    used_ += padded(count);
+    used_ += padded(count) + 16;  // a line apart: addresses that agree in 12 bits hinder each other
     return taken;
   }
   Tile<T> tile(int64_t rows, int64_t columns) {
@@ -410,7 +411,12 @@ class Head {
   static void copy(const Tile<T>& to, const Tile<T>& from) {
     std::copy_n(from.at, from.rows * from.row, to.at);
   }
+  // Moves the anchor to the running weights, where a chunk begins.
   void anchor(const Segment& segment) {
+    if (segment.anchors_generators && segment.anchors_memory) {
+      anchor_ = running_;
+      return;
+    }
     if (segment.anchors_generators) {
       copy(w2(anchor_, 0, 4), w2(running_, 0, 4)), copy(w1(anchor_, 0, 4), w1(running_, 0, 4));
     }
@@ -418,8 +424,20 @@ class Head {
       copy(w2(anchor_, 4), w2(running_, 4)), copy(w1(anchor_, 4), w1(running_, 4));
     }
   }
+  // Weights that are neither the running ones nor the anchor.
+  Weights spare() const {
+    for (const Weights& each : buffers_) {
+      if (each.w1.at != running_.w1.at && each.w1.at != anchor_.w1.at) return each;
+    }
+    return {};
+  }
   // The anchors of a segment: the states at the starts of earlier ones, or those given.
   void load_anchor(const Given<T>& given, const T* starts, const Segment& segment) {
+    if (segment.anchors_generators && segment.anchors_memory) {
+      anchor_ = running_;
+      return;
+    }
+    if (anchor_.w1.at == running_.w1.at) anchor_ = spare();
     const int64_t half = s_.state() / 2, each = half / 5;
     if (segment.generators_anchor < 0) {
       load(w2(anchor_, 0, 4), given.anchor_w2, s_.dim);
@@ -454,13 +472,13 @@ class Head {
   int64_t used_ = 0, width_, count_ = 0;
   const T* gates_ = nullptr;
   T d_gates_[6];
-  Weights running_, anchor_, initial_, d_running_, d_before_, d_anchor_, d_initial_;
+  Weights buffers_[3], running_, anchor_, initial_, d_running_, d_before_, d_anchor_, d_initial_;
   Tile<T> x_key_, x_value_, query_, gen_f_, gen_s_, made_, kv_, f_, s2_, bend_, read_, hat_, error_;
   Tile<T> scaled_, p_, slope_, decay_, v_, v1_, eta_inverse_, erase_inverse_, delta_inverse_, u_;
   Tile<T> m1_, m2_, square_, square_t_, kv_t_, r_, z_, f_t_, ka_, kb_, keep_, pull_;
   Tile<T> h2_, i2_, x2_, a2_, b2_, fq_, sq_, t_h_, u_h_, r1_, i1_, x1_, a1_, b1_, out_, t_d_, u_d_;
   Tile<T> d_kv_, d_f_, d_read_, d_slope_, d_scaled_, d_made_, d_square_, d_r_, d_z_, r_t_;
-  Tile<T> next_w2_, d_fq_, fq_t_;
+  Tile<T> d_fq_, fq_t_;
   Matrix second_, first_;
   Tile<T> d_keep_, d_pull_, dd_t_, x_t_, d_x2_, d_x1_, d_out_, d_query_, d_x_key_, d_x_value_;
   T *gen_n_[4], *n_[5], *hat_n_[5], *fp_[5], *key_n_, *value_n_, *nq_, *sum_, *sum2_;
