@@ -244,27 +244,44 @@ std::vector<Tensor> backward(const std::vector<std::optional<Tensor>>& grads, co
     made.push_back(torch::stable::empty_like(*each));
   }
   const auto type = x.key.scalar_type();
-  made.push_back(torch::stable::empty({s.batch, s.heads, s.state()}, type));
-  made.push_back(torch::stable::empty({s.batch, s.heads, 6}, type));
+  made.push_back(torch::stable::empty({s.heads, 5, s.hidden, s.dim}, type));
+  made.push_back(torch::stable::empty({s.heads, 5, s.dim, s.hidden}, type));
+  made.push_back(torch::stable::empty({s.heads, 6}, type));
   std::vector<const T*> from;
   for (const auto& each : grads) from.push_back(each ? each->const_data_ptr<T>() : nullptr);
   std::vector<T*> to;
   for (const Tensor& each : made) to.push_back(each.mutable_data_ptr<T>());
   const T* kept = starts.const_data_ptr<T>();
   const int64_t tokens = s.dim * s.tokens, one = s.dim * s.hidden;
+  // What all sequences share, of each by itself, so that they are added in one order.
+  const int64_t shared = s.state() + 6;
+  std::vector<T> parts(s.batch * s.heads * shared);
   for_heads<T>(s, x.form(), true, [&](auto& head, int64_t i) {
     const Gradients<T> at{
         to[0] + i * tokens,  to[1] + i * tokens,      to[2] + i * tokens, to[3] + i * 4 * one,
         to[4] + i * 4 * one, to[5] + i * 4 * one,     to[6] + i * 4 * one, to[7] + i * one,
         to[8] + i * one,     to[9] + i * one,         to[10] + i * one,
-        to[11] + i * s.state(), to[12] + i * 6};
+        parts.data() + i * shared, parts.data() + i * shared + s.state()};
     head.run_back(x.given<T>(s, i), ends_of<const T>(from, s, i), kept + i * s.segments * s.state(),
                   at);
   });
+  const int64_t sizes[] = {s.state() / 2, s.state() / 2, 6};
+  for (int64_t head = 0; head < s.heads; ++head) {
+    int64_t offset = head * shared;
+    for (int k = 0; k < 3; ++k) {
+      T* sum = to[11 + k] + head * sizes[k];
+      std::fill_n(sum, sizes[k], T(0));
+      for (int64_t b = 0; b < s.batch; ++b) {
+        const T* part = parts.data() + b * s.heads * shared + offset;
+        for (int64_t j = 0; j < sizes[k]; ++j) sum[j] += part[j];
+      }
+      offset += sizes[k];
+    }
+  }
   return made;
 }
 
-std::vector<Tensor> run(Arguments x, bool keep) {
+std::vector<Tensor> run(bool keep, Arguments x) {
   const Shape s = x.shape();
   x.check(s);
   if (x.key.scalar_type() == ScalarType::Double) return forward<double>(x, s, keep);
@@ -272,7 +289,7 @@ std::vector<Tensor> run(Arguments x, bool keep) {
   return forward<float>(x, s, keep);
 }
 
-std::vector<Tensor> run_gradient(std::vector<Tensor> grads, Arguments x, Tensor starts) {
+std::vector<Tensor> run_gradient(std::vector<Tensor> grads, Tensor starts, Arguments x) {
   const Shape s = x.shape();
   x.check(s);
   std::vector<std::optional<Tensor>> given;
@@ -297,8 +314,8 @@ std::vector<Tensor> run_gradient(std::vector<Tensor> grads, Arguments x, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(deepopt, CPU, m) {
   using deepopt::memories::Arguments;
-  m.impl("memories", &deepopt::boxed<&deepopt::memories::run, Arguments, bool>);
+  m.impl("memories", &deepopt::boxed<&deepopt::memories::run, bool, Arguments>);
   m.impl("memories_gradient",
-         &deepopt::boxed<&deepopt::memories::run_gradient, std::vector<deepopt::Tensor>, Arguments,
-                         deepopt::Tensor>);
+         &deepopt::boxed<&deepopt::memories::run_gradient, std::vector<deepopt::Tensor>,
+                         deepopt::Tensor, Arguments>);
 }

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepopt.hope.config import HopeConfig
+from deepopt.hope.fused import self_modifying
 from deepopt.hope.layout import Grid
 from deepopt.hope.memory import MEMORIES, Gates, Inputs, MemoryState, Weights, unit
-from deepopt.hope.scan import self_modifying
 from deepopt.hope.state import TitansState
 
 
