@@ -3,7 +3,7 @@
 The kernel goes over heads and chunks with all of a chunk's numbers in the cache, and has its own
 way back: it keeps the weights at the start of every chunk and computes the rest once more
 (docs/hope_chunks.md derives the gradients). It is written for the default form of the layer. All
-other forms, padding, and what is differentiated twice or by `torch.func`, take `deepopt.hope.scan`.
+other forms, padding, second derivatives and `torch.func` take `deepopt.hope.scan`.
 """
 
 from __future__ import annotations
@@ -178,10 +178,30 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
     given = Arguments(*tensors, *ctx.options)
     nothing = given.key.new_empty(0)
     ends = [nothing if grad is None else grad for grad in grads[:-1]]
-    found: list[Tensor | None] = list(memories_gradient(ends, starts, given))
+    if torch.is_grad_enabled():  # with create_graph: what autograd sees can be differentiated again
+        found = _by_autograd(ends, given)
+    else:
+        found = list(memories_gradient(ends, starts, given))
     if given.initial_w2 is None:
         found[11:13] = [None, None]
     return (None, *found, *(None for _ in ctx.options))
+
+
+def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | None]:
+    """The gradients for all tensors of what is given, of those that there are, by autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A tensor may be given twice, as an anchor and as the running weights: each has its own.
+        inputs = [None if x is None else x.view_as(x) for x in given[:14]]
+        inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
+        results = memories.reference(False, Arguments(*inputs, *given[14:]))
+        pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], [x for x in inputs if x is not None], [g for _, g in pairs],
+            create_graph=again, materialize_grads=True,
+        )  # fmt: skip
+    made = iter(found)
+    return [None if x is None else next(made) for x in inputs]
 
 
 @operator(
@@ -201,7 +221,7 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
         of every segment, (batch, heads, segments or 0, 10 h d): all W2 and then all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h: 70, and 191 for the
-    gradient (`benchmarks.hope.speed` counts).
+    gradient (`benchmarks/hope/speed.py` counts).
     """
     outputs, starts, begin = [], [], 0
     inputs, generators, memory, initial, gates, form = given.parts()
@@ -229,20 +249,9 @@ def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) 
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    pass
-
-
-def _twice(ctx: Any, grads: Sequence[Tensor | None]) -> None:
-    raise RuntimeError(
-        "the gradient of Hope's memories was differentiated once more, for which the kernel is not "
-        "written: run the model under deepopt.ops.backend('reference')"
-    )
-
-
 @operator(
     f"(Tensor[] grads, Tensor starts, {SCHEMA}) -> Tensor[]", _supports, Arguments,
-    fake=_gradient_shapes, gradient=(_save_nothing, _twice),
+    fake=_gradient_shapes,
 )  # fmt: skip
 def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
     """The gradients of `memories` for all its tensors, in their order.
@@ -255,17 +264,10 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
     Returns:
         14 tensors. The gradients of initial weights are there, and mean nothing, without any.
     """
-    with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in given[:14]]
-        results = memories.reference(False, Arguments(*leaves, *given[14:]))
-        pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
-        there = [x for x in leaves if x is not None]
-        outputs, weights = zip(*pairs, strict=True) if pairs else ((results[0],), (None,))
-        if not pairs:
-            weights = (torch.zeros_like(results[0]),)
-        found = torch.autograd.grad(outputs, there, weights, materialize_grads=True)
-    made = iter(found)
-    return [
-        x if leaf is None else next(made)
-        for x, leaf in zip(_gradient_shapes(grads, starts, given), leaves, strict=True)
-    ]
+    with torch.no_grad():
+        detached = given._replace(
+            **{k: x.detach() for k, x in given._asdict().items() if isinstance(x, Tensor)}
+        )
+        found = _by_autograd(grads, detached)
+    shapes = _gradient_shapes(grads, starts, given)
+    return [y if x is None else x for x, y in zip(found, shapes, strict=True)]
