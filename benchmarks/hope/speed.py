@@ -1,8 +1,8 @@
 """How fast Hope is beside a Transformer++ and a gated DeltaNet of as many parameters.
 
 All models train in one process and by turns, forward and backward, on one thread of the CPU. Hope
-also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, a token at a time, from
-a state. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from the
+also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, a token at a time,
+from a state. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from the
 lines alone, and ``--report`` writes it again and runs nothing.
 """
 
@@ -111,7 +111,9 @@ def decode_lines(seconds: float) -> list[Line]:
                 step(state)
 
         contenders = [Contender(n, s, (), ()) for n, s in (("Hope", step), ("Hope, scan", plain))]
-        for contender, times in zip(contenders, interleave(contenders, seconds, "cpu"), strict=True):
+        for contender, times in zip(
+            contenders, interleave(contenders, seconds, "cpu"), strict=True
+        ):
             lines.append({"kind": "decode", "model": contender.name, "read": read, **times})
     return lines
 
@@ -141,9 +143,9 @@ def report(lines: Sequence[Line]) -> str:
         "Made by `python -m benchmarks hope-speed` from `hope_speed.jsonl`. "
         + " ".join((__doc__ or "").split("\n\n")[1].split(". Every")[0].split()) + ".", "",
         f"{c.layers} layers, width {c.dim}, {c.heads} heads, chunks of {c.memory_chunk}, "
-        f"{train[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or one "
-        f"sequence. Medians of CPU time. {machine['processor']}, torch {machine['torch']}; a product "
-        f"of two large matrices reaches {machine['float32'] / 1e9:.0f} GFLOP/s in float32. FLOPs are "
+        f"{train[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or "
+        f"one sequence. Medians of CPU time. {machine['processor']}, torch {machine['torch']}; a "
+        f"product of two large matrices reaches {machine['float32'] / 1e9:.0f} GFLOP/s in float32. FLOPs are "
         "those of products, and what the backward pass computes again counts.", "",
         "## Training, forward and backward", "", markdown(rows), "",
         "## Decoding", "", markdown(decoded), "",

@@ -23,7 +23,8 @@ def arguments(case: Case, position: int = 0) -> fused.Arguments:
     assert case.initial is not None
     return fused.Arguments(
         *case.inputs, *case.generators[:4], *case.memory[:4], *case.initial,
-        torch.stack(case.gates[:6], -1).detach().requires_grad_(), form.max_eta, form.max_erase or 0.0, form.max_delta,
+        torch.stack(case.gates[:6], -1).detach().requires_grad_(),
+        form.max_eta, form.max_erase or 0.0, form.max_delta,
         GENERATOR_FLOOR, MEM_FLOOR, form.projection_chunk, form.memory_chunk, position,
     )  # fmt: skip
 

@@ -381,7 +381,7 @@ def multi_scale_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
 
 
 def memory_arguments(shape: Shape) -> Arguments:
-    """In mid-chunk, with two sizes of chunks, and weights, anchors and initial weights that differ."""
+    """In mid-chunk, with two sizes of chunks; weights, anchors and initial weights differ."""
     (b, m, n), seed = shape.sizes, shape.seed
     heads, dim, hidden, tokens = 1 + seed % 2, 3 + min(m, 61), 1 + min(n, 95), 1 + (7 * m + n) % 40
     sizes = (b, heads, dim, tokens)
@@ -418,10 +418,11 @@ def as_far_as_torch(name: str) -> Callable[[Arguments, str], list[Tensor]]:
         operator = OPERATORS[name]
         narrow = operator.reference(*mapped(given, lambda x: x.float()))
         pairs = zip(operator.reference(*given), narrow, strict=True)
-        return [
-            torch.full_like(x, 4 * (x - y).abs().max() + 8 * EPS * x.abs().max()) if x.numel() else x
-            for x, y in pairs
-        ]
+
+        def allowed(x: Tensor, y: Tensor) -> Tensor:
+            return 4 * (x - y).abs().amax() + 8 * EPS * x.abs().amax()
+
+        return [torch.full_like(x, allowed(x, y)) if x.numel() else x for x, y in pairs]
 
     return bounds
 
