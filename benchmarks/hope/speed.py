@@ -1,9 +1,9 @@
 """How fast Hope is beside a Transformer++ and a gated DeltaNet of as many parameters.
 
 All models train in one process and by turns, forward and backward, on one thread of the CPU. Hope
-also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, a token at a time,
-from a state. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from the
-lines alone, and ``--report`` writes it again and runs nothing.
+also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, one token at a time,
+from a state. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from
+the lines alone, and ``--report`` writes it again and runs nothing.
 """
 
 import argparse
@@ -145,8 +145,8 @@ def report(lines: Sequence[Line]) -> str:
         f"{c.layers} layers, width {c.dim}, {c.heads} heads, chunks of {c.memory_chunk}, "
         f"{train[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or "
         f"one sequence. Medians of CPU time. {machine['processor']}, torch {machine['torch']}; a "
-        f"product of two large matrices reaches {machine['float32'] / 1e9:.0f} GFLOP/s in float32. FLOPs are "
-        "those of products, and what the backward pass computes again counts.", "",
+        f"product of two large matrices reaches {machine['float32'] / 1e9:.0f} GFLOP/s in float32. "
+        "FLOPs are those of products, and what the backward pass computes again counts.", "",
         "## Training, forward and backward", "", markdown(rows), "",
         "## Decoding", "", markdown(decoded), "",
     ])  # fmt: skip

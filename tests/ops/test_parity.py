@@ -411,7 +411,7 @@ def memory_gradient_arguments(shape: Shape) -> Arguments:
 
 def as_far_as_torch(name: str) -> Callable[[Arguments, str], list[Tensor]]:
     """Errors go round through every later token, which nobody counts: torch's own in float32, that
-    of the largest entry, says what the numbers do to them. Four times it, and what rounding the
+    of the largest entry, says what the numbers do to them. Eight times it, and what rounding the
     results of a chunk takes."""
 
     def bounds(given: Arguments, backend: str) -> list[Tensor]:
@@ -420,7 +420,7 @@ def as_far_as_torch(name: str) -> Callable[[Arguments, str], list[Tensor]]:
         pairs = zip(operator.reference(*given), narrow, strict=True)
 
         def allowed(x: Tensor, y: Tensor) -> Tensor:
-            return 4 * (x - y).abs().amax() + 8 * EPS * x.abs().amax()
+            return 8 * (x - y).abs().amax() + 8 * EPS * x.abs().amax()
 
         return [torch.full_like(x, allowed(x, y)) if x.numel() else x for x, y in pairs]
 
