@@ -79,10 +79,10 @@ class Arguments(NamedTuple):
         )  # fmt: skip
         return (
             Inputs(*self[:3]),
-            MemoryState(*self[3:7], None, None),
-            MemoryState(*self[7:11], None, None),
+            MemoryState(*self[3:7], s2=None, s1=None),
+            MemoryState(*self[7:11], s2=None, s1=None),
             initial,
-            Gates(*self.gates.unbind(-1), None),
+            Gates(*self.gates.unbind(-1), theta=None),
             form,
         )
 
@@ -123,18 +123,17 @@ def self_modifying(
     )
     if written_for and form.max_erase is not None:
         start = (None, None) if initial is None else initial
-        arguments = Arguments(
-            *inputs, *generators[:4], *memory[:4], *start, torch.stack(gates[:6], -1),
-            form.max_eta, form.max_erase, form.max_delta, GENERATOR_FLOOR, MEM_FLOOR,
-            form.projection_chunk, form.memory_chunk, position,
+        arguments = Arguments._make(
+            [*inputs, *generators[:4], *memory[:4], *start, torch.stack(gates[:6], -1),
+             form.max_eta, form.max_erase, form.max_delta, GENERATOR_FLOOR, MEM_FLOOR,
+             form.projection_chunk, form.memory_chunk, position]
         )  # fmt: skip
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if memories.backend_for(keep, arguments) != "reference":
             out, *ends, _ = memories(keep, arguments)
-            return (
-                out, MemoryState(*ends[:4], None, None), MemoryState(*ends[4:], None, None)
-            )  # fmt: skip
+            first, last = (MemoryState(*x, s2=None, s1=None) for x in (ends[:4], ends[4:]))
+            return out, first, last
     return scan.self_modifying(
         inputs, generators, memory, initial, gates, form, position=position, valid=valid
     )
@@ -194,7 +193,7 @@ def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | Non
         # A tensor may be given twice, as an anchor and as the running weights: each has its own.
         inputs = [None if x is None else x.view_as(x) for x in given[:14]]
         inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
-        results = memories.reference(False, Arguments(*inputs, *given[14:]))
+        results = memories.reference(False, Arguments._make([*inputs, *given[14:]]))
         pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
         found = torch.autograd.grad(
             [x for x, _ in pairs], [x for x in inputs if x is not None], [g for _, g in pairs],
@@ -265,9 +264,7 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
         14 tensors. The gradients of initial weights are there, and mean nothing, without any.
     """
     with torch.no_grad():
-        detached = given._replace(
-            **{k: x.detach() for k, x in given._asdict().items() if isinstance(x, Tensor)}
-        )
-        found = _by_autograd(grads, detached)
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in given]
+        found = _by_autograd(grads, Arguments._make(detached))
     shapes = _gradient_shapes(grads, starts, given)
     return [y if x is None else x for x, y in zip(found, shapes, strict=True)]

@@ -383,7 +383,7 @@ def multi_scale_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
 def memory_arguments(shape: Shape) -> Arguments:
     """In mid-chunk, with two sizes of chunks; weights, anchors and initial weights differ."""
     (b, m, n), seed = shape.sizes, shape.seed
-    heads, dim, hidden, tokens = 1 + seed % 2, 3 + min(m, 61), 1 + min(n, 95), 1 + (7 * m + n) % 40
+    heads, dim, hidden, tokens = 1 + seed % 2, 3 + min(m, 61), 4 + min(n, 92), 1 + (7 * m + n) % 40
     sizes = (b, heads, dim, tokens)
     inputs = [shape.normal(*sizes), shape.normal(*sizes[:2], tokens, dim).mT]
     query = shape.normal(*sizes[:3], 2 * tokens)[..., ::2]
