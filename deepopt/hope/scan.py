@@ -60,7 +60,7 @@ def self_modifying(
     """
     chunks = (form.projection_chunk, form.memory_chunk)
     outputs, start = [], 0
-    for length in _segments(inputs.query.shape[-1], chunks, position):
+    for length in segments(inputs.query.shape[-1], chunks, position):
         piece = slice(start, start + length)
         seen = Inputs(*(x[..., piece] for x in inputs))
         now = None if valid is None else valid[..., piece]
@@ -358,7 +358,7 @@ def _times_gelu_slope(x: Tensor, h: Tensor) -> Tensor:
     return out
 
 
-def _segments(total: int, chunks: tuple[int, int], position: int) -> list[int]:
+def segments(total: int, chunks: tuple[int, int], position: int) -> list[int]:
     """Lengths of the pieces of `total` tokens that start or end where a chunk of either does."""
     lengths = []
     while total > 0:

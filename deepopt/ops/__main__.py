@@ -1,5 +1,6 @@
 """``python -m deepopt.ops``: what was built, what is used, and why not."""
 
+import deepopt.hope.fused  # noqa: F401 - an operator that lies with its reference
 from deepopt._output import outlive_readers
 from deepopt.ops import operator as choice
 from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, why_not

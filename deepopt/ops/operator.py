@@ -73,6 +73,8 @@ class Operator(Generic[P, R]):
         schema: str,
         supports: Callable[..., bool],
         packed: type[tuple[Any, ...]] | None = None,
+        fake: Callable[..., Any] | None = None,
+        gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
@@ -82,6 +84,7 @@ class Operator(Generic[P, R]):
             self.implementations.update(OPERATORS[self.name].implementations)
         self.supports = supports
         self._schema, self._packed = schema, packed
+        self._fake, self._gradient = fake or reference, gradient
         self.overload = self._defined(self.name, reference)
         self.find_kernels()
 
@@ -119,7 +122,8 @@ class Operator(Generic[P, R]):
         """The backend that a call with these arguments takes."""
         given = (*args, *kwargs.values()) if kwargs else args
         forced = _forced.get(get_ident(), _environment) if _forced else _environment
-        if forced == "reference" or _recorded(given):
+        hidden = _transformed() if self._gradient else _recorded(given)
+        if forced == "reference" or hidden:
             return "reference"
         if forced == "compiled":
             return forced
@@ -165,7 +169,7 @@ class Operator(Generic[P, R]):
         arguments = overload._schema.arguments
         self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
         run: Callable[..., Any] = self._taking_flat(kernel, len(arguments))
-        fake: Callable[..., Any] = self._taking_flat(self.reference, len(arguments))
+        fake: Callable[..., Any] = self._taking_flat(self._fake, len(arguments))
         if self._mutates:  # and returns nothing
             fake = lambda *args, **kwargs: None  # noqa: E731
         else:
@@ -181,6 +185,11 @@ class Operator(Generic[P, R]):
 
             _LIBRARY.impl(name, run_kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"deepopt::{name}", run_fake, lib=_LIBRARY)
+            if self._gradient is not None:
+                save, backward = self._gradient
+                torch.library.register_autograd(
+                    f"deepopt::{name}", backward, setup_context=save, lib=_LIBRARY
+                )
         return overload
 
     def _flat(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -207,6 +216,8 @@ def operator(
     schema: str,
     supports: Callable[..., bool] = _always,
     packed: type[tuple[Any, ...]] | None = None,
+    fake: Callable[..., Any] | None = None,
+    gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Decorator: the function is the reference of an operator of its name.
 
@@ -217,10 +228,17 @@ def operator(
         packed: type of the function's last argument, a ``NamedTuple`` whose fields are the last
             arguments of the schema: what is long is then spelled once, and passed on as one
             (default: no argument is packed).
+        fake: gives results of the right shapes and no meaning, for tracing (default: the
+            reference, which is traced).
+        gradient: what to save and the way back, as ``torch.library.register_autograd`` takes them.
+            With it, a backend runs where autograd records, too (default: there the reference
+            runs, and autograd sees its operations).
     """
 
     def define(reference: Callable[P, R]) -> Operator[P, R]:
-        made = OPERATORS[reference.__name__] = Operator(reference, schema, supports, packed)
+        made = OPERATORS[reference.__name__] = Operator(
+            reference, schema, supports, packed, fake, gradient
+        )
         return made
 
     return define
@@ -349,9 +367,14 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _recorded(args: Sequence[Any]) -> bool:
     """Whether autograd, or a transform such as vmap, must see the operations inside."""
-    if not torch.compiler.is_compiling() and inside_transform():
+    if _transformed():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
+
+
+def _transformed() -> bool:
+    """Whether a ``torch.func`` transform must see the operations inside."""
+    return not torch.compiler.is_compiling() and inside_transform()
 
 
 def _device(args: Sequence[Any]) -> str:

@@ -57,5 +57,6 @@ if __name__ == "__main__":
             if not all(torch.equal(*pair) for pair in zip(expected, found, strict=True)):
                 changed.append(f"{name} of {sizes}")
             made = [(loops.pieces(loop), loops.grain(loop)) for loop in range(loops.loops())]
-            cut.setdefault(name, made)
+            if not name.startswith("memories"):  # they share out heads, of which a matrix has none
+                cut.setdefault(name, made)
     print(json.dumps({"cut": cut, "changed": changed}))

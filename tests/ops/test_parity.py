@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deepopt.hope.fused import Arguments as MemoryArguments
 from deepopt.ops import ScaleArguments, backend, delta_write, polar_express
 from deepopt.ops.operator import OPERATORS, UNAVAILABLE, why_not
 from deepopt.ops.products import LONGEST, SHORTEST
@@ -379,7 +380,56 @@ def multi_scale_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
     return [fast, 3 * EPS * (slow.abs() + grad.abs()), 2 * fast + 3 * EPS * grad.abs()]
 
 
+def memory_arguments(shape: Shape) -> Arguments:
+    """In mid-chunk, with two sizes of chunks; weights, anchors and initial weights differ."""
+    (b, m, n), seed = shape.sizes, shape.seed
+    heads, dim, hidden, tokens = 1 + seed % 2, 3 + min(m, 61), 4 + min(n, 92), 1 + (7 * m + n) % 40
+    sizes = (b, heads, dim, tokens)
+    inputs = [shape.normal(*sizes), shape.normal(*sizes[:2], tokens, dim).mT]
+    query = shape.normal(*sizes[:3], 2 * tokens)[..., ::2]
+    inputs.append(query / query.norm(dim=-2, keepdim=True).clamp_min(0.1))
+
+    def weights(*lead: int) -> list[Tensor]:
+        w2 = shape.normal(*lead, hidden, dim) / dim**0.5
+        return [w2, shape.normal(*lead, dim, hidden) / hidden**0.5]
+
+    states = [x for count in (4, 4, 1, 1) for x in weights(b, heads, count)]
+    gates = shape.normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
+    chunks = ((4, 4), (16, 32), (32, 32), (5, 3), (1, 7))[seed % 5]
+    numbers = (0.5 / max(chunks), 2.0, 1.5, 1.0, 1e-4, *chunks, seed % 50)
+    return [bool(seed % 3), MemoryArguments(*inputs, *states, *weights(heads, 5), gates, *numbers)]
+
+
+def memory_gradient_arguments(shape: Shape) -> Arguments:
+    _, given = memory_arguments(shape)
+    *results, starts = OPERATORS["memories"].reference(True, given)
+    grads = [shape.normal(*x.shape) for x in results]
+    for index in range(shape.seed % 4, len(grads), 3):
+        grads[index] = torch.zeros(0)  # a result that is not used
+    return [grads, starts, given]
+
+
+def as_far_as_torch(name: str) -> Callable[[Arguments, str], list[Tensor]]:
+    """Errors go round through every later token, which nobody counts: torch's own in float32, that
+    of the largest entry, says what the numbers do to them. Eight times it, and what rounding the
+    results of a chunk takes."""
+
+    def bounds(given: Arguments, backend: str) -> list[Tensor]:
+        operator = OPERATORS[name]
+        narrow = operator.reference(*mapped(given, lambda x: x.float()))
+        pairs = zip(operator.reference(*given), narrow, strict=True)
+
+        def allowed(x: Tensor, y: Tensor) -> Tensor:
+            return 8 * (x - y).abs().amax() + 8 * EPS * x.abs().amax()
+
+        return [torch.full_like(x, allowed(x, y)) if x.numel() else x for x, y in pairs]
+
+    return bounds
+
+
 TABLE = {
+    "memories": Case(memory_arguments, as_far_as_torch("memories")),
+    "memories_gradient": Case(memory_gradient_arguments, as_far_as_torch("memories_gradient")),
     "combine": Case(combine_arguments, combine_bounds),
     "row_products": Case(
         lambda shape: [[shape.matrices() for _ in range(shape.terms)]], row_products_bounds
@@ -408,8 +458,8 @@ def tensors(value: Any) -> list[Tensor]:
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [mapped(item, change) for item in value]
-    if isinstance(value, ScaleArguments):
-        return ScaleArguments(*mapped(list(value), change))
+    if isinstance(value, ScaleArguments | MemoryArguments):
+        return type(value)(*mapped(list(value), change))
     return change(value) if isinstance(value, Tensor) else value
 
 

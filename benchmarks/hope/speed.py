@@ -1,0 +1,181 @@
+"""How fast Hope is beside a Transformer++ and a gated DeltaNet of as many parameters.
+
+All models train in one process and by turns, forward and backward, on one thread of the CPU. Hope
+also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, one token at a time,
+from a state. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from
+the lines alone, and ``--report`` writes it again and runs nothing.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.hope.models import build, parameters
+from benchmarks.tables import markdown
+from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
+from deepopt.hope import Hope, HopeConfig
+from deepopt.ops import backend
+
+CONFIG = HopeConfig(layers=4)
+MODELS = ("Hope", "Transformer++", "gated DeltaNet", "Hope, scan")
+LENGTHS = (512, 2048, 4096, 8192)
+BATCH = 2048
+"""Tokens of a batch; longer sequences come one at a time."""
+Line = dict[str, Any]
+
+
+def memory_flops(config: HopeConfig, tokens: int) -> tuple[int, int]:
+    """FLOPs of one layer's memories over one sequence, counted by hand: forward and backward.
+
+    The backward pass computes a chunk once more. Element-wise work is not counted.
+    """
+    d, h, c = config.head_dim, config.hidden, min(config.memory_chunk, tokens)
+    whole = -(-tokens // c) * config.heads
+
+    def flops(dhc: int, hdd: int, dcc: int, hcc: int, ddc: int) -> int:
+        products = dhc * d * h * c + hdd * h * d * d + (dcc * d + hcc * h) * c * c + ddc * d * d * c
+        return whole * 2 * products
+
+    systems = whole * c**3  # three triangular inverses
+    forward = flops(51, 8, 5, 4, 2) + systems
+    once_more = flops(41, 0, 5, 4, 2) + systems
+    return forward, once_more + flops(102, 16, 10, 7, 4)
+
+
+def train_flops(name: str, model: torch.nn.Module, step: Callable[[], Any], tokens: int) -> float:
+    """FLOPs of a step's products and attention, with those that torch does not see."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    unseen = 0
+    if name == "Hope" and isinstance(model, Hope):
+        sequences = max(1, BATCH // tokens) * model.config.layers
+        unseen = sequences * sum(memory_flops(model.config, tokens))
+    return counter.get_total_flops() + unseen
+
+
+def train_lines(tokens: int, seconds: float, peak: float) -> list[Line]:
+    torch.manual_seed(0)
+    models = {name: build(name.removesuffix(", scan"), CONFIG) for name in MODELS}
+    text = torch.randint(CONFIG.vocab_size, (max(1, BATCH // tokens), tokens))
+
+    def stepping(name: str) -> Callable[[], None]:
+        def step() -> None:
+            models[name].zero_grad()
+            models[name](text, text).loss.backward()
+
+        def plain() -> None:
+            with backend("reference"):
+                step()
+
+        return plain if name.endswith("scan") else step
+
+    steps = {name: stepping(name) for name in MODELS}
+    every = {"Hope, scan": 3}
+    contenders = [Contender(n, step, (), (), every=every.get(n, 1)) for n, step in steps.items()]
+    lines = []
+    for name, times in zip(MODELS, interleave(contenders, seconds, "cpu"), strict=True):
+        gc.collect()
+        flops = train_flops(name, models[name], steps[name], tokens)
+        lines.append(
+            {"kind": "train", "model": name, "tokens": tokens, "batch": len(text),
+             "parameters": parameters(models[name]), **times,
+             "tokens_per_second": text.numel() / times["cpu"],
+             "flops_per_token": flops / text.numel(), "peak_bytes": peak_bytes(steps[name]),
+             "share_of_peak": flops / times["cpu"] / peak}
+        )  # fmt: skip
+    return lines
+
+
+@torch.no_grad()
+def decode_lines(seconds: float) -> list[Line]:
+    torch.manual_seed(0)
+    model = build("Hope", CONFIG)
+    token = torch.randint(CONFIG.vocab_size, (1, 1))
+    lines = []
+    for read in (1, 4096):
+        state = model(torch.randint(CONFIG.vocab_size, (1, read))).state
+
+        def step(state: Any = state) -> None:
+            model(token, state=state)
+
+        def plain(state: Any = state) -> None:
+            with backend("reference"):
+                step(state)
+
+        contenders = [Contender(n, s, (), ()) for n, s in (("Hope", step), ("Hope, scan", plain))]
+        for contender, times in zip(
+            contenders, interleave(contenders, seconds, "cpu"), strict=True
+        ):
+            lines.append({"kind": "decode", "model": contender.name, "read": read, **times})
+    return lines
+
+
+def report(lines: Sequence[Line]) -> str:
+    train = [line for line in lines if line["kind"] == "train"]
+    decode = [line for line in lines if line["kind"] == "decode"]
+    machine = next(line for line in lines if line["kind"] == "machine")
+    beside = {x["tokens"]: x for x in train if x["model"] == "Transformer++"}
+    rows = [("tokens", "model", "tokens/s", "of the Transformer's", "us a token", "peak MB",
+             "of the Transformer's", "MFLOP a token", "of the product's peak")]  # fmt: skip
+    for x in train:
+        other = beside[x["tokens"]]
+        rows.append(
+            (str(x["tokens"]), x["model"], f"{x['tokens_per_second']:.0f}",
+             f"{x['tokens_per_second'] / other['tokens_per_second']:.2f}",
+             f"{1e6 / x['tokens_per_second']:.0f}", f"{x['peak_bytes'] / 1e6:.0f}",
+             f"{x['peak_bytes'] / other['peak_bytes']:.2f}", f"{x['flops_per_token'] / 1e6:.1f}",
+             f"{x['share_of_peak']:.0%}")
+        )  # fmt: skip
+    decoded = [("tokens read before", "model", "us a token")] + [
+        (str(x["read"]), x["model"], f"{1e6 * x['cpu']:.0f}") for x in decode
+    ]
+    c = CONFIG
+    return "\n".join([
+        "# Hope's speed", "",
+        "Made by `python -m benchmarks hope-speed` from `hope_speed.jsonl`. "
+        + " ".join((__doc__ or "").split("\n\n")[1].split(". Every")[0].split()) + ".", "",
+        f"{c.layers} layers, width {c.dim}, {c.heads} heads, chunks of {c.memory_chunk}, "
+        f"{train[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or "
+        f"one sequence. Medians of CPU time. {machine['processor']}, torch {machine['torch']}; a "
+        f"product of two large matrices reaches {machine['float32'] / 1e9:.0f} GFLOP/s in float32. "
+        "FLOPs are those of products, and what the backward pass computes again counts.", "",
+        "## Training, forward and backward", "", markdown(rows), "",
+        "## Decoding", "", markdown(decoded), "",
+    ])  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks hope-speed", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="(512 ... 8192)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each length (30)")
+    parser.add_argument("--report", action="store_true", help="write the page, run nothing")
+    arguments = parser.parse_args(argv)
+    path = arguments.out / "hope_speed.jsonl"
+    if not arguments.report:
+        torch.set_num_threads(1)
+        rates = measure_rates("cpu", elements=2**22, size=1024)
+        lines: list[Line] = [
+            {"kind": "machine", "processor": platform.machine(), "torch": torch.__version__,
+             "float32": rates.float32}
+        ]  # fmt: skip
+        for tokens in arguments.lengths:
+            lines += train_lines(tokens, arguments.seconds, rates.float32)
+            print(f"{tokens} tokens: done", flush=True)
+        lines += decode_lines(min(5.0, arguments.seconds))
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if not path.is_file():
+        parser.error(f"--report: {path} is not there yet; run without it first")
+    page = report([json.loads(line) for line in path.read_text().splitlines()])
+    (arguments.out / "hope_speed.md").write_text(page)
+    print(f"written: {arguments.out / 'hope_speed.md'}", file=sys.stderr)
+    return 0

@@ -1,0 +1,270 @@
+"""Self-modifying memories as one operator: `deepopt.hope.scan` in a kernel, where there is one.
+
+The kernel goes over heads and chunks with all of a chunk's numbers in the cache, and has its own
+way back: it keeps the weights at the start of every chunk and computes the rest once more
+(docs/hope_chunks.md derives the gradients). It is written for the default form of the layer. All
+other forms, padding, second derivatives and `torch.func` take `deepopt.hope.scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepopt.hope import scan
+from deepopt.hope.memory import (
+    GENERATOR_FLOOR,
+    MEM_FLOOR,
+    Form,
+    Gates,
+    Inputs,
+    MemoryState,
+    Weights,
+)
+from deepopt.ops.operator import operator
+
+
+class Arguments(NamedTuple):
+    """What the operators are given; d is the width of a head, h the hidden width of a memory.
+
+    Attributes:
+        key, value, query: inputs of the memories, (batch, heads, d, tokens).
+        w2, w1: running weights of the generating memories, (batch, heads, 4, h, d) and
+            (batch, heads, 4, d, h).
+        anchor_w2, anchor_w1: their anchor, likewise.
+        memory_w2, memory_w1: running weights of the memory that answers, a stack of one.
+        memory_anchor_w2, memory_anchor_w1: its anchor.
+        initial_w2, initial_w1: where retention pulls all five, (heads, 5, h, d) and
+            (heads, 5, d, h); None for towards zero.
+        gates: the first six of `Gates`, (heads, 6).
+        max_eta, max_erase, max_delta, projection_chunk, memory_chunk: those of `Form`.
+        generator_floor, memory_floor: what is added to the squared norm of features.
+        position: tokens that the states have seen.
+    """
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    w2: Tensor
+    w1: Tensor
+    anchor_w2: Tensor
+    anchor_w1: Tensor
+    memory_w2: Tensor
+    memory_w1: Tensor
+    memory_anchor_w2: Tensor
+    memory_anchor_w1: Tensor
+    initial_w2: Tensor | None
+    initial_w1: Tensor | None
+    gates: Tensor
+    max_eta: float
+    max_erase: float
+    max_delta: float
+    generator_floor: float
+    memory_floor: float
+    projection_chunk: int
+    memory_chunk: int
+    position: int
+
+    def parts(self) -> tuple[Inputs, MemoryState, MemoryState, Weights | None, Gates, Form]:
+        """The same as `deepopt.hope.scan.self_modifying` takes it."""
+        initial = None
+        if self.initial_w2 is not None and self.initial_w1 is not None:
+            initial = Weights(self.initial_w2, self.initial_w1)
+        form = Form(
+            "l2", "delta", self.max_eta, self.max_erase, self.max_delta, False, self.memory_chunk,
+            self.projection_chunk,
+        )  # fmt: skip
+        return (
+            Inputs(*self[:3]),
+            MemoryState(*self[3:7], s2=None, s1=None),
+            MemoryState(*self[7:11], s2=None, s1=None),
+            initial,
+            Gates(*self.gates.unbind(-1), theta=None),
+            form,
+        )
+
+    @property
+    def segments(self) -> list[int]:
+        """Lengths of the pieces between the ends of chunks."""
+        chunks = (self.projection_chunk, self.memory_chunk)
+        return scan.segments(self.query.shape[-1], chunks, self.position)
+
+
+SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
+Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
+Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor gates, float max_eta,
+float max_erase, float max_delta, float generator_floor, float memory_floor, int projection_chunk,
+int memory_chunk, int position""".replace("\n", " ")
+
+
+def self_modifying(
+    inputs: Inputs,
+    generators: MemoryState,
+    memory: MemoryState,
+    initial: Weights | None,
+    gates: Gates,
+    form: Form,
+    *,
+    position: int = 0,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, MemoryState, MemoryState]:
+    """`deepopt.hope.scan.self_modifying`, by the kernel where it is written for the arguments."""
+    written_for = (
+        form.update == "delta"
+        and form.objective == "l2"
+        and form.max_erase is not None
+        and not form.per_channel
+        and gates.theta is None
+        and valid is None
+        and generators.w2.shape[-2] > 0
+    )
+    if written_for and form.max_erase is not None:
+        start = (None, None) if initial is None else initial
+        arguments = Arguments._make(
+            [*inputs, *generators[:4], *memory[:4], *start, torch.stack(gates[:6], -1),
+             form.max_eta, form.max_erase, form.max_delta, GENERATOR_FLOOR, MEM_FLOOR,
+             form.projection_chunk, form.memory_chunk, position]
+        )  # fmt: skip
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if memories.backend_for(keep, arguments) != "reference":
+            out, *ends, _ = memories(keep, arguments)
+            first, last = (MemoryState(*x, s2=None, s1=None) for x in (ends[:4], ends[4:]))
+            return out, first, last
+    return scan.self_modifying(
+        inputs, generators, memory, initial, gates, form, position=position, valid=valid
+    )
+
+
+def _supports(*given: Any) -> bool:
+    arguments: Arguments = given[-1]
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    dtype = arguments.key.dtype
+    return dtype in (torch.float32, torch.float64) and all(x.dtype == dtype for x in tensors)
+
+
+def _shapes(keep: bool, given: Arguments) -> list[Tensor]:
+    starts = given.key.new_empty(_starts_shape(given, len(given.segments) if keep else 0))
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _ends(given)] + [
+        starts
+    ]
+
+
+def _ends(given: Arguments) -> list[Tensor]:
+    return [given.key, *given[3:11]]
+
+
+def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int, int]:
+    batch, heads, _, hidden, d = given.w2.shape
+    return batch, heads, segments, 10 * hidden * d
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, *flat = inputs
+    given = Arguments(*flat)
+    starts = output[-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(starts)
+    ctx.save_for_backward(*given[:14], starts)
+    ctx.options = given[14:]
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *tensors, starts = ctx.saved_tensors
+    given = Arguments(*tensors, *ctx.options)
+    nothing = given.key.new_empty(0)
+    ends = [nothing if grad is None else grad for grad in grads[:-1]]
+    if torch.is_grad_enabled():  # with create_graph: what autograd sees can be differentiated again
+        found = _by_autograd(ends, given)
+    else:
+        found = list(memories_gradient(ends, starts, given))
+    if given.initial_w2 is None:
+        found[11:13] = [None, None]
+    return (None, *found, *(None for _ in ctx.options))
+
+
+def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | None]:
+    """The gradients for all tensors of what is given, of those that there are, by autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A tensor may be given twice, as an anchor and as the running weights: each has its own.
+        inputs = [None if x is None else x.view_as(x) for x in given[:14]]
+        inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
+        results = memories.reference(False, Arguments._make([*inputs, *given[14:]]))
+        pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], [x for x in inputs if x is not None], [g for _, g in pairs],
+            create_graph=again, materialize_grads=True,
+        )  # fmt: skip
+    made = iter(found)
+    return [None if x is None else next(made) for x in inputs]
+
+
+@operator(
+    f"(bool keep, {SCHEMA}) -> Tensor[]", _supports, Arguments, fake=_shapes,
+    gradient=(_save, _backward),
+)  # fmt: skip
+def memories(keep: bool, given: Arguments) -> list[Tensor]:
+    """The memories over some tokens.
+
+    Args:
+        keep: whether the states at the starts of chunks are returned, for the gradient.
+        given: all else.
+
+    Returns:
+        the outputs o_t, then w2, w1, anchor_w2 and anchor_w1 of the generating memories after the
+        last token, the same of the memory that answers, and the weights of all five at the start
+        of every segment, (batch, heads, segments or 0, 10 h d): all W2 and then all W1.
+
+    Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h: 70, and 191 for the
+    gradient (`benchmarks/hope/speed.py` counts).
+    """
+    outputs, starts, begin = [], [], 0
+    inputs, generators, memory, initial, gates, form = given.parts()
+    for length in given.segments:
+        if keep:
+            pairs = [(generators.w2, memory.w2), (generators.w1, memory.w1)]
+            starts.append(torch.cat([torch.cat(pair, 2).flatten(2) for pair in pairs], 2))
+        piece = Inputs(*(x[..., begin : begin + length] for x in inputs))
+        out, generators, memory = scan.self_modifying(
+            piece, generators, memory, initial, gates, form, position=given.position + begin
+        )
+        outputs.append(out)
+        begin += length
+    empty = given.key.new_empty(_starts_shape(given, 0))
+    ends = [x.clone() for x in (*generators[:4], *memory[:4]) if x is not None]
+    return [torch.cat(outputs, -1), *ends, torch.stack(starts, 2).detach() if keep else empty]
+
+
+def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
+    like = [x for x in given[:14] if isinstance(x, Tensor)]
+    if given.initial_w2 is None:
+        heads, (_, _, _, hidden, d) = given.gates.shape[0], given.w2.shape
+        empty = given.key.new_empty
+        like[11:11] = [empty(heads, 5, hidden, d), empty(heads, 5, d, hidden)]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+@operator(
+    f"(Tensor[] grads, Tensor starts, {SCHEMA}) -> Tensor[]", _supports, Arguments,
+    fake=_gradient_shapes,
+)  # fmt: skip
+def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
+    """The gradients of `memories` for all its tensors, in their order.
+
+    Args:
+        grads: gradients of its results but the last one; without entries for none.
+        starts: the last of its results.
+        given: what it was given.
+
+    Returns:
+        14 tensors. The gradients of initial weights are there, and mean nothing, without any.
+    """
+    with torch.no_grad():
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in given]
+        found = _by_autograd(grads, Arguments._make(detached))
+    shapes = _gradient_shapes(grads, starts, given)
+    return [y if x is None else x for x, y in zip(found, shapes, strict=True)]

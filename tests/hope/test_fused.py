@@ -1,0 +1,160 @@
+"""The memories as one operator: the numbers of `deepopt.hope.scan`, for every way to call it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepopt.hope import Hope, HopeConfig, fused, scan
+from deepopt.hope.memory import GENERATOR_FLOOR, MEM_FLOOR
+from deepopt.ops import backend
+from deepopt.ops.operator import UNAVAILABLE
+from tests.hope.test_memory import Case
+
+needs_kernel = pytest.mark.skipif("cpu" in UNAVAILABLE, reason=UNAVAILABLE.get("cpu", ""))
+
+
+def arguments(case: Case, position: int = 0) -> fused.Arguments:
+    form = case.form
+    assert case.initial is not None
+    return fused.Arguments(
+        *case.inputs, *case.generators[:4], *case.memory[:4], *case.initial,
+        torch.stack(case.gates[:6], -1).detach().requires_grad_(),
+        form.max_eta, form.max_erase or 0.0, form.max_delta,
+        GENERATOR_FLOOR, MEM_FLOOR, form.projection_chunk, form.memory_chunk, position,
+    )  # fmt: skip
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("options", "position"),
+    [
+        ({}, 0), ({"retention": "zero"}, 5), ({"tokens": 1}, 3), ({"tokens": 1, "hidden": 1}, 4),
+        ({"tokens": 23, "memory_chunk": 3, "projection_chunk": 5, "hidden": 9}, 7),
+        ({"tokens": 40, "memory_chunk": 16, "projection_chunk": 32, "hidden": 17}, 21),
+        ({"tokens": 70, "memory_chunk": 64, "projection_chunk": 64}, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_kernel_gives_the_numbers_of_the_scan(options: dict[str, Any], position: int) -> None:
+    """In float64, where both only differ by rounding: results, end states and all gradients."""
+    case = Case(**options)
+    kernel, plain = (case.everything(form, position) for form in (fused, scan))
+    for ours, theirs in zip(kernel, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@needs_kernel
+def test_the_kernel_is_taken_where_it_is_written_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    plain = scan.self_modifying
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append("scan")
+        return plain(*args, **options)
+
+    monkeypatch.setattr(scan, "self_modifying", counted)
+    Case(5).run(fused)
+    assert not calls
+    for options in (
+        {"update": "dgd"}, {"objective": "dot"}, {"momentum": True}, {"per_channel": True},
+        {"padding": True}, {"hidden": 0}, {"max_erase": None},
+    ):  # fmt: skip
+        Case(5, **options).run(fused)
+        assert calls.pop() == "scan", options
+    with backend("reference"):
+        Case(5).run(fused)
+    assert calls.pop() == "scan"
+
+
+@needs_kernel
+def test_gradients_of_some_results_alone() -> None:
+    case = Case(9)
+    out, generators, memory = case.run(fused)
+    expected, *states = case.run(scan)
+    pairs = [
+        (out, expected), (generators.w1, states[0].w1), (memory.anchor_w2, states[1].anchor_w2)
+    ]  # fmt: skip
+    for ours, theirs in pairs:
+        found, wanted = (
+            torch.autograd.grad(
+                x.sum(), case.leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for x in (ours, theirs)
+        )
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@needs_kernel
+def test_a_second_derivative_is_exact() -> None:
+    case = Case(6)
+    case.generators = case.generators.anchored()  # the same tensors, as at the start of a text
+
+    def second(form: Any) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(
+            case.run(form, 2)[0].square().sum(), case.leaves, create_graph=True,
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        total = sum((x.square().sum() for x in grads), torch.zeros((), dtype=torch.float64))
+        return torch.autograd.grad(total, case.leaves, allow_unused=True, materialize_grads=True)
+
+    for ours, theirs in zip(second(fused), second(scan), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_transforms_see_the_operations_inside() -> None:
+    case = Case(3)
+
+    def loss(query: Tensor) -> Tensor:
+        case.inputs = case.inputs._replace(query=query)
+        return case.run(fused)[0].square().sum()
+
+    query = case.inputs.query.detach()
+    found = torch.func.grad(loss)(query)
+    query.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(query), query)
+    torch.testing.assert_close(found, expected)
+
+
+@needs_kernel
+def test_torch_finds_the_operator_and_its_gradient_well_formed() -> None:
+    given = arguments(Case(5), position=2)
+    torch.library.opcheck(fused.memories.overload, (True, *given))
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch itself imports
+def test_a_compiled_model_has_one_node_for_all_memories_of_a_layer() -> None:
+    torch.manual_seed(0)
+    model = Hope(
+        HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, memory_chunk=4, projection_chunk=4,
+                   cms_chunks=(8,))
+    )  # fmt: skip
+    torch.nn.init.normal_(model.head.weight)
+    tokens = torch.randint(0, 7, (2, 9))
+    nodes: list[str] = []
+
+    def count(module: torch.fx.GraphModule, _: Any) -> Any:
+        nodes.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = compiled(tokens, tokens).loss
+    assert sum("memories" in node for node in nodes) == 1
+    expected = model(tokens, tokens).loss
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(expected, list(model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
