@@ -82,7 +82,7 @@ class Arguments(NamedTuple):
             MemoryState(*self[3:7], s2=None, s1=None),
             MemoryState(*self[7:11], s2=None, s1=None),
             initial,
-            Gates(*self.gates.unbind(-1), theta=None),
+            Gates._make([*self.gates.unbind(-1), None]),
             form,
         )
 
@@ -132,7 +132,7 @@ def self_modifying(
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if memories.backend_for(keep, arguments) != "reference":
             out, *ends, _ = memories(keep, arguments)
-            first, last = (MemoryState(*x, s2=None, s1=None) for x in (ends[:4], ends[4:]))
+            first, last = (MemoryState._make([*x, None, None]) for x in (ends[:4], ends[4:]))
             return out, first, last
     return scan.self_modifying(
         inputs, generators, memory, initial, gates, form, position=position, valid=valid
