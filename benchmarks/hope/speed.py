@@ -37,17 +37,18 @@ def memory_flops(config: HopeConfig, tokens: int) -> tuple[int, int]:
 
     The backward pass computes a chunk once more. Element-wise work is not counted.
     """
-    d, h, c = config.head_dim, config.hidden, min(config.memory_chunk, tokens)
+    d, g, m = config.head_dim, config.projection_width, config.hidden
+    c = min(config.memory_chunk, tokens)
     whole = -(-tokens // c) * config.heads
 
-    def flops(dhc: int, hdd: int, dcc: int, hcc: int, ddc: int) -> int:
-        products = dhc * d * h * c + hdd * h * d * d + (dcc * d + hcc * h) * c * c + ddc * d * d * c
-        return whole * 2 * products
+    def flops(dgc: int, dmc: int, gdd: int, dcc: int, mcc: int, ddc: int) -> int:
+        products = (dgc * g + dmc * m) * d * c + gdd * g * d * d + (dcc * d + mcc * m) * c * c
+        return whole * 2 * (products + ddc * d * d * c)
 
     systems = whole * c**3  # three triangular inverses
-    forward = flops(51, 8, 5, 4, 2) + systems
-    once_more = flops(41, 0, 5, 4, 2) + systems
-    return forward, once_more + flops(102, 16, 10, 7, 4)
+    forward = flops(36, 15, 8, 5, 4, 2) + systems
+    once_more = flops(28, 13, 0, 5, 4, 2) + systems
+    return forward, once_more + flops(72, 30, 16, 10, 7, 4)
 
 
 def train_flops(name: str, model: torch.nn.Module, step: Callable[[], Any], tokens: int) -> float:

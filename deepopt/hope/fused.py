@@ -18,8 +18,10 @@ from deepopt.hope import scan
 from deepopt.hope.memory import (
     GENERATOR_FLOOR,
     MEM_FLOOR,
+    SHARPNESS,
     Form,
     Gates,
+    Initial,
     Inputs,
     MemoryState,
     Weights,
@@ -28,20 +30,23 @@ from deepopt.ops.operator import operator
 
 
 class Arguments(NamedTuple):
-    """What the operators are given; d is the width of a head, h the hidden width of a memory.
+    """What the operators are given; d is the width of a head, h and m are hidden widths.
 
     Attributes:
         key, value, query: inputs of the memories, (batch, heads, d, tokens).
         w2, w1: running weights of the generating memories, (batch, heads, 4, h, d) and
             (batch, heads, 4, d, h).
         anchor_w2, anchor_w1: their anchor, likewise.
-        memory_w2, memory_w1: running weights of the memory that answers, a stack of one.
+        memory_w2, memory_w1: running weights of the memory that answers, a stack of one; its
+            hidden width is m.
         memory_anchor_w2, memory_anchor_w1: its anchor.
-        initial_w2, initial_w1: where retention pulls all five, (heads, 5, h, d) and
-            (heads, 5, d, h); None for towards zero.
+        initial_w2, initial_w1: where retention pulls the generating memories, without the batch;
+            None for towards zero.
+        memory_initial_w2, memory_initial_w1: the same for the memory that answers.
         gates: the first six of `Gates`, (heads, 6).
         max_eta, max_erase, max_delta, projection_chunk, memory_chunk: those of `Form`.
         generator_floor, memory_floor: what is added to the squared norm of features.
+        sharpness: what the logits of the two erasures are multiplied by.
         position: tokens that the states have seen.
     """
 
@@ -58,21 +63,25 @@ class Arguments(NamedTuple):
     memory_anchor_w1: Tensor
     initial_w2: Tensor | None
     initial_w1: Tensor | None
+    memory_initial_w2: Tensor | None
+    memory_initial_w1: Tensor | None
     gates: Tensor
     max_eta: float
     max_erase: float
     max_delta: float
     generator_floor: float
     memory_floor: float
+    sharpness: float
     projection_chunk: int
     memory_chunk: int
     position: int
 
-    def parts(self) -> tuple[Inputs, MemoryState, MemoryState, Weights | None, Gates, Form]:
+    def parts(self) -> tuple[Inputs, MemoryState, MemoryState, Initial, Gates, Form]:
         """The same as `deepopt.hope.scan.self_modifying` takes it."""
-        initial = None
-        if self.initial_w2 is not None and self.initial_w1 is not None:
-            initial = Weights(self.initial_w2, self.initial_w1)
+        initial = Initial(
+            _weights(self.initial_w2, self.initial_w1),
+            _weights(self.memory_initial_w2, self.memory_initial_w1),
+        )
         form = Form(
             "l2", "delta", self.max_eta, self.max_erase, self.max_delta, False, self.memory_chunk,
             self.projection_chunk,
@@ -95,16 +104,17 @@ class Arguments(NamedTuple):
 
 SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
 Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
-Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor gates, float max_eta,
-float max_erase, float max_delta, float generator_floor, float memory_floor, int projection_chunk,
-int memory_chunk, int position""".replace("\n", " ")
+Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor? memory_initial_w2,
+Tensor? memory_initial_w1, Tensor gates, float max_eta, float max_erase, float max_delta,
+float generator_floor, float memory_floor, float sharpness, int projection_chunk, int memory_chunk,
+int position""".replace("\n", " ")
 
 
 def self_modifying(
     inputs: Inputs,
     generators: MemoryState,
     memory: MemoryState,
-    initial: Weights | None,
+    initial: Initial,
     gates: Gates,
     form: Form,
     *,
@@ -120,13 +130,15 @@ def self_modifying(
         and gates.theta is None
         and valid is None
         and generators.w2.shape[-2] > 0
+        and memory.w2.shape[-2] > 0
     )
     if written_for and form.max_erase is not None:
-        start = (None, None) if initial is None else initial
+        pulls = [weights or (None, None) for weights in initial]
         arguments = Arguments._make(
-            [*inputs, *generators[:4], *memory[:4], *start, torch.stack(gates[:6], -1),
-             form.max_eta, form.max_erase, form.max_delta, GENERATOR_FLOOR, MEM_FLOOR,
-             form.projection_chunk, form.memory_chunk, position]
+            [*inputs, *generators[:4], *memory[:4], *pulls[0], *pulls[1],
+             torch.stack(gates[:6], -1), form.max_eta, form.max_erase, form.max_delta,
+             GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS, form.projection_chunk, form.memory_chunk,
+             position]
         )  # fmt: skip
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -137,6 +149,10 @@ def self_modifying(
     return scan.self_modifying(
         inputs, generators, memory, initial, gates, form, position=position, valid=valid
     )
+
+
+def _weights(w2: Tensor | None, w1: Tensor | None) -> Weights | None:
+    return None if w2 is None or w1 is None else Weights(w2, w1)
 
 
 def _supports(*given: Any) -> bool:
@@ -159,7 +175,7 @@ def _ends(given: Arguments) -> list[Tensor]:
 
 def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int, int]:
     batch, heads, _, hidden, d = given.w2.shape
-    return batch, heads, segments, 10 * hidden * d
+    return batch, heads, segments, 2 * d * (4 * hidden + given.memory_w2.shape[-2])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -168,8 +184,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     starts = output[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(starts)
-    ctx.save_for_backward(*given[:14], starts)
-    ctx.options = given[14:]
+    ctx.save_for_backward(*given[:16], starts)
+    ctx.options = given[16:]
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -182,7 +198,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
     else:
         found = list(memories_gradient(ends, starts, given))
     if given.initial_w2 is None:
-        found[11:13] = [None, None]
+        found[11:15] = [None] * 4
     return (None, *found, *(None for _ in ctx.options))
 
 
@@ -191,9 +207,9 @@ def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | Non
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # A tensor may be given twice, as an anchor and as the running weights: each has its own.
-        inputs = [None if x is None else x.view_as(x) for x in given[:14]]
+        inputs = [None if x is None else x.view_as(x) for x in given[:16]]
         inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
-        results = memories.reference(False, Arguments._make([*inputs, *given[14:]]))
+        results = memories.reference(False, Arguments._make([*inputs, *given[16:]]))
         pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
         found = torch.autograd.grad(
             [x for x, _ in pairs], [x for x in inputs if x is not None], [g for _, g in pairs],
@@ -217,7 +233,7 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
     Returns:
         the outputs o_t, then w2, w1, anchor_w2 and anchor_w1 of the generating memories after the
         last token, the same of the memory that answers, and the weights of all five at the start
-        of every segment, (batch, heads, segments or 0, 10 h d): all W2 and then all W1.
+        of every segment, (batch, heads, segments or 0, 2 d (4 h + m)): all W2 and then all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h: 70, and 191 for the
     gradient (`benchmarks/hope/speed.py` counts).
@@ -226,8 +242,8 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
     inputs, generators, memory, initial, gates, form = given.parts()
     for length in given.segments:
         if keep:
-            pairs = [(generators.w2, memory.w2), (generators.w1, memory.w1)]
-            starts.append(torch.cat([torch.cat(pair, 2).flatten(2) for pair in pairs], 2))
+            weights = (generators.w2, memory.w2, generators.w1, memory.w1)
+            starts.append(torch.cat([x.flatten(2) for x in weights], 2))
         piece = Inputs(*(x[..., begin : begin + length] for x in inputs))
         out, generators, memory = scan.self_modifying(
             piece, generators, memory, initial, gates, form, position=given.position + begin
@@ -240,11 +256,9 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
 
 
 def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
-    like = [x for x in given[:14] if isinstance(x, Tensor)]
+    like = [x for x in given[:16] if isinstance(x, Tensor)]
     if given.initial_w2 is None:
-        heads, (_, _, _, hidden, d) = given.gates.shape[0], given.w2.shape
-        empty = given.key.new_empty
-        like[11:11] = [empty(heads, 5, hidden, d), empty(heads, 5, d, hidden)]
+        like[11:11] = [x[0] for x in (given.w2, given.w1, given.memory_w2, given.memory_w1)]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
@@ -261,7 +275,7 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
         given: what it was given.
 
     Returns:
-        14 tensors. The gradients of initial weights are there, and mean nothing, without any.
+        16 tensors. The gradients of initial weights are there, and mean nothing, without any.
     """
     with torch.no_grad():
         detached = [x.detach() if isinstance(x, Tensor) else x for x in given]

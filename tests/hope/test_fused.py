@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepopt.hope import Hope, HopeConfig, fused, scan
-from deepopt.hope.memory import GENERATOR_FLOOR, MEM_FLOOR
+from deepopt.hope.memory import GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS
 from deepopt.ops import backend
 from deepopt.ops.operator import UNAVAILABLE
 from tests.hope.test_memory import Case
@@ -20,12 +20,12 @@ needs_kernel = pytest.mark.skipif("cpu" in UNAVAILABLE, reason=UNAVAILABLE.get("
 
 def arguments(case: Case, position: int = 0) -> fused.Arguments:
     form = case.form
-    assert case.initial is not None
+    pulls = [x for weights in case.initial if weights is not None for x in weights]
     return fused.Arguments(
-        *case.inputs, *case.generators[:4], *case.memory[:4], *case.initial,
+        *case.inputs, *case.generators[:4], *case.memory[:4], *pulls,
         torch.stack(case.gates[:6], -1).detach().requires_grad_(),
         form.max_eta, form.max_erase or 0.0, form.max_delta,
-        GENERATOR_FLOOR, MEM_FLOOR, form.projection_chunk, form.memory_chunk, position,
+        GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS, form.projection_chunk, form.memory_chunk, position,
     )  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def arguments(case: Case, position: int = 0) -> fused.Arguments:
     ("options", "position"),
     [
         ({}, 0), ({"retention": "zero"}, 5), ({"tokens": 1}, 3), ({"tokens": 1, "hidden": 1}, 4),
+        ({"hidden": 18, "projection_hidden": 2}, 3), ({"hidden": 1, "projection_hidden": 17}, 1),
         ({"tokens": 23, "memory_chunk": 3, "projection_chunk": 5, "hidden": 9}, 7),
         ({"tokens": 40, "memory_chunk": 16, "projection_chunk": 32, "hidden": 17}, 21),
         ({"tokens": 70, "memory_chunk": 64, "projection_chunk": 64}, 0),
@@ -64,7 +65,7 @@ def test_the_kernel_is_taken_where_it_is_written_and_nowhere_else(
     assert not calls
     for options in (
         {"update": "dgd"}, {"objective": "dot"}, {"momentum": True}, {"per_channel": True},
-        {"padding": True}, {"hidden": 0}, {"max_erase": None},
+        {"padding": True}, {"hidden": 0}, {"projection_hidden": 0}, {"max_erase": None},
     ):  # fmt: skip
         Case(5, **options).run(fused)
         assert calls.pop() == "scan", options

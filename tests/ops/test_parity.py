@@ -389,15 +389,17 @@ def memory_arguments(shape: Shape) -> Arguments:
     query = shape.normal(*sizes[:3], 2 * tokens)[..., ::2]
     inputs.append(query / query.norm(dim=-2, keepdim=True).clamp_min(0.1))
 
-    def weights(*lead: int) -> list[Tensor]:
-        w2 = shape.normal(*lead, hidden, dim) / dim**0.5
-        return [w2, shape.normal(*lead, dim, hidden) / hidden**0.5]
+    def weights(count: int, *lead: int) -> list[Tensor]:
+        rows = hidden if count == 4 else 2 + 2 * (seed % 3) * hidden // 3
+        w2 = shape.normal(*lead, count, rows, dim) / dim**0.5
+        return [w2, shape.normal(*lead, count, dim, rows) / rows**0.5]
 
-    states = [x for count in (4, 4, 1, 1) for x in weights(b, heads, count)]
+    states = [x for count in (4, 4, 1, 1) for x in weights(count, b, heads)]
+    pulls = [x for count in (4, 1) for x in weights(count, heads)]
     gates = shape.normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
     chunks = ((4, 4), (16, 32), (32, 32), (5, 3), (1, 7))[seed % 5]
-    numbers = (0.5 / max(chunks), 2.0, 1.5, 1.0, 1e-4, *chunks, seed % 50)
-    return [bool(seed % 3), MemoryArguments(*inputs, *states, *weights(heads, 5), gates, *numbers)]
+    numbers = (0.5 / max(chunks), 2.0, 1.5, 1.0, 1e-4, 3.0, *chunks, seed % 50)
+    return [bool(seed % 3), MemoryArguments(*inputs, *states, *pulls, gates, *numbers)]
 
 
 def memory_gradient_arguments(shape: Shape) -> Arguments:
