@@ -1,6 +1,6 @@
 """Hope: self-modifying Titans with a continuum memory system (arXiv 2512.24695)."""
 
-from deepopt.hope.cms import CMS, chunk_groups
+from deepopt.hope.cms import CMS, chunk_groups, stack_levels
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import complete, generate, stream
 from deepopt.hope.model import Hope, HopeOutput
@@ -18,5 +18,6 @@ __all__ = [
     "complete",
     "detach_state",
     "generate",
+    "stack_levels",
     "stream",
 ]

@@ -61,7 +61,7 @@ class Hope(nn.Module):
         # Branches share the variance of the residual stream, whatever their number.
         branches = self.config.layers * (1 + len(self.config.cms_chunks))
         for name, param in self.named_parameters():
-            if name.endswith(("titans.output.weight", "down.weight")):
+            if name.endswith(("titans.output.weight", "attention.output.weight", "down.weight")):
                 param.data.mul_(1 / math.sqrt(branches))
 
     def forward(
@@ -116,7 +116,7 @@ class Hope(nn.Module):
     def initial_state(self, batch: int) -> HopeState:
         """The state before the first token of `batch` texts."""
         blocks = cast(list[HopeBlock], self.blocks)
-        return HopeState(tuple(block.titans.initial_state(batch) for block in blocks))
+        return HopeState(tuple(block.mixer.initial_state(batch) for block in blocks))
 
     def _hidden(
         self, tokens: Tensor, state: HopeState, lengths: tuple[int, ...] | None

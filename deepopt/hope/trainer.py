@@ -228,7 +228,7 @@ class Trainer:
             config.lr,
             config.weight_decay,
             config.memory,
-            config.seq_len,
+            config.batch_size * config.seq_len,
         )
         self.step = 0
         self.rng_state = torch.get_rng_state()

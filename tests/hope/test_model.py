@@ -149,7 +149,8 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
         {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": -1}, {"memory_chunk": 0},
         {"projection_chunk": 1.5}, {"max_inner_lr": 0.0}, {"conv_width": 0}, {"cms_chunks": (4, 6)},
         {"cms_expansion": 0}, {"heads": 4}, {"update": "sgd"}, {"objective": "l1"},
-        {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0},
+        {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0}, {"mixer": "mamba"},
+        {"cms_variant": "parallel"}, {"cms_expansion": math.inf},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
@@ -199,6 +200,9 @@ OPTIONS: list[dict[str, Any]] = [
     {}, {"update": "dgd"}, {"update": "gd"}, {"objective": "dot"}, {"memory_hidden": 0},
     {"memory_hidden": 9}, {"momentum": True}, {"retention": "zero"}, {"per_channel": True},
     {"max_erase": None}, {"projections": False}, {"memory_chunk": 5, "projection_chunk": 2},
+    {"cms_variant": "nested"}, {"cms_variant": "independent"}, {"cms_expansion": 0.7},
+    {"mixer": "attention"}, {"mixer": "attention", "cms_variant": "nested"},
+    {"mixer": "attention", "cms_variant": "independent", "recompute": True},
 ]  # fmt: skip
 
 
@@ -221,6 +225,20 @@ def test_every_option_is_exact_causal_and_trained_through_every_parameter(
         state = out.state
         logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), before, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_step_by_step_logits_equal_the_parallel_ones_in_float32(mixer: str, variant: str) -> None:
+    model, tokens = make(mixer=mixer, cms_variant=variant).float(), text(40)
+    for param in model.parameters():  # changes of nested levels start from zero
+        param.data.add_(0.05 * torch.randn_like(param))
+    state, logits = None, []
+    for token in tokens.split(1, 1):
+        out = model(token, state=state)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_recomputing_activations_changes_no_number() -> None:

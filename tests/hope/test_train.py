@@ -27,7 +27,7 @@ from deepopt.optim.registry import REGISTRY
 
 # The slow CMS level learns every fourth step, so that interruptions leave gradients pending.
 MODEL = {"dim": 16, "layers": 1, "heads": 1, "memory_chunk": 8, "projection_chunk": 16}
-SIZES = HopeConfig(**MODEL, cms_chunks=(16, 64))
+SIZES = HopeConfig(**MODEL, cms_chunks=(16, 128))
 STEPS = 14
 
 
@@ -57,7 +57,7 @@ def arguments(config: TrainConfig, *more: str) -> list[str]:
              "eval_windows", "save_every")  # fmt: skip
     options = {name: getattr(config, name) for name in names} | MODEL
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return [*flags, "--cms-chunks", "16", "64", "--quiet", *more]
+    return [*flags, "--cms-chunks", "16", "128", "--quiet", *more]
 
 
 class StopAfter(threading.Event):
