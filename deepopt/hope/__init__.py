@@ -1,5 +1,6 @@
 """Hope: self-modifying Titans with a continuum memory system (arXiv 2512.24695)."""
 
+from deepopt.hope.adapt import Reader, adapt, adaptation
 from deepopt.hope.cms import CMS, chunk_groups, stack_levels
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import complete, generate, stream
@@ -13,7 +14,10 @@ __all__ = [
     "HopeConfig",
     "HopeOutput",
     "HopeState",
+    "Reader",
     "SelfModifyingTitans",
+    "adapt",
+    "adaptation",
     "chunk_groups",
     "complete",
     "detach_state",

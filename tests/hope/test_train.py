@@ -373,7 +373,7 @@ def test_run_is_not_overwritten_unasked(config, capsys):
         (["--optimizer=adamw"], "optimizer='DeepMomentum' there and 'AdamW' here"),
         (["--memory=delta"], "memory=None there and 'delta' here"),
         (["--dim=32"], "dim=16 there and 32 here"),
-        (["--cms-chunks", "16"], "cms_chunks=[16, 64] there and [16] here"),
+        (["--cms-chunks", "16"], "cms_chunks=[16, 128] there and [16] here"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(config, capsys, change, named):
