@@ -42,12 +42,12 @@ def generate(model: Hope, prompt: Tensor, length: int, **options: Any) -> Tensor
     return torch.cat([prompt.long(), *(tokens[:, None] for tokens in added)], 1)
 
 
-def complete(model: Hope, text: str, length: int, **options: Any) -> Iterator[str]:
+def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Iterator[str]:
     """Continues a text, and yields the continuation in pieces, as soon as each is there.
 
     Args:
         model: a model of bytes.
-        text: the prompt, of at least one character.
+        text: the prompt, of at least one character or byte.
         length: number of bytes to add, at most.
         **options: those of `stream` but `mask`.
 
@@ -64,7 +64,8 @@ def complete(model: Hope, text: str, length: int, **options: Any) -> Iterator[st
         )
     if not text:
         raise ValueError("text is empty: give at least one character to continue, such as '\\n'")
-    prompt = torch.tensor([list(text.encode())], device=next(model.parameters()).device)
+    encoded = text.encode() if isinstance(text, str) else text
+    prompt = torch.tensor([list(encoded)], device=next(model.parameters()).device)
     return _decoded(stream(model, prompt, length, **options))
 
 
