@@ -87,7 +87,7 @@ class Reader:
         }
         chunks = sorted(set(known.values()))
         if not chunks:
-            raise ValueError("the model has no level that can learn: call stack_levels, and unfreeze")
+            raise ValueError("the model has no level that can learn: see stack_levels")
         if levels is not None and not (levels and all(0 <= i < len(chunks) for i in levels)):
             raise ValueError(
                 f"levels={levels!r}: must be indices of the model's {len(chunks)} frequencies, "
@@ -142,8 +142,8 @@ class Reader:
         tokens = tokens.long()
         if self.last is not None and len(self.last) != len(tokens):
             raise ValueError(
-                f"tokens has {len(tokens)} texts, those before had {len(self.last)}: the texts of a "
-                "batch go on together; take a new reader for others"
+                f"tokens has {len(tokens)} texts, those before had {len(self.last)}: the texts of "
+                "a batch go on together; take a new reader for others"
             )
         losses = []
         if self.last is None and tokens.numel():

@@ -60,8 +60,10 @@ class Attention(nn.Module):
         uniform = lengths is None and len(set(state.positions)) == 1
         # (tokens,) where all texts are as long, otherwise (batch, 1, tokens).
         past = torch.tensor(state.positions[0] if uniform else state.positions, device=x.device)
-        position = torch.arange(tokens, device=x.device) + (past if uniform else past[:, None, None])
-        cos, sin = rotations(position, q)
+        position = torch.arange(tokens, device=x.device) + (
+            past if uniform else past[:, None, None]
+        )
+        cos, sin = rotations(position, q.shape[-1], q)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         positions = tuple(p + n for p, n in zip(state.positions, counts, strict=True))
         # Whatever autocast makes of keys and values, they are kept as they were before.
@@ -88,17 +90,16 @@ class Attention(nn.Module):
         return y, AttentionState(keys, values, positions)
 
 
-def rotations(position: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotations(position: Tensor, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles of positions (..., tokens), both (..., tokens, width // 2).
 
     Args:
         position: integers.
-        like: queries (..., width), of the dtype to make. Every pair of channels turns at a rate of
-            its own, from 1 down to 1e-4.
+        width: channels of a head; every pair turns at a rate of its own, from 1 down to 1e-4.
+        like: a tensor of the device and dtype to make.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    half = like.shape[-1] // 2
-    rates = 10_000 ** -torch.linspace(0, 1, half, device=like.device, dtype=dtype)
+    rates = 10_000 ** -torch.linspace(0, 1, width // 2, device=like.device, dtype=dtype)
     angles = position.unsqueeze(-1) * rates
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

@@ -1,7 +1,7 @@
-"""Training checkpoints and models on disk: tensors and JSON, nothing that can run code on loading.
+"""Training checkpoints and models on disk: tensors and JSON, nothing that runs code on loading.
 
-A checkpoint is one safetensors file, whose metadata hold the SHA-256 of the file as it is with zeros
-in the place of the digest. A model is a folder with its weights in model.safetensors and its
+A checkpoint is one safetensors file, whose metadata hold the SHA-256 of the file, as it is with
+zeros in the place of the digest. A model is a folder with its weights in model.safetensors and its
 configuration in config.json, laid out as transformers does.
 """
 

@@ -9,7 +9,7 @@ levels of the MLPs of any trained Transformer (section 7.3). `chunk_groups` tell
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,8 @@ def check_chunks(chunks: Sequence[int], name: str = "cms_chunks") -> None:
 class CMSLevel(nn.Module):
     """One level, y = x + MLP(norm(x)), with MLP(z) = down gelu(up z).
 
-    A nested level (Eq 72) computes with `up + up_change` and `down + down_change`: the level that is
-    slower learns the initial weights `up` and `down` and the norm, this level the changes, which
+    A nested level (Eq 72) computes with `up + up_change` and `down + down_change`: the next slower
+    level learns the initial weights `up` and `down` and the norm, this level the changes, which
     start from zero again at the end of every chunk of the slower one. The gradient of both is the
     same, so that the initial weights learn from the loss of the adapted ones: the derivative
     through the inner loop without its second-order term.
@@ -99,19 +99,21 @@ class CMS(nn.Module):
             raise ValueError(f"cms_variant={variant!r}: must be one of {', '.join(VARIANTS)}")
         slower = [*chunks[1:], None] if variant == "nested" else [None] * len(chunks)
         self.levels = nn.ModuleList(
-            CMSLevel(dim, hidden, chunk, next_)
-            for chunk, next_ in zip(chunks, slower, strict=True)
+            CMSLevel(dim, hidden, chunk, next_) for chunk, next_ in zip(chunks, slower, strict=True)
         )
         self.weights = nn.Parameter(torch.ones(len(chunks))) if variant == "independent" else None
+
+    def _levels(self) -> list[CMSLevel]:
+        return cast(list[CMSLevel], list(self.levels))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weights is not None:
             mixed = x
-            for weight, level in zip(self.weights, self.levels, strict=True):
+            for weight, level in zip(self.weights, self._levels(), strict=True):
                 mixed = mixed + weight * level.branch(x)
             return mixed
-        for level in self.levels:
-            x = level(x)
+        for each in self._levels():
+            x = each(x)
         return x
 
 
@@ -163,8 +165,8 @@ def stack_levels(
         The levels, in the order of the model.
 
     Raises:
-        ValueError: chunks that do not fit, fewer MLPs than chunks, a name that the model has not, or
-            nested levels, whose chunks depend on one another.
+        ValueError: chunks that do not fit, fewer MLPs than chunks, a name that the model has not,
+            or nested levels, whose chunks depend on one another.
     """
     check_chunks(chunks, "chunks")
     modules = dict(model.named_modules())
@@ -178,13 +180,13 @@ def stack_levels(
         raise ValueError(f"mlps has {unknown[0]!r}: the model has no module of that name")
     if len(mlps) < len(chunks):
         raise ValueError(
-            f"chunks={tuple(chunks)}: the model has {len(mlps)} MLPs for {len(chunks)} levels; give "
-            "fewer chunks, or the names of the MLPs as mlps"
+            f"chunks={tuple(chunks)}: the model has {len(mlps)} MLPs for {len(chunks)} levels; "
+            "give fewer chunks, or the names of the MLPs as mlps"
         )
     if nested := [n for n in mlps if getattr(modules[n], "slower", None) is not None]:
         raise ValueError(f"{nested[0]} is a nested level: make the model with these cms_chunks")
     for i, name in enumerate(mlps):
-        modules[name].cms_chunk = chunks[i % len(chunks)]  # type: ignore[assignment]
+        modules[name].cms_chunk = chunks[i % len(chunks)]
     return [level for level in levels_of(model) if level.name in set(mlps)]
 
 
@@ -207,7 +209,8 @@ def chunk_groups(
 
     `deepopt.optim.Continuum` reads `chunk`, `tokens` and `lifetime` from the groups. A level of C
     tokens learns once per C tokens on average, from the mean gradient of the steps since, and at
-    every step where a step has C tokens or more: a slower level takes rarer steps, not larger ones::
+    every step where a step has C tokens or more. A slower level takes rarer steps, not larger
+    ones::
 
         groups = chunk_groups(model, deepopt.param_groups(model), tokens=batch * seq_len)
         optimizer = Continuum(torch.optim.AdamW(groups))

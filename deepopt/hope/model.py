@@ -281,6 +281,6 @@ def _checkpoint() -> Any:
         from deepopt.hope import checkpoint
     except ImportError as missing:
         raise ImportError(
-            f"models on disk need {missing.name}: pip install safetensors, of deepopt's extra 'hope'"
+            f"models on disk need {missing.name}: pip install safetensors"
         ) from missing
     return checkpoint

@@ -66,8 +66,8 @@ class Continuum(Optimizer):
         lifetime: tokens after which a group's parameters start from zero again, likewise; None for
             never (default: None).
 
-    The groups also have ``pending_steps`` and ``pending_tokens``, those of the chunk that has begun,
-    and ``lived_tokens``, those since the last start from zero. A step in which a
+    The groups also have ``pending_steps`` and ``pending_tokens``, those of the chunk that has
+    begun, and ``lived_tokens``, those since the last start from zero. A step in which a
     parameter has no gradient counts as a gradient of zero; if it had none in the whole chunk, it
     has none. Gradients are left as the backward pass made them. ``torch.amp.GradScaler`` unscales
     before ``step``, and a step that it skips is none of the chunk's. Whoever changes gradients

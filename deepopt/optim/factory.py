@@ -93,8 +93,8 @@ def create_optimizer(
             "parameters; give one of the two"
         )
     if name.replace("_", "").lower() == "continuum":
-        own = ("chunk", "reduce", "tokens", "lifetime")
-        wrapper: dict[str, Any] = {k: options.pop(k) for k in own if k in options}
+        names = ("chunk", "reduce", "tokens", "lifetime")
+        wrapper: dict[str, Any] = {k: options.pop(k) for k in names if k in options}
         inner = create_optimizer(
             model_or_params,
             options.pop("optimizer", "deep_momentum"),

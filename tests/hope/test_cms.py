@@ -294,7 +294,7 @@ def test_the_levels_of_hope_attention_take_other_chunks() -> None:
 def test_bad_chunks_are_named(chunks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cms_chunks="):
         CMS(4, 8, chunks)
-    with pytest.raises(ValueError, match="^chunks="):
+    with pytest.raises(ValueError, match=r"^chunks="):
         stack_levels(transformer(), chunks)
 
 

@@ -39,7 +39,8 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 def assert_same_state(a: HopeState, b: HopeState, row: int = 0) -> None:
     """Row `row` of a is the only row of b."""
     for one, other in zip(a.blocks, b.blocks, strict=True):
-        assert (count := one.positions[row]) == other.positions[0]
+        count = one.positions[row]
+        assert count == other.positions[0]
         if isinstance(one, AttentionState):
             for x, y in ((one.keys, other.keys), (one.values, other.values)):
                 found, expected = x[row : row + 1, :, :count], y[:, :, :count]

@@ -27,7 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER",
-                        help="the --out of a training run, or what save_pretrained wrote")  # fmt: skip
+                        help="a training run's --out, or what save_pretrained wrote")  # fmt: skip
     parser.add_argument("--prompt", help="the text to continue (asked for, line by line)")
     parser.add_argument("--length", type=int, default=200, help="bytes to add, at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
@@ -38,7 +38,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     learning = parser.add_argument_group("learning while reading")
     learning.add_argument("--adapt", action="store_true",
-                          help="the CMS levels learn from what they read; nothing is saved")  # fmt: skip
+                          help="CMS levels learn from what they read, unsaved")  # fmt: skip
     learning.add_argument("--adapt-chunk", type=int, default=32, metavar="TOKENS",
                           help="bytes between two updates of the fastest level (32)")  # fmt: skip
     learning.add_argument("--adapt-lr", type=float, default=LR, metavar="LR",

@@ -132,7 +132,7 @@ def test_every_changed_part_changes_the_configuration_and_the_paper_has_all_of_i
 
 
 def test_an_unknown_model_is_refused_with_the_names_that_there_are():
-    with pytest.raises(ValueError, match="model='Hop': must be one of Hope, Hope-Attention, Transformer"):
+    with pytest.raises(ValueError, match="'Hop': must be one of Hope, Hope-Attention, Transformer"):
         models.build("Hop", CONFIG)
 
 
