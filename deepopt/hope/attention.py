@@ -57,7 +57,7 @@ class Attention(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         counts = lengths or (tokens,) * batch
-        uniform = lengths is None and len(set(state.positions)) == 1
+        uniform = lengths is None and all(p == state.positions[0] for p in state.positions[1:])
         # (tokens,) where all texts are as long, otherwise (batch, 1, tokens).
         past = torch.tensor(state.positions[0] if uniform else state.positions, device=x.device)
         position = torch.arange(tokens, device=x.device) + (
@@ -79,9 +79,10 @@ class Attention(nn.Module):
                 for cached in (keys, values)
             )
         # A column is the position of its key, so that a query sees the columns up to its own.
-        from_start = uniform and state.positions[0] == 0
-        seen = None
-        if not from_start and not (uniform and tokens == 1):
+        seen, from_start = None, False
+        if uniform and state.positions[0] == 0:
+            from_start = True
+        elif not (uniform and tokens == 1):
             seen = torch.arange(keys.shape[2], device=x.device) <= position.unsqueeze(-1)
         mixed = F.scaled_dot_product_attention(
             q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen, is_causal=from_start
