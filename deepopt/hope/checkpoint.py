@@ -123,7 +123,8 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else config
         raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
-    return config, weights
+    # Copies lie at addresses as torch's own do, on which the rounding of a product can depend.
+    return config, {name: weight.clone() for name, weight in weights.items()}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -258,6 +258,11 @@ class Hope(nn.Module):
                 f"state has {len(state.blocks)} blocks: must have one for each of the "
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
+        if type(state.blocks[0]) is not type(expected := self.initial_state(1).blocks[0]):
+            raise ValueError(
+                f"state is one of {type(state.blocks[0]).__name__}, the blocks have "
+                f"{type(expected).__name__}: give the state of a model with the same mixer"
+            )
         batch = len(state.blocks[0].positions)
         if batch != len(tokens):
             raise ValueError(

@@ -167,6 +167,9 @@ def test_bad_inputs_are_named() -> None:
         model(tokens[:, :0])
     with pytest.raises(ValueError, match="targets has shape"):
         model(tokens, tokens[:, 1:])
+    other = make(mixer="attention")(tokens).state
+    with pytest.raises(ValueError, match="AttentionState, the blocks have TitansState"):
+        model(tokens, state=other)
     state = model(tokens).state
     with pytest.raises(ValueError, match="state has 1 blocks"):
         model(tokens, state=HopeState(state.blocks[:1]))
@@ -239,6 +242,43 @@ def test_step_by_step_logits_equal_the_parallel_ones_in_float32(mixer: str, vari
         state = out.state
         logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_autocast_to_bfloat16_is_close_and_keeps_the_dtype_of_the_state(
+    mixer: str, variant: str
+) -> None:
+    model, tokens = make(mixer=mixer, cms_variant=variant).float(), text(20)
+    expected = model(tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(tokens, tokens)
+        pieces = [model(tokens[:, :9])]
+        pieces.append(model(tokens[:, 9:], state=pieces[0].state))
+    kept = [x for x in found.state.state_dict().values() if isinstance(x, Tensor)]
+    assert {x.dtype for x in kept} == {torch.float32}
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0.02, atol=0)
+    whole = torch.cat([piece.logits for piece in pieces], 1)
+    torch.testing.assert_close(whole, found.logits, rtol=0, atol=0.15)
+    found.loss.backward()
+    grads = [param.grad for param in model.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+def test_hope_attention_is_exported_once_for_texts_of_every_length() -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self, model: Hope) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.model(tokens).logits
+
+    model = make(mixer="attention", layers=1)
+    length = {1: torch.export.Dim("tokens", max=4096)}
+    exported = torch.export.export(Logits(model), (text(8),), dynamic_shapes=(length,)).module()
+    for tokens in (1, 5, 33):
+        torch.testing.assert_close(exported(text(tokens)), model(text(tokens)).logits)
 
 
 def test_recomputing_activations_changes_no_number() -> None:
