@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepopt.hope.adapt import MakeOptimizer, Reader, adapt, adaptation
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
+from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
 from deepopt.hope.state import HopeState
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -143,7 +143,7 @@ class Hope(nn.Module):
                 proportion; None for the levels' own chunks.
 
         Returns:
-            The `deepopt.hope.adapt.Reader` after the text: `losses` (batch, tokens) in nats of the
+            The `deepopt.hope.Reader` after the text: `losses` (batch, tokens) in nats of the
             predictions, `state` and `last` to go on from, and `read` for more of the text.
 
         Raises:

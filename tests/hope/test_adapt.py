@@ -87,6 +87,30 @@ def test_a_text_in_pieces_is_the_whole_text(options: dict[str, Any], pieces: lis
     assert found.losses[0, 0].isnan()
 
 
+def test_a_long_chunk_is_learned_from_in_windows_and_the_update_is_the_mean_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deepopt.hope.reader.WINDOW", 3)
+    tokens, options = text(23), {"layers": 1, "mixer": "attention"}
+    model, twin = make(**options), make(**options)
+    reader = model.adapt(tokens.split([5, 1, 17], 1), levels=[1], optimizer=OPTIMIZERS["SGD"])
+    assert reader.updates == 2  # chunks of 8 within 22 predictions
+    state, grads = None, []
+    level = twin.blocks[0].cms.levels[1]
+    for first, last in ((0, 3), (3, 6), (6, 8)):
+        out = twin(tokens[:, first:last], tokens[:, first + 1 : last + 1], state=state)
+        state = out.state.detach()
+        grads.append(torch.autograd.grad(out.loss, level.up.weight)[0])
+    windowed, once = make(**options), make(**options)
+    windowed.adapt(tokens[:, :9], levels=[1], optimizer=OPTIMIZERS["SGD"])
+    monkeypatch.undo()
+    once.adapt(tokens[:, :9], levels=[1], optimizer=OPTIMIZERS["SGD"])
+    expected = level.up.weight - 0.5 * torch.stack(grads).mean(0)
+    found = windowed.blocks[0].cms.levels[1].up.weight
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(found, once.blocks[0].cms.levels[1].up.weight)
+
+
 def test_two_calls_from_the_same_weights_give_the_same_losses_and_modes_do_not_matter() -> None:
     model = make()
     found = []

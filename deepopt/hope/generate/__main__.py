@@ -13,8 +13,8 @@ from torch import Tensor
 import deepopt
 from deepopt._output import outlive_readers
 from deepopt.hope import Hope, HopeState, Reader
-from deepopt.hope.adapt import LR
 from deepopt.hope.generate import complete
+from deepopt.hope.reader import LR
 
 
 def argument_parser() -> argparse.ArgumentParser:

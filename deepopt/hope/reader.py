@@ -22,6 +22,8 @@ from deepopt.hope.state import HopeState
 from deepopt.optim.continuum import Continuum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+WINDOW = 256
+"""Tokens of a text that gradients go back at most, and whose activations are kept."""
 LR = 1e-3
 """Learning rate of the default optimizer."""
 
@@ -50,7 +52,7 @@ class Reader:
     How the text is cut into pieces changes no number. The losses of a piece are those of the
     predictions that were made before any of its tokens was learned from: no token, and no later
     one, has a part in the weights that predict it. Weights change in place; `adaptation` takes the
-    changes back. A chunk that has begun keeps the activations of its tokens until it ends.
+    changes back. Inside a chunk, gradients go back through the state by up to `WINDOW` tokens.
 
     Args:
         model: a `Hope`, or a causal language model of transformers whose MLPs `stack_levels` has
@@ -113,8 +115,9 @@ class Reader:
         self._state: Any = None
         self._fastest = min(self.optimizer.param_groups, key=lambda group: group["chunk"])
         self._losses: list[Tensor] = []
+        # Of the window that has begun: the summed loss, its tokens, and positions still to come.
         self._total: Tensor | None = None
-        self._count = 0
+        self._count = self._left = 0
 
     @property
     def state(self) -> Any:
@@ -150,16 +153,22 @@ class Reader:
             self.last, tokens = tokens[:, :1], tokens[:, 1:]
             losses.append(torch.full(self.last.shape, torch.nan, device=tokens.device))
         while tokens.numel() and self.last is not None:
-            missing = self._fastest["chunk"] - self._fastest["pending_tokens"] - self._count
-            width = max(1, -(-missing // len(tokens)))
-            piece, tokens = tokens[:, :width], tokens[:, width:]
+            self._left = self._left or self._window(len(tokens))
+            piece, tokens = tokens[:, : self._left], tokens[:, self._left :]
             losses.append(self._predict(torch.cat([self.last, piece[:, :-1]], 1), piece))
             self.last = piece[:, -1:]
-            if piece.numel() >= missing:
+            self._left -= piece.shape[1]
+            if self._left == 0:
                 self._learn()
         found = torch.cat(losses, 1) if losses else torch.zeros(tokens.shape, device=tokens.device)
         self._losses.append(found)
         return found
+
+    def _window(self, batch: int) -> int:
+        """Positions up to the end of the chunk, or of an equal part of it that is short enough."""
+        missing = self._fastest["chunk"] - self._fastest["pending_tokens"]
+        positions = -(-missing // batch)
+        return -(-positions // -(-positions // WINDOW))
 
     def _predict(self, tokens: Tensor, targets: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -177,6 +186,7 @@ class Reader:
         return flat.detach().view(targets.shape)
 
     def _learn(self) -> None:
+        """Gradients of the window, for the levels whose chunk ends and for those that wait."""
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         assert self._total is not None
         grads = torch.autograd.grad(self._total / self._count, params, allow_unused=True)
@@ -186,12 +196,14 @@ class Reader:
                 param.grad = grad
             for group in self.optimizer.param_groups:
                 group["tokens"] = self._count
-            self.optimizer.step()
+            with self.optimizer.due() as ends:
+                if ends:
+                    self.optimizer.optimizer.step()
+                    self.updates += 1
         finally:
             for param, own in zip(params, kept, strict=True):
                 param.grad = own
         self._state, self._total, self._count = _detached(self._state), None, 0
-        self.updates += 1
 
 
 def adapt(
