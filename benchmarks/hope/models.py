@@ -156,6 +156,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "chunks of 8": {"memory_chunk": 8, "projection_chunk": 8},
     "one CMS level of the same size": {"cms_chunks": (256,), "cms_expansion": 4},
     "CMS levels learn at every step": {"cms_chunks": (1, 1)},
+    "nested CMS levels": {"cms_variant": "nested"},
+    "CMS levels side by side": {"cms_variant": "independent"},
 }
 """Hope with one part of the layer taken away or exchanged: fields of `HopeConfig`."""
 

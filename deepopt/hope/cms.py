@@ -3,7 +3,7 @@
 A *level* is an MLP with a chunk of C tokens: it learns once per C tokens, from the mean gradient of
 the task's loss over them, and rests in between (Eq 71). `CMS` is the module; `stack_levels` makes
 levels of the MLPs of any trained Transformer (section 7.3). `chunk_groups` tells
-`deepopt.optim.Continuum` the chunks, in training and, by `deepopt.hope.adapt`, while reading.
+`deepopt.optim.Continuum` the chunks, in training and, by `deepopt.hope.Reader`, while reading.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def stack_levels(
     Consecutive MLPs take the chunks in turn: with two chunks the first, third, ... MLP is fast, the
     second, fourth, ... slow. Every level starts from the weights that its MLP has (Eq 71 goes on
     from there), and the model computes what it did: nothing in it changes but the frequencies that
-    `chunk_groups` and `deepopt.hope.adapt` read. A model of transformers is saved as before::
+    `chunk_groups` and `deepopt.hope.Reader` read. A model of transformers is saved as before::
 
         model = AutoModelForCausalLM.from_pretrained(folder)
         stack_levels(model, (512, 2048))

@@ -237,9 +237,10 @@ def adapt(
 
 def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Logits and the state after the tokens, of a Hope or of a model of transformers."""
-    if hasattr(model, "initial_state"):
-        out = model(tokens, state=state)
-        return out.logits, out.state
+    for hope in (model, getattr(model, "model", None)):  # the second within transformers
+        if hasattr(hope, "initial_state"):
+            out = hope(tokens, state=state)
+            return out.logits, out.state
     out = model(input_ids=tokens, past_key_values=state, use_cache=True)
     return out.logits, out.past_key_values
 

@@ -333,6 +333,7 @@ def test_comparison_starts_both_from_the_same_weights_and_resumes(config, monkey
     assert metrics(runs[0])[-1] != metrics(runs[1])[-1]
     assert (config.out / "comparison.png").exists()
     assert "DeepMomentum: " in (output := capsys.readouterr().out)
+    assert output.count(" MFLOP per token in the forward pass") == 1
     assert "AdamW: " in output
 
     # The second had not begun when the comparison was interrupted.

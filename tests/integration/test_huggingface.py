@@ -72,6 +72,15 @@ def test_generate_decodes_as_ours_does_from_the_state_and_with_padding(hope, tok
         wrapped.generate(tokens, max_new_tokens=3, num_beams=2)
 
 
+def test_a_wrapped_hope_learns_while_it_reads_as_the_hope_itself_does(hope, tmp_path):
+    hope.save_pretrained(tmp_path)
+    wrapped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.arange(40)[None]
+    found, expected = adapt(wrapped, tokens, chunk=8), hope.adapt(tokens, chunk=8)
+    torch.testing.assert_close(found.losses, expected.losses, equal_nan=True)
+    assert torch.equal(wrapped(tokens).logits, wrapped.model(tokens).logits)
+
+
 def test_the_loss_is_shifted_and_ignores_what_labels_ignore(hope, tokens, tmp_path):
     hope.save_pretrained(tmp_path)
     wrapped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
