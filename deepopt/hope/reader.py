@@ -238,7 +238,7 @@ def adapt(
 def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Logits and the state after the tokens, of a Hope or of a model of transformers."""
     for hope in (model, getattr(model, "model", None)):  # the second within transformers
-        if hasattr(hope, "initial_state"):
+        if hope is not None and hasattr(hope, "initial_state"):
             out = hope(tokens, state=state)
             return out.logits, out.state
     out = model(input_ids=tokens, past_key_values=state, use_cache=True)
