@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepopt.hope import Hope, HopeConfig, HopeState
 
@@ -302,9 +304,18 @@ def test_the_printed_form_has_the_papers_parts() -> None:
     assert HopeConfig.paper(momentum=True, max_erase=1.0).momentum
 
 
-def test_gradients_of_single_texts_and_second_derivatives() -> None:
+@pytest.fixture
+def _twice_differentiable() -> Iterator[None]:
+    """torch's fused attention has no second derivative; its plain one has."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("_twice_differentiable")
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_gradients_of_single_texts_and_second_derivatives(mixer: str) -> None:
     """torch.func on the whole model: functional_call, grad, vmap, and double backward."""
-    model, tokens = make(layers=1), text(7, batch=3)
+    model, tokens = make(layers=1, mixer=mixer), text(7, batch=3)
     params = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(params: dict[str, Tensor], tokens: Tensor) -> Tensor:
