@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,7 +82,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> TransformerOutput:
         x = self.embedding(tokens)
-        cos, sin = rotations(tokens.shape[1], self.config.dim // self.config.heads, x)
+        position = torch.arange(tokens.shape[1], device=x.device)
+        cos, sin = rotations(position, self.config.dim // self.config.heads, x)
         for block in self.blocks:
             x = block(x, cos, sin)
         logits = self.head(self.norm(x))

@@ -1,8 +1,8 @@
 """The models that are compared: one name each, one configuration and one number of parameters.
 
 Hope's configuration gives vocabulary, width, layers, heads and convolutions to all of them. The
-baselines have its embedding, norms, head and initialization; their SwiGLU is as wide as makes their
-parameters as many as Hope's.
+baselines have its embedding, norms, head and initialization; their SwiGLU, and Hope-Attention's
+CMS levels, are as wide as makes their parameters as many as Hope's.
 """
 
 import dataclasses
@@ -97,8 +97,26 @@ def fitted_width(config: HopeConfig, mixer: Mixer) -> int:
     return 1 + max(0, round((target - narrowest) / per_channel))
 
 
+class FullAttention(Attention):
+    """Softmax attention over one text that is given whole."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
 def attention(config: HopeConfig) -> nn.Module:
-    return Attention(config.dim, config.heads)
+    return FullAttention(config.dim, config.heads)
+
+
+def hope_attention(config: HopeConfig) -> HopeConfig:
+    """Hope with softmax attention in the place of its memories, as large as with them."""
+    wide, wider = (
+        dataclasses.replace(config, mixer="attention", cms_expansion=n / config.dim) for n in (1, 2)
+    )
+    with torch.device("meta"):
+        target, narrowest, next_ = (parameters(Hope(each)) for each in (config, wide, wider))
+    hidden = 1 + max(0, round((target - narrowest) / (next_ - narrowest)))
+    return dataclasses.replace(wide, cms_expansion=hidden / config.dim)
 
 
 def delta_net(config: HopeConfig) -> nn.Module:
@@ -139,14 +157,21 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "chunks of 8": {"memory_chunk": 8, "projection_chunk": 8},
     "one CMS level of the same size": {"cms_chunks": (256,), "cms_expansion": 4},
     "CMS levels learn at every step": {"cms_chunks": (1, 1)},
+    "nested CMS levels": {"cms_variant": "nested"},
+    "CMS levels side by side": {"cms_variant": "independent"},
 }
 """Hope with one part of the layer taken away or exchanged: fields of `HopeConfig`."""
 
-NAMES = ("Hope", *BASELINES, *(f"Hope, {name}" for name in ABLATIONS))
+HOPES = ("Hope", "Hope-Attention")
+"""Both forms of the paper's model."""
+
+NAMES = (*HOPES, *BASELINES, *(f"Hope, {name}" for name in ABLATIONS))
 
 
 def config_of(name: str, config: HopeConfig) -> HopeConfig:
     """The configuration of the Hope of that name; `config` has the sizes of a task."""
+    if name == "Hope-Attention":
+        return hope_attention(config)
     return dataclasses.replace(config, **ABLATIONS.get(name.removeprefix("Hope, "), {}))
 
 

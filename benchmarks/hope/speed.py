@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.hope.models import build, parameters
 from benchmarks.tables import markdown
 from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
-from deepopt.hope import Hope, HopeConfig
+from deepopt.hope import HopeConfig
 from deepopt.ops import backend
 
 CONFIG = HopeConfig(layers=4)
@@ -32,34 +32,11 @@ BATCH = 2048
 Line = dict[str, Any]
 
 
-def memory_flops(config: HopeConfig, tokens: int) -> tuple[int, int]:
-    """FLOPs of one layer's memories over one sequence, counted by hand: forward and backward.
-
-    The backward pass computes a chunk once more. Element-wise work is not counted.
-    """
-    d, g, m = config.head_dim, config.projection_width, config.hidden
-    c = min(config.memory_chunk, tokens)
-    whole = -(-tokens // c) * config.heads
-
-    def flops(dgc: int, dmc: int, gdd: int, dcc: int, mcc: int, ddc: int) -> int:
-        products = (dgc * g + dmc * m) * d * c + gdd * g * d * d + (dcc * d + mcc * m) * c * c
-        return whole * 2 * (products + ddc * d * d * c)
-
-    systems = whole * c**3  # three triangular inverses
-    forward = flops(36, 15, 8, 5, 4, 2) + systems
-    once_more = flops(28, 13, 0, 5, 4, 2) + systems
-    return forward, once_more + flops(72, 30, 16, 10, 7, 4)
-
-
-def train_flops(name: str, model: torch.nn.Module, step: Callable[[], Any], tokens: int) -> float:
-    """FLOPs of a step's products and attention, with those that torch does not see."""
+def train_flops(step: Callable[[], Any]) -> int:
+    """FLOPs of a step's products and attention; what the backward computes again counts."""
     with FlopCounterMode(display=False) as counter:
         step()
-    unseen = 0
-    if name == "Hope" and isinstance(model, Hope):
-        sequences = max(1, BATCH // tokens) * model.config.layers
-        unseen = sequences * sum(memory_flops(model.config, tokens))
-    return counter.get_total_flops() + unseen
+    return int(counter.get_total_flops())
 
 
 def train_lines(tokens: int, seconds: float, peak: float) -> list[Line]:
@@ -84,7 +61,7 @@ def train_lines(tokens: int, seconds: float, peak: float) -> list[Line]:
     lines = []
     for name, times in zip(MODELS, interleave(contenders, seconds, "cpu"), strict=True):
         gc.collect()
-        flops = train_flops(name, models[name], steps[name], tokens)
+        flops = train_flops(steps[name])
         lines.append(
             {"kind": "train", "model": name, "tokens": tokens, "batch": len(text),
              "parameters": parameters(models[name]), **times,

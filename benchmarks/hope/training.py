@@ -84,7 +84,8 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
     Raises:
         FloatingPointError: a loss or the norm of a gradient is not finite.
     """
-    optimizers = build_optimizers(model, run.optimizer, run.lr, WEIGHT_DECAY, None, task.tokens)
+    tokens = task.data(run.seed, 0).tokens.numel()  # as many at every step
+    optimizers = build_optimizers(model, run.optimizer, run.lr, WEIGHT_DECAY, None, tokens)
     losses = []
     for step in range(run.steps):
         prepare(optimizers, lr_factor(step, run.steps, min(WARMUP, run.steps // 2)))

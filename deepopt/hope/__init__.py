@@ -1,9 +1,10 @@
 """Hope: self-modifying Titans with a continuum memory system (arXiv 2512.24695)."""
 
-from deepopt.hope.cms import CMS, chunk_groups
+from deepopt.hope.cms import CMS, chunk_groups, stack_levels
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import complete, generate, stream
 from deepopt.hope.model import Hope, HopeOutput
+from deepopt.hope.reader import Reader, adapt, adaptation
 from deepopt.hope.state import HopeState, detach_state
 from deepopt.hope.titans import SelfModifyingTitans
 
@@ -13,10 +14,14 @@ __all__ = [
     "HopeConfig",
     "HopeOutput",
     "HopeState",
+    "Reader",
     "SelfModifyingTitans",
+    "adapt",
+    "adaptation",
     "chunk_groups",
     "complete",
     "detach_state",
     "generate",
+    "stack_levels",
     "stream",
 ]

@@ -1,4 +1,4 @@
-"""Causal softmax attention with rotary positions, the mixer of Transformers."""
+"""Causal softmax attention with rotary positions, the mixer of Transformers and Hope-Attention."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepopt.hope.state import AttentionState
+
 
 class Attention(nn.Module):
-    """Every token mixes the values of the tokens up to its own, x (batch, tokens, dim) to the same.
+    """Every token mixes the values of the tokens of its text up to its own.
 
     Args:
         dim: width of the residual stream.
@@ -28,27 +30,78 @@ class Attention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def initial_state(self, batch: int) -> AttentionState:
+        """The state before the first token of `batch` texts: no keys and no values."""
+        weight = self.key.weight
+        nothing = weight.new_zeros(batch, self.heads, 0, weight.shape[0] // self.heads).detach()
+        return AttentionState(nothing, nothing, (0,) * batch)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, AttentionState]:
+        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them.
+
+        Args:
+            x: inputs.
+            state: the state after earlier tokens; None for the start of a text.
+            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+        """
+        batch, tokens = x.shape[:2]
+        if state is None:
+            state = self.initial_state(batch)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        cos, sin = rotations(x.shape[1], q.shape[-1], x)
+        counts = lengths or (tokens,) * batch
+        uniform = lengths is None and all(p == state.positions[0] for p in state.positions[1:])
+        # (tokens,) where all texts are as long, otherwise (batch, 1, tokens).
+        past = torch.tensor(state.positions[0] if uniform else state.positions, device=x.device)
+        position = torch.arange(tokens, device=x.device) + (
+            past if uniform else past[:, None, None]
+        )
+        cos, sin = rotations(position, q.shape[-1], q)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(mixed.transpose(1, 2).flatten(-2))
+        positions = tuple(p + n for p, n in zip(state.positions, counts, strict=True))
+        # Whatever autocast makes of keys and values, they are kept as they were before.
+        keys = torch.cat([state.keys, k.to(state.keys.dtype)], 2)
+        values = torch.cat([state.values, v.to(state.values.dtype)], 2)
+        if not uniform:
+            column = torch.arange(max(positions), device=x.device)
+            first, width = past[:, None], state.keys.shape[2]
+            index = torch.where(column < first, column, width + column - first)
+            index = index.clamp(max=width + tokens - 1)[:, None, :, None]
+            keys, values = (
+                cached.gather(2, index.expand(-1, self.heads, -1, cached.shape[-1]))
+                for cached in (keys, values)
+            )
+        # A column is the position of its key, so that a query sees the columns up to its own.
+        seen, from_start = None, False
+        if uniform and state.positions[0] == 0:
+            from_start = True
+        elif not (uniform and tokens == 1):
+            seen = torch.arange(keys.shape[2], device=x.device) <= position.unsqueeze(-1)
+        mixed = F.scaled_dot_product_attention(
+            q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen, is_causal=from_start
+        )
+        y = self.output(mixed.transpose(1, 2).flatten(-2))
+        return y, AttentionState(keys, values, positions)
 
 
-def rotations(tokens: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles of every position, (tokens, width // 2) each.
+def rotations(position: Tensor, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of positions (..., tokens), both (..., tokens, width // 2).
 
     Args:
-        tokens: number of positions.
+        position: integers.
         width: channels of a head; every pair turns at a rate of its own, from 1 down to 1e-4.
         like: a tensor of the device and dtype to make.
     """
-    rates = 10_000 ** -torch.linspace(0, 1, width // 2, device=like.device)
-    angles = torch.outer(torch.arange(tokens, device=like.device), rates)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rates = 10_000 ** -torch.linspace(0, 1, width // 2, device=like.device, dtype=dtype)
+    angles = position.unsqueeze(-1) * rates
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 

@@ -1,11 +1,14 @@
-"""Checkpoints in one safetensors file: tensors and JSON, nothing that can run code on loading.
+"""Training checkpoints and models on disk: tensors and JSON, nothing that runs code on loading.
 
-The metadata hold the SHA-256 of the file, as it is with zeros in the place of the digest.
+A checkpoint is one safetensors file, whose metadata hold the SHA-256 of the file, as it is with
+zeros in the place of the digest. A model is a folder with its weights in model.safetensors and its
+configuration in config.json, laid out as transformers does.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from torch import Tensor
 FORMAT = "deepopt.hope.checkpoint/2"
 WITHOUT_DIGEST = "deepopt.hope.checkpoint/1"
 NO_DIGEST = b"0" * 64
+MODEL_TYPE = "deepopt_hope"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIGEST_KEY = b'"sha256":"'  # in strings of the metadata the quotes are escaped
 
 
@@ -69,6 +75,56 @@ def _digest(content: bytes, at: int) -> bytes:
     digest.update(NO_DIGEST)
     digest.update(around[at + len(NO_DIGEST) :])
     return digest.hexdigest().encode()
+
+
+def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a model's configuration and weights into a folder, which is made.
+
+    Raises:
+        OSError: the disk is full, or does not take it for another reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtypes = {str(x.dtype).removeprefix("torch.") for x in weights.values()}
+    about: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": ["HopeForCausalLM"]}
+    if len(dtypes) == 1:
+        about["dtype"] = dtypes.pop()
+    text = json.dumps({**about, **config}, indent=2) + "\n"
+    tensors = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
+    write_atomically(folder / CONFIG_FILE, text.encode())
+    content = safetensors.torch.save(tensors, {"format": "pt"})
+    write_atomically(folder / WEIGHTS_FILE, content)
+
+
+def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save_model` wrote: the configuration and the weights by name.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: a file is damaged, the model is another one, or its weights are pickles.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if (folder / name).is_file():
+            continue
+        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+        if name == WEIGHTS_FILE and pickles:
+            raise ValueError(
+                f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code: only "
+                f"{WEIGHTS_FILE} is read; convert it where you trust it, by safetensors"
+            )
+        raise FileNotFoundError(
+            f"{folder} has no {name}: give the folder that save_pretrained wrote, or the --out of "
+            "a training run that has ended"
+        )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        weights = safetensors.torch.load_file(folder / WEIGHTS_FILE, device)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): write or copy it again") from error
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        found = config.get("model_type") if isinstance(config, dict) else config
+        raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
+    # Copies lie at addresses as torch's own do, on which the rounding of a product can depend.
+    return config, {name: weight.clone() for name, weight in weights.items()}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from deepopt.hope.cms import check_chunks
+from deepopt.hope.cms import VARIANTS, check_chunks
 from deepopt.hope.memory import Form, Objective, Update
 from deepopt.hope.options import about, documented
 
@@ -15,6 +15,14 @@ from deepopt.hope.options import about, documented
 class HopeConfig:
     """Everything that decides the shape and the arithmetic of a `Hope` model."""
 
+    mixer: str = field(
+        default="titans",
+        metadata=about(
+            "what mixes the tokens of a block: titans (self-modifying memories) or attention "
+            "(causal softmax attention, which makes Hope-Attention)",
+            "The options of the memories have no effect with attention.",
+        ),
+    )
     vocab_size: int = field(default=256, metadata=about("number of tokens; 256 reads bytes"))
     dim: int = field(
         default=128, metadata=about("width of the residual stream; a multiple of `heads`")
@@ -23,7 +31,7 @@ class HopeConfig:
     heads: int = field(
         default=4,
         metadata=about(
-            "number of heads; every head owns its five memories, of width `dim // heads`"
+            "number of heads, of width `dim // heads`; with titans every head owns five memories"
         ),
     )
     memory_hidden: int | None = field(
@@ -110,14 +118,22 @@ class HopeConfig:
         default=4, metadata=about("tokens seen by the causal depthwise convolutions")
     )
     cms_chunks: tuple[int, ...] = field(
-        default=(256, 1024),
+        default=(256, 8192),
         metadata=about(
             "chunk, in tokens, of every level of the continuum memory system, fastest first; each "
-            "a multiple of the one before"
+            "a multiple of the one before",
+            "Tokens of all sequences of a batch count.",
         ),
     )
-    cms_expansion: int = field(
-        default=2, metadata=about("hidden width of a CMS level's MLP, as a multiple of `dim`")
+    cms_variant: str = field(
+        default="sequential",
+        metadata=about(
+            "how the levels are joined: sequential (a chain), nested (a chain whose levels start "
+            "again from what the next slower one learns) or independent (side by side)"
+        ),
+    )
+    cms_expansion: float = field(
+        default=2.0, metadata=about("hidden width of a CMS level's MLP, as a multiple of `dim`")
     )
 
     recompute: bool = field(
@@ -131,7 +147,7 @@ class HopeConfig:
     def __post_init__(self) -> None:
         for name in (
             "vocab_size", "dim", "layers", "heads", "memory_chunk", "projection_chunk",
-            "conv_width", "cms_expansion",
+            "conv_width",
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -147,14 +163,20 @@ class HopeConfig:
                     f"{name}={hidden!r}: must be an int of at least 1, 0 for linear memories, "
                     "or None for the default width"
                 )
-        if self.head_dim < 3:
+        if self.mixer == "attention" and self.head_dim % 2:
+            raise ValueError(
+                f"heads={self.heads}: leaves dim // heads = {self.head_dim} channels; attention "
+                "turns pairs of them by the position, so that they must be even"
+            )
+        if self.mixer == "titans" and self.head_dim < 3:
             raise ValueError(
                 f"heads={self.heads}: leaves dim // heads = {self.head_dim} channels; a head needs "
                 "at least 3, for its retention and two erasures"
             )
         for name, allowed in (
             ("update", ("delta", "dgd", "gd")), ("objective", ("l2", "dot")),
-            ("retention", ("initial", "zero")),
+            ("retention", ("initial", "zero")), ("mixer", ("titans", "attention")),
+            ("cms_variant", VARIANTS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -168,6 +190,9 @@ class HopeConfig:
                 raise ValueError(
                     f"{name}={value!r}: must lie in (0, {most:g}], where updates are stable"
                 )
+        expansion = self.cms_expansion
+        if not isinstance(expansion, int | float) or not 0.0 < expansion < float("inf"):
+            raise ValueError(f"cms_expansion={expansion!r}: must be a positive number")
         # A list, as JSON gives it back, is as good as a tuple.
         if not isinstance(self.cms_chunks, list | tuple):
             raise ValueError(f"cms_chunks={self.cms_chunks!r}: must be a tuple, one int per level")
@@ -178,6 +203,11 @@ class HopeConfig:
     def head_dim(self) -> int:
         """Width of one head, and of its memories' inputs and outputs."""
         return self.dim // self.heads
+
+    @property
+    def cms_hidden(self) -> int:
+        """Hidden width of a CMS level."""
+        return max(1, round(self.cms_expansion * self.dim))
 
     @property
     def hidden(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from deepopt.hope import scan
 from deepopt.hope.memory import (
@@ -235,8 +236,8 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
         last token, the same of the memory that answers, and the weights of all five at the start
         of every segment, (batch, heads, segments or 0, 2 d (4 h + m)): all W2 and then all W1.
 
-    Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h: 70, and 191 for the
-    gradient (`benchmarks/hope/speed.py` counts).
+    Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h = m: 70, and 191 for the
+    gradient, as `torch.utils.flop_counter` counts them.
     """
     outputs, starts, begin = [], [], 0
     inputs, generators, memory, initial, gates, form = given.parts()
@@ -282,3 +283,39 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
         found = _by_autograd(grads, Arguments._make(detached))
     shapes = _gradient_shapes(grads, starts, given)
     return [y if x is None else x for x, y in zip(found, shapes, strict=True)]
+
+
+def _flops(given: Sequence[Any], backward: bool) -> int:
+    """FLOPs of the kernel's products. The gradient computes every chunk once more.
+
+    Args:
+        given: fields of `Arguments`, with sizes in the place of tensors.
+        backward: whether it is the gradient that is counted.
+    """
+    sizes = Arguments._make(given)
+    batch, heads, d, tokens = sizes.key
+    g, m = sizes.w2[3], sizes.memory_w2[3]
+    chunks = (sizes.projection_chunk, sizes.memory_chunk)
+
+    def products(c: int, dgc: int, dmc: int, gdd: int, dcc: int, mcc: int, ddc: int) -> int:
+        of_weights = (dgc * g + dmc * m) * d * c + gdd * g * d * d
+        return of_weights + (dcc * d + mcc * m) * c * c + ddc * d * d * c
+
+    total = 0
+    for c in scan.segments(int(tokens), chunks, sizes.position):
+        total += c**3 // 2  # three triangular inverses
+        if backward:
+            total += products(c, 28, 13, 0, 5, 4, 2) + products(c, 72, 30, 16, 10, 7, 4)
+        else:
+            total += products(c, 36, 15, 8, 5, 4, 2)
+    return int(batch * heads) * 2 * total
+
+
+@register_flop_formula(torch.ops.deepopt.memories)
+def _memories_flops(keep: bool, *given: Any, out_shape: Any = None, **_: Any) -> int:
+    return _flops(given, False)
+
+
+@register_flop_formula(torch.ops.deepopt.memories_gradient)
+def _gradient_flops(grads: Any, starts: Any, *given: Any, out_shape: Any = None, **_: Any) -> int:
+    return _flops(given, True)

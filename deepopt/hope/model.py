@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple, cast
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
+from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
 from deepopt.hope.state import HopeState
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -61,7 +67,7 @@ class Hope(nn.Module):
         # Branches share the variance of the residual stream, whatever their number.
         branches = self.config.layers * (1 + len(self.config.cms_chunks))
         for name, param in self.named_parameters():
-            if name.endswith(("titans.output.weight", "down.weight")):
+            if name.endswith(("titans.output.weight", "attention.output.weight", "down.weight")):
                 param.data.mul_(1 / math.sqrt(branches))
 
     def forward(
@@ -113,10 +119,83 @@ class Hope(nn.Module):
             raise ValueError(self._out_of_range("targets", targets)) from error
         return HopeOutput(logits, loss, state)
 
+    def adapt(
+        self,
+        stream: Tensor | Iterable[Tensor],
+        *,
+        levels: Sequence[int] | None = None,
+        optimizer: MakeOptimizer | None = None,
+        chunk: int | None = None,
+    ) -> Reader:
+        """Read a text, and let CMS levels learn from it online, each at the end of its chunks::
+
+            with model.adaptation():                          # forgets it all at the end
+                reader = model.adapt(tokens, optimizer=lambda groups: AdamW(groups, lr=1e-3))
+                more = generate(model, reader.last, 200, state=reader.state)
+
+        Every token is predicted before it, or a later one, is learned from.
+
+        Args:
+            stream: (batch, tokens), integers, or pieces of that; how it is cut changes nothing.
+            levels: indices of the levels that learn, 0 for the fastest; None for all.
+            optimizer: makes any optimizer from parameter groups; None for `DeepMomentum`.
+            chunk: tokens between two updates of the fastest of these levels, the others in
+                proportion; None for the levels' own chunks.
+
+        Returns:
+            The `deepopt.hope.Reader` after the text: `losses` (batch, tokens) in nats of the
+            predictions, `state` and `last` to go on from, and `read` for more of the text.
+
+        Raises:
+            ValueError: an argument out of range.
+            FloatingPointError: a loss is not finite.
+        """
+        return adapt(self, stream, levels=levels, optimizer=optimizer, chunk=chunk)
+
+    def adaptation(self) -> AbstractContextManager[None]:
+        """A context at whose end all weights are again what they were, bit for bit."""
+        return adaptation(self)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
+        """Write the configuration, config.json, and the weights, model.safetensors.
+
+        Args:
+            folder: where to; it is made. `deepopt.hope.huggingface` reads it too.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        config = dataclasses.asdict(self.config)
+        _checkpoint().save_model(Path(folder), config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: str = "cpu") -> Hope:
+        """The model that `save_pretrained` or the training command wrote; no pickle is read.
+
+        Args:
+            folder: where the two files are.
+            device: where the weights shall be; their dtype is that of the file.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or its weights are not those of the configuration.
+        """
+        config, weights = _checkpoint().load_model(Path(folder), device)
+        names = [field.name for field in dataclasses.fields(HopeConfig)]
+        with torch.device("meta"):
+            model = cls(HopeConfig(**{name: config[name] for name in names if name in config}))
+        # The wrapper for transformers keeps the model in an attribute.
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: the weights do not fit config.json ({error})") from error
+        return model
+
     def initial_state(self, batch: int) -> HopeState:
         """The state before the first token of `batch` texts."""
         blocks = cast(list[HopeBlock], self.blocks)
-        return HopeState(tuple(block.titans.initial_state(batch) for block in blocks))
+        return HopeState(tuple(block.mixer.initial_state(batch) for block in blocks))
 
     def _hidden(
         self, tokens: Tensor, state: HopeState, lengths: tuple[int, ...] | None
@@ -179,6 +258,11 @@ class Hope(nn.Module):
                 f"state has {len(state.blocks)} blocks: must have one for each of the "
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
+        if type(state.blocks[0]) is not type(expected := self.initial_state(1).blocks[0]):
+            raise ValueError(
+                f"state is one of {type(state.blocks[0]).__name__}, the blocks have "
+                f"{type(expected).__name__}: give the state of a model with the same mixer"
+            )
         batch = len(state.blocks[0].positions)
         if batch != len(tokens):
             raise ValueError(
@@ -194,3 +278,14 @@ class Hope(nn.Module):
             f"{name} has {outside[0].item()}: must lie in 0 ... {size - 1}; encode the text with "
             f"fewer tokens or make the model with a larger vocab_size"
         )
+
+
+def _checkpoint() -> Any:
+    """The module that reads and writes files; torch alone runs a model without it."""
+    try:
+        from deepopt.hope import checkpoint
+    except ImportError as missing:
+        raise ImportError(
+            f"models on disk need {missing.name}: pip install safetensors"
+        ) from missing
+    return checkpoint

@@ -21,6 +21,9 @@ RATES = {
 """Learning rates relative to AdamW's: of optimizers whose updates are as large as the gradient, and
 of DMGD, whose updates are as large as AdamW's largest (``docs/results/optimizers.md``)."""
 
+KEPT = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
+"""What torch's Muon and the AdamW beside it take of a group."""
+
 
 def optimizers_by_name() -> dict[str, type[Optimizer]]:
     """The optimizers that ``--optimizer`` can name; deepopt's win over torch's of the same name."""
@@ -52,16 +55,16 @@ def has_memory(name: str) -> bool:
 
 
 def build_optimizers(
-    model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None, seq_len: int
+    model: nn.Module, name: str, lr: float, weight_decay: float, memory: str | None, tokens: int
 ) -> list[Continuum]:
     """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two.
 
     ``lr`` is AdamW's. An optimizer of :data:`RATES` takes that multiple of it for what it steps by
     its own rule, with so much less decay that as much is forgotten per step. A group's rate is its
-    ``initial_lr`` too, as with torch's schedulers.
+    ``initial_lr`` too, as with torch's schedulers. ``tokens`` are those of a step.
     """
     cls = optimizer_class(name)
-    groups = chunk_groups(model, deepopt.param_groups(model), seq_len)
+    groups = chunk_groups(model, deepopt.param_groups(model), tokens)
     for group in groups:
         by_adamw = group["path"] == "elementwise" and not cls.__module__.startswith("torch.")
         rate = 1.0 if by_adamw else RATES.get(cls.__name__, 1.0)
@@ -86,7 +89,6 @@ def build_optimizers(
         for flag, chosen in ((True, matrices), (False, rest)):
             params = [p for p, is_ in zip(group["params"], is_matrix, strict=True) if is_ == flag]
             if params:
-                own = {key: group[key] for key in ("chunk", "lr", "initial_lr", "weight_decay")}
-                chosen.append({"params": params, **own})
+                chosen.append({**{key: group[key] for key in KEPT}, "params": params})
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
     return [Continuum(muon), Continuum(torch.optim.AdamW(rest, **options))]

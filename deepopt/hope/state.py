@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepopt.hope.memory import Inputs, MemoryState
@@ -46,6 +47,40 @@ class TitansState(NamedTuple):
         )
 
 
+class AttentionState(NamedTuple):
+    """The keys and values of the tokens so far; what a softmax layer remembers grows with them.
+
+    Attributes:
+        keys: (batch, heads, columns, width), turned by their positions; a key's column is its
+            position, and columns from `positions` on mean nothing.
+        values: the same of values.
+        positions: tokens that every sequence of the batch has seen.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: tuple[int, ...]
+
+    def rows(self, index: Sequence[int], other: AttentionState) -> AttentionState:
+        """Sequences of two states: `index` counts those of this one, then those of the other."""
+        if list(index) == list(range(len(self.positions))):
+            return self
+        both = self.positions + other.positions
+        positions = tuple(both[i] for i in index)
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            width = max(a.shape[2], b.shape[2])
+            a, b = (F.pad(x, (0, 0, 0, width - x.shape[2])) for x in (a, b))
+            return torch.cat([a, b])[list(index), :, : max(positions)]
+
+        return AttentionState(
+            pick(self.keys, other.keys), pick(self.values, other.values), positions
+        )
+
+
+BlockState = TitansState | AttentionState
+
+
 class HopeState(NamedTuple):
     """What a model remembers of the texts so far: hand it to the next call to go on exactly.
 
@@ -53,12 +88,12 @@ class HopeState(NamedTuple):
         blocks: one state per block.
     """
 
-    blocks: tuple[TitansState, ...]
+    blocks: tuple[BlockState, ...]
 
     def rows(self, index: Sequence[int], other: HopeState) -> HopeState:
         """Texts of two states: `index` counts those of this one, then those of the other."""
         pairs = zip(self.blocks, other.blocks, strict=True)
-        return HopeState(tuple(a.rows(index, b) for a, b in pairs))
+        return HopeState(tuple(a.rows(index, cast(Any, b)) for a, b in pairs))
 
     def detach(self) -> HopeState:
         """The same numbers without their history, so that gradients stop here."""
@@ -72,11 +107,14 @@ class HopeState(NamedTuple):
         """Tensors and lists of numbers by name, for `torch.save`; nothing is copied."""
         entries: dict[str, Any] = {}
         for i, block in enumerate(self.blocks):
-            for part in ("generators", "memory", "tails"):
-                for name, tensor in getattr(block, part)._asdict().items():
+            for part, value in block._asdict().items():
+                if part == "positions":
+                    entries[f"blocks.{i}.positions"] = list(value)
+                    continue
+                parts = {"": value} if isinstance(value, Tensor) else value._asdict()
+                for name, tensor in parts.items():
                     if tensor is not None:
-                        entries[f"blocks.{i}.{part}.{name}"] = tensor.detach()
-            entries[f"blocks.{i}.positions"] = list(block.positions)
+                        entries[f"blocks.{i}.{part}.{name}".rstrip(".")] = tensor.detach()
         return entries
 
     @classmethod
@@ -88,7 +126,7 @@ class HopeState(NamedTuple):
         """
 
         def part(i: int, kind: Any, part: str) -> Any:
-            prefix = f"blocks.{i}.{part}."
+            prefix = f"blocks.{i}.{part}".rstrip(".") + "."
             found = {name: entries.get(prefix + name) for name in kind._fields}
             missing = [k for k, x in found.items() if x is None and k not in ("s2", "s1")]
             if missing:
@@ -97,20 +135,21 @@ class HopeState(NamedTuple):
                 )
             return kind(**found)
 
+        def block(i: int) -> BlockState:
+            if any(f"blocks.{i}.{name}" in entries for name in ("keys", "values")):
+                found = part(i, AttentionState, "")
+                return found._replace(positions=tuple(found.positions))
+            return TitansState(
+                part(i, MemoryState, "generators"),
+                part(i, MemoryState, "memory"),
+                part(i, Inputs, "tails"),
+                tuple(entries[f"blocks.{i}.positions"]),
+            )
+
         count = sum(name.endswith(".positions") for name in entries)
         if count == 0:
             raise ValueError("entries have no block's positions: pass what state_dict() gave")
-        return cls(
-            tuple(
-                TitansState(
-                    part(i, MemoryState, "generators"),
-                    part(i, MemoryState, "memory"),
-                    part(i, Inputs, "tails"),
-                    tuple(entries[f"blocks.{i}.positions"]),
-                )
-                for i in range(count)
-            )
-        )
+        return cls(tuple(block(i) for i in range(count)))
 
 
 detach_state = HopeState.detach

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     again = [argument for argument in argv if argument not in ("--resume", "--overwrite")]
     how_to_resume = f"go on with: {parser.prog} {shlex.join([*again, '--resume'])}"
-    print(trainers[0].corpus, flush=True)
+    print(f"{trainers[0].corpus}\n{trainers[0].size}", flush=True)
     code = 0
     try:
         with interrupts() as stop:

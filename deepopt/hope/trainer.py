@@ -2,9 +2,11 @@
 
 A run is a function of its configuration and its data. It can be interrupted at any moment, even
 killed, and goes on with ``resume`` bit for bit from its last checkpoint. All that it writes lies
-in ``out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors.
+in ``out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors, and once it ends the
+model, config.json and model.safetensors, for ``Hope.from_pretrained(out)``.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import Hope, HopeConfig, generate
@@ -38,7 +41,8 @@ except ImportError as missing:
         "which are deepopt's extra 'hope'"
     ) from missing
 
-OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png")
+OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png",
+           "config.json", "model.safetensors")  # fmt: skip
 MAX_GRAD_NORM = 1.0
 
 
@@ -143,6 +147,20 @@ class TrainConfig:
         return {**options, **model, "data_sha256": corpus.sha256}
 
 
+@torch.no_grad()
+def flops_per_token(model: nn.Module, tokens: int) -> float:
+    """Operations of a forward pass over a text of bytes, divided by its tokens.
+
+    Those of matrix products, convolutions and attention are counted, as torch's counter does: 2 for
+    a multiplication and its addition. Nothing is computed.
+    """
+    shapes = copy.deepcopy(model).to("meta").requires_grad_(False)
+    text = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        shapes(text, text)
+    return counter.get_total_flops() / tokens
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a finished run comes to.
@@ -228,7 +246,7 @@ class Trainer:
             config.lr,
             config.weight_decay,
             config.memory,
-            config.seq_len,
+            config.batch_size * config.seq_len,
         )
         self.step = 0
         self.rng_state = torch.get_rng_state()
@@ -244,6 +262,16 @@ class Trainer:
                 f"out={config.out} holds a run already ({', '.join(found)}); {go_on}"
                 "discard it with --overwrite, or choose another --out"
             )
+
+    @property
+    def size(self) -> str:
+        """Parameters, and floating-point operations per token, of the model."""
+        parameters = sum(param.numel() for param in self.model.parameters())
+        flops = flops_per_token(self.model, self.config.seq_len)
+        return (
+            f"{type(self.model).__name__}: {parameters:,} parameters, {flops / 1e6:,.2f} MFLOP per "
+            f"token in the forward pass at {self.config.seq_len} tokens, three times that to train"
+        )
 
     def run(self, stop: threading.Event | None = None) -> TrainResult:
         """Train from here to the last step.
@@ -293,6 +321,8 @@ class Trainer:
                     metrics.flush()
                     os.fsync(metrics.fileno())
                     self._save()
+                if (last or stopped) and isinstance(self.model, Hope):
+                    self.model.save_pretrained(config.out)
                 if stopped and not last:
                     raise KeyboardInterrupt
 

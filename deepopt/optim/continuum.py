@@ -46,15 +46,28 @@ class Continuum(Optimizer):
 
     Where every chunk is 1 this is the wrapped optimizer, bit for bit.
 
+    A chunk may count anything that a step has several of, such as tokens: with ``tokens=2048`` a
+    group with ``chunk=8192`` learns every fourth step. What a step has beyond the end of a chunk
+    belongs to the next one, so that a group learns once per C tokens on average also where C is no
+    multiple of a step's; more often than once per step it cannot learn. A group with a ``lifetime``
+    starts from zero again whenever so many tokens have passed, after its update: its parameters are
+    what is added to weights that learn slower (nested levels, Eq 72).
+
     Args:
         optimizer: any torch optimizer whose ``step`` does without a closure. It lives on inside:
             ``param_groups``, ``defaults`` and ``state`` are its own.
-        chunk: C of the groups that bring none, in calls of ``step`` (default: 1).
+        chunk: C of the groups that bring none, in tokens, which are calls of ``step`` where
+            ``tokens`` is 1 (default: 1).
         reduce: "mean" or "sum" over the chunk, likewise. With the mean a slow group takes rarer
             steps, not larger ones, also with an optimizer that is not scale-invariant
             (default: "mean").
+        tokens: what one step counts for, likewise. Where batches differ, set the groups' ``tokens``
+            before each step (default: 1).
+        lifetime: tokens after which a group's parameters start from zero again, likewise; None for
+            never (default: None).
 
-    The groups also have ``pending_steps``, the steps of the chunk that has begun. A step in which a
+    The groups also have ``pending_steps`` and ``pending_tokens``, those of the chunk that has
+    begun, and ``lived_tokens``, those since the last start from zero. A step in which a
     parameter has no gradient counts as a gradient of zero; if it had none in the whole chunk, it
     has none. Gradients are left as the backward pass made them. ``torch.amp.GradScaler`` unscales
     before ``step``, and a step that it skips is none of the chunk's. Whoever changes gradients
@@ -77,13 +90,20 @@ class Continuum(Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is none, or its ``step`` needs a closure.
-        ValueError: a ``chunk`` or ``reduce`` out of range, named with its value.
+        ValueError: a ``chunk``, ``reduce``, ``tokens`` or ``lifetime`` out of range, named with its
+            value.
 
     Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, section 7.1.
     """
 
     def __init__(
-        self, optimizer: Optimizer, chunk: int = 1, *, reduce: Literal["mean", "sum"] = "mean"
+        self,
+        optimizer: Optimizer,
+        chunk: int = 1,
+        *,
+        reduce: Literal["mean", "sum"] = "mean",
+        tokens: int = 1,
+        lifetime: int | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer object")
@@ -97,7 +117,8 @@ class Continuum(Optimizer):
                 f"Invalid optimizer: {type(optimizer).__name__} evaluates the model by a closure "
                 "at every step, so that it has no gradients to wait for"
             )
-        own = {"chunk": chunk, "reduce": reduce, "pending_steps": 0}
+        own: Group = {"chunk": chunk, "reduce": reduce, "tokens": tokens, "lifetime": lifetime}
+        own |= {"pending_steps": 0, "pending_tokens": 0, "lived_tokens": 0}
         for group in ({}, *optimizer.param_groups):
             _check({**own, **group})
         self.optimizer = optimizer
@@ -145,7 +166,7 @@ class Continuum(Optimizer):
         return getattr(self.optimizer, name)
 
     def add_param_group(self, param_group: Group) -> None:
-        """The wrapped optimizer's, after a check of ``chunk`` and ``reduce``."""
+        """The wrapped optimizer's, after a check of what is read here."""
         _check({**self.defaults, **param_group})
         self.optimizer.add_param_group(param_group)
 
@@ -187,8 +208,9 @@ class Continuum(Optimizer):
         with undisturbed(torch.is_grad_enabled()):
             for group in self.param_groups:
                 count = group["pending_steps"] + 1
-                ends = count >= group["chunk"]
-                counts.append((group, 0 if ends else count))
+                tokens = group["pending_tokens"] + group["tokens"]
+                ends = tokens >= group["chunk"]
+                counts.append((group, 0 if ends else count, tokens % group["chunk"]))
                 if ends:
                     due.append(group)
                 if ends and count == 1:
@@ -201,8 +223,10 @@ class Continuum(Optimizer):
         with _swapped(grads):
             yield due
         self.pending = pending
-        for group, count in counts:
-            group["pending_steps"] = count
+        for group, count, tokens in counts:
+            group.update(pending_steps=count, pending_tokens=tokens)
+            if group["lifetime"] is not None:
+                _age(group)
 
     def flush(self, partial: Literal["step", "discard"]) -> None:
         """End all chunks that are under way, at the end of training for example.
@@ -229,7 +253,7 @@ class Continuum(Optimizer):
                 self.optimizer.step()
         self.pending = {}
         for group in waiting:
-            group["pending_steps"] = 0
+            group.update(pending_steps=0, pending_tokens=0)
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -290,9 +314,11 @@ class Continuum(Optimizer):
             state[index] = kept
         groups = [dict(group) for group in given["param_groups"]]
         for number, (mine, group) in enumerate(zip(self.param_groups, groups, strict=False)):
-            for key, value in (("chunk", mine["chunk"]), ("reduce", mine["reduce"])):
-                group.setdefault(key, value)
+            for key in ("chunk", "reduce", "tokens", "lifetime"):
+                group.setdefault(key, mine[key])
             group.setdefault("pending_steps", 0)
+            group.setdefault("pending_tokens", group["pending_steps"] * group["tokens"])
+            group.setdefault("lived_tokens", 0)
             _check(group)
             learns = any(param.requires_grad for param in mine["params"])
             if group["pending_steps"] and learns and pending.keys().isdisjoint(mine["params"]):
@@ -315,13 +341,28 @@ class Continuum(Optimizer):
 
 
 def _check(group: Group) -> None:
-    chunk, reduce = group["chunk"], group["reduce"]
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(
-            f"Invalid chunk: {chunk!r}; it must be a whole number of steps, at least 1"
-        )
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"Invalid reduce: {reduce!r}; choose from {REDUCTIONS}")
+    for name, of in (
+        ("chunk", "steps or tokens"), ("tokens", "tokens in a step"), ("lifetime", "tokens"),
+    ):  # fmt: skip
+        value = group[name]
+        if name == "lifetime" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"Invalid {name}: {value!r}; it must be a whole number of {of}, at least 1"
+            )
+    if group["reduce"] not in REDUCTIONS:
+        raise ValueError(f"Invalid reduce: {group['reduce']!r}; choose from {REDUCTIONS}")
+
+
+def _age(group: Group) -> None:
+    """Count a step's tokens, and start from zero where the lifetime is over."""
+    lived = group["lived_tokens"] + group["tokens"]
+    if lived >= group["lifetime"]:
+        with torch.no_grad():
+            for param in group["params"]:
+                param.zero_()
+    group["lived_tokens"] = lived % group["lifetime"]
 
 
 def _plus(pending: Tensor | None, param: Tensor, group: Group) -> Tensor | None:

@@ -54,8 +54,8 @@ def create_optimizer(
         name: a key of ``deepopt.optimizers()`` or the name of a class of this package or of
             ``torch.optim``, in any case: "deep_momentum", "DeepMomentum", "adamw". "muon" is
             torch's for matrices beside AdamW for the rest. "continuum" wraps the optimizer named
-            by ``optimizer`` (default: "deep_momentum"), which gets all options but ``chunk`` and
-            ``reduce``.
+            by ``optimizer`` (default: "deep_momentum"), which gets all options but ``chunk``,
+            ``reduce``, ``tokens`` and ``lifetime``.
         lr: learning rate, that of the top layer; None for the class's default (default: None).
         weight_decay: decoupled weight decay; None for the class's default (default: None).
         layer_decay: factor of the learning rate from one layer to the one below, in (0, 1]; None
@@ -93,7 +93,8 @@ def create_optimizer(
             "parameters; give one of the two"
         )
     if name.replace("_", "").lower() == "continuum":
-        wrapper: dict[str, Any] = {k: options.pop(k) for k in ("chunk", "reduce") if k in options}
+        names = ("chunk", "reduce", "tokens", "lifetime")
+        wrapper: dict[str, Any] = {k: options.pop(k) for k in names if k in options}
         inner = create_optimizer(
             model_or_params,
             options.pop("optimizer", "deep_momentum"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepopt.hope import Hope, HopeConfig, fused, scan
 from deepopt.hope.memory import GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS
@@ -159,3 +160,16 @@ def test_a_compiled_model_has_one_node_for_all_memories_of_a_layer() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@needs_kernel
+def test_flops_of_the_kernel_are_counted() -> None:
+    """At least those of the scan, for the backward pass computes the chunks once more."""
+    torch.manual_seed(0)
+    model, text = Hope(HopeConfig(layers=1)), torch.zeros(1, 64, dtype=torch.long)
+    counts = []
+    for name in ("cpu", "reference"):
+        with backend(name), FlopCounterMode(display=False) as counter:
+            model(text, text).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert 1.0 < counts[0] / counts[1] < 1.5

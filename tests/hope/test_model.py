@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepopt.hope import Hope, HopeConfig, HopeState
 
@@ -149,7 +151,8 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
         {"dim": 0}, {"layers": -1}, {"heads": 3}, {"memory_hidden": -1}, {"memory_chunk": 0},
         {"projection_chunk": 1.5}, {"max_inner_lr": 0.0}, {"conv_width": 0}, {"cms_chunks": (4, 6)},
         {"cms_expansion": 0}, {"heads": 4}, {"update": "sgd"}, {"objective": "l1"},
-        {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0},
+        {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0}, {"mixer": "mamba"},
+        {"cms_variant": "parallel"}, {"cms_expansion": math.inf},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
@@ -166,6 +169,9 @@ def test_bad_inputs_are_named() -> None:
         model(tokens[:, :0])
     with pytest.raises(ValueError, match="targets has shape"):
         model(tokens, tokens[:, 1:])
+    other = make(mixer="attention")(tokens).state
+    with pytest.raises(ValueError, match="AttentionState, the blocks have TitansState"):
+        model(tokens, state=other)
     state = model(tokens).state
     with pytest.raises(ValueError, match="state has 1 blocks"):
         model(tokens, state=HopeState(state.blocks[:1]))
@@ -200,6 +206,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"memory_hidden": 9}, {"momentum": True}, {"retention": "zero"}, {"per_channel": True},
     {"max_erase": None}, {"projections": False}, {"memory_chunk": 5, "projection_chunk": 2},
     {"projection_hidden": 5},
+    {"cms_variant": "nested"}, {"cms_variant": "independent"}, {"cms_expansion": 0.7},
+    {"mixer": "attention"}, {"mixer": "attention", "cms_variant": "nested"},
+    {"mixer": "attention", "cms_variant": "independent", "recompute": True},
 ]  # fmt: skip
 
 
@@ -224,6 +233,57 @@ def test_every_option_is_exact_causal_and_trained_through_every_parameter(
     torch.testing.assert_close(torch.cat(logits, 1), before, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_step_by_step_logits_equal_the_parallel_ones_in_float32(mixer: str, variant: str) -> None:
+    model, tokens = make(mixer=mixer, cms_variant=variant).float(), text(40)
+    for param in model.parameters():  # changes of nested levels start from zero
+        param.data.add_(0.05 * torch.randn_like(param))
+    state, logits = None, []
+    for token in tokens.split(1, 1):
+        out = model(token, state=state)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_autocast_to_bfloat16_is_close_and_keeps_the_dtype_of_the_state(
+    mixer: str, variant: str
+) -> None:
+    model, tokens = make(mixer=mixer, cms_variant=variant).float(), text(20)
+    expected = model(tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(tokens, tokens)
+        pieces = [model(tokens[:, :9])]
+        pieces.append(model(tokens[:, 9:], state=pieces[0].state))
+    kept = [x for x in found.state.state_dict().values() if isinstance(x, Tensor)]
+    assert {x.dtype for x in kept} == {torch.float32}
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0.02, atol=0)
+    whole = torch.cat([piece.logits for piece in pieces], 1)
+    torch.testing.assert_close(whole, found.logits, rtol=0, atol=0.15)
+    found.loss.backward()
+    grads = [param.grad for param in model.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+def test_hope_attention_is_exported_once_for_texts_of_every_length() -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self, model: Hope) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.model(tokens).logits
+
+    model = make(mixer="attention", layers=1)
+    length = {1: torch.export.Dim("tokens", max=4096)}
+    exported = torch.export.export(Logits(model), (text(8),), dynamic_shapes=(length,)).module()
+    for tokens in (1, 5, 33):
+        torch.testing.assert_close(exported(text(tokens)), model(text(tokens)).logits)
+
+
 def test_recomputing_activations_changes_no_number() -> None:
     tokens = text(20)
     found = []
@@ -245,9 +305,18 @@ def test_the_printed_form_has_the_papers_parts() -> None:
     assert HopeConfig.paper(momentum=True, max_erase=1.0).momentum
 
 
-def test_gradients_of_single_texts_and_second_derivatives() -> None:
+@pytest.fixture
+def _twice_differentiable() -> Iterator[None]:
+    """torch's fused attention has no second derivative; its plain one has."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("_twice_differentiable")
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_gradients_of_single_texts_and_second_derivatives(mixer: str) -> None:
     """torch.func on the whole model: functional_call, grad, vmap, and double backward."""
-    model, tokens = make(layers=1), text(7, batch=3)
+    model, tokens = make(layers=1, mixer=mixer), text(7, batch=3)
     params = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(params: dict[str, Tensor], tokens: Tensor) -> Tensor:

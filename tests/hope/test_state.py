@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepopt.hope import Hope, HopeConfig, HopeState, generate
+from deepopt.hope.state import AttentionState
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11, "dim": 12, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 6,
@@ -18,7 +20,10 @@ SMALL: dict[str, Any] = {
 LENGTHS = (9, 1, 14, 5)
 
 
-@pytest.fixture(params=[{}, {"momentum": True, "memory_hidden": 0}], ids=["default", "linear"])
+@pytest.fixture(
+    params=[{}, {"momentum": True, "memory_hidden": 0}, {"mixer": "attention"}],
+    ids=["default", "linear", "attention"],
+)
 def model(request: pytest.FixtureRequest) -> Hope:
     torch.manual_seed(0)
     model = Hope(HopeConfig(**SMALL, **request.param)).double()
@@ -34,11 +39,24 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 def assert_same_state(a: HopeState, b: HopeState, row: int = 0) -> None:
     """Row `row` of a is the only row of b."""
     for one, other in zip(a.blocks, b.blocks, strict=True):
-        assert one.positions[row] == other.positions[0]
+        count = one.positions[row]
+        assert count == other.positions[0]
+        if isinstance(one, AttentionState):
+            for x, y in ((one.keys, other.keys), (one.values, other.values)):
+                found, expected = x[row : row + 1, :, :count], y[:, :, :count]
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+            continue
         for part, same in zip(one[:3], other[:3], strict=True):
             for x, y in zip(part, same, strict=True):
                 if x is not None:
                     torch.testing.assert_close(x[row : row + 1], y, rtol=0, atol=1e-10)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of nested tuples."""
+    if isinstance(tree, tuple):
+        return [tensor for part in tree for tensor in tensors(part)]
+    return [tree] if isinstance(tree, Tensor) else []
 
 
 def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
@@ -158,7 +176,7 @@ def test_a_detached_state_goes_on_and_stops_gradients(model: Hope) -> None:
         out = model(text, text, state=state.detach())
         out.loss.backward()
     torch.testing.assert_close(out.logits, model(text, state=state).logits)
-    assert all(not x.requires_grad for x in state.detach().blocks[0].memory[:4])
+    assert not any(tensor.requires_grad for tensor in tensors(state.detach()))
 
 
 def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
@@ -170,11 +188,12 @@ def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
     loaded = HopeState.from_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(model(text, state=loaded).logits, model(text, state=state).logits)
     moved = state.to(torch.float32)
-    assert moved.blocks[0].memory.w1.dtype == torch.float32
+    assert {tensor.dtype for tensor in tensors(moved)} == {torch.float32}
     assert moved.blocks[0].positions == (12,)
     entries = state.state_dict()
-    del entries["blocks.1.memory.w1"]
-    with pytest.raises(ValueError, match=r"blocks\.1\.memory\.w1"):
+    name = next(name for name in entries if name.startswith("blocks.1."))
+    del entries[name]
+    with pytest.raises(ValueError, match=re.escape(f"entries lack {name}")):
         HopeState.from_state_dict(entries)
     with pytest.raises(ValueError, match="positions"):
         HopeState.from_state_dict({})

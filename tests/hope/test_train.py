@@ -27,7 +27,7 @@ from deepopt.optim.registry import REGISTRY
 
 # The slow CMS level learns every fourth step, so that interruptions leave gradients pending.
 MODEL = {"dim": 16, "layers": 1, "heads": 1, "memory_chunk": 8, "projection_chunk": 16}
-SIZES = HopeConfig(**MODEL, cms_chunks=(16, 64))
+SIZES = HopeConfig(**MODEL, cms_chunks=(16, 128))
 STEPS = 14
 
 
@@ -57,7 +57,7 @@ def arguments(config: TrainConfig, *more: str) -> list[str]:
              "eval_windows", "save_every")  # fmt: skip
     options = {name: getattr(config, name) for name in names} | MODEL
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return [*flags, "--cms-chunks", "16", "64", "--quiet", *more]
+    return [*flags, "--cms-chunks", "16", "128", "--quiet", *more]
 
 
 class StopAfter(threading.Event):
@@ -333,6 +333,7 @@ def test_comparison_starts_both_from_the_same_weights_and_resumes(config, monkey
     assert metrics(runs[0])[-1] != metrics(runs[1])[-1]
     assert (config.out / "comparison.png").exists()
     assert "DeepMomentum: " in (output := capsys.readouterr().out)
+    assert output.count(" MFLOP per token in the forward pass") == 1
     assert "AdamW: " in output
 
     # The second had not begun when the comparison was interrupted.
@@ -373,7 +374,7 @@ def test_run_is_not_overwritten_unasked(config, capsys):
         (["--optimizer=adamw"], "optimizer='DeepMomentum' there and 'AdamW' here"),
         (["--memory=delta"], "memory=None there and 'delta' here"),
         (["--dim=32"], "dim=16 there and 32 here"),
-        (["--cms-chunks", "16"], "cms_chunks=[16, 64] there and [16] here"),
+        (["--cms-chunks", "16"], "cms_chunks=[16, 128] there and [16] here"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(config, capsys, change, named):

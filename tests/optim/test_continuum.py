@@ -483,6 +483,9 @@ def test_sparse_gradients_wait_as_they_are():
         ({"chunk": 0}, ValueError, "Invalid chunk: 0"),
         ({"chunk": 2.0}, ValueError, "Invalid chunk: 2.0"),
         ({"chunk": True}, ValueError, "Invalid chunk: True"),
+        ({"tokens": 0}, ValueError, "Invalid tokens: 0"),
+        ({"tokens": 1.5}, ValueError, "Invalid tokens: 1.5"),
+        ({"lifetime": 0}, ValueError, "Invalid lifetime: 0"),
         ({"reduce": "max"}, ValueError, "Invalid reduce: 'max'"),
     ],
 )
@@ -566,3 +569,78 @@ def test_sums_of_gradients_are_alone_in_their_world(end):
         return param.detach()
 
     assert torch.equal(run(Doubled), run(contextlib.nullcontext))
+
+
+# -- tokens and lifetimes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(256, 100), (7, 3), (5, 5), (3, 10)])
+def test_a_group_learns_once_per_chunk_of_tokens_from_the_mean_of_the_steps_since(chunk, tokens):
+    model = make_model(torch.float64)
+    optimizer = Continuum(torch.optim.SGD(groups_of(model, chunk), lr=0.1), tokens=tokens)
+    total, steps = torch.zeros_like(model[2].weight), 0
+    for step in range(20):
+        before = model[2].weight.detach().clone()
+        optimizer.zero_grad()
+        backward(model, step)
+        total, steps = total + model[2].weight.grad, steps + 1
+        optimizer.step()
+        if (step + 1) * tokens // chunk > step * tokens // chunk:
+            expected, total, steps = before - 0.1 * total / steps, torch.zeros_like(total), 0
+            torch.testing.assert_close(model[2].weight.detach(), expected, rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(model[2].weight, before)
+
+
+def test_the_tokens_of_a_step_may_change_from_step_to_step():
+    model = make_model()
+    optimizer = Continuum(torch.optim.SGD(groups_of(model, 100), lr=0.1))
+    moved = []
+    for step, tokens in enumerate((60, 30, 10, 150, 49, 1)):
+        for group in optimizer.param_groups:
+            group["tokens"] = tokens
+        before = model[2].weight.detach().clone()
+        run(model, optimizer, 1, step)
+        moved.append(not torch.equal(before, model[2].weight))
+    assert moved == [False, False, True, True, False, True]
+
+
+def test_a_group_starts_from_zero_when_its_lifetime_is_over_and_resumes_in_between():
+    def make():
+        model = make_model()
+        groups = [
+            {"params": list(model[0].parameters()), "lifetime": 50},
+            {"params": list(model[2].parameters())},
+        ]
+        return model, Continuum(torch.optim.AdamW(groups, lr=0.01), tokens=20)
+
+    model, optimizer = make()
+    zero = []
+    for step in range(8):
+        run(model, optimizer, 1, step)
+        zero.append(not any(param.any() for param in model[0].parameters()))
+        assert model[2].weight.any()
+        if step == 3:
+            middle = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert zero == [False, False, True, False, True, False, False, True]
+    resumed, again = make()
+    resumed.load_state_dict(middle[0])
+    again.load_state_dict(middle[1])
+    run(resumed, again, 4, 4)
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_from_before_tokens_were_counted_goes_on_in_the_middle_of_its_chunk():
+    model = make_model()
+    optimizer = Continuum(torch.optim.SGD(groups_of(model), lr=0.1))
+    run(model, optimizer, 3)
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        for key in ("tokens", "lifetime", "pending_tokens", "lived_tokens"):
+            del group[key]
+    other = Continuum(torch.optim.SGD(groups_of(model), lr=0.1))
+    other.load_state_dict(old)
+    before = model[2].weight.detach().clone()
+    run(model, other, 1, 3)
+    assert not torch.equal(before, model[2].weight)

@@ -12,6 +12,7 @@ from benchmarks.hope.delta_net import GatedDeltaNet, gated_delta_rule
 from deepopt.hope import Hope, HopeConfig
 
 CONFIG = HopeConfig(vocab_size=11, dim=16, layers=2, heads=2)
+RIVALS = ("Hope-Attention", *models.BASELINES)
 
 
 def perturbed(name):
@@ -74,7 +75,7 @@ def test_a_large_beta_makes_eigenvalues_negative():
     torch.testing.assert_close(found[0, 0], torch.tensor([[1.0, 1.0], [-1.0, -1.0]]).double())
 
 
-@pytest.mark.parametrize("name", models.BASELINES)
+@pytest.mark.parametrize("name", RIVALS)
 def test_later_tokens_do_not_move_earlier_logits(name):
     model, tokens = perturbed(name), torch.randint(0, 11, (1, 70))
     changed = tokens.clone()
@@ -91,16 +92,16 @@ def test_the_first_loss_is_that_of_a_uniform_guess(name):
     assert math.isclose(loss.item(), math.log(11), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("name", models.BASELINES)
+@pytest.mark.parametrize("name", RIVALS)
 def test_every_parameter_gets_a_gradient(name):
     model, tokens = perturbed(name), torch.randint(0, 11, (2, 8))
     model(tokens, tokens).loss.backward()
     assert all(param.grad.any() for param in model.parameters())
 
 
-@pytest.mark.parametrize("name", models.BASELINES)
+@pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize("config", [HopeConfig(), HopeConfig(dim=64, heads=2, vocab_size=5)])
-def test_baselines_have_as_many_parameters_as_hope(name, config):
+def test_rivals_have_as_many_parameters_as_hope(name, config):
     with torch.device("meta"):
         hope = models.parameters(Hope(config))
     found = models.parameters(models.build(name, config))
@@ -131,7 +132,7 @@ def test_every_changed_part_changes_the_configuration_and_the_paper_has_all_of_i
 
 
 def test_an_unknown_model_is_refused_with_the_names_that_there_are():
-    with pytest.raises(ValueError, match="model='Hop': must be one of Hope, Transformer"):
+    with pytest.raises(ValueError, match="'Hop': must be one of Hope, Hope-Attention, Transformer"):
         models.build("Hop", CONFIG)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepopt.hope.model import Hope
+from deepopt.hope.state import HopeState
 
 ENDED = -1
 """Stands where a text has ended and others of its batch go on; it is no token."""
@@ -41,12 +42,12 @@ def generate(model: Hope, prompt: Tensor, length: int, **options: Any) -> Tensor
     return torch.cat([prompt.long(), *(tokens[:, None] for tokens in added)], 1)
 
 
-def complete(model: Hope, text: str, length: int, **options: Any) -> Iterator[str]:
+def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Iterator[str]:
     """Continues a text, and yields the continuation in pieces, as soon as each is there.
 
     Args:
         model: a model of bytes.
-        text: the prompt, of at least one character.
+        text: the prompt, of at least one character or byte.
         length: number of bytes to add, at most.
         **options: those of `stream` but `mask`.
 
@@ -63,7 +64,8 @@ def complete(model: Hope, text: str, length: int, **options: Any) -> Iterator[st
         )
     if not text:
         raise ValueError("text is empty: give at least one character to continue, such as '\\n'")
-    prompt = torch.tensor([list(text.encode())], device=next(model.parameters()).device)
+    encoded = text.encode() if isinstance(text, str) else text
+    prompt = torch.tensor([list(encoded)], device=next(model.parameters()).device)
     return _decoded(stream(model, prompt, length, **options))
 
 
@@ -87,6 +89,7 @@ def stream(
     stop: bytes | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
+    state: HopeState | None = None,
     prefill: int = 1024,
 ) -> Iterator[Tensor]:
     """Continues prompts, and yields the tokens as soon as they are drawn.
@@ -104,6 +107,8 @@ def stream(
         generator: source of randomness, on the model's device; None for torch's global one.
         mask: (batch, tokens) bool, False where a prompt is padded, on its left; None for prompts of
             one length.
+        state: what the model remembers of the text before the prompt; None for the start of a
+            text.
         prefill: tokens of the prompt that are read at once; fewer take less memory.
 
     Yields:
@@ -117,10 +122,9 @@ def stream(
     _check(model, prompt, length, temperature, top_k, top_p, stop, generator, mask, prefill)
 
     @torch.no_grad()
-    def tokens_one_by_one() -> Iterator[Tensor]:
+    def tokens_one_by_one(state: HopeState | None) -> Iterator[Tensor]:
         if length == 0:
             return
-        state = None
         for first in range(0, prompt.shape[1], prefill):
             part = slice(first, first + prefill)
             padding = {} if mask is None else {"mask": mask[:, part]}
@@ -139,7 +143,7 @@ def stream(
             if count < length:
                 logits, _, state = model(tokens, state=state)
 
-    return tokens_one_by_one()
+    return tokens_one_by_one(state)
 
 
 def _draw(

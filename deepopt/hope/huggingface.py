@@ -1,0 +1,139 @@
+"""Hope for Hugging Face's transformers: importing this registers it with the Auto classes.
+
+::
+
+    import deepopt.hope.huggingface
+    model = AutoModelForCausalLM.from_pretrained("runs/hope")
+    model.generate(tokens, max_new_tokens=100)
+
+It reads and writes what `Hope.save_pretrained` does, and `model.model` is the `Hope` itself, for
+`adapt` and whatever else transformers has no name for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepopt.hope.config import HopeConfig
+from deepopt.hope.model import IGNORED, Hope
+from deepopt.hope.state import HopeState
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.utils import ModelOutput
+except ImportError as missing:
+    raise ImportError(
+        f"deepopt.hope.huggingface needs {missing.name}: pip install transformers"
+    ) from missing
+
+
+class HopePretrainedConfig(PreTrainedConfig):
+    """`HopeConfig` as transformers wants it: all of its fields, and those of every model."""
+
+    model_type = "deepopt_hope"
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "dim", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    }  # fmt: skip
+
+    def __post_init__(self, **others: Any) -> None:
+        for field in dataclasses.fields(HopeConfig):
+            value = others.pop(field.name, field.default)
+            setattr(self, field.name, list(value) if isinstance(value, tuple) else value)
+        self.hope()  # what is wrong shows here
+        super().__post_init__(**others)
+
+    def hope(self) -> HopeConfig:
+        """The configuration of the model itself."""
+        return HopeConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(HopeConfig)})
+
+
+@dataclass
+class HopeForCausalLMOutput(ModelOutput):
+    """What a forward pass gives; see `HopeOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: HopeState | None = None
+
+
+class HopeForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `Hope` that `Trainer` trains and `generate` decodes."""
+
+    config_class = HopePretrainedConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _is_stateful = True  # a state cannot be taken back, as assisted decoding would
+
+    def __init__(self, config: HopePretrainedConfig) -> None:
+        super().__init__(config)
+        self.model = Hope(config.hope())
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: Hope has initialized itself."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the state of an earlier call is what a cache is to others
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.model.head = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        state: HopeState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> HopeForCausalLMOutput:
+        """Predicts every next token.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens or more), 0 for padding; None for none. The last tokens
+                are those of `input_ids`.
+            state: what an earlier call returned; None for the start of a text.
+            labels: (batch, tokens), shifted inside as transformers has it, -100 to be ignored.
+            use_cache: whether to return the state; None for where there are no labels.
+        """
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -input_ids.shape[1] :].bool()
+            mask = None if mask.all() else mask
+        targets = None
+        if labels is not None:
+            targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
+        out = self.model(input_ids, targets, state, mask=mask)
+        carries = labels is None if use_cache is None else use_cache
+        return HopeForCausalLMOutput(out.loss, out.logits, out.state if carries else None)
+
+    def _reorder_cache(self, *_: Any) -> None:
+        raise NotImplementedError("beam search is not supported: use num_beams=1")
+
+
+AutoConfig.register(HopePretrainedConfig.model_type, HopePretrainedConfig, exist_ok=True)
+AutoModelForCausalLM.register(HopePretrainedConfig, HopeForCausalLM, exist_ok=True)

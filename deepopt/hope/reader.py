@@ -1,0 +1,253 @@
+"""Learning at test time: the levels of a trained model learn online from the text that they read.
+
+A token is predicted first and learned from afterwards. A level of C tokens rests until C tokens
+have been predicted, and then takes one optimizer step on their mean loss (Eq 71); what follows is
+read with the new weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import deepopt
+from deepopt.hope.cms import chunk_groups, frequencies, levels_of
+from deepopt.hope.state import HopeState
+from deepopt.optim.continuum import Continuum
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+WINDOW = 256
+"""Tokens of a text that gradients go back at most, and whose activations are kept."""
+LR = 1e-3
+"""Learning rate of the default optimizer."""
+
+
+@contextmanager
+def adaptation(model: nn.Module) -> Iterator[None]:
+    """What a model learns inside is forgotten at the end, also after an exception::
+
+        with adaptation(model):
+            Reader(model).read(tokens)
+
+    Outside again, every weight and buffer is what it was, bit for bit. It keeps one copy of them.
+    """
+    kept = {name: x.detach().clone() for name, x in model.state_dict(keep_vars=True).items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, x in model.state_dict(keep_vars=True).items():
+                x.copy_(kept[name])
+
+
+class Reader:
+    """Reads texts once, a piece at a time, and lets levels of the model learn from them.
+
+    How the text is cut into pieces changes no number. The losses of a piece are those of the
+    predictions that were made before any of its tokens was learned from: no token, and no later
+    one, has a part in the weights that predict it. Weights change in place; `adaptation` takes the
+    changes back. Inside a chunk, gradients go back through the state by up to `WINDOW` tokens.
+
+    Args:
+        model: a `Hope`, or a causal language model of transformers whose MLPs `stack_levels` has
+            made levels. It is called as it is: set it to `eval()` if it has dropout.
+        levels: which levels learn, as indices among the model's chunks, 0 for the fastest; None for
+            all.
+        optimizer: makes an optimizer from parameter groups; None for `DeepMomentum` at a learning
+            rate of 1e-3 without weight decay.
+        chunk: tokens between two updates of the fastest of these levels, the others in proportion;
+            None for the levels' own chunks. Tokens of all texts of a batch count.
+
+    Attributes:
+        state: what the model remembers of all tokens but the last, without history.
+        last: the last token of every text, (batch, 1), not yet given to the model; with the state,
+            it is the prompt to go on from. None before the first.
+        updates: optimizer steps so far.
+
+    Raises:
+        ValueError: the model has no level, an index or `chunk` out of range, or frozen levels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: Sequence[int] | None = None,
+        optimizer: MakeOptimizer | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        known = {
+            param: of
+            for level in levels_of(model)
+            for param, of, _ in frequencies(level)
+            if param.requires_grad
+        }
+        chunks = sorted(set(known.values()))
+        if not chunks:
+            raise ValueError("the model has no level that can learn: see stack_levels")
+        if levels is not None and not (levels and all(0 <= i < len(chunks) for i in levels)):
+            raise ValueError(
+                f"levels={levels!r}: must be indices of the model's {len(chunks)} frequencies, "
+                f"0 to {len(chunks) - 1}"
+            )
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk={chunk}: must be at least 1, the tokens between two updates")
+        chosen = chunks if levels is None else [chunks[i] for i in sorted(levels)]
+        own, chunk = chosen[0], chunk or chosen[0]
+
+        groups = []
+        for group in chunk_groups(model, deepopt.param_groups(model), tokens=1):
+            params = [(n, p) for n, p in group["params"] if known.get(p) in chosen]
+            if params:
+                lifetime = group["lifetime"] and group["lifetime"] * chunk // own
+                scaled = {"chunk": group["chunk"] * chunk // own, "lifetime": lifetime}
+                groups.append({**group, **scaled, "params": params})
+        inner = optimizer(groups) if optimizer else deepopt.DeepMomentum(
+            groups, lr=LR, weight_decay=0.0
+        )  # fmt: skip
+        self.model, self.optimizer, self.updates = model, Continuum(inner), 0
+        self.last: Tensor | None = None
+        self._state: Any = None
+        self._fastest = min(self.optimizer.param_groups, key=lambda group: group["chunk"])
+        self._losses: list[Tensor] = []
+        # Of the window that has begun: the summed loss, its tokens, and positions still to come.
+        self._total: Tensor | None = None
+        self._count = self._left = 0
+
+    @property
+    def state(self) -> Any:
+        return _detached(self._state)
+
+    @property
+    def losses(self) -> Tensor:
+        """Those of all tokens that were read, (batch, tokens), as `read` returns them."""
+        return torch.cat(self._losses, 1)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Predict tokens, then learn from them where a chunk ends.
+
+        Args:
+            tokens: (batch, tokens), integers; the texts go on from piece to piece.
+
+        Returns:
+            (batch, tokens), the loss of every token in nats; NaN for the first of a text, which
+            nothing predicts.
+
+        Raises:
+            ValueError: another batch size than before.
+            FloatingPointError: a loss is not finite.
+        """
+        tokens = tokens.long()
+        if self.last is not None and len(self.last) != len(tokens):
+            raise ValueError(
+                f"tokens has {len(tokens)} texts, those before had {len(self.last)}: the texts of "
+                "a batch go on together; take a new reader for others"
+            )
+        losses = []
+        if self.last is None and tokens.numel():
+            self.last, tokens = tokens[:, :1], tokens[:, 1:]
+            losses.append(torch.full(self.last.shape, torch.nan, device=tokens.device))
+        while tokens.numel() and self.last is not None:
+            self._left = self._left or self._window(len(tokens))
+            piece, tokens = tokens[:, : self._left], tokens[:, self._left :]
+            losses.append(self._predict(torch.cat([self.last, piece[:, :-1]], 1), piece))
+            self.last = piece[:, -1:]
+            self._left -= piece.shape[1]
+            if self._left == 0:
+                self._learn()
+        found = torch.cat(losses, 1) if losses else torch.zeros(tokens.shape, device=tokens.device)
+        self._losses.append(found)
+        return found
+
+    def _window(self, batch: int) -> int:
+        """Positions up to the end of the chunk, or of an equal part of it that is short enough."""
+        missing = self._fastest["chunk"] - self._fastest["pending_tokens"]
+        positions = -(-missing // batch)
+        return -(-positions // -(-positions // WINDOW))
+
+    def _predict(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.enable_grad():
+            logits, self._state = _forward(self.model, tokens, self._state)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            flat = F.cross_entropy(
+                logits.flatten(0, 1).to(wide), targets.flatten(), reduction="none"
+            )
+            if not flat.isfinite().all():
+                raise FloatingPointError(
+                    f"the loss is not finite after {self.updates} updates: read with a smaller lr"
+                )
+            self._total = flat.sum() if self._total is None else self._total + flat.sum()
+        self._count += targets.numel()
+        return flat.detach().view(targets.shape)
+
+    def _learn(self) -> None:
+        """Gradients of the window, for the levels whose chunk ends and for those that wait."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        assert self._total is not None
+        grads = torch.autograd.grad(self._total / self._count, params, allow_unused=True)
+        kept = [param.grad for param in params]
+        try:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            for group in self.optimizer.param_groups:
+                group["tokens"] = self._count
+            with self.optimizer.due() as ends:
+                if ends:
+                    self.optimizer.optimizer.step()
+                    self.updates += 1
+        finally:
+            for param, own in zip(params, kept, strict=True):
+                param.grad = own
+        self._state, self._total, self._count = _detached(self._state), None, 0
+
+
+def adapt(
+    model: nn.Module,
+    stream: Tensor | Iterable[Tensor],
+    *,
+    levels: Sequence[int] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    chunk: int | None = None,
+) -> Reader:
+    """Let levels of a model learn online from a text while they read it.
+
+    Args:
+        model: as for `Reader`.
+        stream: tokens (batch, tokens), or pieces of them.
+        levels: which levels learn, as for `Reader`.
+        optimizer: makes an optimizer from parameter groups, as for `Reader`.
+        chunk: tokens between two updates, as for `Reader`.
+
+    Returns:
+        The reader at the end of the stream, with its `losses` and `state`.
+
+    Raises:
+        ValueError, FloatingPointError: as `Reader` does.
+    """
+    reader = Reader(model, levels, optimizer, chunk)
+    for piece in [stream] if isinstance(stream, Tensor) else stream:
+        reader.read(piece)
+    return reader
+
+
+def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Logits and the state after the tokens, of a Hope or of a model of transformers."""
+    for hope in (model, getattr(model, "model", None)):  # the second within transformers
+        if hope is not None and hasattr(hope, "initial_state"):
+            out = hope(tokens, state=state)
+            return out.logits, out.state
+    out = model(input_ids=tokens, past_key_values=state, use_cache=True)
+    return out.logits, out.past_key_values
+
+
+def _detached(state: Any) -> Any:
+    if isinstance(state, HopeState):
+        return state.detach()
+    for layer in getattr(state, "layers", ()):  # a cache of transformers
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return state
