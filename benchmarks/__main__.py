@@ -4,10 +4,11 @@ import sys
 
 from benchmarks import fig4, swap
 from benchmarks.hope import command as hope
+from benchmarks.quality import command as quality
 from benchmarks.speed import command as speed
 from deepopt._output import outlive_readers
 
-BENCHMARKS = {"fig4": fig4, "hope": hope, "speed": speed, "swap": swap}
+BENCHMARKS = {"fig4": fig4, "hope": hope, "quality": quality, "speed": speed, "swap": swap}
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ class Workload:
     loss: Callable[[nn.Module, Any], Tensor]
     metrics: Callable[[nn.Module], dict[str, float]]
     steps: int
+    seeds: int
     about: str
     source: str
     sha256: Callable[[], str]
@@ -42,6 +43,7 @@ def workload(
     loss: Callable[[nn.Module, Any], Tensor],
     metrics: Callable[[nn.Module], dict[str, float]] | None = None,
     steps: int = 200,
+    seeds: int = 3,
     about: str = "",
     sha256: Callable[[], str] | None = None,
 ) -> Workload:
@@ -55,6 +57,7 @@ def workload(
         metrics: of the trained model, by name, smaller is better; ``val_loss`` is what optimizers
             are compared by. None for the mean loss on 16 batches of seed -1 (default: None).
         steps: optimizer steps of a run (default: 200).
+        seeds: paired runs of a swap at each rate (default: 3).
         about: what the task is, for the report (default: "").
         sha256: the digest of the data: a line of results counts while it stays the same. None for
             that of the first batch of seed 0 (default: None).
@@ -74,6 +77,7 @@ def workload(
         loss,
         metrics or held_out,
         steps,
+        seeds,
         about,
         _source(model),
         sha256 or (lambda: digest(data(0, 0))),

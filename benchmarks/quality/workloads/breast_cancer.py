@@ -30,6 +30,7 @@ WORKLOAD = workload(
     loss=loss,
     metrics=metrics,
     steps=200,
+    seeds=10,
     about="scikit-learn's 569 tumors, an MLP 30-64-64-2, batches of 32",
     sha256=lambda: datasets.breast_cancer().sha256,
 )

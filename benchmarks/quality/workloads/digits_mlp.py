@@ -30,6 +30,7 @@ WORKLOAD = workload(
     loss=loss,
     metrics=metrics,
     steps=300,
+    seeds=5,
     about="scikit-learn's 1,797 digits, an MLP 64-256-256-10, batches of 64",
     sha256=lambda: datasets.digits().sha256,
 )

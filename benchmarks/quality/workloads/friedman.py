@@ -49,6 +49,7 @@ WORKLOAD = workload(
     loss=loss,
     metrics=metrics,
     steps=300,
+    seeds=10,
     about="Friedman's first function with noise, 2,000 points, an MLP 10-64-64-1, batches of 64; "
     "squared error of the standardized output, of which the noise is 0.04",
     sha256=lambda: examples().sha256,
