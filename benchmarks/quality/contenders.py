@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import deepopt
 from deepopt.hope.optimizers import RATES
+from deepopt.ops import ScaleArguments
+from deepopt.optim.output_map import Orthogonal, OutputMap
 
 
 class Setting(NamedTuple):
@@ -39,7 +41,7 @@ class Contender:
     """An optimizer.
 
     Attributes:
-        name: for ``deepopt.create_optimizer``.
+        name: for ``deepopt.create_optimizer``, or of :data:`ABLATIONS`.
         knob: the two values of a knob of its own, as arguments; the first is its default.
         options: further arguments.
         scale: learning rate in units of AdamW's.
@@ -53,6 +55,19 @@ class Contender:
     momentum: str = ""
 
 
+class WithoutAgreement(deepopt.DeepMomentum):
+    """DeepMomentum whose updates have AdamW's root mean square and are never enlarged beyond it."""
+
+    def _output_map(self, group: dict[str, Any]) -> OutputMap:
+        return Plain.of(group)
+
+
+class Plain(Orthogonal):
+    def _further(self, update: Tensor, scale: ScaleArguments, state: dict[str, Tensor]) -> Tensor:
+        return update
+
+
+ABLATIONS = {"without_agreement": WithoutAgreement}
 SIZES = ({"update_rms": None}, {"update_rms": 0.2})
 CONTENDERS: dict[str, Contender] = {
     "AdamW": Contender("adamw", ({"beta2": 0.999}, {"beta2": 0.99})),
@@ -69,6 +84,7 @@ CONTENDERS: dict[str, Contender] = {
         f"DeepMomentum, {memory}": Contender("deep_momentum", SIZES, {"memory": memory})
         for memory in ("linear", "delta", "covariance")
     },
+    "DeepMomentum, delta, without agreement": Contender("without_agreement", SIZES),
     "M3": Contender("m3", ({"mix": "post"}, {"mix": "pre"})),
 }
 """NorMuon is the linear memory at Muon's fixed size with rows normalized; the value 1 of its own
@@ -96,4 +112,6 @@ def build(model: nn.Module, contender: str, setting: Setting) -> torch.optim.Opt
         rate = setting.lr * entry.scale * (setting.aux if group["path"] == "elementwise" else 1.0)
         group.update(lr=rate, initial_lr=rate)
         group["weight_decay"] = setting.weight_decay / entry.scale
+    if entry.name in ABLATIONS:
+        return ABLATIONS[entry.name](groups, setting.lr, weight_decay=setting.weight_decay, **options)
     return deepopt.create_optimizer(groups, entry.name, setting.lr, setting.weight_decay, **options)

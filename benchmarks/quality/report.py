@@ -16,7 +16,7 @@ from benchmarks.quality.plan import (
     Swaps,
     Tuning,
 )
-from benchmarks.quality.statistics import (
+from benchmarks.quality.intervals import (
     RESAMPLES,
     Interval,
     bootstrap,

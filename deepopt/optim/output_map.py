@@ -10,7 +10,9 @@ from torch import Tensor
 from deepopt._compat import multiplies_bfloat16_faster
 from deepopt.ops import (
     ScaleArguments,
+    adam_ratio,
     adam_size,
+    agreement_gain,
     newton_schulz,
     normalized,
     orthogonal_update,
@@ -155,7 +157,14 @@ class Orthogonal:
         )
         update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
         state.update(zip(kept, new, strict=True))
-        return update
+        return update if self.update_rms is not None else self._further(update, scale, state)
+
+    def _further(self, update: Tensor, scale: ScaleArguments, state: State) -> Tensor:
+        """The update, enlarged where gradients agree."""
+        betas = scale.beta1, scale.beta2
+        ratio = adam_ratio(scale.momentum, state["grad_norm"], scale.step, betas, scale.gain)
+        gain = agreement_gain(update, scale.momentum, ratio, scale.beta1)
+        return update * gain[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ WORKLOAD = workload(
     model=model,
     loss=loss,
     metrics=metrics,
-    steps=300,
+    steps=200,
     about="next byte of the standard library's sources, a Llama of width 64 with two layers, "
     "batches of 16 x 64 bytes",
     sha256=lambda: language.corpus().sha256,

