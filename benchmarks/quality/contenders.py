@@ -56,14 +56,16 @@ class Contender:
 
 
 class WithoutAgreement(deepopt.DeepMomentum):
-    """DeepMomentum whose updates have AdamW's root mean square and are never enlarged beyond it."""
+    """DeepMomentum whose updates are orthogonal and no more, also where gradients agree."""
 
     def _output_map(self, group: dict[str, Any]) -> OutputMap:
         return Plain.of(group)
 
 
 class Plain(Orthogonal):
-    def _further(self, update: Tensor, scale: ScaleArguments, state: dict[str, Tensor]) -> Tensor:
+    def _with_agreement(
+        self, update: Tensor, scale: ScaleArguments, state: dict[str, Tensor]
+    ) -> Tensor:
         return update
 
 

@@ -175,16 +175,17 @@ def adam_ratio(
     return (ratio if gain is None else ratio * gain).clamp_max(1.0)
 
 
-def agreement_gain(
+def add_agreement(
     update: Tensor, momentum: Tensor, ratio: Tensor, beta1: float | Tensor
 ) -> Tensor:
-    r"""How much further an orthogonal update goes where gradients agree, to keep up with AdamW's.
+    r"""Let an orthogonal update go as far down the momentum as AdamW's would, where gradients agree.
 
-    AdamW's update is about a sign for every entry, which goes :math:`\|M\|_1` down a momentum M per
-    root mean square; an orthogonal one goes as far as its product with M. On a momentum of few
-    directions, as small models have early on, that is several times less at the same root mean
-    square. The quotient counts as far as the momentum is signal: the share of its energy that
-    repeats is 1 where gradients agree and 0 where they are noise, whose descent means nothing.
+    AdamW's update is about a sign for every entry. For a root mean square of s it goes
+    :math:`s \|M\|_1` down a momentum M, an orthogonal one its product with M. On a momentum of few
+    directions, as small models have early on, that is several times less. What is missing is added
+    along the momentum itself, so that the other directions are left alone. It counts as far as the
+    momentum is signal: the share of its energy that repeats is 1 where gradients agree and 0 where
+    they are noise, whose descent means nothing.
 
     Args:
         update: orthogonal updates of any size, shape (B, m, n).
@@ -193,16 +194,14 @@ def agreement_gain(
         beta1: retention of the momentum.
 
     Returns:
-        Shape (B,), at least 1.
+        The updates, whose norm has grown by at most their own.
     """
-    tiny = torch.finfo(update.dtype).tiny
-    unit = momentum / frobenius(momentum).clamp_min(tiny)[:, None, None]
-    descent = (update * unit).sum((-2, -1))
-    size = frobenius(update) / (update.shape[-2] * update.shape[-1]) ** 0.5
-    further = (size * unit.abs().sum((-2, -1)) / descent.clamp_min(tiny)).clamp_min(1.0)
+    unit = momentum / frobenius(momentum).clamp_min(torch.finfo(momentum.dtype).tiny)[:, None, None]
+    size = frobenius(update) / max(1, update.shape[-2] * update.shape[-1]) ** 0.5
+    missing = size * unit.abs().sum((-2, -1)) - (update * unit).sum((-2, -1))
     noise = (1 - beta1) / (1 + beta1)  # the squared ratio where there is no signal
     signal = ((ratio.square() - noise) / (1 - noise)).clamp(0.0, 1.0)
-    return torch.where(descent > 0, 1 + (further - 1) * signal, 1.0)
+    return update + (signal * missing.clamp_min(0.0))[:, None, None] * unit
 
 
 def row_gains(

@@ -12,7 +12,7 @@ from deepopt.ops import (
     ScaleArguments,
     adam_ratio,
     adam_size,
-    agreement_gain,
+    add_agreement,
     newton_schulz,
     normalized,
     orthogonal_update,
@@ -157,14 +157,13 @@ class Orthogonal:
         )
         update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
         state.update(zip(kept, new, strict=True))
-        return update if self.update_rms is not None else self._further(update, scale, state)
+        return update if self.update_rms is not None else self._with_agreement(update, scale, state)
 
-    def _further(self, update: Tensor, scale: ScaleArguments, state: State) -> Tensor:
-        """The update, enlarged where gradients agree."""
+    def _with_agreement(self, update: Tensor, scale: ScaleArguments, state: State) -> Tensor:
+        """The update, which goes as far as AdamW's where gradients agree."""
         betas = scale.beta1, scale.beta2
         ratio = adam_ratio(scale.momentum, state["grad_norm"], scale.step, betas, scale.gain)
-        gain = agreement_gain(update, scale.momentum, ratio, scale.beta1)
-        return update * gain[:, None, None]
+        return add_agreement(update, scale.momentum, ratio, scale.beta1)
 
 
 @dataclass(frozen=True)
