@@ -59,7 +59,9 @@ TIERS: dict[str, Tier] = {
 }
 
 
-def plans(tier: str, workloads: Sequence[str] | None, optimizers: Sequence[str] | None) -> list[Plan]:
+def plans(
+    tier: str, workloads: Sequence[str] | None, optimizers: Sequence[str] | None
+) -> list[Plan]:
     chosen = TIERS[tier]
     contenders = list(dict.fromkeys(["AdamW", *(optimizers or chosen.contenders)]))
     return [chosen.plan(name, contenders) for name in workloads or chosen.workloads]

@@ -115,5 +115,7 @@ def build(model: nn.Module, contender: str, setting: Setting) -> torch.optim.Opt
         group.update(lr=rate, initial_lr=rate)
         group["weight_decay"] = setting.weight_decay / entry.scale
     if entry.name in ABLATIONS:
-        return ABLATIONS[entry.name](groups, setting.lr, weight_decay=setting.weight_decay, **options)
+        return ABLATIONS[entry.name](
+            groups, setting.lr, weight_decay=setting.weight_decay, **options
+        )
     return deepopt.create_optimizer(groups, entry.name, setting.lr, setting.weight_decay, **options)

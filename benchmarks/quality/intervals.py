@@ -98,7 +98,9 @@ def equal_loss_ratio(loss: float, steps: int, budgets: Mapping[int, float]) -> f
     return best[-1][0] / steps
 
 
-def bootstrap(losses: Sequence[float], steps: int, budgets: Mapping[int, Sequence[float]]) -> Interval:
+def bootstrap(
+    losses: Sequence[float], steps: int, budgets: Mapping[int, Sequence[float]]
+) -> Interval:
     """D_eff of the mean loss, and its interval over resampled seeds.
 
     Args:
@@ -114,5 +116,8 @@ def bootstrap(losses: Sequence[float], steps: int, budgets: Mapping[int, Sequenc
         rival = {b: statistics.fmean(rng.choices(x, k=len(x))) for b, x in budgets.items()}
         ratios.append(equal_loss_ratio(drawn, steps, rival))
     ratios.sort()
-    ends = (ratios[int(RESAMPLES * SIGNIFICANCE / 2)], ratios[-1 - int(RESAMPLES * SIGNIFICANCE / 2)])
+    ends = (
+        ratios[int(RESAMPLES * SIGNIFICANCE / 2)],
+        ratios[-1 - int(RESAMPLES * SIGNIFICANCE / 2)],
+    )
     return Interval(center, *ends, math.nan)

@@ -35,7 +35,9 @@ def cross_entropy(model: nn.Module, text: Text) -> Tensor:
 @torch.no_grad()
 def held_out(model: nn.Module, length: int, windows: int = 256) -> dict[str, float]:
     """The loss on evenly spaced windows of the held-out files."""
-    return mean_loss(model, [Text(*x) for x in evaluation_batches(corpus().val, 64, length, windows)])
+    return mean_loss(
+        model, [Text(*x) for x in evaluation_batches(corpus().val, 64, length, windows)]
+    )
 
 
 @torch.no_grad()

@@ -154,9 +154,7 @@ class Tuning:
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
             lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
-            lambda: [
-                run for c in RIVALS if c in self.contenders for run in self.budgets(c, lines)
-            ],
+            lambda: [run for c in RIVALS if c in self.contenders for run in self.budgets(c, lines)],
         )
         for stage in stages:
             if missing := [run for run in dict.fromkeys(stage()) if run not in lines]:

@@ -139,9 +139,7 @@ def at_best_rate(plans: Sequence[Swaps], other: str, lines: Lines) -> str:
         first, second = pairs[plan.workload]
         train = [mean_training(plan.runs(name, lr), lines) for name in ("AdamW", other)]
         cells = [f"{statistics.fmean(x or []):.4f}" for x in (first, second)]
-        table.append(
-            [plan.workload, f"{lr:g}", *cells, reversed_(interval), flipped(word), *train]
-        )
+        table.append([plan.workload, f"{lr:g}", *cells, reversed_(interval), flipped(word), *train])
     verdicts = [flipped(word) for _, word in results.values()]
     return f"{counted(verdicts)}.\n\n{markdown(table)}"
 
@@ -252,7 +250,9 @@ def tuned_table(plan: Tuning, lines: Lines) -> str:
                 cells.append("")
                 continue
             interval, word = results[rival][contender]
-            cells.append(f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}], {word}")
+            cells.append(
+                f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}], {word}"
+            )
         for rival in RIVALS:
             cells.append(ratio(data_ratio(plan, contender, rival, lines)))
         cells += [
@@ -340,7 +340,11 @@ def hierarchical(data: Sequence[tuple[list[float], int, dict[int, list[float]]]]
         found.append(
             mean_log(
                 [
-                    (rng.choices(x, k=len(x)), steps, {b: rng.choices(y, k=len(y)) for b, y in budgets.items()})
+                    (
+                        rng.choices(x, k=len(x)),
+                        steps,
+                        {b: rng.choices(y, k=len(y)) for b, y in budgets.items()},
+                    )
                     for x, steps, budgets in rng.choices(data, k=len(data))
                 ]
             )

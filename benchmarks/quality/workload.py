@@ -1,8 +1,9 @@
 """What a workload is: four functions, and where the named ones are."""
 
+import dataclasses
+import functools
 import hashlib
 import importlib
-import inspect
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Workload:
-    """A task to train on; see :func:`workload`."""
+    """A task to train on; see :func:`workload`. ``source`` is the text of the file it is from."""
 
     data: Callable[[int, int], Any]
     model: Callable[[], nn.Module]
@@ -32,8 +33,8 @@ class Workload:
     steps: int
     seeds: int
     about: str
-    source: str
     sha256: Callable[[], str]
+    source: str = ""
 
 
 def workload(
@@ -79,14 +80,8 @@ def workload(
         steps,
         seeds,
         about,
-        _source(model),
         sha256 or (lambda: digest(data(0, 0))),
     )
-
-
-def _source(model: Callable[[], nn.Module]) -> str:
-    """The text of the file that defines a workload: its lines count while it stays the same."""
-    return inspect.getsource(inspect.getmodule(model) or model)
 
 
 def digest(batch: Any) -> str:
@@ -102,6 +97,7 @@ def digest(batch: Any) -> str:
     return sha.hexdigest()
 
 
+@functools.cache
 def find(name: str) -> Workload:
     """The workload of a name in ``benchmarks/quality/workloads``, or of a file's path.
 
@@ -109,7 +105,8 @@ def find(name: str) -> Workload:
         ValueError: there is none.
     """
     if name.endswith(".py"):
-        if not Path(name).is_file():
+        path = Path(name)
+        if not path.is_file():
             raise ValueError(f"workload={name!r}: no such file")
         found = runpy.run_path(name).get("WORKLOAD")
     else:
@@ -118,13 +115,14 @@ def find(name: str) -> Workload:
                 f"workload={name!r} is unknown; choose from {', '.join(built_in())}, or give the "
                 "path of a .py file"
             )
+        path = Path(__file__).parent / "workloads" / f"{name}.py"
         found = importlib.import_module(f"benchmarks.quality.workloads.{name}").WORKLOAD
     if not isinstance(found, Workload):
         raise ValueError(
             f"workload={name!r}: the file needs WORKLOAD = benchmarks.workload(...), and has "
             f"{found!r}"
         )
-    return found
+    return dataclasses.replace(found, source=path.read_text())
 
 
 def built_in() -> list[str]:

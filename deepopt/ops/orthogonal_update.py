@@ -175,9 +175,7 @@ def adam_ratio(
     return (ratio if gain is None else ratio * gain).clamp_max(1.0)
 
 
-def add_agreement(
-    update: Tensor, momentum: Tensor, ratio: Tensor, beta1: float | Tensor
-) -> Tensor:
+def add_agreement(update: Tensor, momentum: Tensor, ratio: Tensor, beta1: float | Tensor) -> Tensor:
     r"""Let an orthogonal update go as far down the momentum as AdamW's would, where gradients agree.
 
     AdamW's update is about a sign for every entry. For a root mean square of s it goes

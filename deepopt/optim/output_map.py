@@ -70,6 +70,7 @@ class Identity:
 class Orthogonal:
     """The momentum made orthogonal, with its rows normalized, as large as AdamW's update would be.
 
+    Where gradients agree, some of the momentum itself is added, so that it goes as far as AdamW's.
     :class:`deepopt.DeepMomentum` gives the equations.
 
     Args:
