@@ -4,7 +4,7 @@
 and ``full`` tune every optimizer with the same search before they compare; ``smoke`` does so in
 miniature. Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data and
 its configuration; a run that has a line is not repeated, so that an interrupted benchmark goes on.
-``quality.md`` and the plots are made from the lines alone; ``--report`` makes them and runs nothing.
+``quality.md`` and the plots are made from the lines alone; ``--report`` runs nothing else.
 """
 
 import argparse
@@ -129,7 +129,8 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.out or Path("runs/quality" if smoke else "docs/results")
     folder = out / "quality"
     folder.mkdir(parents=True, exist_ok=True)
-    asked, skipped = plans(arguments.tier, arguments.workloads, arguments.optimizers), {}
+    asked = plans(arguments.tier, arguments.workloads, arguments.optimizers)
+    skipped: dict[str, str] = {}
     try:
         if not arguments.report:
             asked, skipped = available(asked)

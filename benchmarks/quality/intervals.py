@@ -1,5 +1,6 @@
 """Intervals and tests for paired runs, and how much data a rival needs for the same loss."""
 
+import itertools
 import math
 import random
 import statistics
@@ -86,12 +87,12 @@ def equal_loss_ratio(loss: float, steps: int, budgets: Mapping[int, float]) -> f
         budgets: the rival's loss by steps, each at the end of a schedule of its own.
     """
     points = sorted(budgets.items())
-    best = []
+    best: list[tuple[int, float]] = []
     for budget, reached in points:  # more data is never worse: what looks so is noise
         best.append((budget, min(reached, best[-1][1]) if best else reached))
     if loss >= best[0][1]:
         return best[0][0] / steps
-    for (few, worse), (many, better) in zip(best, best[1:], strict=False):
+    for (few, worse), (many, better) in itertools.pairwise(best):
         if loss >= better:
             share = (worse - loss) / (worse - better)
             return few * (many / few) ** share / steps

@@ -65,7 +65,9 @@ class Tuning:
         """The rates and decay of AdamW's best trial before any widening, all else as by default."""
         first = [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
         best = best_of(first, lines)
-        return best and Setting(best.setting.lr, best.setting.aux, best.setting.weight_decay)
+        if best is None:
+            return None
+        return Setting(best.setting.lr, best.setting.aux, best.setting.weight_decay)
 
     def trials_of(self, contender: str, lines: Lines) -> list[Run]:
         """The trials that there are so far."""
@@ -124,7 +126,7 @@ class Tuning:
     def best(self, contender: str, lines: Lines) -> Setting | None:
         """The setting of the better finalist."""
         best = best_of(self.finalists(contender, lines), lines)
-        return best and best.setting
+        return None if best is None else best.setting
 
     def tuned(self, contender: str, lines: Lines) -> list[Run]:
         """Every seed at the best setting."""

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import hashlib
+import itertools
 import math
 import platform
 import statistics
@@ -70,10 +71,9 @@ def code(source: str) -> str:
     """A program without its comments and docstrings, which change no number."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0] = ast.Pass()
+        has_docstring = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, has_docstring) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
     return ast.dump(tree)
 
 
@@ -134,7 +134,7 @@ def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Line:
 def binned(values: list[float], bins: int) -> list[float]:
     """Means of equal parts of the values, in order."""
     ends = [len(values) * k // bins for k in range(bins + 1)]
-    parts = [values[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [values[start:end] for start, end in itertools.pairwise(ends)]
     return [statistics.fmean(part) for part in parts if part]
 
 

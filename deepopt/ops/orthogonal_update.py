@@ -176,7 +176,7 @@ def adam_ratio(
 
 
 def add_agreement(update: Tensor, momentum: Tensor, ratio: Tensor, beta1: float | Tensor) -> Tensor:
-    r"""Let an orthogonal update go as far down the momentum as AdamW's would, where gradients agree.
+    r"""Orthogonal updates that go as far as AdamW's would where gradients agree.
 
     AdamW's update is about a sign for every entry. For a root mean square of s it goes
     :math:`s \|M\|_1` down a momentum M, an orthogonal one its product with M. On a momentum of few
