@@ -165,17 +165,35 @@ def adam_ratio(
     Returns:
         Shape (B,), between 0 and 1.
     """
+    return _adam_ratio(frobenius(momentum), grad_norm, step, betas, gain)
+
+
+def _adam_ratio(
+    norm: Tensor,
+    grad_norm: Tensor,
+    step: Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    gain: Tensor | None,
+) -> Tensor:
+    """:func:`adam_ratio` from the norms of the momenta."""
     # No host waits for the copy of a step count to the device.
     first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
     first = first.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
     second = second.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
     tiny = torch.finfo(grad_norm.dtype).tiny
     # Norms first: corrected, the largest of them would leave the range.
-    ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
+    ratio = norm / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
     return (ratio if gain is None else ratio * gain).clamp_max(1.0)
 
 
-def add_agreement(update: Tensor, momentum: Tensor, ratio: Tensor, beta1: float | Tensor) -> Tensor:
+def add_agreement(
+    update: Tensor,
+    momentum: Tensor,
+    grad_norm: Tensor,
+    step: Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    gain: Tensor | None = None,
+) -> Tensor:
     r"""Orthogonal updates that go as far as AdamW's would where gradients agree.
 
     AdamW's update is about a sign for every entry. For a root mean square of s it goes
@@ -188,18 +206,23 @@ def add_agreement(update: Tensor, momentum: Tensor, ratio: Tensor, beta1: float 
     Args:
         update: orthogonal updates of any size, shape (B, m, n).
         momentum: what they were made of, likewise.
-        ratio: that of AdamW's update, from :func:`adam_ratio`, shape (B,).
-        beta1: retention of the momentum.
+        grad_norm, step, betas, gain: as for :func:`adam_ratio`.
 
     Returns:
         The updates, whose norm has grown by at most their own.
+
+    Cost: both are read twice, a copy of the momentum and the result are written.
     """
-    unit = momentum / frobenius(momentum).clamp_min(torch.finfo(momentum.dtype).tiny)[:, None, None]
-    size = frobenius(update) / max(1, update.shape[-2] * update.shape[-1]) ** 0.5
-    missing = size * unit.abs().sum((-2, -1)) - (update * unit).sum((-2, -1))
-    noise = (1 - beta1) / (1 + beta1)  # the squared ratio where there is no signal
+    norm = frobenius(momentum)
+    unit = momentum / norm.clamp_min(torch.finfo(momentum.dtype).tiny)[:, None, None]
+    flat, flat_unit = update.flatten(1), unit.flatten(1)
+    size = frobenius(update) / max(1, flat.shape[1]) ** 0.5
+    descent = (flat[:, None] @ flat_unit[..., None]).flatten()
+    missing = size * torch.linalg.vector_norm(flat_unit, 1, dim=1) - descent
+    ratio = _adam_ratio(norm, grad_norm, step, betas, gain)
+    noise = (1 - betas[0]) / (1 + betas[0])  # the squared ratio where there is no signal
     signal = ((ratio.square() - noise) / (1 - noise)).clamp(0.0, 1.0)
-    return update + (signal * missing.clamp_min(0.0))[:, None, None] * unit
+    return torch.addcmul(update, unit, (signal * missing.clamp_min(0.0))[:, None, None])
 
 
 def row_gains(

@@ -10,7 +10,6 @@ from torch import Tensor
 from deepopt._compat import multiplies_bfloat16_faster
 from deepopt.ops import (
     ScaleArguments,
-    adam_ratio,
     adam_size,
     add_agreement,
     newton_schulz,
@@ -162,9 +161,14 @@ class Orthogonal:
 
     def _with_agreement(self, update: Tensor, scale: ScaleArguments, state: State) -> Tensor:
         """The update, which goes as far as AdamW's where gradients agree."""
-        betas = scale.beta1, scale.beta2
-        ratio = adam_ratio(scale.momentum, state["grad_norm"], scale.step, betas, scale.gain)
-        return add_agreement(update, scale.momentum, ratio, scale.beta1)
+        return add_agreement(
+            update,
+            scale.momentum,
+            state["grad_norm"],
+            scale.step,
+            (scale.beta1, scale.beta2),
+            scale.gain,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from deepopt.ops import (
     ScaleArguments,
     add_agreement,
+    frobenius,
     newton_schulz,
     orthogonal_update,
     polar_express,
@@ -170,6 +171,13 @@ def low_rank(rows=40, columns=64):
     return large + 0.1 * torch.randn(3, rows, columns, generator=made)
 
 
+def with_agreement(update, momentum, ratio):
+    """Under gradients for which AdamW's update has that root mean square."""
+    norms = frobenius(momentum) / torch.as_tensor(ratio)
+    step, betas = torch.full((len(update),), 1e6), (0.9, 0.999)  # nothing is left to correct
+    return add_agreement(update, momentum, norms, step, betas)
+
+
 def product(one, other):
     return (one * other).sum((-2, -1))
 
@@ -178,7 +186,7 @@ def product(one, other):
 def test_where_gradients_agree_an_update_goes_as_far_down_the_momentum_as_adamws(scale):
     momentum = low_rank()
     update = 0.7 * polar(momentum)
-    found = add_agreement(update, scale * momentum, torch.ones(3), 0.9)
+    found = with_agreement(update, scale * momentum, 1.0)
     adamws = momentum.sign() * mean_squares(update).sqrt()[:, None, None]
     torch.testing.assert_close(product(found, momentum), product(adamws, momentum))
     assert (product(found, momentum) > 2 * product(update, momentum)).all()
@@ -187,7 +195,7 @@ def test_where_gradients_agree_an_update_goes_as_far_down_the_momentum_as_adamws
 def test_what_agreement_adds_lies_along_the_momentum_and_is_at_most_as_large_as_the_update():
     momentum = low_rank()
     update = polar(momentum)
-    added = add_agreement(update, momentum, torch.ones(3), 0.9) - update
+    added = with_agreement(update, momentum, torch.ones(3)) - update
     cosine = product(added, momentum) / added.norm(dim=(1, 2)) / momentum.norm(dim=(1, 2))
     torch.testing.assert_close(cosine, torch.ones(3))
     assert (added.norm(dim=(1, 2)) <= update.norm(dim=(1, 2))).all()
@@ -196,20 +204,20 @@ def test_what_agreement_adds_lies_along_the_momentum_and_is_at_most_as_large_as_
 def test_where_gradients_are_noise_nothing_is_added():
     update, noise = polar(low_rank()), ((1 - 0.9) / (1 + 0.9)) ** 0.5
     ratios = torch.tensor([0.0, 0.9 * noise, noise])
-    torch.testing.assert_close(add_agreement(update, low_rank(), ratios, 0.9), update)
+    torch.testing.assert_close(with_agreement(update, low_rank(), ratios), update)
 
 
 def test_what_is_added_grows_with_the_share_of_signal():
     momentum = low_rank()[:1].expand(5, -1, -1)
     update = polar(momentum)
-    found = add_agreement(update, momentum, torch.linspace(0.3, 1.0, 5), 0.9)
+    found = with_agreement(update, momentum, torch.linspace(0.3, 1.0, 5))
     assert (product(found, momentum).diff() > 0).all()
 
 
 def test_an_update_that_goes_further_than_adamws_is_left_alone():
     momentum = torch.zeros(1, 6, 9)
     momentum[0, 0, 0] = 1.0  # of one entry, which a sign for every entry shares with all others
-    update = add_agreement(momentum, momentum, torch.ones(1), 0.9)
+    update = with_agreement(momentum, momentum, torch.ones(1))
     assert torch.equal(update, momentum)
     zero = torch.zeros(1, 6, 9)
-    assert torch.equal(add_agreement(zero, zero, torch.ones(1), 0.9), zero)
+    assert torch.equal(with_agreement(zero, zero, torch.ones(1)), zero)
