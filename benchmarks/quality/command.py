@@ -1,8 +1,8 @@
 """Quality: every optimizer on many small workloads, swapped and tuned.
 
-``--tier swaps`` puts another optimizer in AdamW's place at the very same three rates. ``standard``
-and ``full`` tune every optimizer with the same search before they compare; ``smoke`` does so in
-miniature. Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data and
+``--tier swaps`` puts another optimizer in AdamW's place at the very same three rates, ``long`` for
+four times the steps on what can be learned by heart. ``standard`` and ``full`` tune every optimizer
+with the same search before they compare; ``smoke`` does so in miniature. Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data and
 its configuration; a run that has a line is not repeated, so that an interrupted benchmark goes on.
 ``quality.md`` and the plots are made from the lines alone; ``--report`` runs nothing else.
 """
@@ -50,6 +50,9 @@ TIERS: dict[str, Tier] = {
         lambda w, c: Tuning(w, c, trials=1, seeds=2, steps=40), ("lm_code",), ("AdamW", DEFAULT)
     ),
     "swaps": Tier(Swaps, SMALL, SWAPPED),
+    "long": Tier(
+        lambda w, c: Swaps(w, c, steps=4 * find(w).steps), ("breast_cancer", "friedman"), SWAPPED
+    ),
     "standard": Tier(Tuning, ("lm_code", "digits_mlp"), MAIN),
     "full": Tier(
         lambda w, c: Tuning(w, c, trials=12, seeds=10, steps=4 * find(w).steps),
@@ -91,10 +94,10 @@ def complete(results: Results, every: Sequence[Plan], jobs: int, fresh: bool) ->
 
 def with_all_tiers(asked: Sequence[Plan]) -> list[Plan]:
     """The plans of the page: what was asked for, and all else that there may be lines of."""
-    found = {(type(plan), plan.workload): plan for plan in asked}
-    for tier in ("swaps", "standard"):
+    found = {(type(plan), plan.workload, plan.steps): plan for plan in asked}
+    for tier in ("swaps", "long", "standard"):
         for plan in plans(tier, None, None):
-            found.setdefault((type(plan), plan.workload), plan)
+            found.setdefault((type(plan), plan.workload, plan.steps), plan)
     return list(found.values())
 
 

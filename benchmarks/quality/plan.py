@@ -180,6 +180,11 @@ class Swaps:
     seeds: int | None = None
     steps: int | None = None
 
+    @property
+    def label(self) -> str:
+        """The workload, and the number of steps where it is not the workload's own."""
+        return f"{self.workload}, {self.steps} steps" if self.steps else self.workload
+
     def runs(self, contender: str, lr: float) -> list[Run]:
         workload = find(self.workload)
         steps = self.steps or workload.steps

@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.contenders import CONTENDERS, RIVALS
@@ -128,25 +129,25 @@ def at_best_rate(plans: Sequence[Swaps], other: str, lines: Lines) -> str:
     for plan in plans:
         if lr := plan.best_rate(lines):
             names = ("AdamW", other)
-            pairs[plan.workload] = tuple(losses(plan.runs(name, lr), lines) for name in names)
+            pairs[plan.label] = tuple(losses(plan.runs(name, lr), lines) for name in names)
     results = compared(pairs)  # type: ignore[arg-type]
     for plan in plans:
         lr = plan.best_rate(lines)
-        if plan.workload not in results or lr is None:
-            table.append([plan.workload, MISSING, *[""] * (len(head) - 2)])
+        if plan.label not in results or lr is None:
+            table.append([plan.label, MISSING, *[""] * (len(head) - 2)])
             continue
-        interval, word = results[plan.workload]
-        first, second = pairs[plan.workload]
+        interval, word = results[plan.label]
+        first, second = pairs[plan.label]
         train = [mean_training(plan.runs(name, lr), lines) for name in ("AdamW", other)]
         cells = [f"{statistics.fmean(x or []):.4f}" for x in (first, second)]
-        table.append([plan.workload, f"{lr:g}", *cells, reversed_(interval), flipped(word), *train])
+        table.append([plan.label, f"{lr:g}", *cells, reversed_(interval), flipped(word), *train])
     verdicts = [flipped(word) for _, word in results.values()]
     return f"{counted(verdicts)}.\n\n{markdown(table)}"
 
 
 def at_each_rate(plans: Sequence[Swaps], other: str, lines: Lines) -> str:
     head = ["workload", *[f"{lr:g}" for lr in SWAP_RATES], "each at its own best of these"]
-    rows, verdicts = {plan.workload: [plan.workload] for plan in plans}, []
+    rows, verdicts = {plan.label: [plan.label] for plan in plans}, []
     for lr in (*SWAP_RATES, None):
         pairs = {}
         for plan in plans:
@@ -155,15 +156,15 @@ def at_each_rate(plans: Sequence[Swaps], other: str, lines: Lines) -> str:
                 plan.runs(name, rate) if rate else []
                 for name, rate in zip(("AdamW", other), rates, strict=True)
             ]
-            pairs[plan.workload] = (losses(runs[0], lines), losses(runs[1], lines))
+            pairs[plan.label] = (losses(runs[0], lines), losses(runs[1], lines))
         results = compared(pairs)
         for plan in plans:
-            if plan.workload not in results:
-                rows[plan.workload].append(MISSING)
+            if plan.label not in results:
+                rows[plan.label].append(MISSING)
                 continue
-            first, second = (statistics.fmean(x or []) for x in pairs[plan.workload])
-            word = flipped(results[plan.workload][1])
-            rows[plan.workload].append(f"{first:.4f} / {second:.4f}, {word}")
+            first, second = (statistics.fmean(x or []) for x in pairs[plan.label])
+            word = flipped(results[plan.label][1])
+            rows[plan.label].append(f"{first:.4f} / {second:.4f}, {word}")
         verdicts.append(counted([flipped(word) for _, word in results.values()]))
     return f"AdamW / {other}.\n\n" + markdown([head, *rows.values(), ["", *verdicts]])
 
@@ -211,7 +212,7 @@ def tuned_section(plans: Sequence[Tuning], lines: Lines) -> list[str]:
         parts += ["### All workloads", summary]
     for plan in plans:
         parts += [f"### {plan.workload}", f"{find(plan.workload).about}.", tuned_table(plan, lines)]
-        parts += [f"![loss against rate, and curves](quality/{plan.workload}.png)"]
+        parts += [f"![loss against rate, and curves](quality/{Path(plan.workload).stem}.png)"]
         parts += ["The default at AdamW's rates and decay:", swapped_table(plan, lines)]
     return parts
 
