@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import deepopt
 from deepopt.hope.optimizers import RATES
-from deepopt.ops import ScaleArguments
 from deepopt.optim.output_map import Orthogonal, OutputMap
 
 
@@ -63,10 +62,7 @@ class WithoutAgreement(deepopt.DeepMomentum):
 
 
 class Plain(Orthogonal):
-    def _with_agreement(
-        self, update: Tensor, scale: ScaleArguments, state: dict[str, Tensor]
-    ) -> Tensor:
-        return update
+    agreement = False
 
 
 ABLATIONS = {"without_agreement": WithoutAgreement}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -85,6 +85,9 @@ class Orthogonal:
         ValueError: an argument out of range, by the name that optimizers have for it.
     """
 
+    agreement: ClassVar[bool] = True
+    """Whether something is added where gradients agree; a benchmark goes without it."""
+
     steps: int = 5
     coefficients: Sequence[float] | None = None
     row_norm: bool = True
@@ -157,18 +160,11 @@ class Orthogonal:
         )
         update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
         state.update(zip(kept, new, strict=True))
-        return update if self.update_rms is not None else self._with_agreement(update, scale, state)
-
-    def _with_agreement(self, update: Tensor, scale: ScaleArguments, state: State) -> Tensor:
-        """The update, which goes as far as AdamW's where gradients agree."""
-        return add_agreement(
-            update,
-            scale.momentum,
-            state["grad_norm"],
-            scale.step,
-            (scale.beta1, scale.beta2),
-            scale.gain,
-        )
+        if self.update_rms is None and self.agreement:
+            update = add_agreement(
+                update, momentum, state["grad_norm"], scale.step, betas, scale.gain
+            )
+        return update
 
 
 @dataclass(frozen=True)
