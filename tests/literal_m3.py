@@ -65,12 +65,10 @@ def settled(theta, grads, *, lr, decay, betas, beta3, alpha, chunk, ramp, cap, m
             update = newton_schulz(ahead / norm(ahead) + weight * begun / norm(begun), coefficients)
         gain = min(max(1.0, np.sqrt(rank) / norm(update)), cap)
         ratio = norm(ahead) / (1 - beta1**t) / np.sqrt(square / (1 - beta2**t))
-        ratio = min(1.0, ratio)
-        noise = (1 - beta1) / (1 + beta1)
-        signal = max(0.0, (ratio**2 - noise) / (1 - noise))
-        update = gain * update
-        missing = norm(update) / np.sqrt(update.size) * np.abs(ahead).sum() - (update * ahead).sum()
-        update = update + signal * max(0.0, missing) * ahead / norm(ahead) ** 2
-        step = ratio * np.sqrt(longest) * update
+        update = min(1.0, ratio) * np.sqrt(longest) * gain * update
+        size, noise = norm(update) / np.sqrt(update.size), (1 - beta1) / (1 + beta1)
+        signal = min(1.0, max(0.0, (size**2 - noise) / (1 - noise)))
+        further = size * np.abs(ahead).sum() / (update * ahead).sum()
+        step = update * (1 + signal * (min(cap, max(1.0, further)) - 1))
         theta = (1 - lr * decay) * theta - lr * step
         yield theta

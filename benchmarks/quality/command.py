@@ -4,7 +4,7 @@
 four times the steps on what can be learned by heart. ``standard`` and ``full`` tune every optimizer
 with the same search before they compare; ``smoke`` does so in miniature. Every finished run is a
 line of ``quality/WORKLOAD.jsonl``, with hashes of its data and its configuration; a run that has a
-line is not repeated, so that an interrupted benchmark goes on. ``quality.md`` and the plots are made
+line is not repeated, so that an interrupted benchmark goes on. ``quality.md`` and the plots come
 from the lines alone; ``--report`` runs nothing else.
 """
 

@@ -109,11 +109,9 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
         square, weights = square * shrink.square()[:, None], weights * shrink
     factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), scale.rms_cap)
     if grad_norm is not None:
+        grad_norm = running_root(grad_norm, frobenius(scale.grad), 1 - scale.beta2)
         betas = scale.beta1, scale.beta2
-        size, grad_norm = adam_size(
-            scale.momentum, scale.grad, grad_norm, scale.step, betas, scale.gain
-        )
-        factor = factor * size
+        factor = factor * adam_ratio(scale.momentum, grad_norm, scale.step, betas, scale.gain)
         state.append(grad_norm)
     elif update_rms is not None:
         factor = factor * update_rms
@@ -165,64 +163,48 @@ def adam_ratio(
     Returns:
         Shape (B,), between 0 and 1.
     """
-    return _adam_ratio(frobenius(momentum), grad_norm, step, betas, gain)
-
-
-def _adam_ratio(
-    norm: Tensor,
-    grad_norm: Tensor,
-    step: Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-    gain: Tensor | None,
-) -> Tensor:
-    """:func:`adam_ratio` from the norms of the momenta."""
     # No host waits for the copy of a step count to the device.
     first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
     first = first.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
     second = second.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
     tiny = torch.finfo(grad_norm.dtype).tiny
     # Norms first: corrected, the largest of them would leave the range.
-    ratio = norm / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
+    ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
     return (ratio if gain is None else ratio * gain).clamp_max(1.0)
 
 
-def add_agreement(
-    update: Tensor,
-    momentum: Tensor,
-    grad_norm: Tensor,
-    step: Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
-    gain: Tensor | None = None,
-) -> Tensor:
-    r"""Orthogonal updates that go as far as AdamW's would where gradients agree.
+def agreement_gain(update: Tensor, momentum: Tensor, beta1: float | Tensor, cap: float) -> Tensor:
+    r"""Factor that lets updates keep up with AdamW's where gradients agree, in [1, cap].
 
     AdamW's update is about a sign for every entry. For a root mean square of s it goes
     :math:`s \|M\|_1` down a momentum M, an orthogonal one its product with M. On a momentum of few
-    directions, as small models have early on, that is several times less. What is missing is added
-    along the momentum itself, so that the other directions are left alone. It counts as far as the
-    momentum is signal: the share of its energy that repeats is 1 where gradients agree and 0 where
-    they are noise, whose descent means nothing.
+    directions, as small models have early on, that is several times less. The quotient counts as
+    far as the momentum is signal, which the size of AdamW's update tells: its mean square is 1
+    where gradients agree and (1 - beta1) / (1 + beta1) where they are noise, whose descent means
+    nothing.
 
     Args:
-        update: orthogonal updates of any size, shape (B, m, n).
-        momentum: what they were made of, likewise.
-        grad_norm, step, betas, gain: as for :func:`adam_ratio`.
+        update: orthogonal updates of AdamW's size, shape (B, m, n).
+        momentum: what they were made of, in any unit, likewise.
+        beta1: retention of the momentum.
+        cap: at least 1. Without it a large matrix of rank one would move as AdamW's does in that
+            direction, and as much in all others.
 
     Returns:
-        The updates, whose norm has grown by at most their own.
+        Shape (B,).
 
-    Cost: both are read twice, a copy of the momentum and the result are written.
+    Cost: both are read twice, and a copy of the momentum is written.
     """
-    norm = frobenius(momentum)
-    unit = momentum / norm.clamp_min(torch.finfo(momentum.dtype).tiny)[:, None, None]
-    flat, flat_unit = update.flatten(1), unit.flatten(1)
-    size = frobenius(update) / max(1, flat.shape[1]) ** 0.5
-    descent = (flat[:, None] @ flat_unit[..., None]).flatten()
-    missing = size * torch.linalg.vector_norm(flat_unit, 1, dim=1) - descent
-    ratio = _adam_ratio(norm, grad_norm, step, betas, gain)
-    noise = (1 - betas[0]) / (1 + betas[0])  # the squared ratio where there is no signal
-    signal = ((ratio.square() - noise) / (1 - noise)).clamp(0.0, 1.0)
-    return torch.addcmul(update, unit, (signal * missing.clamp_min(0.0))[:, None, None])
+    tiny = torch.finfo(momentum.dtype).tiny
+    moved, kept = update.flatten(1), momentum.flatten(1)
+    # Divided by the largest entry first, no sum leaves the range of floats.
+    kept = kept / torch.linalg.vector_norm(kept, torch.inf, dim=1).clamp_min(tiny)[:, None]
+    size = torch.linalg.vector_norm(moved, dim=1) / max(1, moved.shape[1]) ** 0.5
+    descent = (moved[:, None] @ kept[..., None]).flatten()
+    further = size * torch.linalg.vector_norm(kept, 1, dim=1) / descent.clamp_min(tiny)
+    noise = (1 - beta1) / (1 + beta1)
+    signal = ((size.square() - noise) / (1 - noise)).clamp(0.0, 1.0)
+    return 1 + signal * (further.clamp(1.0, cap) - 1)
 
 
 def row_gains(

@@ -27,21 +27,19 @@ class DeepMomentum(MemoryOptimizer):
         s_t &= \beta_2 s_{t-1} + (1-\beta_2)\,\|G_t\|_F^2, \qquad
         r_t = \min\Big(1,\ \frac{\|\text{read}(M_t)\|_F\,/\,(1-\beta_1^t)}
         {\sqrt{s_t/(1-\beta_2^t)}}\Big) \\
-        U_t &= r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t \\
-        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma \Big(U_t + a_t \max\big(0,\
-        \tfrac{\|U_t\|_F}{\sqrt{mn}} \|\hat M_t\|_1 - \langle U_t, \hat M_t \rangle\big) \hat M_t
-        \Big) \\
-        a_t &= \text{clip}\Big(\frac{r_t^2 - q}{1 - q},\ 0,\ 1\Big), \quad
-        q = \frac{1-\beta_1}{1+\beta_1}, \quad
-        \hat M_t = \frac{\text{read}(M_t)}{\|\text{read}(M_t)\|_F}
+        U_t &= r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t, \qquad
+        q_t = \text{clip}\Big(\frac{\|U_t\|_F\, \|\text{read}(M_t)\|_1}
+        {\sqrt{mn}\; \langle U_t, \text{read}(M_t) \rangle},\ 1,\ \texttt{rms_cap}\Big) \\
+        a_t &= \text{clip}\Big(\frac{\|U_t\|_F^2/mn - \nu}{1 - \nu},\ 0,\ 1\Big), \quad
+        \nu = \frac{1-\beta_1}{1+\beta_1} \\
+        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, (1 + a_t (q_t - 1))\, U_t
 
     Embeddings, output heads, norms, biases and tiny matrices take AdamW, with the bits of torch's.
     An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
     AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
-    they are mostly noise, fading when they stop. Where gradients agree, a_t is 1, and what AdamW's
-    update of that size would go further down the momentum is added along it: an orthogonal update
-    of a momentum of few directions falls behind by the root of their number. So AdamW's ``lr`` and
-    ``weight_decay`` carry over.
+    they are mostly noise, fading when they stop. q_t is how much further AdamW's update of that
+    size would go down the momentum, which has few directions in small models; it counts as far as
+    gradients agree, a_t. So AdamW's ``lr`` and ``weight_decay`` carry over.
 
     Args:
         params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
@@ -57,10 +55,10 @@ class DeepMomentum(MemoryOptimizer):
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
         update_rms: None for AdamW's own root mean square, r_t; a positive number fixes it, for
-            example at 0.2 as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does, and adds
-            nothing along the momentum (default: None).
+            example at 0.2 as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does, whether
+            gradients agree or not (default: None).
         rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
-            root mean square; 1 never enlarges (default: 1.5).
+            root mean square, and again where gradients agree; 1 never enlarges (default: 1.5).
         ns_steps: steps of Newton-Schulz (default: 5).
         ns_coefficients: None for the Polar Express coefficients of ``ns_steps`` steps, or one
             (a, b, c) for all steps (default: None).

@@ -38,10 +38,10 @@ class M3(MemoryOptimizer):
     :math:`\alpha_t = \alpha \min(1, kf/\texttt{ramp})`, times the gate of
     :class:`deepopt.memory.MultiScale` where asked for. :math:`\hat O_t` has the norm of
     :math:`\text{NS}(\hat M^{(1)}_t)` and normalized rows; they, :math:`c_t` and :math:`r_t`, which
-    is taken from :math:`\hat M^{(1)}_t`, are those of :class:`DeepMomentum`, as is what is added
-    along :math:`\hat M^{(1)}_t` where gradients agree; ``alpha=0`` equals it with its linear
-    memory, bit for bit. So AdamW's ``lr`` and ``weight_decay`` carry over, and the slow momentum
-    turns an update but never enlarges it. In the first chunk
+    is taken from :math:`\hat M^{(1)}_t`, are those of :class:`DeepMomentum`, as is the gain
+    where gradients agree; ``alpha=0`` equals it with its linear memory, bit for bit. So AdamW's
+    ``lr`` and ``weight_decay`` carry over, and the slow momentum turns an update but never enlarges
+    it. In the first chunk
     :math:`O^{(2)}` is zero. With ``mix="pre"`` the gradients of the chunk that has not ended count
     in :math:`M^{(2)}` already. Embeddings, output heads, norms, biases and tiny matrices take
     AdamW.

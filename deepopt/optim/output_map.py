@@ -11,7 +11,7 @@ from deepopt._compat import multiplies_bfloat16_faster
 from deepopt.ops import (
     ScaleArguments,
     adam_size,
-    add_agreement,
+    agreement_gain,
     newton_schulz,
     normalized,
     orthogonal_update,
@@ -69,7 +69,7 @@ class Identity:
 class Orthogonal:
     """The momentum made orthogonal, with its rows normalized, as large as AdamW's update would be.
 
-    Where gradients agree, some of the momentum itself is added, so that it goes as far as AdamW's.
+    Where gradients agree it is enlarged, so that it goes as far down the momentum as AdamW's.
     :class:`deepopt.DeepMomentum` gives the equations.
 
     Args:
@@ -77,7 +77,8 @@ class Orthogonal:
         coefficients: (a, b, c) of every step, or None for the Polar Express ones.
         row_norm: divide rows by their running root mean square.
         update_rms: a fixed root mean square, or None for that of AdamW's update.
-        rms_cap: the most that an update which lacks rank is enlarged by, at least 1.
+        rms_cap: the most that an update which lacks rank is enlarged by, and again where gradients
+            agree, at least 1.
 
     State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.
 
@@ -86,7 +87,7 @@ class Orthogonal:
     """
 
     agreement: ClassVar[bool] = True
-    """Whether something is added where gradients agree; a benchmark goes without it."""
+    """Whether it is enlarged where gradients agree; a benchmark goes without it."""
 
     steps: int = 5
     coefficients: Sequence[float] | None = None
@@ -161,9 +162,8 @@ class Orthogonal:
         update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
         state.update(zip(kept, new, strict=True))
         if self.update_rms is None and self.agreement:
-            update = add_agreement(
-                update, momentum, state["grad_norm"], scale.step, betas, scale.gain
-            )
+            further = agreement_gain(update, momentum, betas[0], self.rms_cap)
+            update = update * further[:, None, None]
         return update
 
 
