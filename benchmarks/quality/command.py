@@ -52,7 +52,9 @@ TIERS: dict[str, Tier] = {
     ),
     "swaps": Tier(Swaps, SMALL, SWAPPED),
     "long": Tier(
-        lambda w, c: Swaps(w, c, steps=4 * find(w).steps), ("breast_cancer", "friedman"), SWAPPED
+        lambda w, c: Swaps(w, c, seeds=5, steps=4 * find(w).steps),
+        ("friedman", "breast_cancer"),
+        ("AdamW", DEFAULT),
     ),
     "standard": Tier(Tuning, ("lm_code", "digits_mlp"), MAIN),
     "full": Tier(

@@ -22,7 +22,7 @@ BUDGETS = (0.5, 1.5, 2.0)
 BUDGET_SEEDS = 3
 
 SWAP_RATES = (3e-4, 1e-3, 3e-3)
-SWAPPED = ("AdamW", "DeepMomentum, delta")
+SWAPPED = ("AdamW", "DeepMomentum, delta", "DeepMomentum, delta, without agreement")
 
 
 @dataclass(frozen=True)
