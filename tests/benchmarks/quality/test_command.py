@@ -44,7 +44,7 @@ def test_swaps_run_are_counted_and_are_not_repeated(tmp_path, capsys):
     assert len(lines(tmp_path)) == 2 * 3 * 2
     page = (tmp_path / "quality.md").read_text()
     assert f"### {OURS}, at AdamW's best rate" in page
-    assert "| friedman | 0." in page
+    assert "| friedman, 4 steps | 0." in page
     assert main(arguments) == 0
     assert capsys.readouterr().out == ""
     assert (tmp_path / "quality.md").read_text() == page
