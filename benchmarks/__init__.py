@@ -1,1 +1,5 @@
 """Measurements of deepopt: ``python -m benchmarks --help``."""
+
+from benchmarks.quality.workload import workload
+
+__all__ = ["workload"]

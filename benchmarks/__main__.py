@@ -5,11 +5,13 @@ import sys
 from benchmarks import fig4, swap
 from benchmarks.hope import command as hope
 from benchmarks.hope import speed as hope_speed
+from benchmarks.quality import command as quality
 from benchmarks.speed import command as speed
 from deepopt._output import outlive_readers
 
 BENCHMARKS = {
-    "fig4": fig4, "hope": hope, "hope-speed": hope_speed, "speed": speed, "swap": swap
+    "fig4": fig4, "hope": hope, "hope-speed": hope_speed, "quality": quality, "speed": speed,
+    "swap": swap,
 }  # fmt: skip
 
 

@@ -1,0 +1,246 @@
+"""Which runs there are. A plan is a function of the lines so far, so that it can stop anywhere."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.quality.contenders import RIVALS, Setting
+from benchmarks.quality.training import Lines, Run, value
+from benchmarks.quality.workload import find
+
+LOWEST, HIGHEST = 5e-4, 3.2e-2
+AUX = (0.5, 1.0, 2.0)
+WEIGHT_DECAYS = (0.0, 0.03, 0.1, 0.3)
+BETAS = (0.9, 0.95)
+WIDENING = 4.0
+WIDENINGS = 2
+FINALISTS = 2
+BUDGETS = (0.5, 1.5, 2.0)
+"""Steps at which the rivals' loss is measured too, in units of the workload's."""
+BUDGET_SEEDS = 3
+
+SWAP_RATES = (3e-4, 1e-3, 3e-3)
+SWAPPED = ("AdamW", "DeepMomentum, delta")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The same search for every optimizer on a workload, then seeds.
+
+    1. Trials, at half of the steps: the defaults, then points of one quasi-random sequence. The
+       defaults of AdamW are tried at its usual rate and decay, those of the others at the best
+       that AdamW's trials have found: that is the swap.
+    2. Where anybody's best rate is the highest or the lowest tried, the range is widened for all.
+    3. The best two of each at all of its steps, and the better of them with every seed; the swap
+       with every seed; the rivals at their best at other budgets.
+
+    Attributes:
+        workload: its name.
+        contenders: names; AdamW is always among them.
+        trials: points of the sequence.
+        seeds: of the final runs.
+        steps: of the final runs; None for the workload's own.
+    """
+
+    workload: str
+    contenders: Sequence[str]
+    trials: int = 6
+    seeds: int = 5
+    steps: int | None = None
+
+    @property
+    def final_steps(self) -> int:
+        return self.steps or find(self.workload).steps
+
+    def run(self, contender: str, setting: Setting, seed: int = 0, share: float = 1.0) -> Run:
+        steps = max(2, round(self.final_steps * share))
+        return Run(self.workload, contender, setting, seed, steps)
+
+    def trial(self, contender: str, setting: Setting) -> Run:
+        return self.run(contender, setting, share=0.5)
+
+    def swap(self, lines: Lines) -> Setting | None:
+        """The rates and decay of AdamW's best trial before any widening, all else as by default."""
+        first = [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
+        best = best_of(first, lines)
+        if best is None:
+            return None
+        return Setting(best.setting.lr, best.setting.aux, best.setting.weight_decay)
+
+    def trials_of(self, contender: str, lines: Lines) -> list[Run]:
+        """The trials that there are so far."""
+        default = Setting(1e-3) if contender == "AdamW" else self.swap(lines)
+        settings = [default] if default else []
+        for low, high, skipped, count in self.ranges(lines):
+            settings += points(count, low, high, skipped)
+        return [self.trial(contender, setting) for setting in settings]
+
+    def ranges(self, lines: Lines) -> list[tuple[float, float, int, int]]:
+        """Ranges of rates with how many points to skip and to take, widened as far as is known."""
+        low, high, used = LOWEST, HIGHEST, self.trials
+        found = [(low, high, 0, self.trials)]
+        more = max(1, self.trials // 2)
+        for _ in range(WIDENINGS):
+            lowest, highest = self._ends_reached(found, lines)
+            if highest:
+                found.append((high, high * WIDENING, used, more))
+                high, used = high * WIDENING, used + more
+            if lowest:
+                found.append((low / WIDENING, low, used, more))
+                low, used = low / WIDENING, used + more
+            if not (lowest or highest):
+                break
+        return found
+
+    def _ends_reached(
+        self, ranges: Sequence[tuple[float, float, int, int]], lines: Lines
+    ) -> tuple[bool, bool]:
+        """Whether anybody's best trial has the lowest, or the highest, of all rates of the ranges.
+
+        Neither while a trial is missing.
+        """
+        settings = [s for low, high, skip, count in ranges for s in points(count, low, high, skip)]
+        rates = [setting.lr for setting in settings]
+        lowest = highest = False
+        for contender in self.contenders:
+            default = Setting(1e-3) if contender == "AdamW" else self.swap(lines)
+            if default is None:
+                return False, False
+            runs = [self.trial(contender, setting) for setting in (default, *settings)]
+            if any(run not in lines for run in runs):
+                return False, False
+            best = best_of(runs, lines)
+            if best is not None:
+                lowest |= best.setting.lr <= min(rates)
+                highest |= best.setting.lr >= max(rates)
+        return lowest, highest
+
+    def finalists(self, contender: str, lines: Lines) -> list[Run]:
+        runs = [run for run in self.trials_of(contender, lines) if run in lines]
+        runs = [run for run in runs if math.isfinite(value(lines[run]))]
+        chosen = sorted(runs, key=lambda run: value(lines[run]))[:FINALISTS]
+        return [self.run(contender, run.setting) for run in chosen]
+
+    def best(self, contender: str, lines: Lines) -> Setting | None:
+        """The setting of the better finalist."""
+        best = best_of(self.finalists(contender, lines), lines)
+        return None if best is None else best.setting
+
+    def tuned(self, contender: str, lines: Lines) -> list[Run]:
+        """Every seed at the best setting."""
+        setting = self.best(contender, lines)
+        return [self.run(contender, setting, s) for s in range(self.seeds)] if setting else []
+
+    def swapped(self, contender: str, lines: Lines) -> list[Run]:
+        """Every seed of an optimizer's default at AdamW's best rate and decay."""
+        setting = self.swap(lines)
+        if setting is None or contender == "AdamW":
+            return []
+        return [self.run(contender, setting, seed) for seed in range(self.seeds)]
+
+    def budgets(self, rival: str, lines: Lines) -> list[Run]:
+        """The rival at its best setting with other numbers of steps."""
+        setting = self.best(rival, lines)
+        if setting is None:
+            return []
+        seeds = range(min(BUDGET_SEEDS, self.seeds))
+        return [self.run(rival, setting, s, share) for share in BUDGETS for s in seeds]
+
+    def next(self, lines: Lines) -> list[Run]:
+        """The runs that are missing and can be told by now; empty when all are done."""
+        stages = (
+            lambda: self.trials_of("AdamW", lines)[: 1 + self.trials],
+            lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
+            lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
+            lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
+            lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
+            lambda: [run for c in RIVALS if c in self.contenders for run in self.budgets(c, lines)],
+        )
+        for stage in stages:
+            if missing := [run for run in dict.fromkeys(stage()) if run not in lines]:
+                return missing
+        return []
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """AdamW and another at the very same three rates, with paired seeds; nothing is tuned.
+
+    Attributes:
+        workload: its name.
+        contenders: names; AdamW is the one that the others are held against.
+        seeds: None for the workload's own number.
+        steps: None for the workload's own.
+    """
+
+    workload: str
+    contenders: Sequence[str] = SWAPPED
+    seeds: int | None = None
+    steps: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The workload, and the number of steps where it is not the workload's own."""
+        return f"{self.workload}, {self.steps} steps" if self.steps else self.workload
+
+    def runs(self, contender: str, lr: float) -> list[Run]:
+        workload = find(self.workload)
+        steps = self.steps or workload.steps
+        seeds = range(self.seeds or workload.seeds)
+        return [Run(self.workload, contender, Setting(lr), seed, steps) for seed in seeds]
+
+    def best_rate(self, lines: Lines, contender: str = "AdamW") -> float | None:
+        """The rate at which the mean of an optimizer's runs is best; None while one is missing."""
+        means = {}
+        for lr in SWAP_RATES:
+            runs = self.runs(contender, lr)
+            if any(run not in lines for run in runs):
+                return None
+            means[lr] = sum(value(lines[run]) for run in runs) / len(runs)
+        return min(means, key=lambda lr: means[lr])
+
+    def next(self, lines: Lines) -> list[Run]:
+        every = [run for c in self.contenders for lr in SWAP_RATES for run in self.runs(c, lr)]
+        return [run for run in every if run not in lines]
+
+
+Plan = Tuning | Swaps
+
+
+def points(
+    count: int, low: float = LOWEST, high: float = HIGHEST, skipped: int = 0
+) -> list[Setting]:
+    """Settings of the one quasi-random sequence (Sobol), the same for every optimizer.
+
+    Args:
+        count: of points.
+        low, high: ends of the rates, which are uniform in their logarithm.
+        skipped: points of the sequence that come before.
+    """
+    drawn = torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(skipped + count)
+    found = []
+    for lr, aux, decay, beta, own in drawn[skipped:].tolist():
+        found.append(
+            Setting(
+                float(f"{low * (high / low) ** lr:.3g}"),
+                _choice(AUX, aux),
+                _choice(WEIGHT_DECAYS, decay),
+                _choice(BETAS, beta),
+                int(2 * own),
+            )
+        )
+    return found
+
+
+def _choice(values: Sequence[float], share: float) -> float:
+    return values[int(share * len(values))]
+
+
+def best_of(runs: Sequence[Run], lines: Lines) -> Run | None:
+    """The run of the smallest loss; None while one is missing, or where none ended well."""
+    if not runs or any(run not in lines for run in runs):
+        return None
+    best = min(runs, key=lambda run: value(lines[run]))
+    return best if math.isfinite(value(lines[best])) else None

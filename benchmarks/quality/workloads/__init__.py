@@ -1,0 +1,1 @@
+"""One file per workload: data, model, loss, metrics."""

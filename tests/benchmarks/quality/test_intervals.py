@@ -1,0 +1,88 @@
+"""Paired intervals, Holm's correction, ties, and the data ratio."""
+
+import math
+
+import pytest
+
+from benchmarks.quality.intervals import (
+    bootstrap,
+    equal_loss_ratio,
+    holm,
+    paired,
+    t_cdf,
+    t_quantile,
+    verdict,
+)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "p", "t"), [(1, 0.975, 12.7062), (4, 0.975, 2.77645), (9, 0.995, 3.24984)]
+)
+def test_students_distribution_has_the_values_of_the_tables(degrees, p, t):
+    assert t_cdf(t, degrees) == pytest.approx(p, abs=1e-5)
+    assert t_quantile(p, degrees) == pytest.approx(t, rel=1e-4)
+    assert t_cdf(0.0, degrees) == 0.5
+
+
+def test_a_paired_interval_is_that_of_the_differences():
+    # Differences -1, -2, -3: mean -2, standard error 1/sqrt(3), t(2) = 4.30265
+    found = paired([1.0, 3.0, 7.0], [2.0, 5.0, 10.0])
+    assert found.mean == -2.0
+    assert found.high - found.low == pytest.approx(2 * 4.30265 / math.sqrt(3), rel=1e-4)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_what_seeds_share_leaves_no_trace_in_a_paired_interval():
+    hard = [0.0, 50.0, -20.0]
+    first = [h + d for h, d in zip(hard, (1.0, 1.1, 0.9), strict=True)]
+    found = paired(first, hard)
+    assert found.low > 0.7
+    assert found.p < 0.01
+
+
+@pytest.mark.parametrize("values", [[1.0], [math.inf, 1.0]])
+def test_one_seed_or_a_diverged_one_proves_nothing(values):
+    found = paired(values, [2.0] * len(values))
+    assert verdict(found.mean, found.p) == "tie"
+    assert found.low == -math.inf
+
+
+def test_holm_multiplies_the_smallest_by_the_number_and_never_falls():
+    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
+    assert corrected == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "word"),
+    [(-1.0, 0.01, "win"), (1.0, 0.01, "loss"), (-1.0, 0.05, "tie"), (1.0, 1.0, "tie")],
+)
+def test_a_difference_is_a_tie_unless_it_is_significant(difference, p, word):
+    assert verdict(difference, p) == word
+
+
+def test_the_data_ratio_is_that_of_the_steps_at_equal_loss():
+    # The rival's loss is 5 - log2(steps): it needs twice the steps for a loss that is 1 lower.
+    budgets = {steps: 5 - math.log2(steps) for steps in (2, 4, 8)}
+    assert equal_loss_ratio(3.0, 4, budgets) == pytest.approx(1.0)
+    assert equal_loss_ratio(2.5, 4, budgets) == pytest.approx(math.sqrt(2))
+    assert equal_loss_ratio(2.0, 4, budgets) == pytest.approx(2.0)
+    assert equal_loss_ratio(3.5, 4, budgets) == pytest.approx(1 / math.sqrt(2))
+
+
+def test_the_data_ratio_stops_at_the_ends_of_the_budgets():
+    budgets = {2: 4.0, 4: 3.0, 8: 2.0}
+    assert equal_loss_ratio(-9.0, 4, budgets) == 2.0
+    assert equal_loss_ratio(9.0, 4, budgets) == 0.5
+
+
+def test_a_larger_budget_that_was_worse_does_not_count_as_worse():
+    assert equal_loss_ratio(2.5, 4, {2: 4.0, 4: 3.0, 6: 3.2, 8: 2.0}) == pytest.approx(
+        6 * (8 / 6) ** 0.5 / 4
+    )
+
+
+def test_the_interval_of_the_data_ratio_holds_its_center_and_repeats():
+    budgets = {2: [4.0, 4.2], 4: [3.0, 3.1], 8: [2.0, 2.2]}
+    found = bootstrap([2.5, 2.7, 2.6], 4, budgets)
+    assert found.low < found.mean < found.high
+    assert found[:3] == bootstrap([2.5, 2.7, 2.6], 4, budgets)[:3]

@@ -1,0 +1,136 @@
+"""One tuner for everybody: the plan as a function of the lines that there are."""
+
+import math
+
+import pytest
+
+from benchmarks.quality import plan as plans
+from benchmarks.quality.contenders import Setting
+from benchmarks.quality.plan import Swaps, Tuning, points
+
+PAIR = ("AdamW", "NorMuon")
+
+
+def line(loss):
+    return {"metrics": {"val_loss": loss}} if math.isfinite(loss) else {"diverged": "at once"}
+
+
+def finished(plan, loss):
+    """All lines of a plan, each run having the loss that a function gives."""
+    lines, stages = {}, []
+    while missing := plan.next(lines):
+        stages.append(missing)
+        lines |= {run: line(loss(run)) for run in missing}
+        assert len(stages) < 20
+    return lines, stages
+
+
+def bowl(best):
+    """A loss whose best rate is `best`, better with more steps."""
+    return lambda run: abs(math.log(run.setting.lr / best)) + 100 / run.steps + 0.01 * run.seed
+
+
+def test_all_optimizers_have_the_same_trials_but_their_first():
+    plan = Tuning("friedman", PAIR, trials=5, seeds=2)
+    lines, _ = finished(plan, bowl(4e-3))
+    adamw, other = (plan.trials_of(contender, lines) for contender in PAIR)
+    assert [run.setting for run in adamw[1:]] == [run.setting for run in other[1:]]
+    assert adamw[0].setting == Setting(1e-3)
+    assert len(adamw) == 6
+    assert {run.steps for run in adamw} == {plan.final_steps // 2}
+
+
+def test_the_first_trial_of_the_others_is_their_default_at_adamws_best_rates_and_decay():
+    plan = Tuning("friedman", PAIR, trials=5, seeds=2)
+    lines, _ = finished(plan, bowl(4e-3))
+    best = min(
+        plan.trials_of("AdamW", lines), key=lambda run: abs(math.log(run.setting.lr / 4e-3))
+    ).setting
+    swap = plan.trials_of("NorMuon", lines)[0].setting
+    assert swap == Setting(best.lr, best.aux, best.weight_decay)
+    assert [run.setting for run in plan.swapped("NorMuon", lines)] == [swap] * 2
+    assert {run.steps for run in plan.swapped("NorMuon", lines)} == {plan.final_steps}
+
+
+@pytest.mark.parametrize(("best", "widened"), [(1.0, "high"), (1e-5, "low"), (4e-3, None)])
+def test_the_range_is_widened_for_all_when_anybodys_best_is_at_its_end(best, widened):
+    plan = Tuning("friedman", PAIR, trials=6, seeds=1)
+    losses = {"AdamW": bowl(4e-3), "NorMuon": bowl(best)}
+    lines, _ = finished(plan, lambda run: losses[run.contender](run))
+    rates = {c: [run.setting.lr for run in plan.trials_of(c, lines)] for c in PAIR}
+    assert rates["AdamW"][1:] == rates["NorMuon"][1:]
+    beyond = [lr for lr in rates["AdamW"] if not plans.LOWEST <= lr <= plans.HIGHEST]
+    expected = 0 if widened is None else plans.WIDENINGS * 3
+    assert len(beyond) == expected
+    assert all((lr > plans.HIGHEST) == (widened == "high") for lr in beyond)
+
+
+def test_the_best_two_trials_run_in_full_and_the_better_one_with_every_seed():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=3)
+    lines, _ = finished(plan, bowl(4e-3))
+    trials = plan.trials_of("NorMuon", lines)
+    ranked = sorted(trials, key=lambda run: abs(math.log(run.setting.lr / 4e-3)))
+    finalists = plan.finalists("NorMuon", lines)
+    assert [run.setting for run in finalists] == [run.setting for run in ranked[:2]]
+    assert plan.best("NorMuon", lines) == ranked[0].setting
+    tuned = plan.tuned("NorMuon", lines)
+    assert [run.seed for run in tuned] == [0, 1, 2]
+    assert {run.steps for run in tuned} == {plan.final_steps}
+
+
+def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():
+    plan = Tuning("friedman", ("AdamW", "DeepMomentum, delta"), trials=3, seeds=2)
+    lines, _ = finished(plan, bowl(4e-3))
+    found = {run.steps for run in lines if run.setting == plan.best("AdamW", lines)}
+    assert {round(plan.final_steps * share) for share in (0.5, 1.5, 2.0)} <= found
+    ours = {run.steps for run in lines if run.contender == "DeepMomentum, delta"}
+    assert max(ours) == plan.final_steps
+
+
+def test_no_run_is_asked_for_twice_and_a_plan_goes_on_from_any_lines():
+    plan = Tuning("friedman", PAIR, trials=4, seeds=2)
+    lines, stages = finished(plan, bowl(4e-3))
+    every = [run for stage in stages for run in stage]
+    assert len(every) == len(set(every)) == len(lines)
+    kept = dict(list(lines.items())[:7])
+    while missing := plan.next(kept):
+        kept |= {run: lines[run] for run in missing}
+    assert kept.keys() == lines.keys()
+
+
+def test_trials_that_diverge_are_no_finalists():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=1)
+    lines, _ = finished(plan, lambda run: math.inf if run.setting.lr > 5e-3 else 1 / run.setting.lr)
+    assert plan.best("NorMuon", lines).lr <= 5e-3
+
+
+def test_an_optimizer_that_never_ends_well_has_no_best_and_stops_nobody():
+    plan = Tuning("friedman", PAIR, trials=2, seeds=1)
+    lines, _ = finished(plan, lambda run: math.inf if run.contender == "NorMuon" else run.steps)
+    assert plan.best("NorMuon", lines) is None
+    assert plan.best("AdamW", lines) is not None
+
+
+def test_points_fill_the_range_evenly_and_go_on_where_they_stopped():
+    eight = points(8)
+    assert eight == points(3) + points(5, skipped=3)
+    logs = sorted(math.log(s.lr / plans.LOWEST) for s in eight)
+    width = math.log(plans.HIGHEST / plans.LOWEST) / 8
+    assert all(k * width - 0.01 <= x <= (k + 1) * width + 0.01 for k, x in enumerate(logs))
+
+
+def test_a_swap_is_both_optimizers_at_the_very_same_rates_decay_and_seeds():
+    plan = Swaps("friedman", PAIR, seeds=2)
+    runs = plan.next({})
+    ours = {(r.setting, r.seed, r.steps) for r in runs if r.contender == "NorMuon"}
+    theirs = {(r.setting, r.seed, r.steps) for r in runs if r.contender == "AdamW"}
+    assert ours == theirs
+    assert len(ours) == 3 * 2
+
+
+def test_adamws_best_rate_is_that_of_the_mean_over_seeds_and_unknown_before_all_have_run():
+    plan = Swaps("friedman", PAIR, seeds=2)
+    lines, _ = finished(plan, bowl(1e-3))
+    assert plan.best_rate(lines) == 1e-3
+    lines.pop(plan.runs("AdamW", 3e-3)[1])
+    assert plan.best_rate(lines) is None

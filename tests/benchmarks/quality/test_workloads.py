@@ -1,0 +1,107 @@
+"""The workloads: batches repeat, data that is absent is told, a user's own file is one."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import command, datasets
+from benchmarks.quality.plan import Swaps
+from benchmarks.quality.workload import HELD_OUT, Unavailable, built_in, digest, find
+from deepopt import param_groups
+
+ROOT = Path(__file__).parents[3]
+QUICK = [name for name in built_in() if name not in ("llama_tuned", "lora")]  # those train first
+
+
+def available(name):
+    workload = find(name)
+    try:
+        workload.sha256()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    return workload
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_workload_has_batches_of_its_seed_and_step_and_a_loss_that_falls(name):
+    workload = available(name)
+    assert digest(workload.data(0, 3)) == digest(workload.data(0, 3))
+    others = {digest(workload.data(0, 3)), digest(workload.data(0, 4)), digest(workload.data(1, 3))}
+    assert len(others) == 3
+    torch.manual_seed(0)
+    model = workload.model()
+    assert any(group["path"] == "matrix" for group in param_groups(model))
+    optimizer, batch = torch.optim.AdamW(model.parameters(), 3e-3), workload.data(0, 0)
+    before = workload.loss(model, batch)
+    for _ in range(3):
+        optimizer.zero_grad()
+        workload.loss(model, batch).backward()
+        optimizer.step()
+    assert workload.loss(model, batch) < before
+    assert workload.metrics(model)["val_loss"] > 0
+    assert re.fullmatch("[0-9a-f]{64}", workload.sha256())
+
+
+def test_the_fine_tunings_start_where_the_pretraining_ended_and_lora_trains_its_factors_alone(
+    monkeypatch,
+):
+    from benchmarks.quality.workloads import llama_tuned
+
+    monkeypatch.setattr(llama_tuned, "PRETRAINING", 2)
+    llama_tuned.pretrained.cache_clear()
+    try:
+        first, lora = (find(name).model() for name in ("llama_tuned", "lora"))
+        batch = find("lora").data(0, 0)
+        torch.testing.assert_close(
+            find("lora").loss(lora, batch), find("llama_tuned").loss(first, batch)
+        )
+        trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+        assert len(trained) == 2 * 7 * 2  # two factors, seven matrices, two blocks
+        assert all("lora_" in name for name in trained)
+        paths = {group["path"] for group in param_groups(lora) if group["params"]}
+        assert "matrix" in paths
+    finally:
+        llama_tuned.pretrained.cache_clear()
+
+
+def test_batches_of_a_pass_have_every_example_at_most_once():
+    part = datasets.Part(torch.arange(10.0)[:, None], torch.arange(10))
+    data = datasets.Dataset(part, part, "")
+    seen = torch.cat([data.batch(3, 0, step).targets for step in range(3)])
+    assert len(seen.unique()) == 9
+    later = torch.cat([data.batch(3, 0, step).targets for step in range(3, 6)])
+    assert len(later.unique()) == 9
+    assert not torch.equal(seen, later)
+
+
+def test_data_that_is_not_installed_is_refused_with_the_command_that_gets_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="pip install --no-deps scikit-learn"):
+        datasets.digits.__wrapped__()
+
+
+def test_the_guides_own_workload_runs_from_its_path(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "your_workload.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    path = tmp_path / "product.py"
+    path.write_text(block)
+    workload = find(str(path))
+    assert digest(workload.data(HELD_OUT, 0)) != digest(workload.data(0, 0))
+    monkeypatch.setitem(
+        command.TIERS,
+        "swaps",
+        command.Tier(lambda w, c: Swaps(w, c, seeds=1, steps=3), (), ("AdamW", "M3")),
+    )
+    arguments = ["--tier", "swaps", "--workloads", str(path), "--out", str(tmp_path)]
+    assert command.main([*arguments, "--jobs", "1"]) == 0
+    assert len((tmp_path / "quality" / "product.jsonl").read_text().splitlines()) == 6
+    assert "a product of two inputs, an MLP" in (tmp_path / "quality.md").read_text()
+
+
+def test_a_file_without_a_workload_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match=r"needs WORKLOAD = benchmarks.workload\(...\)"):
+        find(str(tmp_path / "empty.py"))
