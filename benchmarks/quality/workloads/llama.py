@@ -1,5 +1,6 @@
 """Next byte, a tiny Llama: RMSNorm, rotary attention, SwiGLU, a head that starts at random."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = rotations(x.shape[1], DIM // HEADS, x)
+        cos, sin = rotations(torch.arange(x.shape[1]), DIM // HEADS, x)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
