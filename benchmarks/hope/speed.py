@@ -27,6 +27,8 @@ from deepopt.ops import backend
 CONFIG = HopeConfig(layers=4)
 MODELS = ("Hope", "Transformer++", "gated DeltaNet", "Hope, scan")
 LENGTHS = (512, 2048, 4096, 8192)
+READ = (1, 4096)
+"""Tokens that Hope has read before it decodes."""
 BATCH = 2048
 """Tokens of a batch; longer sequences come one at a time."""
 Line = dict[str, Any]
@@ -78,7 +80,7 @@ def decode_lines(seconds: float) -> list[Line]:
     model = build("Hope", CONFIG)
     token = torch.randint(CONFIG.vocab_size, (1, 1))
     lines = []
-    for read in (1, 4096):
+    for read in READ:
         state = model(torch.randint(CONFIG.vocab_size, (1, read))).state
 
         def step(state: Any = state) -> None:

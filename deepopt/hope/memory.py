@@ -63,7 +63,7 @@ GENERATOR_FLOOR = 1.0
 
 # What the generated logits of the two erasures are multiplied by. Whether a token is written is a
 # choice, and one that is made by halves leaks: of what a text asks to keep, and of a tracked state.
-SHARPNESS = 3.0
+SHARPNESS = 6.0
 
 
 class Form(NamedTuple):

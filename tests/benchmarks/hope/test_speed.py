@@ -1,0 +1,35 @@
+"""The benchmark of Hope's speed: its lines, its page, and its refusals."""
+
+import json
+
+import pytest
+
+from benchmarks.hope import speed
+from deepopt.hope import HopeConfig
+
+SMALL = HopeConfig(vocab_size=11, dim=16, layers=1, heads=2, memory_chunk=4, projection_chunk=4)
+
+
+def test_every_model_has_a_row_and_the_page_is_made_from_the_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "CONFIG", SMALL)
+    monkeypatch.setattr(speed, "BATCH", 16)
+    monkeypatch.setattr(speed, "READ", (1, 8))
+    options = ["--out", str(tmp_path)]
+    assert speed.main([*options, "--lengths", "8", "--seconds", "0.01"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "hope_speed.jsonl").read_text().splitlines()]
+    train = {line["model"]: line for line in lines if line["kind"] == "train"}
+    assert set(train) == set(speed.MODELS)
+    assert all(line["flops_per_token"] > 0 for line in train.values())
+    assert [line["read"] for line in lines if line["kind"] == "decode"] == [1, 1, 8, 8]
+    page = (tmp_path / "hope_speed.md").read_text()
+    for model in speed.MODELS:
+        assert f"| 8 | {model} |" in page
+    (tmp_path / "hope_speed.md").unlink()
+    assert speed.main([*options, "--report"]) == 0
+    assert (tmp_path / "hope_speed.md").read_text() == page
+
+
+def test_a_report_without_lines_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--out", str(tmp_path), "--report"])
+    assert "run without it first" in capsys.readouterr().err
