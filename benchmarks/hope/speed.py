@@ -22,6 +22,7 @@ from benchmarks.hope.models import build, parameters
 from benchmarks.tables import markdown
 from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
 from deepopt.hope import HopeConfig
+from deepopt.hope.fused import FLOPS
 from deepopt.ops import backend
 
 CONFIG = HopeConfig(layers=4)
@@ -36,7 +37,7 @@ Line = dict[str, Any]
 
 def train_flops(step: Callable[[], Any]) -> int:
     """FLOPs of a step's products and attention; what the backward computes again counts."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         step()
     return int(counter.get_total_flops())
 

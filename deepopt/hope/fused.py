@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from deepopt.hope import scan
 from deepopt.hope.memory import (
@@ -237,7 +236,7 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
         of every segment, (batch, heads, segments or 0, 2 d (4 h + m)): all W2 and then all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h = m: 70, and 191 for the
-    gradient, as `torch.utils.flop_counter` counts them.
+    gradient, as `FLOPS` counts them.
     """
     outputs, starts, begin = [], [], 0
     inputs, generators, memory, initial, gates, form = given.parts()
@@ -311,11 +310,17 @@ def _flops(given: Sequence[Any], backward: bool) -> int:
     return int(batch * heads) * 2 * total
 
 
-@register_flop_formula(torch.ops.deepopt.memories)
 def _memories_flops(keep: bool, *given: Any, out_shape: Any = None, **_: Any) -> int:
     return _flops(given, False)
 
 
-@register_flop_formula(torch.ops.deepopt.memories_gradient)
 def _gradient_flops(grads: Any, starts: Any, *given: Any, out_shape: Any = None, **_: Any) -> int:
     return _flops(given, True)
+
+
+FLOPS = {
+    torch.ops.deepopt.memories: _memories_flops,
+    torch.ops.deepopt.memories_gradient: _gradient_flops,
+}
+"""For `FlopCounterMode(custom_mapping=FLOPS)`. Torch's own registry takes a formula once only, and
+importing it imports Triton."""
