@@ -131,6 +131,15 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         carries = labels is None if use_cache is None else use_cache
         return HopeForCausalLMOutput(out.loss, out.logits, out.state if carries else None)
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> dict[str, Any]:
+        """What the next step of `generate` is called with. Not every release carries a state on."""
+        following: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **options
+        )
+        return {**following, "state": outputs.state}
+
     def _reorder_cache(self, *_: Any) -> None:
         raise NotImplementedError("beam search is not supported: use num_beams=1")
 
