@@ -79,7 +79,7 @@ def shown(plan: Plan, lines: Lines) -> bool:
 
 
 def losses(runs: Sequence[Run], lines: Lines) -> list[float] | None:
-    """Of all the runs; None while one is missing."""
+    """The losses of all the runs; None while one is missing."""
     if not runs or any(run not in lines for run in runs):
         return None
     return [value(lines[run]) for run in runs]

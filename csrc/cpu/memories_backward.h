@@ -102,7 +102,7 @@
     for (const Matrix* each : {&first_, &second_}) end_back(*each), solve_back(*each);
   }
 
-  // Of to = kept X q + pulled X_0 q + written mask
+  // The gradients of a read, to = kept X q + pulled X_0 q + written mask.
   void read_back(const Matrix& m, Tile<T> d, Tile<T> d_query, Tile<T> query_t) {
     const Tile<T> t = m.scratch, u = m.scratch2, a = m.a, b = m.b, square = square_, decays = decay_;
     const T *kept = rate_.kept, *pulled = rate_.pulled;
@@ -128,7 +128,7 @@
     multiply<kSet>(m.d_written, d.left(), count_, flipped(m.mask));
   }
 
-  // Of X_C = ... + written diag(end) key^T
+  // The gradients of what the end holds of a chunk, X_C = ... + written diag(end) key^T.
   void end_back(const Matrix& m) {
     const Tile<T> t = m.scratch, u = m.scratch2, d_written = m.d_written, written = m.written;
     const T* end = rate_.end;
@@ -142,7 +142,7 @@
     multiply<kAdd>(m.d_key, m.d_running.transposed(), t.rows, u);
   }
 
-  // Of written (I + v diag(rate)) = right
+  // The gradients of the triangular system, written (I + v diag(rate)) = right.
   void solve_back(const Matrix& m) {
     const Tile<T> t = m.scratch, u = m.scratch2, seen = m.seen, first = m.first;
     const Tile<T> key = kv_.half(0), value = kv_.half(1);
@@ -242,7 +242,7 @@
     transpose(to, from.part(0, count_));
   }
 
-  // Of f = n activation(h), where n may have a gradient d_n of its own.
+  // The gradient of h in f = n activation(h), where n may have a gradient d_n of its own.
   void features_back(Tile<T> to, Tile<T> d, Tile<T> f, Tile<T> slope, const T* n, const T* d_n) {
     T* sum = sum2_;
     each(d.columns, [=](int64_t j) { sum[j] = d_n ? d_n[j] * n[j] : T(0); });
@@ -252,7 +252,7 @@
     });
   }
 
-  // Of y = n x, a unit column.
+  // The gradient of x in y = n x, a unit column.
   void unit_back(Tile<T> to, Tile<T> d, Tile<T> y, const T* n) {
     T* sum = sum2_;
     each(width_, [=](int64_t j) { sum[j] = 0; });

@@ -205,7 +205,7 @@
     Tile<T> a, b, mask;   // X q of both, and the decayed similarities of keys and queries
     Tile<T> result;
     Tile<T> scratch, scratch2;  // as large as `written`
-    // For the way back
+    // These are filled on the way back alone.
     Tile<T> d_running, d_before, d_initial, d_key, key_t, d_written;
     T* d_rate;
   };

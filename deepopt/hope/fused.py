@@ -16,9 +16,6 @@ from torch import Tensor
 
 from deepopt.hope import scan
 from deepopt.hope.memory import (
-    GENERATOR_FLOOR,
-    MEM_FLOOR,
-    SHARPNESS,
     Form,
     Gates,
     Initial,
@@ -84,7 +81,7 @@ class Arguments(NamedTuple):
         )
         form = Form(
             "l2", "delta", self.max_eta, self.max_erase, self.max_delta, False, self.memory_chunk,
-            self.projection_chunk,
+            self.projection_chunk, self.generator_floor, self.memory_floor, self.sharpness,
         )  # fmt: skip
         return (
             Inputs(*self[:3]),
@@ -122,7 +119,7 @@ def self_modifying(
     valid: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState, MemoryState]:
     """`deepopt.hope.scan.self_modifying`, by the kernel where it is written for the arguments."""
-    written_for = (
+    if (
         form.update == "delta"
         and form.objective == "l2"
         and form.max_erase is not None
@@ -131,14 +128,13 @@ def self_modifying(
         and valid is None
         and generators.w2.shape[-2] > 0
         and memory.w2.shape[-2] > 0
-    )
-    if written_for and form.max_erase is not None:
+    ):
         pulls = [weights or (None, None) for weights in initial]
         arguments = Arguments._make(
             [*inputs, *generators[:4], *memory[:4], *pulls[0], *pulls[1],
              torch.stack(gates[:6], -1), form.max_eta, form.max_erase, form.max_delta,
-             GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS, form.projection_chunk, form.memory_chunk,
-             position]
+             form.generator_floor, form.memory_floor, form.sharpness, form.projection_chunk,
+             form.memory_chunk, position]
         )  # fmt: skip
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -322,5 +318,5 @@ FLOPS = {
     torch.ops.deepopt.memories: _memories_flops,
     torch.ops.deepopt.memories_gradient: _gradient_flops,
 }
-"""For `FlopCounterMode(custom_mapping=FLOPS)`. Torch's own registry takes a formula once only, and
+"""For `FlopCounterMode(custom_mapping=FLOPS)`: torch's own registry takes a formula once only, and
 importing it imports Triton."""

@@ -55,16 +55,6 @@ GENERATORS = ("key", "value", "eta", "alpha")
 Objective = Literal["l2", "dot"]
 Update = Literal["delta", "dgd", "gd"]
 
-# What is added to the squared norm that features are divided by. The features of `mem` keep norm 1
-# down to inputs of 0.01, for the sign of what is left of a column that was erased many times is
-# what tracks a state. Those of the generating memories are as long as their input, up to 1.
-MEM_FLOOR = 1e-4
-GENERATOR_FLOOR = 1.0
-
-# What the generated logits of the two erasures are multiplied by. Whether a token is written is a
-# choice, and one that is made by halves leaks: of what a text asks to keep, and of a tracked state.
-SHARPNESS = 6.0
-
 
 class Form(NamedTuple):
     """Which memories these are: what a layer's configuration says about their arithmetic.
@@ -78,6 +68,12 @@ class Form(NamedTuple):
         per_channel: whether eta weighs every channel of the inner objective by itself.
         memory_chunk: tokens between two anchors of `mem`.
         projection_chunk: tokens between two anchors of the generating memories.
+        generator_floor: what is added to the squared norm by which the features of the generating
+            memories are divided: they are as long as their input, up to 1.
+        memory_floor: the same for `mem`, whose features keep norm 1 down to inputs of 0.01: a state
+            is tracked by the sign of what is left of a column that was erased many times.
+        sharpness: factor of the generated logits of the two erasures. A token is to be written or
+            not: one that is written by half wears away what is stored, tracked states among it.
     """
 
     objective: Objective
@@ -88,6 +84,13 @@ class Form(NamedTuple):
     per_channel: bool
     memory_chunk: int
     projection_chunk: int
+    generator_floor: float = 1.0
+    memory_floor: float = 1e-4
+    sharpness: float = 6.0
+
+    def floor(self, generating: bool) -> float:
+        """The floor of the memories that generate, or of the one that answers."""
+        return self.generator_floor if generating else self.memory_floor
 
 
 class Weights(NamedTuple):
@@ -238,7 +241,7 @@ def generate(
     `valid` (batch, 1, tokens) is False where a token is padding, which writes and forgets nothing.
     """
     seen = torch.stack([inputs.key, inputs.value, inputs.key, inputs.key], 2)
-    key, value, eta, alpha = recall(w2, w1, seen, GENERATOR_FLOOR).unbind(2)
+    key, value, eta, alpha = recall(w2, w1, seen, form.generator_floor).unbind(2)
     # A value meets the memories as an input, M(v_t). Unless it is as short as a key, what M_value
     # learns comes back longer through v^_t = M(v_t), and the loop runs away from the first weights.
     return Generated(unit(key), unit(value), *rates(eta, alpha, gates, form, valid))
@@ -262,13 +265,14 @@ def rates(
     eta = form.max_eta * half.unsqueeze(-2) * torch.sigmoid(eta_logit + gates.eta[:, None, None])
     if gates.theta is not None:  # the momentum sums 1 / (1 - theta) gradients
         eta = eta * torch.sigmoid(-gates.theta)[:, None, None]
+    erase, delta = (form.sharpness * _pooled(x) for x in (erase, delta))
     if form.max_erase is None:
         beta = eta.mean(-2)
     else:
         # A gradient on top of the erasure takes its part of the room.
         room = half - eta.amax(-2) / 2 if form.update == "dgd" else half
-        beta = form.max_erase * room * _share(_pooled(erase), gates.erase, gates.erase_range)
-    delta = form.max_delta * half * _share(_pooled(delta), gates.delta, gates.delta_range)
+        beta = form.max_erase * room * _share(erase, gates.erase, gates.erase_range)
+    delta = form.max_delta * half * _share(delta, gates.delta, gates.delta_range)
     log_alpha = F.logsigmoid(retention)
     if valid is None:
         return eta, beta, delta, log_alpha
@@ -280,7 +284,7 @@ def _share(logit: Tensor, bias: Tensor, range_logit: Tensor) -> Tensor:
     its length, so that a state is tracked over any number of tokens and not only those trained on.
     """
     range_ = torch.sigmoid(range_logit)[:, None]
-    return (1.1 * range_ * torch.sigmoid(SHARPNESS * logit + bias[:, None])).clamp(max=1.0)
+    return (1.1 * range_ * torch.sigmoid(logit + bias[:, None])).clamp(max=1.0)
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class Reader:
         self._state: Any = None
         self._fastest = min(self.optimizer.param_groups, key=lambda group: group["chunk"])
         self._losses: list[Tensor] = []
-        # Of the window that has begun: the summed loss, its tokens, and positions still to come.
+        # The window that has begun: its summed loss, its tokens, and the positions still to come.
         self._total: Tensor | None = None
         self._count = self._left = 0
 

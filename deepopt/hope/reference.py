@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from deepopt.hope.memory import (
-    GENERATOR_FLOOR,
-    MEM_FLOOR,
     Form,
     Gates,
     Generated,
@@ -49,7 +47,7 @@ def self_modifying(
             memory = memory.anchored(there)
         token = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         query = seen.query.unsqueeze(2)
-        outputs.append(recall(memory.w2, memory.w1, query, MEM_FLOOR).squeeze(2))
+        outputs.append(recall(memory.w2, memory.w1, query, form.memory_floor).squeeze(2))
         generators = write(generators, initial.generators, token, gates, form, now, True)
         memory = write(memory, initial.memory, token, gates, form, now, False)
     return torch.cat(outputs, -1), generators, memory
@@ -66,7 +64,7 @@ def write(
 ) -> MemoryState:
     """All the memories of a stack after one token."""
     linear = state.w2.shape[-2] == 0
-    floor = GENERATOR_FLOOR if generating else MEM_FLOOR
+    floor = form.floor(generating)
     key, value, eta = (x.unsqueeze(2) for x in (token.key, token.value, token.eta))
     value_hat = unit(recall(state.anchor_w2, state.anchor_w1, value, floor))
 

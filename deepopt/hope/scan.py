@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepopt.hope.memory import (
-    GENERATOR_FLOOR,
-    MEM_FLOOR,
     Form,
     Gates,
     Generated,
@@ -73,7 +71,7 @@ def self_modifying(
         times = _times(tokens.log_alpha, gates.theta, now)
         generating = _write(generators, initial.generators, tokens, times, form, True)
         answering = _write(memory, initial.memory, tokens, times, form, False)
-        outputs.append(answering.read(seen.query))
+        outputs.append(answering.read(seen.query, form.memory_floor))
         generators, memory = generating.after(generators), answering.after(memory)
         start += length
     return torch.cat(outputs, -1), generators, memory
@@ -231,11 +229,11 @@ class _Chunk(NamedTuple):
             w2=w2.view_as(state.w2), s2=None if s2 is None else s2.view_as(state.w2)
         )
 
-    def read(self, query: Tensor) -> Tensor:
+    def read(self, query: Tensor, floor: float) -> Tensor:
         """o_t = M_{t-1}(q_t) of a stack of one memory; query (batch, heads, d, C)."""
         if self.w2 is None:
             return self.w1.before(query.unsqueeze(2)).squeeze(2)
-        hidden = unit(F.gelu(self.w2.before(query)), MEM_FLOOR)
+        hidden = unit(F.gelu(self.w2.before(query)), floor)
         return query + self.w1.before(hidden.unsqueeze(2)).squeeze(2)
 
 
@@ -249,7 +247,7 @@ def _write(
 ) -> _Chunk:
     """What the tokens of a chunk write into a stack of memories."""
     linear = state.w2.shape[-2] == 0
-    surprise = _surprise(state, tokens, form, GENERATOR_FLOOR if generating else MEM_FLOOR)
+    surprise = _surprise(state, tokens, form, form.floor(generating))
     start2, start1 = (None, None) if initial is None else initial
     erase2, erase1 = erasures(tokens, form, generating, linear)
     wrote: Tensor = -surprise.error

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepopt.hope import Hope, HopeConfig, fused, scan
-from deepopt.hope.memory import GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS
 from deepopt.ops import backend
 from deepopt.ops.operator import UNAVAILABLE
 from tests.hope.test_memory import Case
@@ -26,7 +25,8 @@ def arguments(case: Case, position: int = 0) -> fused.Arguments:
         *case.inputs, *case.generators[:4], *case.memory[:4], *pulls,
         torch.stack(case.gates[:6], -1).detach().requires_grad_(),
         form.max_eta, form.max_erase or 0.0, form.max_delta,
-        GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS, form.projection_chunk, form.memory_chunk, position,
+        form.generator_floor, form.memory_floor, form.sharpness, form.projection_chunk,
+        form.memory_chunk, position,
     )  # fmt: skip
 
 

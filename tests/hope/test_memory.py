@@ -11,7 +11,6 @@ from torch import Tensor
 from deepopt.hope import reference, scan
 from deepopt.hope.memory import (
     GENERATORS,
-    MEM_FLOOR,
     Form,
     Gates,
     Initial,
@@ -209,5 +208,5 @@ def test_columns_that_memories_see_and_hold_are_no_longer_than_one() -> None:
         norms = columns.norm(dim=-2)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-4, atol=1e-4)
     for size in (1e-6, 1.0, 1e6):
-        seen = features(case.memory.w2, size * case.inputs.key.unsqueeze(2), MEM_FLOOR)
+        seen = features(case.memory.w2, size * case.inputs.key.unsqueeze(2), case.form.memory_floor)
         assert (seen.norm(dim=-2) <= 1).all()

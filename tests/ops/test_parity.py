@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepopt.hope.fused import Arguments as MemoryArguments
-from deepopt.hope.memory import GENERATOR_FLOOR, MEM_FLOOR, SHARPNESS
 from deepopt.ops import ScaleArguments, backend, delta_write, polar_express
 from deepopt.ops.operator import OPERATORS, UNAVAILABLE, why_not
 from deepopt.ops.products import LONGEST, SHORTEST
@@ -399,16 +398,8 @@ def memory_arguments(shape: Shape) -> Arguments:
     pulls = [x for count in (4, 1) for x in weights(count, heads)]
     gates = shape.normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
     chunks = ((4, 4), (16, 32), (32, 32), (5, 3), (1, 7))[seed % 5]
-    numbers = (
-        0.5 / max(chunks),
-        2.0,
-        1.5,
-        GENERATOR_FLOOR,
-        MEM_FLOOR,
-        SHARPNESS,
-        *chunks,
-        seed % 50,
-    )
+    floors_and_sharpness = (1.0, 1e-4, (6.0, 2.0)[seed % 2])
+    numbers = (0.5 / max(chunks), 2.0, 1.5, *floors_and_sharpness, *chunks, seed % 50)
     return [bool(seed % 3), MemoryArguments(*inputs, *states, *pulls, gates, *numbers)]
 
 

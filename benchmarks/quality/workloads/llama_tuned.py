@@ -19,8 +19,7 @@ PRETRAINING = 300
 
 @functools.cache
 def topics() -> Corpus:
-    """Python's own help texts, which the pretraining leaves out of no batch on purpose: they are
-    3 % of the sources."""
+    """Python's own help texts. The pretraining may draw windows of them: 3 % of its text."""
     return load_corpus(Path(sysconfig.get_path("stdlib")) / TOPICS)
 
 
