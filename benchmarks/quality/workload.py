@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import re
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 HELD_OUT = -1
 """The seed of the batches that no run trains on, where a workload has no metrics of its own."""
 HELD_OUT_BATCHES = 16
+WORKLOADS = Path(__file__).parent / "workloads"
 
 
 class Unavailable(Exception):
@@ -24,7 +26,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Workload:
-    """A task to train on; see :func:`workload`. ``source`` is the text of the file it is from."""
+    """A task to train on; see :func:`workload`.
+
+    ``source`` is the text of the file it is from, with those of the workloads that it imports.
+    """
 
     data: Callable[[int, int], Any]
     model: Callable[[], nn.Module]
@@ -115,17 +120,25 @@ def find(name: str) -> Workload:
                 f"workload={name!r} is unknown; choose from {', '.join(built_in())}, or give the "
                 "path of a .py file"
             )
-        path = Path(__file__).parent / "workloads" / f"{name}.py"
+        path = WORKLOADS / f"{name}.py"
         found = importlib.import_module(f"benchmarks.quality.workloads.{name}").WORKLOAD
     if not isinstance(found, Workload):
         raise ValueError(
             f"workload={name!r}: the file needs WORKLOAD = benchmarks.workload(...), and has "
             f"{found!r}"
         )
-    return dataclasses.replace(found, source=path.read_text())
+    return dataclasses.replace(found, source=_source(path))
+
+
+def _source(path: Path) -> str:
+    """The text of a workload's file and of the package's workloads that it builds on."""
+    text = path.read_text()
+    for names in re.findall(r"^from benchmarks\.quality\.workloads import (.+)$", text, re.M):
+        for name in names.split(", "):
+            text += _source(WORKLOADS / f"{name}.py")
+    return text
 
 
 def built_in() -> list[str]:
     """The names of the package's own."""
-    folder = Path(__file__).parent / "workloads"
-    return sorted(path.stem for path in folder.glob("[!_]*.py"))
+    return sorted(path.stem for path in WORKLOADS.glob("[!_]*.py"))

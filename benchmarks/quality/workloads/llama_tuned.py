@@ -1,4 +1,4 @@
-"""The tiny Llama, trained on sources, goes on with plain English: a fine-tuning."""
+"""The small Llama, trained on sources, goes on with plain English: a fine-tuning."""
 
 import copy
 import functools
@@ -63,7 +63,7 @@ WORKLOAD = workload(
     loss=loss,
     metrics=metrics,
     steps=100,
-    about="the tiny Llama after 300 steps of AdamW on sources, fine-tuned on Python's help texts, "
+    about="the small Llama after 300 steps of AdamW on sources, fine-tuned on Python's help texts, "
     "batches of 16 x 64 bytes",
     sha256=lambda: topics().sha256,
 )

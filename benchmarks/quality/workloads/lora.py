@@ -1,4 +1,4 @@
-"""The fine-tuning of the tiny Llama by LoRA of rank 16: two factors beside every frozen matrix."""
+"""The fine-tuning of the small Llama by LoRA of rank 16: two factors beside every frozen matrix."""
 
 from torch import Tensor, nn
 
