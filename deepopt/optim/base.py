@@ -48,6 +48,7 @@ from deepopt.optim.engine.buckets import (
     stacked,
 )
 from deepopt.optim.engine.rounding import check_dtypes, check_rounding, lows_and_seeds
+from deepopt.optim.flags import with_flags
 from deepopt.optim.output_map import Identity, OutputMap
 
 IDENTITY = Identity()
@@ -70,6 +71,11 @@ class MemoryOptimizer(Optimizer):
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
     _looks_at_inputs: ClassVar[bool] = False
     """Whether :meth:`_gradients` has something to do."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__doc__:
+            cls.__doc__ = with_flags(cls.__doc__)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()

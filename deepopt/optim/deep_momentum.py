@@ -57,17 +57,7 @@ class DeepMomentum(MemoryOptimizer):
             (a, b, c) for all steps (default: None).
         path: "auto" routes by shape, and by name where names are given; "matrix", "stack" and
             "elementwise" force a path, as ``deepopt.param_groups`` does (default: "auto").
-        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
-            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
-            a parameter has no room for in its state, half a float (default: "nearest").
-        foreach: torch's flag for the element-wise path (default: None).
-        maximize: ascend instead of descending (default: False).
-        capturable: keep step counts on the device, so that the step can be captured in a CUDA
-            graph, where lr must be a tensor to change (default: False).
-        differentiable: let autograd run through the step, to optimize what it depends on;
-            parameters must not be leaves then (default: False).
-        fused: torch's flag for the element-wise path; tensors whose memory order differs from
-            their parameter's are put in order first (default: None).
+        [flags]
 
     State per parameter: on the matrix path that of the memory (``deepopt.memory``: 1 float for
     "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance", 2 for "mlp") plus 2/n for the

@@ -53,7 +53,8 @@ class DeltaGradientDescent(MemoryOptimizer):
 
     The gradient holds no inputs: ``deepopt.capture_inputs(model)`` records them. A parameter
     without (an embedding, say, or all of them in ``deepopt.functional``) and every vector is
-    stepped by plain gradient descent :math:`W - \gamma G`.
+    stepped by plain gradient descent :math:`W - \gamma G`. Under ``maximize`` the erasure stays one.
+    A step in a CUDA graph needs the inputs to be recorded in the same graph.
 
     Args:
         params: as in ``DeepMomentum``; with ``deepopt.param_groups(model)`` embeddings, heads,
@@ -69,15 +70,7 @@ class DeltaGradientDescent(MemoryOptimizer):
             otherwise (default: None).
         path: "matrix" steps every parameter by this rule; "auto", "stack" and "elementwise" as
             in ``DeepMomentum`` (default: "matrix").
-        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
-            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
-            a parameter has no room for in its state, half a float (default: "nearest").
-        foreach: torch's flag for the element-wise path (default: None).
-        maximize: ascend; the erasure stays one (default: False).
-        capturable: allow the step in a graph; the inputs must be recorded in the same graph
-            (default: False).
-        differentiable: let autograd run through the step (default: False).
-        fused: torch's flag for the element-wise path, and GradScaler's (default: None).
+        [flags]
 
     State per parameter: 0 floats (2 on the element-wise path); the recorded inputs besides, at most
     ``rows`` per layer.

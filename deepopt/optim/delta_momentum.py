@@ -55,16 +55,7 @@ class DeltaMomentum(MemoryOptimizer):
             with gradients, under "implicit" with :math:`G(I+\eta G^\top G)^{-1}`: the same for
             the paper's P, which acts from the left (default: "identity").
         path: as for :class:`PreconditionedMomentum` (default: "matrix").
-        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
-            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
-            a parameter has no room for in its state, half a float (default: "nearest").
-        foreach: torch's flag for the element-wise path (default: None).
-        maximize: ascend instead of descending (default: False).
-        capturable: keep step counts on the device, so that the step can be captured in a CUDA
-            graph, where lr must be a tensor to change; not with "left_gram" (default: False).
-        differentiable: let autograd run through the step; parameters must not be leaves then
-            (default: False).
-        fused: torch's flag for the element-wise path (default: None).
+        [flags]
 
     State: 1 float per parameter, and for an m x n matrix 1/n more ("diagonal") or 2m/n more
     ("left_gram", m <= n).

@@ -76,14 +76,7 @@ class DMGD(MemoryOptimizer):
             taken without the size (default: None).
         path: "matrix", "stack", "elementwise" (AdamW) or "auto", as in ``DeepMomentum``
             (default: "matrix").
-        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
-            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
-            a parameter has no room for in its state, half a float (default: "nearest").
-        foreach: torch's flag for the element-wise path (default: None).
-        maximize: ascend instead of descending (default: False).
-        capturable: as in ``DeepMomentum`` (default: False).
-        differentiable: let autograd run through the step (default: False).
-        fused: torch's flag for the element-wise path (default: None).
+        [flags]
 
     State for a matrix m x n, with p the number of the module's weights: coordinate form 2 mn + 2 p
     (+ 1) floats, 1 mn more for every further time scale, where "mlp" has p = 4 hidden; row form 2 p

@@ -74,8 +74,8 @@ class M3(MemoryOptimizer):
         beta3: largest retention of the slow momentum per chunk, in [0, 1) (default: 0.99).
         alpha: weight of the slow momentum beside the fast one's 1 (default: 0.5).
         slow_chunk: steps per chunk, f, at least 1 (default: 10).
-        mix: "post" adds the orthogonalized momenta and keeps the slow one's; "pre"
-            orthogonalizes the sum (default: "post").
+        mix: "post" adds the orthogonalized momenta and keeps the slow one's, which a ``capturable``
+            step computes every time; "pre" orthogonalizes the sum (default: "post").
         ramp: steps until the slow momentum has its whole weight (default: 500).
         gate: lower the slow momentum's weight where it foresees gradients less well than the fast
             one does: for abrupt changes of the task. Where gradients are mostly noise it costs
@@ -93,17 +93,7 @@ class M3(MemoryOptimizer):
             (a, b, c) for all steps (default: None).
         path: "auto" routes by shape, and by name where names are given; "matrix", "stack" and
             "elementwise" force a path, as ``deepopt.param_groups`` does (default: "auto").
-        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
-            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
-            a parameter has no room for in its state, half a float (default: "nearest").
-        foreach: torch's flag for the element-wise path (default: None).
-        maximize: ascend instead of descending (default: False).
-        capturable: keep step counts on the device, so that the step can be captured in a CUDA
-            graph; "post" then computes the slow read-out at every step (default: False).
-        differentiable: let autograd run through the step, to optimize what it depends on;
-            parameters must not be leaves then (default: False).
-        fused: torch's flag for the element-wise path; tensors whose memory order differs from
-            their parameter's are put in order first (default: None).
+        [flags]
 
     State per parameter: on the matrix path 3 floats for "post", 2 for "pre", each plus 2/n for the
     rows and 1 per matrix (3 with the gate), and 4 for ``literal``; 2 on the element-wise path.

@@ -47,7 +47,8 @@ class PreconditionedMomentum(MemoryOptimizer):
             - "identity": :math:`P G = G`;
             - "left_gram": :math:`P G = c\,L_t^{-1/2} G` with :math:`c` such that the Frobenius norm
               of G is kept, eigenvalues damped by 1e-6 of the largest, and the root computed every
-              ten steps; for a matrix of more rows than columns as "diagonal";
+              ten steps, which excludes ``capturable``; for a matrix of more rows than columns as
+              "diagonal";
             - "diagonal": the same with the diagonal of L alone, the running mean squares of the
               rows (which are the entries of a vector). Because of :math:`c` neither needs a bias
               correction;
@@ -58,16 +59,7 @@ class PreconditionedMomentum(MemoryOptimizer):
         path: "matrix" for this rule; "stack" for it on the last two dimensions of a stack of
             matrices (heads, experts); "elementwise" for AdamW; "auto" for this rule or
             AdamW by shape and name (default: "matrix").
-        rounding: how float32 steps reach bfloat16 parameters: "nearest", which loses steps below
-            1/256 of a parameter; "stochastic", right on average; or "exact", with the 16 bits that
-            a parameter has no room for in its state, half a float (default: "nearest").
-        foreach: torch's flag for the element-wise path (default: None).
-        maximize: ascend instead of descending (default: False).
-        capturable: keep step counts on the device, so that the step can be captured in a CUDA
-            graph, where lr must be a tensor to change; not with "left_gram" (default: False).
-        differentiable: let autograd run through the step; parameters must not be leaves then
-            (default: False).
-        fused: torch's flag for the element-wise path (default: None).
+        [flags]
 
     State: 1 float per parameter, and for an m x n matrix 1/n more ("diagonal") or 2m/n more
     ("left_gram", m <= n).

@@ -4,6 +4,8 @@ import re
 
 from griffe import Extension
 
+from deepopt.optim.flags import with_flags
+
 MATH = re.compile(r"^( *)\.\. math::(.*)\n((?:\1 +.*\n?|[ ]*\n)*)", re.MULTILINE)
 ROLE = re.compile(r":(?:class|func|meth|data|mod):`~?([^`]+)`")
 INLINE_MATH = re.compile(r":math:`([^`]+)`")
@@ -33,4 +35,4 @@ class Markdown(Extension):
     def on_object(self, *, obj, **_: object) -> None:
         """Called once for each object."""
         if obj.docstring and "\\]" not in obj.docstring.value:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            obj.docstring.value = as_markdown(with_flags(obj.docstring.value))

@@ -31,6 +31,12 @@ def test_every_class_of_the_registry_has_inputs_and_nothing_else_has():
     assert all(inputs.options for inputs in INPUTS.values())
 
 
+@pytest.mark.parametrize("cls", [entry.cls for entry in REGISTRY.values()], ids=label)
+def test_the_docstring_describes_every_argument_of_the_signature(cls):
+    described = re.findall(r"^        (\w+): ", cls.__doc__.partition("Args:\n")[2], re.MULTILINE)
+    assert set(inspect.signature(cls).parameters) <= set(described)
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "error", "message"),
     [(cls, *case) for cls, inputs in ENTRIES for case in inputs.all_errors],
