@@ -1,7 +1,7 @@
 """Associative memories of the gradient stream: what a momentum is, as pure functions of tensors.
 
-A memory knows no optimizer, no parameter group and no schedule. Whoever has an idea for a new one
-writes the three methods of :class:`Memory` and passes the object to ``DeepMomentum(memory=...)``.
+A memory knows no optimizer, no parameter group and no schedule. To try one of your own, write the
+three methods of :class:`Memory` and pass the object to ``DeepMomentum(memory=...)``.
 """
 
 from typing import Any, Protocol, runtime_checkable

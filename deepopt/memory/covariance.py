@@ -44,8 +44,8 @@ class Covariance:
     side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both; 1 per matrix.
 
     Cost: a symmetric product of r²R FLOPs per write, by ``deepopt.ops.gram_average``; a product of
-    2r²R per read, in the dtype of the state, since what bfloat16 rounds off a momentum's large
-    directions is as large as its small ones, which the power enlarges; per refresh
+    2r²R per read, in the dtype of the state, because bfloat16 would round large directions of the
+    momentum by as much as its small ones have, and the power enlarges those; per refresh
     ``deepopt.ops.inverse_power``, for one matrix on one CPU core 0.05 s at r = 512, 0.12 s at 768
     and 3 s at 2048.
 

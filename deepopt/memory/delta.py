@@ -28,8 +28,9 @@ class Delta:
 
     :math:`\bar\sigma(G) = \|G\,G^\top G\,G^\top\|_F^{1/4}` bounds the largest singular value from
     above by at most a factor :math:`r^{1/8}` (1.8 for rank 100), so that
-    :math:`\|K_t\|_2 \le 1` always, and no power iteration can be caught unaware by a turn of the
-    gradient or by a zero one. The Gram matrix it comes from is half of the erase term's product.
+    :math:`\|K_t\|_2 \le 1` always. A power iteration would be too low just after the gradient has
+    turned, and has no direction at a zero one. The Gram matrix of the bound is needed for the erase
+    term anyway.
 
     Args:
         rate: eta of the erase term, in [0, 1] (default: 0.3).

@@ -11,7 +11,7 @@ from torch import Tensor
 class Elementwise:
     r"""The element-wise memory m that best maps every gradient to one statistic P of them all.
 
-    With S the sum of the gradients and H that of their squares, Eq 101 has the minimiser
+    With S the sum of the gradients and H that of their squares, Eq 101 has the minimizer
 
     .. math::
         m^* = \text{argmin}_m\ \sum_{i \le t} \|m \odot g_i - P\|^2
@@ -36,9 +36,9 @@ class Elementwise:
 
     - It prints sums, :math:`S + \beta_1 g` and :math:`H + \beta_2 g^2`: nothing is forgotten, and
       the betas only scale the step, by :math:`\beta_1/\beta_2` (Eq 104 prints :math:`\beta_2`
-      where its :math:`1/\beta_2` is due). It becomes Adam
-      when both sums become bias-corrected averages: each is then that of a weighted Eq 101, and
-      as the weights of S and H differ, no single weighting of Eq 101 has both.
+      where its :math:`1/\beta_2` is due). It becomes Adam when both sums become bias-corrected
+      averages. Each is then that of a weighted Eq 101; the weights of S and H differ, so that no
+      single weighting of Eq 101 gives both.
     - AdaGrad steps along the last gradient. A sum of all of them, :math:`\beta_1 = 1`, is not it.
     - With the section's :math:`g = -\nabla L` the step has to be added, not subtracted.
 
@@ -101,7 +101,7 @@ class OuterProduct:
         m^* = (H + \varepsilon P)^{-1} P\, S = (H^{1/2} + \varepsilon I)^{-1} S
         \qquad\text{(Eq 106 to Eq 111)}
 
-    The paper prints :math:`\|m g_i - P\|^2`, whose shapes do not agree; m* minimises
+    The paper prints :math:`\|m g_i - P\|^2`, whose shapes do not agree; m* minimizes
     :math:`\frac12 m^\top (H + \varepsilon P)\, m - m^\top P S`, which is Eq 101 without its
     constant where H and P are diagonal. Retention as in :class:`Elementwise` with sums: 0 is
     AdaGrad. ``deepopt.memory.Covariance`` is what can be afforded of it.

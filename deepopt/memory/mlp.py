@@ -40,14 +40,14 @@ class MLP:
         a\, \text{rms}(M^1_{t-1}) \tanh f_\varphi(\hat M_{t-1}) - G_t\big)^2
 
     with :math:`s_t` the larger of the root mean squares of :math:`G_t` and :math:`M^1_{t-1}`. It is
-    off by default: single gradients are noise for the most part, and a memory that
-    is taught to predict them chases it.
+    off by default: single gradients are mostly noise, and a memory that is taught to predict them
+    follows the noise.
 
-    All matrices start from the same φ₀, which comes with the package (``phi0.pt``); that is the one
-    MLP that serves them all. The φ₀ that is shipped has a zero read-out: without learning online
-    this memory is :class:`Linear`, at one more float per parameter for every further average, until
-    a trained φ₀ is shipped. What is learned online is each matrix' own, because a parameter's
-    step must not depend on which others are stepped with it. Both are in the state.
+    All matrices start from the same φ₀, which comes with the package (``phi0.pt``). The φ₀ that is
+    shipped has a zero read-out: without learning online this memory is :class:`Linear`, at one more
+    float per parameter for every further average, until a trained φ₀ is shipped. What is learned
+    online belongs to one matrix alone, because a parameter's step must not depend on which others
+    are stepped with it. The state holds both.
 
     Args:
         time_scales: retentions of the averages besides the momentum's own, in [0, 1). φ₀ is made

@@ -98,7 +98,7 @@ class Module:
     Raises:
         ValueError: an argument out of range; later a module with buffers, without parameters to
             train, or with outputs of another shape, or an objective that returns no scalar.
-        TypeError: a factory that is none, or that returns no module.
+        TypeError: a factory that cannot be called, or that returns no module.
     """
 
     factory: Factory

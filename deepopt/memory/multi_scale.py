@@ -24,20 +24,20 @@ class MultiScale:
         \alpha_k &= \alpha \min\Big(1, \frac{kf}{\texttt{ramp}}\Big)
 
     so that the slow momentum averages about the last quarter of the run until that is longer than
-    1/(1 - beta3) chunks, and speaks up as the run grows (AdEMAMix, arXiv 2409.03137, ramps both
+    1/(1 - beta3) chunks, and its weight grows with the run (AdEMAMix, arXiv 2409.03137, ramps both
     too).
 
     The gate multiplies :math:`\alpha_k` by
     :math:`\max(0, a^{(2)}_t) / \max(a^{(1)}_t, a^{(2)}_t)`, where :math:`a^{(i)}` is the running
-    mean, of retention beta1, of the cosine between the gradient and :math:`M^{(i)}` as it was
-    before: where the slow momentum foresees gradients less well than the fast one does, as after a
-    change of task, it loses its say in proportion.
+    mean, of retention beta1, of the cosine between the gradient and :math:`M^{(i)}` before it is
+    written. Where the slow momentum predicts gradients less well than the fast one does, as after a
+    change of task, its weight falls in proportion.
 
     Read: :math:`\hat M^{(1)} + \alpha_k M^{(2)} \|\hat M^{(1)}\|_F / \|M^{(2)}\|_F` with the
     look-ahead :math:`\hat M^{(1)}` of :class:`Linear`, scaled back to its norm.
 
-    The chunk's sum is not kept apart: its terms go into :math:`M^{(2)}` as they come, the decay
-    comes with the first of them, and the sum is whole when the chunk ends.
+    The chunk's sum has no tensor of its own. Its terms go into :math:`M^{(2)}` as they come, the
+    first one together with the decay, and the sum is complete when the chunk ends.
 
     Args:
         slow_chunk: f, writes per chunk, at least 1 (default: 10).

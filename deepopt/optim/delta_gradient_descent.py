@@ -53,8 +53,8 @@ class DeltaGradientDescent(MemoryOptimizer):
 
     The gradient holds no inputs: ``deepopt.capture_inputs(model)`` records them. A parameter
     without (an embedding, say, or all of them in ``deepopt.functional``) and every vector is
-    stepped by plain gradient descent :math:`W - \gamma G`. Under ``maximize`` the erasure stays one.
-    A step in a CUDA graph needs the inputs to be recorded in the same graph.
+    stepped by plain gradient descent :math:`W - \gamma G`. ``maximize`` turns the gradient's part
+    around, not the erasure. A step in a CUDA graph needs inputs recorded in the same graph.
 
     Args:
         params: as in ``DeepMomentum``; with ``deepopt.param_groups(model)`` embeddings, heads,

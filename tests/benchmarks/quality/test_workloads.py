@@ -105,3 +105,8 @@ def test_a_file_without_a_workload_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match=r"needs WORKLOAD = benchmarks.workload\(...\)"):
         find(str(tmp_path / "empty.py"))
+
+
+def test_the_source_of_a_workload_has_the_workloads_that_it_builds_on():
+    assert find("llama").source in find("llama_tuned").source
+    assert find("llama_tuned").source in find("lora").source
