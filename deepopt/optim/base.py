@@ -564,6 +564,11 @@ def _init(parts: Parts, like: Tensor) -> State:
     return whole
 
 
+def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an optimizer by name, from the ``locals()`` of its constructor."""
+    return {n: value for n, value in names.items() if n not in ("self", "params", "__class__")}
+
+
 def evaluated(closure: Callable[[], Any]) -> Any:
     """The loss of a closure, which computes gradients whatever the grad mode of the step is."""
     with torch.enable_grad():

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from deepopt import memory as memories
 from deepopt.memory import Memory
-from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 from deepopt.optim.output_map import Orthogonal, OutputMap
 
 
@@ -99,26 +99,7 @@ class DeepMomentum(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "memory": memory,
-            "row_norm": row_norm,
-            "update_rms": update_rms,
-            "rms_cap": rms_cap,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "path": path,
-            "rounding": rounding,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments_of(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

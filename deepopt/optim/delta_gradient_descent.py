@@ -11,7 +11,7 @@ from deepopt import routing
 from deepopt._compat import is_distributed
 from deepopt.memory import Gradient, Memory
 from deepopt.ops.ridge import ridge, widened
-from deepopt.optim.base import Bucket, Group, MemoryOptimizer
+from deepopt.optim.base import Bucket, Group, MemoryOptimizer, arguments_of
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.layer_inputs import forget_inputs, seen_inputs
 
@@ -113,22 +113,7 @@ class DeltaGradientDescent(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rule": rule,
-            "decay_scale": decay_scale,
-            "path": path,
-            "rounding": rounding,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments_of(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -1,14 +1,14 @@
 """DeltaMomentum: a momentum that forgets what the present gradient recalls."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.delta_rule import RULES, DeltaRule, Rule
 from deepopt.memory.preconditioner import resolve
-from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 
 
 class DeltaMomentum(MemoryOptimizer):
@@ -95,23 +95,7 @@ class DeltaMomentum(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rule": rule,
-            "inner_lr": inner_lr,
-            "preconditioner": preconditioner,
-            "path": path,
-            "rounding": rounding,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments_of(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

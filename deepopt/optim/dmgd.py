@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.module import Factory, Module, tanh_mlp
 from deepopt.ops import adam_size, normalized
-from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, Rms, State
 
 _OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
@@ -126,30 +126,7 @@ class DMGD(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "memory": memory,
-            "granularity": granularity,
-            "hidden": hidden,
-            "objective": objective,
-            "inner_lr": inner_lr,
-            "inner_steps": inner_steps,
-            "feature_map": feature_map,
-            "preconditioner": preconditioner,
-            "time_scales": time_scales,
-            "output_map": output_map,
-            "path": path,
-            "rounding": rounding,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments_of(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

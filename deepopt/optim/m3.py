@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from deepopt.memory import Memory
 from deepopt.memory.multi_scale import FastOfMultiScale, MultiScale, MultiScaleSums
-from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, State
 
 MIXES = ("post", "pre")
@@ -138,32 +138,7 @@ class M3(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "beta3": beta3,
-            "alpha": alpha,
-            "slow_chunk": slow_chunk,
-            "mix": mix,
-            "ramp": ramp,
-            "gate": gate,
-            "literal": literal,
-            "row_norm": row_norm,
-            "update_rms": update_rms,
-            "rms_cap": rms_cap,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "path": path,
-            "rounding": rounding,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments_of(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -1,14 +1,14 @@
 """PreconditionedMomentum: the heavy ball of a preconditioned gradient."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.preconditioned import Preconditioned
 from deepopt.memory.preconditioner import resolve
-from deepopt.optim.base import Group, MemoryOptimizer
+from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 
 
 class PreconditionedMomentum(MemoryOptimizer):
@@ -96,21 +96,7 @@ class PreconditionedMomentum(MemoryOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "preconditioner": preconditioner,
-            "path": path,
-            "rounding": rounding,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments_of(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
