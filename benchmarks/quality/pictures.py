@@ -17,9 +17,11 @@ def picture(plan: Tuning, lines: Lines) -> bytes:
     best = math.inf
     for number, contender in enumerate(plan.contenders):
         color = f"C{number}"
-        trials = [run for run in plan.trials_of(contender, lines) if run in lines]
-        found = sorted((run.setting.lr, value(lines[run])) for run in trials)
-        finite = [(lr, loss) for lr, loss in found if math.isfinite(loss)]
+        trials = plan.searched(contender, lines)
+        found = {run.setting.lr: math.inf for run in trials}
+        for run in trials:
+            found[run.setting.lr] = min(found[run.setting.lr], value(lines[run]))
+        finite = [(lr, loss) for lr, loss in sorted(found.items()) if math.isfinite(loss)]
         if finite:
             rates.plot(*zip(*finite, strict=True), "o-", color=color, markersize=3, linewidth=0.8)
             best = min(best, *(loss for _, loss in finite))

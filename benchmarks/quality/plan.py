@@ -16,6 +16,8 @@ WEIGHT_DECAYS = (0.0, 0.03, 0.1, 0.3)
 BETAS = (0.9, 0.95)
 WIDENING = 4.0
 WIDENINGS = 2
+NEARBY = 1.5
+"""How many times as high the rate next to the best one is."""
 FINALISTS = 2
 BUDGETS = (0.5, 1.5, 2.0)
 """Steps at which the rivals' loss is measured too, in units of the workload's."""
@@ -33,7 +35,9 @@ class Tuning:
        defaults of AdamW are tried at its usual rate and decay, those of the others at the best
        that AdamW's trials have found: that is the swap.
     2. Where anybody's best rate is the highest or the lowest tried, the range is widened for all.
-    3. The best two of each at all of its steps, and the better of them with every seed; the swap
+    3. The neighbors of each one's best trial: a lower and a higher rate, and the other value of its
+       own knob.
+    4. The best two of each at all of its steps, and the better of them with every seed; the swap
        with every seed; the rivals at their best at other budgets.
 
     Attributes:
@@ -117,8 +121,23 @@ class Tuning:
                 highest |= best.setting.lr >= max(rates)
         return lowest, highest
 
+    def neighbors(self, contender: str, lines: Lines) -> list[Run]:
+        """Trials that differ from the best one in its rate or in the optimizer's own knob."""
+        best = best_of(self.trials_of(contender, lines), lines)
+        if best is None:
+            return []
+        setting, rates = best.setting, (best.setting.lr / NEARBY, best.setting.lr * NEARBY)
+        nearby = [setting._replace(lr=float(f"{rate:.3g}")) for rate in rates]
+        nearby.append(setting._replace(own=1 - setting.own))
+        return [self.trial(contender, setting) for setting in nearby]
+
+    def searched(self, contender: str, lines: Lines) -> list[Run]:
+        """All trials that have a line."""
+        every = self.trials_of(contender, lines) + self.neighbors(contender, lines)
+        return [run for run in every if run in lines]
+
     def finalists(self, contender: str, lines: Lines) -> list[Run]:
-        runs = [run for run in self.trials_of(contender, lines) if run in lines]
+        runs = self.searched(contender, lines)
         runs = [run for run in runs if math.isfinite(value(lines[run]))]
         chosen = sorted(runs, key=lambda run: value(lines[run]))[:FINALISTS]
         return [self.run(contender, run.setting) for run in chosen]
@@ -153,6 +172,7 @@ class Tuning:
         stages = (
             lambda: self.trials_of("AdamW", lines)[: 1 + self.trials],
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
+            lambda: [run for c in self.contenders for run in self.neighbors(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
             lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],

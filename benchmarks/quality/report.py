@@ -237,7 +237,7 @@ def tuned_table(plan: Tuning, lines: Lines) -> str:
     table = [head]
     for contender in plan.contenders:
         found, setting = every[contender], plan.best(contender, lines)
-        trials = [run for run in plan.trials_of(contender, lines) if run in lines]
+        trials = plan.searched(contender, lines)
         failed = sum(not math.isfinite(value(lines[run])) for run in trials)
         if not found or setting is None:
             refused = [lines[run]["refused"] for run in trials if "refused" in lines[run]]
@@ -273,7 +273,9 @@ def average(lines: Sequence[Line], key: str) -> float:
 
 def width(trials: Sequence[Run], lines: Lines) -> str:
     """The highest over the lowest rate among the trials within 1 % of the best one."""
-    found = {run.setting.lr: value(lines[run]) for run in trials}
+    found: dict[float, float] = {}
+    for run in trials:
+        found[run.setting.lr] = min(value(lines[run]), found.get(run.setting.lr, math.inf))
     best = min(found.values())
     rates = [lr for lr, loss in found.items() if loss <= NEAR_BEST * best]
     return f"{max(rates) / min(rates):.1f}-fold" if math.isfinite(best) else ""

@@ -68,7 +68,7 @@ def test_the_range_is_widened_for_all_when_anybodys_best_is_at_its_end(best, wid
 def test_the_best_two_trials_run_in_full_and_the_better_one_with_every_seed():
     plan = Tuning("friedman", PAIR, trials=6, seeds=3)
     lines, _ = finished(plan, bowl(4e-3))
-    trials = plan.trials_of("NorMuon", lines)
+    trials = plan.searched("NorMuon", lines)
     ranked = sorted(trials, key=lambda run: abs(math.log(run.setting.lr / 4e-3)))
     finalists = plan.finalists("NorMuon", lines)
     assert [run.setting for run in finalists] == [run.setting for run in ranked[:2]]
@@ -76,6 +76,19 @@ def test_the_best_two_trials_run_in_full_and_the_better_one_with_every_seed():
     tuned = plan.tuned("NorMuon", lines)
     assert [run.seed for run in tuned] == [0, 1, 2]
     assert {run.steps for run in tuned} == {plan.final_steps}
+
+
+def test_everybodys_best_trial_is_tried_again_at_nearby_rates_and_with_its_own_knob_turned():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    losses = bowl(4e-3)
+    lines, _ = finished(plan, lambda run: losses(run) - (run.setting.own == 1))
+    for contender in PAIR:
+        best = plans.best_of(plan.trials_of(contender, lines), lines).setting
+        lower, higher, turned = (run.setting for run in plan.neighbors(contender, lines))
+        assert lower.lr < best.lr < higher.lr
+        assert lower._replace(lr=best.lr) == higher._replace(lr=best.lr) == best
+        assert turned == best._replace(own=1 - best.own)
+        assert plan.best(contender, lines).own == 1
 
 
 def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():

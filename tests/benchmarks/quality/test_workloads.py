@@ -59,7 +59,7 @@ def test_the_fine_tunings_start_where_the_pretraining_ended_and_lora_trains_its_
             find("lora").loss(lora, batch), find("llama_tuned").loss(first, batch)
         )
         trained = [name for name, p in lora.named_parameters() if p.requires_grad]
-        assert len(trained) == 2 * 7 * 2  # two factors, seven matrices, two blocks
+        assert len(trained) == 2 * 7 * 3  # two factors, seven matrices, three blocks
         assert all("lora_" in name for name in trained)
         paths = {group["path"] for group in param_groups(lora) if group["params"]}
         assert "matrix" in paths
