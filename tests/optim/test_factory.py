@@ -177,6 +177,23 @@ def test_parameters_without_decay_may_be_listed_in_an_attribute():
     assert (decays["position"], decays["embed.weight"]) == (0.0, 0.1)
 
 
+def test_an_attribute_that_lists_no_parameters_is_none_or_is_named():
+    model = Encoder()
+    model.no_weight_decay = None
+    assert by_name(deepopt.create_optimizer(model, "adamw"), "weight_decay")["position"] > 0
+    for wrong in ("position", True):
+        model.no_weight_decay = wrong
+        with pytest.raises(TypeError, match=f"Invalid no_weight_decay of the model: {wrong!r}; it"):
+            deepopt.create_optimizer(model, "adamw")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "continuum"])
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_numbers_as_text_are_named_whoever_the_optimizer_is_of(name, key):
+    with pytest.raises(TypeError, match=f"Invalid {key}: '1e-3' is no number"):
+        deepopt.create_optimizer(Encoder(), name, **{key: "1e-3"})
+
+
 def test_without_arguments_it_is_its_own_factory():
     model = Encoder()
     made = deepopt.create_optimizer()(model, name="deep_momentum", lr=0.25)
