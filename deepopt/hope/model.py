@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deepopt._compat import inside_transform
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
@@ -95,7 +96,8 @@ class Hope(nn.Module):
                 to another document: set it to -100.
 
         Raises:
-            ValueError: shapes or types that do not fit, or tokens that are not below `vocab_size`.
+            TypeError: tokens or targets that are no tensors, or a state that is no `HopeState`.
+            ValueError: shapes or dtypes that do not fit, or tokens that are not below `vocab_size`.
         """
         self._check(tokens, targets, state, mask, starts)
         if state is None:
@@ -207,7 +209,8 @@ class Hope(nn.Module):
             raise ValueError(self._out_of_range("tokens", tokens)) from error
         states = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            if self.config.recompute and torch.is_grad_enabled():
+            # torch.func knows no saved tensor hooks, by which torch recomputes.
+            if self.config.recompute and torch.is_grad_enabled() and not inside_transform():
                 x, after = checkpoint(block, x, before, lengths, use_reentrant=False)
             else:
                 x, after = block(x, before, lengths)
@@ -235,6 +238,17 @@ class Hope(nn.Module):
         mask: Tensor | None,
         starts: Tensor | None,
     ) -> None:
+        for name, given in (("tokens", tokens), ("targets", targets)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(
+                    f"{name} is of type {type(given).__name__}: must be a tensor of integers "
+                    "(batch, tokens), such as torch.tensor([list(text.encode())])"
+                )
+        if state is not None and not isinstance(state, HopeState):
+            raise TypeError(
+                f"state is of type {type(state).__name__}: must be the state that an earlier call "
+                "returned, or HopeState.from_state_dict(saved)"
+            )
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in INTEGERS:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: "

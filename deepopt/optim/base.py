@@ -5,6 +5,7 @@ takes the gradient in and which map makes an update of what it recalls. Groups, 
 are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step out.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -172,6 +173,7 @@ class MemoryOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._kept_values[id(group)] = _values(group)
 
     def __repr__(self) -> str:
         told = ("    param_names: ", "    reasons: ")  # the routing shows them, shortened
@@ -191,6 +193,7 @@ class MemoryOptimizer(Optimizer):
         """Forget everything that was derived from the groups."""
         self._kept_parts: dict[int, Parts] = {}
         self._kept_sorted: dict[int, Sorted] = {}
+        self._kept_values: dict[int, list[Any]] = {}
 
     # -- diagnostics -------------------------------------------------------------------------
 
@@ -238,8 +241,10 @@ class MemoryOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, a DTensor of partial sums, or a state that does not
-                fit its parameter; no parameter has moved then. What a memory itself raises leaves
-                the matrices of its call as they were; others may have been stepped before it.
+                fit its parameter; no parameter has moved then, nor where a value of a group was
+                changed to one that the constructor refuses, which raises as it does. What a memory
+                itself raises leaves the matrices of its call as they were; others may have been
+                stepped before it.
             AssertionError: ``capturable=True`` with parameters on a device without graphs.
         """
         graph_capture_health_check(self)
@@ -266,8 +271,11 @@ class MemoryOptimizer(Optimizer):
 
     def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call."""
-        if isinstance(group["lr"], Tensor):
-            _check_foreach(group)  # torch would find one after matrices have moved
+        values, known = _values(group), self._kept_values.get(id(group), [])
+        if len(values) != len(known) or not all(map(operator.is_, values, known)):
+            # Only what every optimizer has: the parts check their own arguments when they are made.
+            MemoryOptimizer._check_group(self, group)
+            self._kept_values[id(group)] = values
         before = self._kept_sorted.get(id(group))
         found = Sorted.of(group, before)
         if found is not before:
@@ -277,7 +285,8 @@ class MemoryOptimizer(Optimizer):
 
     def _forget_groups_that_left(self) -> None:
         ids = set(map(id, self.param_groups))
-        for kept in (self._kept_parts, self._kept_sorted):
+        kinds: tuple[dict[int, Any], ...] = (self._kept_parts, self._kept_sorted, self._kept_values)
+        for kept in kinds:
             for key in kept.keys() - ids:
                 del kept[key]
 
@@ -485,7 +494,7 @@ class MemoryOptimizer(Optimizer):
             ValueError: the groups, the memory or the state are not those of this optimizer, which
                 is unchanged then.
         """
-        with checkpoint.adopting(self, state_dict):
+        with undisturbed(), checkpoint.adopting(self, state_dict):
             super().load_state_dict(state_dict)
 
     def _routed(self) -> Iterator[tuple[Group, Tensor, routing.Route]]:
@@ -602,6 +611,10 @@ def _unscaled(
         None if grad is None else grad.to(state_dtype(param)) / scale.to(grad.device)
         for param, grad in zip(params, grads, strict=True)
     ]
+
+
+def _values(group: Mapping[str, Any]) -> list[Any]:
+    return [value for key, value in group.items() if key != "params"]
 
 
 def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:

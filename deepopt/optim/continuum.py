@@ -165,6 +165,10 @@ class Continuum(Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The wrapped optimizer's, which may do more than torch's."""
+        self.optimizer.zero_grad(set_to_none)
+
     def add_param_group(self, param_group: Group) -> None:
         """The wrapped optimizer's, after a check of what is read here."""
         _check({**self.defaults, **param_group})

@@ -1,7 +1,7 @@
 """An optimizer from its name, with timm's rules for weight decay and learning rates by layer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -85,6 +85,9 @@ def create_optimizer(
         raise TypeError(f"create_optimizer needs {missing}; choose a name from {_names()}")
     if not isinstance(name, str):
         raise TypeError(f"Invalid name: {name!r}; choose a text from {_names()}")
+    for key, number in (("lr", lr), ("weight_decay", weight_decay)):
+        if number is not None and not isinstance(number, Real | Tensor):
+            raise TypeError(f"Invalid {key}: {number!r} is no number; give a number such as 1e-3")
     if layer_decay is not None and not isinstance(layer_decay, Real):
         raise TypeError(f"Invalid layer_decay: {layer_decay!r} is no number, such as 0.75")
     if overrides and "path" in options:
@@ -171,8 +174,14 @@ def _resolve(name: str) -> Any:
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    listed = getattr(model, "no_weight_decay", ())
-    listed = set(listed() if callable(listed) else listed)
+    listed = getattr(model, "no_weight_decay", None)
+    listed = listed() if callable(listed) else listed
+    if listed is not None and (isinstance(listed, str) or not isinstance(listed, Iterable)):
+        raise TypeError(
+            f"Invalid no_weight_decay of the model: {listed!r}; it must be a list or set of the "
+            "names of parameters, or a method that returns one"
+        )
+    listed = set(listed or ())
     return {
         name
         for name, param in model.named_parameters()

@@ -1,6 +1,7 @@
 """Layer inputs, for rules that need more than the gradient (Eq 54, Eq 55, Eq 56, Eq 57)."""
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -108,8 +110,8 @@ def capture_inputs(model: nn.Module, rows: int = 512) -> InputCapture:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
-    if not rows >= 1:
-        raise ValueError(f"Invalid rows: {rows}; at least 1 is needed")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"Invalid rows: {rows!r}; a whole number of at least 1 is needed")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     if not layers:
         names = ", ".join(layer.__name__ for layer in LAYERS)
@@ -171,7 +173,7 @@ def _average(param: Tensor, sample: _Sample) -> Tensor:
 
 @disable_dynamo
 def _watch(
-    limit: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    limit: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     # Elsewhere (functional_call, replicas, parametrizations) the weight is no parameter to step.
     weight = layer._parameters.get("weight")
@@ -179,11 +181,11 @@ def _watch(
         return
     if is_distributed(weight):  # since it was recorded
         return
-    if not output.requires_grad or not output.numel():
+    # Subclasses may call their input otherwise, take more beside it, and return more than it.
+    inputs = _first_tensor(inspect.signature(layer.forward).bind(*args, **kwargs).arguments)
+    output = _first_tensor(output)
+    if inputs is None or output is None or not output.requires_grad or not output.numel():
         return
-    # Subclasses may call their input otherwise, and take more beside it.
-    given = [*args, *(kwargs.get(name) for name in ("input", *kwargs))]
-    inputs = next(value for value in given if isinstance(value, Tensor))
     rows, keys = _rows(layer, inputs.detach(), limit)
 
     def count(_: Tensor) -> None:
@@ -192,6 +194,10 @@ def _watch(
         _samples[weight].add(rows, keys)
 
     output.register_hook(count)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    return next((x for x in tree_leaves(value) if isinstance(x, Tensor)), None)
 
 
 def _groups(layer: nn.Module) -> int:

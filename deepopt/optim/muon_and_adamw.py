@@ -1,7 +1,7 @@
 """torch's Muon for matrices beside torch's AdamW for the rest: a rival in one word."""
 
-from collections import ChainMap
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -40,42 +40,43 @@ class MuonAndAdamW(Optimizer):
         **options: Any,
     ) -> None:
         own = {key: options.pop(key) for key in MUON if key in options}
-        matrices: list[dict[str, Any]] = []
-        rest: list[dict[str, Any]] = []
+        groups: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
         for group in params:
-            if not isinstance(group, dict) or "path" not in group:
-                raise ValueError(
-                    "Invalid params: muon needs groups with a path, to know what is a matrix; give "
-                    "the model itself, or deepopt.param_groups(model)"
-                )
-            for chosen, is_matrix in ((matrices, True), (rest, False)):
-                pairs = [
-                    pair
-                    for pair in group["params"]
-                    if is_matrix == (group["path"] == "matrix" and pair[1].ndim == 2)
-                ]
-                if pairs:
-                    chosen.append({**group, "params": pairs})
-        if not matrices or not rest:
+            for name, part in _parts_of(group):
+                groups[name].append(part)
+        if not all(groups.values()):
             raise ValueError(
                 "Invalid params: muon is Muon for matrices and AdamW for the rest, and one of the "
                 "two has no parameter; make the other one alone"
             )
         matched = {"adjust_lr_fn": "match_rms_adamw", **own}
         self.parts: dict[str, Optimizer] = {
-            "muon": Muon(matrices, float(lr), weight_decay, **matched),
-            "adamw": AdamW(rest, lr, weight_decay=weight_decay, **options),
+            "muon": Muon(groups["muon"], float(lr), weight_decay, **matched),
+            "adamw": AdamW(groups["adamw"], lr, weight_decay=weight_decay, **options),
         }
-        self.defaults = self.parts["muon"].defaults | self.parts["adamw"].defaults
-        super().__setstate__({})  # hooks and profiling alone: groups and state are the parts'
+        self.defaults = {"lr": lr, "weight_decay": weight_decay}
+        self.state = defaultdict(dict)
+        self.param_groups = [g for part in self.parts.values() for g in part.param_groups]
+        super().__setstate__({})  # hooks and profiling alone: the parts have checked the groups
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [group for part in self.parts.values() for group in part.param_groups]
+    def _linked(self) -> Iterator[tuple[str, Optimizer]]:
+        """The two, with the groups and the state that are here: they have none of their own."""
+        for name, part in self.parts.items():
+            part.state = self.state
+            part.param_groups = [g for g in self.param_groups if _owner(g) == name]
+            yield name, part
 
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return ChainMap(*(part.state for part in self.parts.values()))
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Another group, as the constructor takes them.
+
+        Raises:
+            ValueError: a group without a path.
+        """
+        given = dict(_parts_of(param_group))
+        for name, part in self._linked():
+            if name in given:
+                part.add_param_group(given[name])
+                self.param_groups.append(part.param_groups[-1])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both.
@@ -84,30 +85,51 @@ class MuonAndAdamW(Optimizer):
             closure: evaluates the model anew and returns the loss, which is returned.
         """
         loss = None if closure is None else evaluated(closure)
-        for part in self.parts.values():
+        for _, part in self._linked():
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Those of both, by name."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Those of both.
+        """torch's, after a check.
 
         Raises:
             ValueError: a state of another optimizer.
         """
-        if state_dict.keys() != self.parts.keys():
+        groups = state_dict.get("param_groups", [])
+        if list(map(_owner, groups)) != list(map(_owner, self.param_groups)):
             raise ValueError(
-                f"Invalid state_dict: it has the keys {sorted(state_dict)} and not "
-                f"{sorted(self.parts)}; make the optimizer that saved it"
+                "Invalid state_dict: its groups are not those of Muon and AdamW that are here; "
+                "make the optimizer that saved it"
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(state_dict[name])
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "defaults": self.defaults}
+        return {**super().__getstate__(), "parts": self.parts}
 
     def __repr__(self) -> str:
-        return " and ".join(map(repr, self.parts.values()))
+        return " and ".join(repr(part) for _, part in self._linked())
+
+
+def _owner(group: dict[str, Any]) -> str:
+    return "adamw" if "betas" in group else "muon"
+
+
+def _parts_of(group: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A group cut in two: its matrices for Muon, the rest for AdamW."""
+    if not isinstance(group, dict) or "path" not in group:
+        raise ValueError(
+            "Invalid params: muon needs groups with a path, to know what is a matrix; give the "
+            "model itself, or deepopt.param_groups(model)"
+        )
+    for name in ("muon", "adamw"):
+        pairs = [
+            pair
+            for pair in group["params"]
+            if (name == "muon") == (group["path"] == "matrix" and _tensor(pair).ndim == 2)
+        ]
+        if pairs:
+            yield name, {**group, "params": pairs}
+
+
+def _tensor(given: Any) -> Tensor:
+    return given[1] if isinstance(given, tuple) else given

@@ -238,11 +238,11 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
             "its export, or name paths in overrides of deepopt.param_groups",
             stacklevel=stacklevel,
         )
-    if _flattened(routes):
+    if told := _flattened(routes):
         warnings.warn(
-            "no parameter is a matrix, so that all take the element-wise path, which is AdamW: "
-            "FSDP1 (FullyShardedDataParallel) and ZeRO-3 make flat vectors of matrices. Shard the "
-            "model by FSDP2, torch.distributed.fsdp.fully_shard, which keeps their shapes",
+            f"{told} take the element-wise path, which is AdamW: FSDP1 (FullyShardedDataParallel) "
+            "and ZeRO-3 make flat vectors of matrices. Shard the model by FSDP2, "
+            "torch.distributed.fsdp.fully_shard, which keeps their shapes",
             stacklevel=stacklevel,
         )
     wide = [row for row in routes if row[2].doubt == "wide"]
@@ -260,15 +260,18 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
         )
 
 
-def _flattened(routes: Sequence[tuple[Tensor, str, Route]]) -> bool:
-    """Whether matrices seem to have been made vectors of."""
-    if not routes or any(param.ndim > 1 for param, _, _ in routes):
-        return False
-    if all(found.reason == "path of the group" for _, _, found in routes):
-        return False  # asked for
-    flat = any(type(param).__name__ == "FlatParameter" for param, _, _ in routes)
-    wrapped = any("_fsdp_wrapped_module" in name for _, name, _ in routes)
-    return flat or wrapped or max(param.numel() for param, _, _ in routes) > LONGEST_VECTOR
+def _flattened(routes: Sequence[tuple[Tensor, str, Route]]) -> str:
+    """Which matrices seem to have been made vectors of, in words; "" for none."""
+    rows = [row for row in routes if row[2].reason != "path of the group"]  # that is asked for
+    # torch marks what lies in a flat vector of FSDP1; a name can show it where the mark is lost.
+    flat = [row for row in rows if getattr(row[0], "_fsdp_flattened", False)]
+    flat = flat or [row for row in rows if "_fsdp_wrapped_module" in row[1]]
+    if flat and all(param.ndim < 2 for param, _, _ in flat):
+        return f"{_some([name for _, name, _ in flat])}, of flattened modules,"
+    sizes = [param.numel() for param, _, _ in rows]
+    if any(param.ndim > 1 for param, _, _ in routes) or max(sizes, default=0) <= LONGEST_VECTOR:
+        return ""
+    return "no parameter is a matrix, so that all"
 
 
 def _some(names: Sequence[str]) -> str:

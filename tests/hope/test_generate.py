@@ -231,6 +231,13 @@ def test_bad_prompts_are_named_with_the_remedy(
         stream(model, prompt, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32], ids=str)
+def test_prompts_may_have_any_integer_type(byte_model: Hope, dtype: torch.dtype) -> None:
+    prompt = torch.tensor([[3, 100, 7]])
+    expected = generate(byte_model, prompt, 3, temperature=0)
+    assert torch.equal(generate(byte_model, prompt.to(dtype), 3, temperature=0), expected)
+
+
 def test_other_bad_input_is_named_with_the_remedy(model: Hope, byte_model: Hope) -> None:
     prompt = torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(TypeError, match=r"stop='ab' is text: must be tokens, such as b'ab'"):

@@ -190,6 +190,16 @@ def test_tokens_and_targets_may_have_any_integer_type(dtype: torch.dtype) -> Non
     assert torch.equal(found.loss, expected.loss)
 
 
+def test_what_is_no_tensor_or_no_state_is_named() -> None:
+    model, tokens = make(), text(4)
+    with pytest.raises(TypeError, match="tokens is of type str: must be a tensor of integers"):
+        model("text")
+    with pytest.raises(TypeError, match="targets is of type list: must be a tensor of integers"):
+        model(tokens, [[1]])
+    with pytest.raises(TypeError, match=r"state is of type dict: .* HopeState.from_state_dict"):
+        model(tokens, state=model(tokens).state.state_dict())
+
+
 @pytest.mark.parametrize("token", [11, 255, -1])
 def test_tokens_outside_of_the_vocabulary_are_named(token: int) -> None:
     model, tokens = make(), text(4)
@@ -313,10 +323,10 @@ def _twice_differentiable() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_twice_differentiable")
-@pytest.mark.parametrize("mixer", ["titans", "attention"])
-def test_gradients_of_single_texts_and_second_derivatives(mixer: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"mixer": "attention"}, {"recompute": True}], ids=str)
+def test_gradients_of_single_texts_and_second_derivatives(options: dict[str, Any]) -> None:
     """torch.func on the whole model: functional_call, grad, vmap, and double backward."""
-    model, tokens = make(layers=1, mixer=mixer), text(7, batch=3)
+    model, tokens = make(layers=1, **options), text(7, batch=3)
     params = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(params: dict[str, Tensor], tokens: Tensor) -> Tensor:

@@ -524,6 +524,10 @@ class AveragedSGD(torch.optim.SGD):
     def eval(self):
         self.training = False
 
+    def zero_grad(self, set_to_none=True):
+        self.zeroed = True
+        super().zero_grad(set_to_none)
+
     def step(self, closure=None):
         if not self.training:
             raise RuntimeError("not in training mode")
@@ -536,6 +540,9 @@ def test_whatever_the_wrapped_optimizer_has_beside_torchs_interface_is_passed_on
     param.grad = torch.ones(3)
     optimizer.train()
     optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.zeroed
+    assert param.grad is None
     optimizer.eval()
     assert param.tolist() == [0.5] * 3
     assert not optimizer.training

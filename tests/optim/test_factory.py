@@ -115,10 +115,45 @@ def test_muon_takes_matrices_and_adamw_the_rest_and_both_are_saved_and_scheduled
     other[2].load_state_dict(run[2].state_dict())
     for found, wanted in zip(advance(*other, 2), advance(*run, 2), strict=True):
         assert torch.equal(found, wanted)
-    with pytest.raises(ValueError, match="Invalid state_dict: it has the keys"):
+    with pytest.raises(ValueError, match="Invalid state_dict: its groups are not those of Muon"):
         run[1].load_state_dict(deepopt.DeepMomentum(made(0)[0].parameters()).state_dict())
     with pytest.raises(ValueError, match="muon needs groups with a path"):
         deepopt.create_optimizer(run[0].parameters(), "muon")
+
+
+def test_the_state_and_the_groups_of_muon_and_adamw_are_the_users():
+    def stepped(model, optimizer):
+        torch.manual_seed(0)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        return [param.detach().clone() for param in model.parameters()]
+
+    model = Encoder()
+    optimizer = deepopt.create_optimizer(model, "muon")
+    stepped(model, optimizer)
+    twin = copy.deepcopy((model, optimizer))
+    for param in model.parameters():
+        kept = optimizer.state[param]
+        kept["mine"] = "untouched"
+        optimizer.state[param] = {key: copy.deepcopy(value) for key, value in kept.items()}
+    for found, expected in zip(stepped(model, optimizer), stepped(*twin), strict=True):
+        assert torch.equal(found, expected)
+    assert {state["mine"] for state in optimizer.state.values()} == {"untouched"}
+    optimizer.state.clear()
+    assert not any(part.state for part in optimizer.parts.values())
+    stepped(model, optimizer)
+    assert optimizer.state.keys() == set(model.parameters())
+    late = nn.Parameter(torch.ones(16, 16))
+    optimizer.add_param_group({"params": [("late", late)], "path": "matrix", "lr": 0.5})
+    late.grad = torch.randn_like(late)
+    optimizer.step()
+    assert optimizer.param_groups[-1]["lr"] == 0.5
+    assert not torch.equal(late, torch.ones(16, 16))
+    with pytest.raises(ValueError, match="muon needs groups with a path"):
+        optimizer.add_param_group({"params": [("other", nn.Parameter(torch.ones(3)))]})
+    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)
 
 
 def test_overrides_and_splits_are_those_of_param_groups():
@@ -140,6 +175,23 @@ def test_parameters_without_decay_may_be_listed_in_an_attribute():
     optimizer = deepopt.create_optimizer(model, "deep_momentum", weight_decay=0.1)
     decays = by_name(optimizer, "weight_decay")
     assert (decays["position"], decays["embed.weight"]) == (0.0, 0.1)
+
+
+def test_an_attribute_that_lists_no_parameters_is_none_or_is_named():
+    model = Encoder()
+    model.no_weight_decay = None
+    assert by_name(deepopt.create_optimizer(model, "adamw"), "weight_decay")["position"] > 0
+    for wrong in ("position", True):
+        model.no_weight_decay = wrong
+        with pytest.raises(TypeError, match=f"Invalid no_weight_decay of the model: {wrong!r}; it"):
+            deepopt.create_optimizer(model, "adamw")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "continuum"])
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_numbers_as_text_are_named_whoever_the_optimizer_is_of(name, key):
+    with pytest.raises(TypeError, match=f"Invalid {key}: '1e-3' is no number"):
+        deepopt.create_optimizer(Encoder(), name, **{key: "1e-3"})
 
 
 def test_without_arguments_it_is_its_own_factory():

@@ -255,6 +255,23 @@ class Scaled(nn.Linear):
         return super().forward(x) * scale
 
 
+class Packed(nn.Linear):
+    """Takes a tensor beside its input, which may be in a dict, and returns more than an output."""
+
+    def forward(self, x, shift):
+        x = x["x"] if isinstance(x, dict) else x
+        return super().forward(x) + shift, "more"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_input_is_the_first_argument_of_forward_whatever_the_order_of_a_call(packed):
+    x, layer = torch.randn(6, 20), Packed(20, 20)
+    with capture_inputs(layer):
+        layer(shift=torch.ones(20), x={"x": x} if packed else x)[0].sum().backward()
+    rows = seen_inputs(layer.weight)[0]
+    torch.testing.assert_close(rows.mT @ rows, x.mT @ x / 6)
+
+
 @pytest.mark.parametrize("keyword", [False, True])
 def test_layers_called_by_keyword_are_recorded(keyword):
     x = torch.randn(6, 20)

@@ -824,6 +824,39 @@ def test_flattened_matrices_give_one_warning_with_the_remedy(flat):
     deepopt.DeepMomentum(params, path="elementwise")  # asked for
 
 
+@pytest.fixture
+def _one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore::FutureWarning")
+@pytest.mark.parametrize("source", [deepopt.param_groups, lambda m: m.parameters()])
+@pytest.mark.parametrize("part", ["all of it", "a part of it"])
+def test_a_model_flattened_by_fsdp1_gives_one_warning_also_where_matrices_are_left(part, source):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def flat(model, keeps_shapes=False):
+        return FullyShardedDataParallel(
+            model, use_orig_params=keeps_shapes, device_id=torch.device("cpu")
+        )
+
+    model = sequence()
+    if part == "all of it":
+        model = flat(model)
+    else:
+        model[1] = flat(model[1])
+    with pytest.warns(UserWarning, match=r"of flattened modules, take .*fully_shard") as told:
+        deepopt.DeepMomentum(source(model))
+    assert len(told) == 1
+    # Unsharded, the shapes are kept and nothing is lost.
+    deepopt.DeepMomentum(source(flat(sequence(), keeps_shapes=True)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

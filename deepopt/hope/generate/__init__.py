@@ -197,9 +197,10 @@ def _check(
             f"prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}: must be integers of "
             "shape (batch, tokens) with at least one token"
         )
-    if outside := [token for token in prompt.aminmax() if not 0 <= token < size]:
+    ends = (int(token) for token in prompt.aminmax())  # a byte cannot be compared with 256
+    if outside := [token for token in ends if not 0 <= token < size]:
         raise ValueError(
-            f"prompt has {outside[0].item()}: tokens must lie in 0 ... {size - 1}, the model's "
+            f"prompt has {outside[0]}: tokens must lie in 0 ... {size - 1}, the model's "
             "vocabulary; encode the text with fewer tokens"
         )
     if length < 0:

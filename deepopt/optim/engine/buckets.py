@@ -39,6 +39,8 @@ PLAIN = {Tensor, torch.nn.Parameter}
 SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
 IS_SPARSE, STEP = operator.attrgetter("is_sparse"), operator.itemgetter("step")
+COUNTS = (torch.float32, torch.float64)
+"""Dtypes of step counts, by torch's default dtype."""
 LAYOUT = operator.attrgetter("shape", "dtype", "device")
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
@@ -365,6 +367,9 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
             f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
             "put the tensor back, or delete the whole entry of optimizer.state"
         )
+    _check_counts(bucket, states)
+    if bucket.group["rounding"] == "exact":
+        _check_lows(bucket, states)
     # All at once: one by one they would cost more than the steps of small tensors.
     found = list(map(LAYOUT, tensors))
     if kind.elementwise:
@@ -391,6 +396,33 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
                 f"state {key!r} of {_who(bucket, param)} has become a tensor of "
                 f"{tuple(found[index][0])} and {found[index][1]}, which does not fit: replace a "
                 "state tensor only by one of its own shape and dtype"
+            )
+
+
+def _check_counts(bucket: Bucket, states: Sequence[Any]) -> None:
+    devices = (torch.device("cpu"), bucket.kind.device)
+    allowed = {(torch.Size(), dtype, device) for dtype in COUNTS for device in devices}
+    found = list(map(LAYOUT, map(STEP, states)))
+    if set(found) <= allowed:
+        return
+    number = next(i for i, layout in enumerate(found) if layout not in allowed)
+    shape, dtype, device = found[number]
+    raise RuntimeError(
+        f"state 'step' of {_who(bucket, bucket.params[number])} has become a tensor of "
+        f"{tuple(shape)} and {dtype} on {device}: it must be a float32 scalar on the CPU or where "
+        "the parameter is"
+    )
+
+
+def _check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
+    for param, state in zip(bucket.params, states, strict=True):
+        if "low" not in state or param.dtype != torch.bfloat16:
+            continue
+        low, wanted = state["low"], (param.shape, torch.int16, param.device)
+        if not isinstance(low, Tensor) or LAYOUT(low) != wanted:
+            raise RuntimeError(
+                f"state 'low' of {_who(bucket, param)} must be a tensor of {tuple(param.shape)} "
+                f"and torch.int16 on {param.device}: put it back, or delete it to begin at zeros"
             )
 
 

@@ -25,7 +25,7 @@ def params_and_grads(seed=0):
 def step(optimizer, params, generator, count=2):
     for _ in range(count):
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator)
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
         optimizer.step()
 
 
@@ -179,6 +179,9 @@ def test_saving_changes_nothing_and_a_parameters_file_holds_that_parameter_alone
             lambda s: s.update(momentum=torch.ones(3, 20, 24)),
             r"'momentum' of .*second.*\(3, 20, 24",
         ),
+        (lambda s: s.update(step=s["step"].long()), r"'step' of .*second.*torch.int64 on cpu"),
+        (lambda s: s.update(step=s["step"].reshape(1)), r"'step' of .*second.*\(1,\)"),
+        (lambda s: s.update(step=s["step"].to("meta")), r"'step' of .*second.*on meta"),
     ],
 )
 def test_a_state_that_fits_no_longer_is_refused_before_anything_moves(spoil, message):
@@ -194,6 +197,45 @@ def test_a_state_that_fits_no_longer_is_refused_before_anything_moves(spoil, mes
     for old, new in zip(states, values(optimizer, params), strict=True):
         for a, b in zip(tensors(old), tensors(new), strict=True):
             assert a.is_meta or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["auto", "elementwise"])
+@pytest.mark.parametrize(
+    "spoil", [torch.Tensor.float, lambda low: low[:1], lambda low: low.to("meta"), lambda low: None]
+)
+def test_low_bits_that_fit_no_longer_are_refused_before_anything_is_written(path, spoil):
+    params, generator = params_and_grads()
+    params = [nn.Parameter(param.detach().bfloat16()) for param in params]
+    optimizer = deepopt.DeepMomentum(params, rounding="exact", path=path)
+    step(optimizer, params, generator)
+    state = optimizer.state[params[-2]]
+    state["low"] = spoil(state["low"])
+    before, states = [p.detach().clone() for p in params], values(optimizer, params)
+    with pytest.raises(RuntimeError, match=r"'low' of parameter .*shape \(3,\) must be a tensor"):
+        step(optimizer, params, generator, 1)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    for old, new in zip(states, values(optimizer, params), strict=True):
+        for a, b in zip(tensors(old), tensors(new), strict=True):
+            assert a.is_meta or torch.equal(a, b)
+
+
+@every_settled
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", "1e-3"), ("lr", -1.0), ("weight_decay", None), ("betas", (0.9,))]
+)
+def test_a_value_that_becomes_wrong_is_refused_before_anything_moves(cls, options, key, value):
+    params, generator = params_and_grads()
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **options)
+    step(optimizer, params, generator)
+    optimizer.param_groups[1][key] = value
+    before, states = [p.detach().clone() for p in params], values(optimizer, params)
+    with pytest.raises((TypeError, ValueError), match="Invalid"):
+        step(optimizer, params, generator, 1)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    for old, new in zip(states, values(optimizer, params), strict=True):
+        assert old.keys() == new.keys()
+        for a, b in zip(tensors(old), tensors(new), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("path", ["auto", "elementwise"])

@@ -102,6 +102,18 @@ def test_the_reference_is_the_same_in_them(memory, name):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 10)
 
 
+@every_settled
+def test_a_state_that_is_loaded_in_inference_mode_is_an_ordinary_one(cls, options):
+    saved = run(cls, options, nullcontext)[0].state_dict()
+    optimizer, params = run(cls, options, nullcontext, steps=0)
+    with torch.inference_mode():
+        optimizer.load_state_dict(saved)
+    for param in params:
+        assert not any(x.is_inference() for x in optimizer.state[param].values())
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
 def test_a_closure_runs_in_the_users_surroundings():
     seen = []
     param = nn.Parameter(torch.randn(20, 24))
