@@ -139,9 +139,15 @@ class Reader:
             nothing predicts.
 
         Raises:
+            TypeError: no tensor.
             ValueError: another batch size than before.
             FloatingPointError: a loss is not finite.
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tokens is of type {type(tokens).__name__}: must be a tensor of integers "
+                "(batch, tokens), such as torch.tensor([list(text.encode())])"
+            )
         tokens = tokens.long()
         if self.last is not None and len(self.last) != len(tokens):
             raise ValueError(
@@ -227,7 +233,7 @@ def adapt(
         The reader at the end of the stream, with its `losses` and `state`.
 
     Raises:
-        ValueError, FloatingPointError: as `Reader` does.
+        TypeError, ValueError, FloatingPointError: as `Reader` does.
     """
     reader = Reader(model, levels, optimizer, chunk)
     for piece in [stream] if isinstance(stream, Tensor) else stream:

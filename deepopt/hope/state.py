@@ -122,8 +122,13 @@ class HopeState(NamedTuple):
         """The state that `state_dict` was made from.
 
         Raises:
+            TypeError: not a dict.
             ValueError: entries are missing.
         """
+        if not isinstance(entries, Mapping):
+            raise TypeError(
+                f"entries is of type {type(entries).__name__}: pass the dict that state_dict() gave"
+            )
 
         def part(i: int, kind: Any, part: str) -> Any:
             prefix = f"blocks.{i}.{part}".rstrip(".") + "."

@@ -214,6 +214,8 @@ def test_a_text_is_continued_from_what_was_read(mixer: str) -> None:
 
 
 def test_bad_input_is_named() -> None:
+    with pytest.raises(TypeError, match="tokens is of type str: must be a tensor"):
+        make().adapt("abc")  # type: ignore[arg-type]
     model = make()
     for levels in ([], [2], [-1]):
         with pytest.raises(ValueError, match=r"levels=\[.*2 frequencies, 0 to 1"):

@@ -203,13 +203,21 @@ def test_text_goes_in_and_comes_out_in_whole_characters(
         {"stop": []},
         {"stop": [11]},
         {"prefill": 0},
+        {"length": "5"},
+        {"length": 2.5},
+        {"temperature": "1"},
+        {"top_k": 2.5},
+        {"top_p": "0.9"},
+        {"prefill": None},
     ],
 )
 def test_bad_options_are_named_before_anything_is_computed(
     model: Hope, prompt: Tensor, options: dict[str, Any]
 ) -> None:
     (name, value), *_ = options.items()
-    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))}: must be"):
+    with pytest.raises(
+        (ValueError, TypeError), match=rf"^{name}={re.escape(repr(value))}: must be"
+    ):
         stream(model, prompt, **{"length": 3, **options})
 
 

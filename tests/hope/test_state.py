@@ -197,3 +197,8 @@ def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
         HopeState.from_state_dict(entries)
     with pytest.raises(ValueError, match="positions"):
         HopeState.from_state_dict({})
+
+
+def test_what_is_no_saved_state_is_named() -> None:
+    with pytest.raises(TypeError, match="entries is of type int: pass the dict"):
+        HopeState.from_state_dict(3)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def stream(
         (batch,), int64: a token for every text, `ENDED` for one that has ended.
 
     Raises:
-        TypeError: `prompt` is text.
+        TypeError: `prompt` is text, or an argument is no number.
         ValueError: an argument out of range, or a prompt that ends with padding.
         FloatingPointError: the logits are not finite.
     """
@@ -203,6 +204,17 @@ def _check(
             f"prompt has {outside[0]}: tokens must lie in 0 ... {size - 1}, the model's "
             "vocabulary; encode the text with fewer tokens"
         )
+    numbers = (
+        ("length", length, Integral),
+        ("temperature", temperature, Real),
+        ("top_k", top_k, Integral),
+        ("top_p", top_p, Real),
+        ("prefill", prefill, Integral),
+    )
+    for name, given, kind in numbers:
+        if not isinstance(given, kind) and not (given is None and name in ("top_k", "top_p")):
+            needed = "whole number" if kind is Integral else "number"
+            raise TypeError(f"{name}={given!r}: must be a {needed}")
     if length < 0:
         raise ValueError(f"length={length}: must be at least 0, the number of tokens to add")
     if not 0 <= temperature < math.inf:
