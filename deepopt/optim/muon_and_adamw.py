@@ -1,6 +1,5 @@
 """torch's Muon for matrices beside torch's AdamW for the rest: a rival in one word."""
 
-from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +74,8 @@ class MuonAndAdamW(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        return ChainMap(*(part.state for part in self.parts.values()))
+        # Not a ChainMap: looking AdamW's parameter up in Muon's defaultdict would give it a state.
+        return {param: own for part in self.parts.values() for param, own in part.state.items()}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both.
