@@ -6,7 +6,6 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 import deepopt
@@ -54,7 +53,7 @@ class Contender:
         momentum: its argument for ``Setting.beta`` where that is not ``betas[0]``.
         rate_decays: False where the rate stays at its peak, because the optimizer averages the
             weights instead.
-        own_rate: it multiplies its rate by an estimate of its own, so that the decay stays as it is.
+        own_rate: it multiplies its rate by an estimate of its own; the decay stays as it is.
     """
 
     name: str

@@ -71,7 +71,8 @@ class Tuning:
         """The name of the file of its plots."""
         steps = f"_{self.steps}" if self.steps else ""
         batch = f"_x{self.batch}" if self.batch > 1 else ""
-        return f"{Path(self.workload).stem}{steps}{batch}.png"
+        device = "" if self.device == "cpu" else f"_{self.device}"
+        return f"{Path(self.workload).stem}{steps}{batch}{device}.png"
 
     @property
     def final_steps(self) -> int:
@@ -170,6 +171,12 @@ class Tuning:
             return []
         seeds = range(min(BUDGET_SEEDS, self.seeds))
         return [self.run(rival, setting, s, share) for share in BUDGETS for s in seeds]
+
+    def runs(self, contender: str, lines: Lines) -> list[Run]:
+        """All of an optimizer's that can be told by now."""
+        found = [*self.trials_of(contender, lines), *self.finalists(contender, lines)]
+        found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
+        return list(dict.fromkeys([*found, *self.budgets(contender, lines)]))
 
     def next(self, lines: Lines) -> list[Run]:
         """The runs that are missing and can be told by now; empty when all are done."""
