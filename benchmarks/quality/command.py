@@ -16,6 +16,7 @@ OLD NEW`` tells what differs between two folders of lines, and whether it is noi
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,13 +147,18 @@ def complete(results: Results, every: Sequence[Plan], jobs: int, fresh: bool) ->
 
 def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
     """The plans of the page: what was asked for, and all else that there are lines of."""
-    tiers = ("swap", "rates", "long", "standard", "full", "gpu")
-    found: dict[object, Plan] = {}
-    for plan in [*asked, *(plan for tier in tiers for plan in plans(tier, None, None))]:
+
+    def key(plan: Plan) -> Plan:
         own = dataclasses.replace(plan, contenders=(), seeds=0)
-        key = dataclasses.replace(own, trials=0) if isinstance(own, Tuning) else own
-        found.setdefault(key, with_lines(plan, lines) if isinstance(plan, Tuning) else plan)
-    return list(found.values())
+        return dataclasses.replace(own, trials=0) if isinstance(own, Tuning) else own
+
+    tiers = ("swap", "rates", "long", "standard", "full", "gpu")
+    every = [plan for tier in tiers for plan in plans(tier, None, None)]
+    found: dict[Plan, Plan] = {}
+    for plan in every:
+        found.setdefault(key(plan), plan)
+    found |= {key(plan): plan for plan in asked}
+    return [with_lines(p, lines) if isinstance(p, Tuning) else p for p in found.values()]
 
 
 def with_lines(plan: Tuning, lines: Lines) -> Tuning:
@@ -230,7 +236,12 @@ def main(argv: Sequence[str]) -> int:
     if not results.lines:
         parser.error(f"--report: there is no line in {folder} yet; run without it first")
     every = asked if smoke else with_all_tiers(asked, results.lines)
-    command = "python -m benchmarks quality --report" + (" --tier smoke" if smoke else "")
+    words = ["python -m benchmarks quality --report"]
+    words += ["--tier", arguments.tier] if arguments.tier in ("smoke", "full", "gpu") else []
+    for name in ("workloads", "optimizers"):
+        words += [f"--{name}", *map(shlex.quote, given)] if (given := vars(arguments)[name]) else []
+    words += ["--out", shlex.quote(str(arguments.out))] if arguments.out else []
+    command = " ".join(words)
     write(every, results.lines, folder, page(every, results.lines, command, skipped))
     print(f"written: {out / 'quality.md'}", file=sys.stderr)
     return 0

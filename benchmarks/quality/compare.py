@@ -109,5 +109,6 @@ def main(argv: Sequence[str], plans: Callable[[Lines], Sequence[Tuning]]) -> int
         lines.append(Results(folder, of_any_circumstances=True).lines)
         if not lines[-1]:
             parser.error(f"{folder}: no line in its .jsonl files; give a folder that has some")
-    sys.stdout.write(compare(*lines, plans(lines[0])))
+    old, new = lines
+    sys.stdout.write(compare(old, new, plans(old)))
     return 0

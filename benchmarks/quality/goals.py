@@ -62,8 +62,9 @@ def least_ratio(group: Group, rival: str, goal: float) -> list[str]:
 
 def swapped(rates: Sequence[Rates], swaps: Sequence[Swap], lines: Lines) -> list[str]:
     """AdamW's best rate, with nothing but the optimizer changed."""
+    plans: list[Rates | Swap] = [*rates, *swaps]
     pairs = {}
-    for plan in (*rates, *swaps):
+    for plan in plans:
         if DEFAULT in plan.contenders and (lr := plan.best_rate(lines)):
             first, second = (losses(plan.runs(c, lr), lines) for c in PAIR)
             if first and second:

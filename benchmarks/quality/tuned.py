@@ -149,7 +149,8 @@ def groups(plans: Sequence[Tuning], lines: Lines) -> dict[tuple[float, int, str]
 
 def seconds(line: Line, of: str = "") -> float:
     """Of a run on whatever device; ``of="optimizer_"`` for those of the optimizer's steps."""
-    return line.get(f"{of}cpu_seconds", line.get(f"{of}device_seconds", math.nan))
+    keys = (f"{of}cpu_seconds", f"{of}device_seconds")
+    return next((float(line[key]) for key in keys if key in line), math.nan)
 
 
 def state(lines: Sequence[Line]) -> str:
