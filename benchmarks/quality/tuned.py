@@ -1,6 +1,5 @@
 """What lines say of optimizers that were tuned: statistics, and the page's section about them."""
 
-import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -63,6 +62,8 @@ class Group:
         self.plans = plans
         self.lines = lines
         self.contenders = list(dict.fromkeys(c for plan in plans for c in plan.contenders))
+        self._ended: dict[tuple[Tuning, str, str], Ended | None] = {}
+        self._ratios: dict[tuple[tuple[Tuning, ...], str, str], Interval | None] = {}
 
     @staticmethod
     def key(plan: Tuning) -> tuple[float, int, str]:
@@ -73,9 +74,14 @@ class Group:
         """Of every seed at the optimizer's best setting; None while one is missing."""
         return losses(plan.tuned(contender, self.lines), self.lines)
 
-    @functools.cache  # noqa: B019
     def ended(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
         """What D_eff is made from; None while a run is missing, or where one ended badly."""
+        key = (plan, contender, rival)
+        if key not in self._ended:
+            self._ended[key] = self._found(*key)
+        return self._ended[key]
+
+    def _found(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
         if contender == rival or not {contender, rival} <= set(plan.contenders):
             return None
         own = self.losses(plan, contender)
@@ -89,11 +95,13 @@ class Group:
             budgets.setdefault(run.steps, []).append(loss)
         return Ended(own, plan.final_steps, budgets)
 
-    @functools.cache  # noqa: B019
     def ratio(self, plans: tuple[Tuning, ...], contender: str, rival: str) -> Interval | None:
         """D_eff against a rival at its best; over several workloads its geometric mean."""
-        found = [ended for p in plans if (ended := self.ended(p, contender, rival))]
-        return bootstrap(found) if found else None
+        key = (plans, contender, rival)
+        if key not in self._ratios:
+            found = [ended for p in plans if (ended := self.ended(p, contender, rival))]
+            self._ratios[key] = bootstrap(found) if found else None
+        return self._ratios[key]
 
     def verdicts(self, contender: str, rival: str) -> dict[str, tuple[Interval, str]]:
         """By workload, corrected for the number of workloads."""

@@ -71,13 +71,14 @@ def test_the_tuned_tier_makes_page_and_plot_again_from_the_lines_alone(tmp_path,
     assert main(arguments) == 0
     page = (tmp_path / "quality.md").read_text()
     assert f"| {OURS} | lr " in page
-    assert (tmp_path / "quality" / "friedman.png").read_bytes()[:4] == b"\x89PNG"
-    for file in (tmp_path / "quality.md", tmp_path / "quality" / "friedman.png"):
+    image = tmp_path / "quality" / "friedman_4.png"
+    assert image.read_bytes()[:4] == b"\x89PNG"
+    for file in (tmp_path / "quality.md", image):
         file.unlink()
     monkeypatch.setattr(results, "execute", None)
     assert main([*arguments, "--report"]) == 0
     assert (tmp_path / "quality.md").read_text() == page
-    assert (tmp_path / "quality" / "friedman.png").exists()
+    assert image.exists()
 
 
 def test_fresh_repeats_and_keeps_old_lines_until_new_ones_are_there(tmp_path, capsys, monkeypatch):
