@@ -68,12 +68,15 @@ def page(
 
 
 def shown(plan: Plan, lines: Lines) -> bool:
-    """Whether there is a line of the plan's first runs."""
+    """Whether there are lines of the plan's first runs.
+
+    Of a tuned workload all of AdamW's first trials: single ones are budgets of other plans, too.
+    """
     if isinstance(plan, Swap):
         return plan.best_rate(lines) is not None
     if isinstance(plan, Rates):
         return any(run in lines for lr in THREE_RATES for run in plan.runs("AdamW", lr))
-    return any(run in lines for run in plan.trials_of("AdamW", lines))
+    return all(run in lines for run in plan.trials_of("AdamW", lines)[: 1 + plan.trials])
 
 
 # -- the swap --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.quality import command, goals, pictures
 from benchmarks.quality.contenders import DEFAULT, Setting
 from benchmarks.quality.plan import Rates, Swap, Tuning
-from benchmarks.quality.report import BEFORE, page
+from benchmarks.quality.report import BEFORE, page, shown
 from benchmarks.quality.training import Run
 from benchmarks.quality.tuned import Group, costs, differences, groups, width
 
@@ -85,6 +85,15 @@ def test_runs_that_end_badly_are_counted_and_an_unreached_target_is_told():
     cells = costs(Group([plan], lines), plan).splitlines()[-1]
     assert "| not reached | not reached |" in cells
     assert " 1 of " in cells
+
+
+def test_a_rivals_budgets_do_not_show_the_plan_of_more_steps_that_has_the_same_trials():
+    plan = Tuning("friedman", ("AdamW", "Muon"), trials=4, seeds=2)
+    lines = finished(plan, {"AdamW": 1.0, "Muon": 1.2})
+    longer = Tuning("friedman", ("AdamW", "Muon"), trials=4, seeds=2, steps=4 * plan.final_steps)
+    assert lines.keys() & set(longer.trials_of("AdamW", lines))
+    assert shown(plan, lines)
+    assert not shown(longer, lines)
 
 
 def test_the_width_is_of_the_rates_within_a_hundredth_of_the_best_loss():
