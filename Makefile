@@ -19,7 +19,7 @@ STAMP := $(VENV)/installed
 INTEGRATION := $(wildcard tests/integration tests/distributed)
 PACKAGES    := $(wildcard tests/packages)
 
-.PHONY: train test test-integration test-packages test-sanitized test-versions gpu docs lint format dist clean
+.PHONY: train test test-integration test-packages test-sanitized test-versions smoke gpu docs lint format dist clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
@@ -41,6 +41,10 @@ test-sanitized: $(STAMP)
 # Kernels under other versions of Triton, extensions against the oldest torch's headers
 test-versions: $(STAMP)
 	JOBS=$(JOBS) tests/versions/run $(abspath $(BIN))/python '$(TRITONS)'
+
+# A tuned comparison of two optimizers in miniature: runs, page and plots, in runs/
+smoke: $(STAMP)
+	$(BIN)/python -m benchmarks quality --tier smoke --fresh $(ARGS)
 
 # All that a GPU has to show. It takes the python3 that holds torch, as a bare machine has it.
 gpu: $(if $(REHEARSE),$(STAMP))

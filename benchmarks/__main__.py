@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import fig4, swap
+from benchmarks import fig4
 from benchmarks.hope import command as hope
 from benchmarks.hope import speed as hope_speed
 from benchmarks.quality import command as quality
@@ -11,7 +11,6 @@ from deepopt._output import outlive_readers
 
 BENCHMARKS = {
     "fig4": fig4, "hope": hope, "hope-speed": hope_speed, "quality": quality, "speed": speed,
-    "swap": swap,
 }  # fmt: skip
 
 

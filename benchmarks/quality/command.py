@@ -1,40 +1,41 @@
 """Quality: every optimizer on many small workloads, swapped and tuned.
 
-``--tier swaps`` puts another optimizer in AdamW's place at the very same three rates, ``long`` for
-four times the steps on what can be learned by heart. ``standard`` and ``full`` tune every optimizer
-with the same search before they compare; ``smoke`` does so in miniature. Every finished run is a
-line of ``quality/WORKLOAD.jsonl``, with hashes of its data and its configuration; a run that has a
-line is not repeated, so that an interrupted benchmark goes on. ``quality.md`` and the plots come
-from the lines alone; ``--report`` runs nothing else.
+``--tier swap`` puts other optimizers in AdamW's place, at AdamW's best of five rates, on Hope and
+on a Transformer. ``rates`` has AdamW and DeepMomentum on small workloads at the very same three
+rates, ``long`` for four times the steps on what can be learned by heart. ``standard`` tunes every
+optimizer with the same search before it compares; ``full`` does so for more optimizers, with more
+trials and seeds, and also for four times the steps and for four batches in a step; ``gpu`` is
+``full`` with four times the steps and sixteen batches in a step, on the machine's accelerator;
+``smoke`` is a tuned comparison in miniature.
+Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data and its
+configuration; a run that has a line is not repeated, so that an interrupted benchmark goes on.
+``quality.md`` and the plots come from the lines alone; ``--report`` runs nothing else. ``compare
+OLD NEW`` tells what differs between two folders of lines, and whether it is noise.
 """
 
 import argparse
+import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.contenders import CONTENDERS, DEFAULT
-from benchmarks.quality.pictures import picture
-from benchmarks.quality.plan import SWAPPED, Plan, Swaps, Tuning
+import torch
+
+from benchmarks.quality import compare, pictures
+from benchmarks.quality.contenders import CONTENDERS, DEFAULT, package
+from benchmarks.quality.plan import PAIR, Plan, Rates, Swap, Tuning
 from benchmarks.quality.report import page, shown
 from benchmarks.quality.results import Results
+from benchmarks.quality.training import Lines
+from benchmarks.quality.tuned import groups, picture_files
 from benchmarks.quality.workload import Unavailable, built_in, find
 from deepopt.hope.checkpoint import write_atomically
 
-MAIN = ("AdamW", "Muon", "NorMuon", "DeepMomentum, linear", DEFAULT, "DeepMomentum, covariance")
-
-
-@dataclass(frozen=True)
-class Tier:
-    """How much is run by default."""
-
-    plan: Callable[[str, Sequence[str]], Plan]
-    workloads: tuple[str, ...]
-    contenders: tuple[str, ...]
-
-
+MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
+MAIN = ("AdamW", "Muon", "NorMuon", *MEMORIES)
 SMALL = (
     "digits_mlp",
     "mnist_cnn",
@@ -46,21 +47,60 @@ SMALL = (
     "breast_cancer",
     "friedman",
 )
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What is run by default: the plans of a workload with its contenders."""
+
+    plans: Callable[[str, Sequence[str]], Sequence[Plan]]
+    workloads: tuple[str, ...]
+    contenders: tuple[str, ...]
+
+
+def thorough(
+    workload: str, contenders: Sequence[str], steps: int = 1, batch: int = 1, device: str = "cpu"
+) -> list[Plan]:
+    """Twelve trials and ten seeds: at T steps, at 4 T, and at T with batches of four times as much.
+
+    Args:
+        workload: its name.
+        contenders: names.
+        steps: T in units of the workload's own.
+        batch: batches of the workload in a step.
+        device: where the models are.
+    """
+
+    def plan(longer: int, larger: int) -> Tuning:
+        count = steps * longer * find(workload).steps if steps * longer > 1 else None
+        return Tuning(workload, contenders, 12, 10, count, batch * larger, device)
+
+    return [plan(1, 1), plan(4, 1), plan(1, 4)]
+
+
+def accelerator() -> str | None:
+    """The machine's device beside its CPU, if torch has one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else None
+
+
 TIERS: dict[str, Tier] = {
-    "smoke": Tier(
-        lambda w, c: Tuning(w, c, trials=1, seeds=2, steps=40), ("lm_code",), ("AdamW", DEFAULT)
+    "smoke": Tier(lambda w, c: [Tuning(w, c, 1, 2, 40)], ("lm_code",), PAIR),
+    "swap": Tier(
+        lambda w, c: [Swap(w, c)], ("swap_hope", "swap_transformer"), ("AdamW", "Muon", *MEMORIES)
     ),
-    "swaps": Tier(Swaps, SMALL, SWAPPED),
+    "rates": Tier(lambda w, c: [Rates(w, c)], SMALL, PAIR),
     "long": Tier(
-        lambda w, c: Swaps(w, c, seeds=5, steps=4 * find(w).steps),
+        lambda w, c: [Rates(w, c, seeds=5, steps=4 * find(w).steps)],
         ("friedman", "breast_cancer"),
-        ("AdamW", DEFAULT),
+        PAIR,
     ),
-    "standard": Tier(Tuning, ("lm_code", "digits_mlp"), MAIN),
-    "full": Tier(
-        lambda w, c: Tuning(w, c, trials=12, seeds=10, steps=4 * find(w).steps),
-        ("lm_code", *SMALL),
-        tuple(CONTENDERS),
+    "standard": Tier(lambda w, c: [Tuning(w, c)], ("lm_code", "digits_mlp"), MAIN),
+    "full": Tier(thorough, ("lm_code", *SMALL), tuple(CONTENDERS)),
+    "gpu": Tier(
+        lambda w, c: thorough(w, c, 4, 16, accelerator() or "cuda"),
+        ("lm_code", "llama", "mnist_vit"),
+        MAIN,
     ),
 }
 
@@ -69,20 +109,30 @@ def plans(
     tier: str, workloads: Sequence[str] | None, optimizers: Sequence[str] | None
 ) -> list[Plan]:
     chosen = TIERS[tier]
-    contenders = list(dict.fromkeys(["AdamW", *(optimizers or chosen.contenders)]))
-    return [chosen.plan(name, contenders) for name in workloads or chosen.workloads]
+    contenders = tuple(dict.fromkeys(["AdamW", *(optimizers or chosen.contenders)]))
+    names = workloads or chosen.workloads
+    return [plan for name in names for plan in chosen.plans(name, contenders)]
 
 
 def available(every: Sequence[Plan]) -> tuple[list[Plan], dict[str, str]]:
-    """The plans whose data is here, and why the others are skipped."""
-    found, skipped = [], {}
-    for plan in every:
+    """The plans with what is here, and why other workloads and optimizers are skipped."""
+    found: list[Plan] = []
+    skipped: dict[str, str] = {}
+
+    def has(name: str, look: Callable[[], object]) -> bool:
         try:
-            find(plan.workload).sha256()
-            found.append(plan)
+            look()
         except Unavailable as reason:
-            skipped[plan.workload] = str(reason)
-            print(f"skipped: {plan.workload}: {reason}", file=sys.stderr)
+            skipped[name] = str(reason)
+            return False
+        return True
+
+    for plan in every:
+        if has(plan.workload, find(plan.workload).sha256):
+            here = [c for c in plan.contenders if has(c, lambda c=c: package(c))]  # type: ignore[misc]
+            found.append(dataclasses.replace(plan, contenders=tuple(here)))
+    for name, reason in skipped.items():
+        print(f"skipped: {name}: {reason}", file=sys.stderr)
     return found, skipped
 
 
@@ -92,19 +142,50 @@ def complete(results: Results, every: Sequence[Plan], jobs: int, fresh: bool) ->
         ours = {plan.workload for plan in every}
         results.forget([run for run in results.lines if run.workload in ours])
     while missing := [run for plan in every for run in plan.next(results.lines)]:
-        results.complete(missing, jobs)
+        results.complete(list(dict.fromkeys(missing)), jobs)
 
 
-def with_all_tiers(asked: Sequence[Plan]) -> list[Plan]:
-    """The plans of the page: what was asked for, and all else that there may be lines of."""
-    found = {(type(plan), plan.workload, plan.steps): plan for plan in asked}
-    for tier in ("swaps", "long", "standard"):
-        for plan in plans(tier, None, None):
-            found.setdefault((type(plan), plan.workload, plan.steps), plan)
-    return list(found.values())
+def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
+    """The plans of the page: what was asked for, and all else that there are lines of."""
+
+    def key(plan: Plan) -> Plan:
+        own = dataclasses.replace(plan, contenders=(), seeds=0)
+        return dataclasses.replace(own, trials=0) if isinstance(own, Tuning) else own
+
+    tiers = ("swap", "rates", "long", "standard", "full", "gpu")
+    every = [plan for tier in tiers for plan in plans(tier, None, None)]
+    found: dict[Plan, Plan] = {}
+    for plan in every:
+        found.setdefault(key(plan), plan)
+    found |= {key(plan): plan for plan in asked}
+    return [with_lines(p, lines) if isinstance(p, Tuning) else p for p in found.values()]
+
+
+def with_lines(plan: Tuning, lines: Lines) -> Tuning:
+    """The plan without optimizers that have not begun; those of the standard tier stay."""
+    begun = [c for c in plan.contenders if c in MAIN or lines.keys() & plan.trials_of(c, lines)]
+    return dataclasses.replace(plan, contenders=tuple(begun))
+
+
+def write(every: Sequence[Plan], lines: Lines, folder: Path, text: str) -> None:
+    """The page, and all of its plots."""
+    (folder.parent / "quality.md").write_text(text)
+    chosen = [plan for plan in every if shown(plan, lines)]
+    tuned = [plan for plan in chosen if isinstance(plan, Tuning)]
+    images = {folder / plan.picture: pictures.tuned_picture(plan, lines) for plan in tuned}
+    for path, group in picture_files(groups(tuned, lines), folder).items():
+        profiles = {unit: group.profiles(unit) for unit in ("steps", "seconds")}
+        if all(profiles.values()):
+            images[path] = pictures.profile_picture(profiles)
+    if swaps := [plan for plan in chosen if isinstance(plan, Swap)]:
+        images[folder / "swap.png"] = pictures.swap_picture(swaps, lines)
+    for path, image in images.items():
+        write_atomically(path, image)
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["compare"]:
+        return compare.main(argv[1:], tunings)
     parser = argparse.ArgumentParser("python -m benchmarks quality", description=__doc__)
     parser.add_argument("--tier", choices=TIERS, default="standard", help="how much (standard)")
     parser.add_argument("--workloads", nargs="+", metavar="NAME",
@@ -115,13 +196,20 @@ def main(argv: Sequence[str]) -> int:
                         + "; ".join(CONTENDERS))  # fmt: skip
     parser.add_argument("--out", type=Path,
                         help="(docs/results; runs/quality for smoke)")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (all cores)")
+    parser.add_argument("--jobs", type=int, help="runs at once (all cores; 1 for gpu)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--fresh", action="store_true", help="repeat the runs that have a line")
     again.add_argument("--report", action="store_true", help="write page and plots, run nothing")
     arguments = parser.parse_args(argv)
-    if arguments.jobs < 1:
-        parser.error(f"--jobs {arguments.jobs}: must be at least 1")
+    gpu = arguments.tier == "gpu"
+    jobs = (1 if gpu else os.cpu_count() or 1) if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        parser.error(f"--jobs {jobs}: must be at least 1")
+    if gpu and not arguments.report and accelerator() is None:
+        parser.error(
+            f"--tier gpu: torch {torch.__version__} finds no accelerator on this machine; use "
+            "--tier full, which compares the same on the CPU"
+        )
     for name in arguments.optimizers or ():
         if name not in CONTENDERS:
             parser.error(f"--optimizers {name!r}: choose from {'; '.join(CONTENDERS)}")
@@ -140,19 +228,26 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not arguments.report:
             asked, skipped = available(asked)
-            complete(Results(folder), asked, arguments.jobs, arguments.fresh)
+            complete(Results(folder), asked, jobs, arguments.fresh)
     except KeyboardInterrupt:
         print("stopped; finished runs are kept, the same command goes on", file=sys.stderr)
         return 130
     results = Results(folder, of_any_circumstances=True)
     if not results.lines:
         parser.error(f"--report: there is no line in {folder} yet; run without it first")
-    every = asked if smoke else with_all_tiers(asked)
-    command = "python -m benchmarks quality --report" + (" --tier smoke" if smoke else "")
-    (out / "quality.md").write_text(page(every, results.lines, command, skipped))
-    for plan in every:
-        if isinstance(plan, Tuning) and shown(plan, results.lines):
-            image = picture(plan, results.lines)
-            write_atomically(folder / f"{Path(plan.workload).stem}.png", image)
+    every = asked if smoke else with_all_tiers(asked, results.lines)
+    words = ["python -m benchmarks quality --report"]
+    words += ["--tier", arguments.tier] if arguments.tier in ("smoke", "full", "gpu") else []
+    for name in ("workloads", "optimizers"):
+        words += [f"--{name}", *map(shlex.quote, given)] if (given := vars(arguments)[name]) else []
+    words += ["--out", shlex.quote(str(arguments.out))] if arguments.out else []
+    command = " ".join(words)
+    write(every, results.lines, folder, page(every, results.lines, command, skipped))
     print(f"written: {out / 'quality.md'}", file=sys.stderr)
     return 0
+
+
+def tunings(lines: Lines) -> list[Tuning]:
+    """The tuned workloads that there are lines of."""
+    every = with_all_tiers([], lines)
+    return [plan for plan in every if isinstance(plan, Tuning) and shown(plan, lines)]

@@ -1,6 +1,7 @@
 """Bytes of the standard library's sources, for the language models among the workloads."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ def held_out(model: nn.Module, length: int, windows: int = 256) -> dict[str, flo
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, texts: list[Text]) -> dict[str, float]:
-    total = sum(cross_entropy(model, text).item() * text.tokens.numel() for text in texts)
+def mean_loss(
+    model: nn.Module,
+    texts: list[Text],
+    loss: Callable[[nn.Module, Text], Tensor] = cross_entropy,
+) -> dict[str, float]:
+    total = sum(loss(model, text).item() * text.tokens.numel() for text in texts)
     return {"val_loss": total / sum(text.tokens.numel() for text in texts)}

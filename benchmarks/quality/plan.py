@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from benchmarks.quality.contenders import RIVALS, Setting
+from benchmarks.quality.contenders import DEFAULT, RIVALS, Setting
 from benchmarks.quality.training import Lines, Run, value
 from benchmarks.quality.workload import find
 
@@ -23,8 +24,13 @@ BUDGETS = (0.5, 1.5, 2.0)
 """Steps at which the rivals' loss is measured too, in units of the workload's."""
 BUDGET_SEEDS = 3
 
-SWAP_RATES = (3e-4, 1e-3, 3e-3)
-SWAPPED = ("AdamW", "DeepMomentum, delta")
+THREE_RATES = (3e-4, 1e-3, 3e-3)
+FIVE_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+BESIDE = (0.5, 2.0)
+"""Rates of the swap beside AdamW's best, in its units."""
+SWAP_DECAY = 0.1
+"""The weight decay of the training command."""
+PAIR = ("AdamW", DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Tuning:
         trials: points of the sequence.
         seeds: of the final runs.
         steps: of the final runs; None for the workload's own.
+        batch: batches of the workload in a step.
+        device: where the models are.
     """
 
     workload: str
@@ -53,6 +61,22 @@ class Tuning:
     trials: int = 6
     seeds: int = 5
     steps: int | None = None
+    batch: int = 1
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        """The workload, and what differs from its own steps and batches."""
+        steps = f", {self.steps} steps" if self.steps else ""
+        return self.workload + steps + (f", batches x {self.batch}" if self.batch > 1 else "")
+
+    @property
+    def picture(self) -> str:
+        """The name of the file of its plots."""
+        steps = f"_{self.steps}" if self.steps else ""
+        batch = f"_x{self.batch}" if self.batch > 1 else ""
+        device = "" if self.device == "cpu" else f"_{self.device}"
+        return f"{Path(self.workload).stem}{steps}{batch}{device}.png"
 
     @property
     def final_steps(self) -> int:
@@ -60,7 +84,7 @@ class Tuning:
 
     def run(self, contender: str, setting: Setting, seed: int = 0, share: float = 1.0) -> Run:
         steps = max(2, round(self.final_steps * share))
-        return Run(self.workload, contender, setting, seed, steps)
+        return Run(self.workload, contender, setting, seed, steps, self.batch, self.device)
 
     def trial(self, contender: str, setting: Setting) -> Run:
         return self.run(contender, setting, share=0.5)
@@ -167,6 +191,13 @@ class Tuning:
         seeds = range(min(BUDGET_SEEDS, self.seeds))
         return [self.run(rival, setting, s, share) for share in BUDGETS for s in seeds]
 
+    def runs(self, contender: str, lines: Lines) -> list[Run]:
+        """All of an optimizer's that can be told by now."""
+        found = [*self.trials_of(contender, lines), *self.neighbors(contender, lines)]
+        found += self.finalists(contender, lines)
+        found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
+        return list(dict.fromkeys([*found, *self.budgets(contender, lines)]))
+
     def next(self, lines: Lines) -> list[Run]:
         """The runs that are missing and can be told by now; empty when all are done."""
         stages = (
@@ -185,7 +216,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Swaps:
+class Rates:
     """AdamW and another at the very same three rates, with paired seeds; nothing is tuned.
 
     Attributes:
@@ -196,7 +227,7 @@ class Swaps:
     """
 
     workload: str
-    contenders: Sequence[str] = SWAPPED
+    contenders: Sequence[str] = PAIR
     seeds: int | None = None
     steps: int | None = None
 
@@ -214,7 +245,7 @@ class Swaps:
     def best_rate(self, lines: Lines, contender: str = "AdamW") -> float | None:
         """The rate at which the mean of an optimizer's runs is best; None while one is missing."""
         means = {}
-        for lr in SWAP_RATES:
+        for lr in THREE_RATES:
             runs = self.runs(contender, lr)
             if any(run not in lines for run in runs):
                 return None
@@ -222,11 +253,59 @@ class Swaps:
         return min(means, key=lambda lr: means[lr])
 
     def next(self, lines: Lines) -> list[Run]:
-        every = [run for c in self.contenders for lr in SWAP_RATES for run in self.runs(c, lr)]
+        every = [run for c in self.contenders for lr in THREE_RATES for run in self.runs(c, lr)]
         return [run for run in every if run not in lines]
 
 
-Plan = Tuning | Swaps
+@dataclass(frozen=True)
+class Swap:
+    """AdamW's best of five rates, and other optimizers in its place, each otherwise as by default.
+
+    1. AdamW at five rates a factor of two apart, with the first seed.
+    2. Every optimizer at the best of them, and at the same decay, with every seed.
+    3. AdamW and DeepMomentum's default at half and at double that rate.
+
+    Attributes:
+        workload: its name.
+        contenders: names; AdamW is always among them.
+        seeds: of the runs but the sweep's.
+        steps: None for the workload's own.
+    """
+
+    workload: str
+    contenders: Sequence[str]
+    seeds: int = 3
+    steps: int | None = None
+
+    def run(self, contender: str, lr: float, seed: int) -> Run:
+        setting = Setting(lr, weight_decay=SWAP_DECAY, beta=None)
+        return Run(self.workload, contender, setting, seed, self.steps or find(self.workload).steps)
+
+    def sweep(self) -> list[Run]:
+        return [self.run("AdamW", lr, 0) for lr in FIVE_RATES]
+
+    def best_rate(self, lines: Lines) -> float | None:
+        """That of AdamW's best; None while a run of the sweep is missing, or where none ended."""
+        best = best_of(self.sweep(), lines)
+        return None if best is None else best.setting.lr
+
+    def runs(self, contender: str, lr: float) -> list[Run]:
+        return [self.run(contender, lr, seed) for seed in range(self.seeds)]
+
+    def next(self, lines: Lines) -> list[Run]:
+        """The runs that are missing and can be told by now; empty when all are done."""
+        if missing := [run for run in self.sweep() if run not in lines]:
+            return missing
+        lr = self.best_rate(lines)
+        if lr is None:
+            return []
+        every = [run for contender in self.contenders for run in self.runs(contender, lr)]
+        pair = [contender for contender in PAIR if contender in self.contenders]
+        every += [run for c in pair for share in BESIDE for run in self.runs(c, lr * share)]
+        return [run for run in dict.fromkeys(every) if run not in lines]
+
+
+Plan = Tuning | Rates | Swap
 
 
 def points(

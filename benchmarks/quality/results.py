@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.training import Line, Run, circumstances, execute, value
+from benchmarks.quality.workload import Unavailable
 from benchmarks.runs import executed
 from deepopt.hope.checkpoint import write_atomically
 from deepopt.hope.report import read_metrics
@@ -25,15 +26,16 @@ class Results:
         self.folder = folder
         self.lines: dict[Run, Line] = {}
         self.aside: dict[Run, Line] = {}
-        known: dict[tuple[str, str], Line] = {}
+        known: dict[tuple[str, str], Line | None] = {}
         for path in sorted(folder.glob("*.jsonl")):
             for line in read_metrics(path):
                 run = Run.of(line)
                 if not of_any_circumstances:
                     key = (run.workload, run.contender)
                     if key not in known:
-                        known[key] = circumstances(run)
-                    if not known[key].items() <= line.items():
+                        known[key] = todays(run)
+                    today = known[key]
+                    if today is None or not today.items() <= line.items():
                         self.aside[run] = line
                         continue
                 self.lines[run] = line
@@ -68,6 +70,14 @@ class Results:
 
     def _path(self, workload: str) -> Path:
         return self.folder / f"{Path(workload).stem}.jsonl"
+
+
+def todays(run: Run) -> Line | None:
+    """The circumstances that a line must have to count; None where the run is not possible here."""
+    try:
+        return circumstances(run)
+    except (Unavailable, ValueError, KeyError):  # data, workload or optimizer are not here
+        return None
 
 
 def duration(seconds: float) -> str:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.quality.contenders import CONTENDERS, Setting, build
+from benchmarks.quality.contenders import CONTENDERS, Setting, build, package
 from benchmarks.quality.workload import find
-from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
+from deepopt.hope.cms import levels_of
+from deepopt.hope.trainer import MAX_GRAD_NORM, clipped, lr_factor, prepare
+from deepopt.optim import Continuum
 
 WARMUP_SHARE = 16
 """A sixteenth of the steps is warm-up; then the rates fall linearly to zero."""
@@ -27,25 +29,38 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from another."""
+    """What tells one run from another.
+
+    Attributes:
+        workload: its name or path.
+        contender: a key of ``CONTENDERS``.
+        setting: what is tuned.
+        seed: of the weights and the batches.
+        steps: of the optimizer.
+        batch: batches of the workload in a step; the gradient is that of their mean loss.
+        device: where the model is.
+    """
 
     workload: str
     contender: str
     setting: Setting
     seed: int
     steps: int
+    batch: int = 1
+    device: str = "cpu"
 
     def __str__(self) -> str:
+        batch = f" of {self.batch} batches" if self.batch > 1 else ""
         return (
             f"{self.workload}, {self.contender}, {self.setting}, seed {self.seed}, "
-            f"{self.steps} steps"
+            f"{self.steps} steps{batch}"
         )
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> "Run":
-        """The run of a line."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{**{n: line[n] for n in names}, "setting": Setting(**line["setting"])})
+        """The run of a line, also of one from before there were ``batch`` and ``device``."""
+        known = {f.name: line[f.name] for f in dataclasses.fields(cls) if f.name in line}
+        return cls(**{**known, "setting": Setting(**line["setting"])})
 
 
 Lines = Mapping[Run, Line]
@@ -55,15 +70,17 @@ def circumstances(run: Run) -> Line:
     """What the outcome depends on besides the run itself and the package's code.
 
     Raises:
-        Unavailable: the workload has no data here.
+        Unavailable: the workload has no data here, or the optimizer's package is not installed.
     """
     workload, contender = find(run.workload), CONTENDERS[run.contender]
     decisive = (code(workload.source), repr(contender), WARMUP_SHARE, MAX_GRAD_NORM)
+    found = package(run.contender)
     return {
         "config": hashlib.sha256(repr(decisive).encode()).hexdigest()[:16],
         "data": workload.sha256(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **({"package": found} if found else {}),
     }
 
 
@@ -78,57 +95,111 @@ def code(source: str) -> str:
 
 
 def execute(run: Run) -> Line:
-    """Train and measure; the run with its circumstances and its outcome."""
+    """Train and measure; the run with its circumstances and its outcome.
+
+    Raises:
+        ValueError: the model has levels that count tokens, and the batches have none.
+    """
     workload = find(run.workload)
     line: Line = {**dataclasses.asdict(run), "setting": run.setting._asdict()}
     line |= circumstances(run)
     torch.manual_seed(run.seed)
-    model = workload.model()
+    model = workload.model().to(run.device)
+    tokens = tokens_of_step(run, model)
     line["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     try:
-        optimizer = build(model, run.contender, run.setting)
+        optimizer = build(model, run.contender, run.setting, run.steps, tokens)
     except ValueError as error:
         return {**line, "refused": str(error).partition(";")[0]}
+    switch(optimizer, "train")
     try:
         line |= train(run, model, optimizer)
     except FloatingPointError as error:
         return {**line, "diverged": str(error)}
-    state = sum(
-        value.numel() * value.element_size()
-        for entries in optimizer.state.values()
-        for value in entries.values()
-        if isinstance(value, torch.Tensor)
-    )
-    return {**line, "state_bytes": state, "metrics": workload.metrics(model.eval())}
+    switch(optimizer, "eval")
+    line["state_bytes"] = sum(map(tensor_bytes, optimizer.state.values()))
+    return {**line, "metrics": workload.metrics(model.to("cpu").eval())}
 
 
-def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Line:
-    """The curve of the training loss, and CPU seconds of the whole and of the optimizer's steps.
+def tokens_of_step(run: Run, model: nn.Module) -> int:
+    """What the chunks of the model's levels count: the tokens of a step; 1 without levels."""
+    if not list(levels_of(model)):
+        return 1
+    tokens = getattr(find(run.workload).data(run.seed, 0), "tokens", None)
+    if not isinstance(tokens, torch.Tensor):
+        raise ValueError(
+            f"workload={run.workload!r}: its model has levels that learn at the end of a chunk of "
+            "tokens; data must return a batch with its tokens, as language.Text has them"
+        )
+    return tokens.numel() * run.batch
+
+
+def switch(optimizer: Continuum, mode: str) -> None:
+    """Training or evaluation of an optimizer that evaluates averaged weights, as Schedule-Free."""
+    if callable(own := getattr(optimizer.optimizer, mode, None)):
+        own()
+
+
+def train(run: Run, model: nn.Module, optimizer: Continuum) -> Line:
+    """The curve of the training loss, and seconds of the whole and of the optimizer's steps.
+
+    They are CPU seconds; on another device they are seconds, after it has ended its work.
 
     Raises:
         FloatingPointError: a loss or the norm of a gradient is not finite.
     """
     workload, losses, stepping = find(run.workload), [], 0.0
-    began = time.process_time()
+    warmup, decays = run.steps // WARMUP_SHARE, CONTENDERS[run.contender].rate_decays
+    began = clock(run.device)
     for step in range(run.steps):
-        factor = lr_factor(step, run.steps, run.steps // WARMUP_SHARE)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        optimizer.zero_grad()
-        loss = workload.loss(model, workload.data(run.seed, step))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm.item()):
-            raise FloatingPointError(f"not finite after {step} steps")
-        before = time.process_time()
-        optimizer.step()
-        stepping += time.process_time() - before
+        prepare([optimizer], lr_factor(step if decays else min(step, warmup), run.steps, warmup))
+        parts = []
+        for number in range(run.batch):
+            batch = moved(workload.data(run.seed, step * run.batch + number), run.device)
+            loss = workload.loss(model, batch) / run.batch
+            loss.backward()
+            parts.append(loss.item())
+        losses.append(sum(parts))
+        with clipped([optimizer], model) as norm:
+            if not math.isfinite(losses[-1] + norm.item()):
+                raise FloatingPointError(f"not finite after {step} steps")
+            before = clock(run.device)
+            optimizer.optimizer.step()
+            stepping += clock(run.device) - before
+    seconds = "cpu_seconds" if run.device == "cpu" else "device_seconds"
     return {
         "curve": [round(x, 5) for x in binned(losses, CURVE_POINTS)],
-        "cpu_seconds": round(time.process_time() - began, 3),
-        "optimizer_cpu_seconds": round(stepping, 3),
+        seconds: round(clock(run.device) - began, 3),
+        f"optimizer_{seconds}": round(stepping, 3),
     }
+
+
+def clock(device: str) -> float:
+    """Seconds of this process on the CPU, or on the wall once another device has ended its work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def moved(batch: Any, device: str) -> Any:
+    """The tensors of a batch on a device: a tensor, or some in a tuple, a list or a dict."""
+    if device == "cpu" or not isinstance(batch, torch.Tensor | tuple | list | dict):
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: moved(part, device) for key, part in batch.items()}
+    parts = [moved(part, device) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in an optimizer's state, which may be nested."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value
+    return sum(map(tensor_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
 
 
 def binned(values: list[float], bins: int) -> list[float]:

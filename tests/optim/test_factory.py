@@ -340,3 +340,15 @@ def test_layers_that_cannot_be_found_are_named():
         deepopt.create_optimizer(nn.Linear(20, 20), "deep_momentum", layer_decay=0.5)
     with pytest.raises(ValueError, match="give the module itself"):
         deepopt.create_optimizer(Encoder().parameters(), "deep_momentum", layer_decay=0.5)
+
+
+def test_muon_shows_the_states_of_both_and_a_look_makes_none():
+    model = Encoder()
+    optimizer = deepopt.create_optimizer(model, "muon")
+    assert not optimizer.state
+    params = list(model.parameters())
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(len(optimizer.state[param]) > 0 for param in params)
+    assert set(optimizer.state) == set(params)

@@ -1,5 +1,6 @@
 """The command end to end: it runs, goes on where it stopped, and its page says what lines say."""
 
+import importlib.util
 import json
 import math
 
@@ -7,8 +8,8 @@ import pytest
 
 from benchmarks.quality import command, results, training
 from benchmarks.quality.command import main
-from benchmarks.quality.contenders import CONTENDERS, Setting
-from benchmarks.quality.plan import Swaps, Tuning
+from benchmarks.quality.contenders import CONTENDERS, Setting, package
+from benchmarks.quality.plan import Rates, Tuning
 from benchmarks.quality.results import Results
 from benchmarks.quality.training import Run
 from benchmarks.quality.workload import Unavailable
@@ -22,13 +23,13 @@ def tiny(monkeypatch):
         command.TIERS,
         "standard",
         command.Tier(
-            lambda w, c: Tuning(w, c, trials=1, seeds=2, steps=4), ("friedman",), ("AdamW", OURS)
+            lambda w, c: [Tuning(w, c, trials=1, seeds=2, steps=4)], ("friedman",), ("AdamW", OURS)
         ),
     )
     monkeypatch.setitem(
         command.TIERS,
-        "swaps",
-        command.Tier(lambda w, c: Swaps(w, c, seeds=2, steps=4), ("friedman",), ("AdamW", OURS)),
+        "rates",
+        command.Tier(lambda w, c: [Rates(w, c, seeds=2, steps=4)], ("friedman",), ("AdamW", OURS)),
     )
 
 
@@ -37,8 +38,8 @@ def lines(folder, name="friedman"):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_swaps_run_are_counted_and_are_not_repeated(tmp_path, capsys):
-    arguments = ["--tier", "swaps", "--out", str(tmp_path), "--jobs", "1"]
+def test_runs_are_counted_and_are_not_repeated(tmp_path, capsys):
+    arguments = ["--tier", "rates", "--out", str(tmp_path), "--jobs", "1"]
     assert main(arguments) == 0
     assert "1/12, " in capsys.readouterr().out
     assert len(lines(tmp_path)) == 2 * 3 * 2
@@ -51,7 +52,7 @@ def test_swaps_run_are_counted_and_are_not_repeated(tmp_path, capsys):
 
 
 def test_a_torn_line_and_a_line_of_other_data_are_run_again(tmp_path, capsys):
-    arguments = ["--tier", "swaps", "--out", str(tmp_path), "--jobs", "1"]
+    arguments = ["--tier", "rates", "--out", str(tmp_path), "--jobs", "1"]
     main(arguments)
     whole = lines(tmp_path)
     whole[0]["data"] = "another"
@@ -70,17 +71,18 @@ def test_the_tuned_tier_makes_page_and_plot_again_from_the_lines_alone(tmp_path,
     assert main(arguments) == 0
     page = (tmp_path / "quality.md").read_text()
     assert f"| {OURS} | lr " in page
-    assert (tmp_path / "quality" / "friedman.png").read_bytes()[:4] == b"\x89PNG"
-    for file in (tmp_path / "quality.md", tmp_path / "quality" / "friedman.png"):
+    image = tmp_path / "quality" / "friedman_4.png"
+    assert image.read_bytes()[:4] == b"\x89PNG"
+    for file in (tmp_path / "quality.md", image):
         file.unlink()
     monkeypatch.setattr(results, "execute", None)
     assert main([*arguments, "--report"]) == 0
     assert (tmp_path / "quality.md").read_text() == page
-    assert (tmp_path / "quality" / "friedman.png").exists()
+    assert image.exists()
 
 
 def test_fresh_repeats_and_keeps_old_lines_until_new_ones_are_there(tmp_path, capsys, monkeypatch):
-    arguments = ["--tier", "swaps", "--out", str(tmp_path), "--jobs", "1"]
+    arguments = ["--tier", "rates", "--out", str(tmp_path), "--jobs", "1"]
     main(arguments)
     capsys.readouterr()
     assert main([*arguments, "--fresh"]) == 0
@@ -98,7 +100,7 @@ def test_an_interrupt_keeps_what_has_ended_and_says_so(tmp_path, monkeypatch, ca
         return execute(run)
 
     monkeypatch.setattr(results, "execute", interrupted)
-    arguments = ["--tier", "swaps", "--out", str(tmp_path), "--jobs", "1"]
+    arguments = ["--tier", "rates", "--out", str(tmp_path), "--jobs", "1"]
     assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 3
@@ -114,13 +116,13 @@ def test_a_workload_without_data_is_skipped_visibly_with_the_way_to_get_it(
         raise Unavailable("its package is not installed: pip install it")
 
     found = command.find("friedman")
-    absent = command.Swaps("digits_mlp", ("AdamW", OURS))
+    absent = command.Rates("digits_mlp", ("AdamW", OURS))
     monkeypatch.setattr(
         command,
         "find",
         lambda name: found if name == "friedman" else type("Absent", (), {"sha256": missing}),
     )
-    kept, skipped = command.available([absent, Swaps("friedman", ("AdamW",))])
+    kept, skipped = command.available([absent, Rates("friedman", ("AdamW",))])
     assert [plan.workload for plan in kept] == ["friedman"]
     assert skipped == {"digits_mlp": "its package is not installed: pip install it"}
     assert "skipped: digits_mlp: its package" in capsys.readouterr().err
@@ -142,9 +144,84 @@ def test_bad_arguments_are_named_with_the_remedy(arguments, message, tmp_path, c
     assert message in capsys.readouterr().err
 
 
+def test_an_optimizer_whose_package_is_absent_is_skipped_visibly_with_the_way_to_get_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    arguments = ["--tier", "rates", "--optimizers", OURS, "Lion", "--out", str(tmp_path)]
+    assert main([*arguments, "--jobs", "1"]) == 0
+    assert "skipped: Lion: pytorch_optimizer has it" in capsys.readouterr().err
+    assert {line["contender"] for line in lines(tmp_path)} == {"AdamW", OURS}
+    assert "pip install --no-deps pytorch_optimizer |" in (tmp_path / "quality.md").read_text()
+
+
+def test_lines_of_an_absent_package_or_an_unknown_workload_stay_and_stop_nobody(
+    tmp_path, monkeypatch
+):
+    arguments = ["--tier", "rates", "--out", str(tmp_path), "--jobs", "1"]
+    main(arguments)
+    path = tmp_path / "quality" / "friedman.jsonl"
+    foreign = {**lines(tmp_path)[0], "contender": "Lion"}
+    path.write_text(path.read_text() + json.dumps(foreign) + "\n")
+    gone = tmp_path / "quality" / "gone.jsonl"
+    gone.write_text(json.dumps({**foreign, "workload": "gone.py"}) + "\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*arguments, "--fresh"]) == 0
+    assert foreign in lines(tmp_path)
+    assert gone.exists()
+
+
+def test_without_an_accelerator_its_tier_is_refused_with_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "accelerator", lambda: None)
+    with pytest.raises(SystemExit):
+        main(["--tier", "gpu", "--out", str(tmp_path)])
+    assert "finds no accelerator on this machine; use --tier full" in capsys.readouterr().err
+
+
+def test_full_has_two_horizons_and_two_batches_and_gpu_larger_ones_on_its_device():
+    def sizes(tier):
+        every = command.plans(tier, ["friedman"], None)
+        return [(p.final_steps // 300, p.batch, p.device) for p in every]
+
+    assert sizes("full") == [(1, 1, "cpu"), (4, 1, "cpu"), (1, 4, "cpu")]
+    device = command.accelerator() or "cuda"
+    assert sizes("gpu") == [(4, 16, device), (16, 16, device), (4, 64, device)]
+
+
+def test_two_folders_are_compared_seed_by_seed(tmp_path, capsys):
+    for name in ("old", "new"):
+        main(["--out", str(tmp_path / name), "--jobs", "1"])
+    path = tmp_path / "new" / "quality" / "friedman.jsonl"
+    every = lines(tmp_path / "new")
+    for line in every:
+        if line["contender"] == OURS and line["steps"] == 4:
+            line["metrics"]["val_loss"] -= 0.5 + 0.001 * line["seed"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in every))
+    capsys.readouterr()
+    folders = [str(tmp_path / name / "quality") for name in ("old", "new")]
+    assert main(["compare", *folders]) == 0
+    text = capsys.readouterr().out
+    assert f"{len(every)} runs are in both, 0 in the old folder alone" in text
+    assert "| the same |" in text
+    assert f"| friedman | {OURS} | its best | 4 | 2 |" in text
+    assert "-0.5005 [" in text
+    assert "| better |" in text
+
+
+@pytest.mark.parametrize("folder", ["none", "."])
+def test_a_folder_without_lines_is_refused_with_its_name(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / folder), str(tmp_path)])
+    assert f"{tmp_path / folder}: no " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_every_contender_takes_every_setting(contender):
-    for setting in (Setting(1e-3), Setting(1e-3, 2.0, 0.1, 0.95, 1)):
+    try:
+        package(contender)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    for setting in (Setting(1e-3), Setting(1e-3, 2.0, 0.1, 0.95, 1), Setting(1e-3, beta=None)):
         found = training.execute(Run("friedman", contender, setting, 0, 3))
         assert math.isfinite(found["metrics"]["val_loss"])
         assert found["state_bytes"] > 0

@@ -1,14 +1,20 @@
-"""Paired intervals, Holm's correction, ties, and the data ratio."""
+"""Paired intervals, Holm's correction, ties, the data ratio, times to target and their profile."""
 
 import math
+import random
 
 import pytest
 
+from benchmarks.quality import intervals
 from benchmarks.quality.intervals import (
+    Ended,
     bootstrap,
     equal_loss_ratio,
     holm,
     paired,
+    profile,
+    profile_score,
+    share_to_target,
     t_cdf,
     t_quantile,
     verdict,
@@ -82,7 +88,53 @@ def test_a_larger_budget_that_was_worse_does_not_count_as_worse():
 
 
 def test_the_interval_of_the_data_ratio_holds_its_center_and_repeats():
-    budgets = {2: [4.0, 4.2], 4: [3.0, 3.1], 8: [2.0, 2.2]}
-    found = bootstrap([2.5, 2.7, 2.6], 4, budgets)
+    ended = Ended([2.5, 2.7, 2.6], 4, {2: [4.0, 4.2], 4: [3.0, 3.1], 8: [2.0, 2.2]})
+    found = bootstrap([ended])
+    assert found.mean == pytest.approx(ended.ratio())
     assert found.low < found.mean < found.high
-    assert found[:3] == bootstrap([2.5, 2.7, 2.6], 4, budgets)[:3]
+    assert found[:3] == bootstrap([ended])[:3]
+
+
+def comparison(ratio, rng, noise=0.01):
+    """Seeds of an optimizer that needs one `ratio`th of a rival's steps, and of the rival."""
+
+    def seeds(steps, count):
+        return [3 - 0.1 * math.log2(steps) + rng.gauss(0, noise) for _ in range(count)]
+
+    budgets = {300: seeds(300, 3), 600: seeds(600, 5), 900: seeds(900, 3), 1200: seeds(1200, 3)}
+    return Ended(seeds(600 * ratio, 5), 600, budgets)
+
+
+def test_a_known_data_ratio_is_found_again_and_its_intervals_cover_it(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+    rng = random.Random(0)
+    found = [bootstrap([comparison(1.3, rng)]) for _ in range(60)]
+    assert sum(x.mean for x in found) / len(found) == pytest.approx(1.3, abs=0.03)
+    assert sum(x.low <= 1.3 <= x.high for x in found) >= 55
+
+
+def test_the_mean_over_workloads_is_geometric_and_its_interval_is_of_workloads_too():
+    rng = random.Random(1)
+    several = [comparison(ratio, rng, noise=1e-6) for ratio in (0.8, 1.25, 1.6)]
+    found = bootstrap(several)
+    assert found.mean == pytest.approx((0.8 * 1.25 * 1.6) ** (1 / 3), rel=1e-3)
+    assert found.low == pytest.approx(0.8, rel=0.05)
+    assert found.high == pytest.approx(1.6, rel=0.05)
+    alone = bootstrap(several[:1])
+    assert alone.high - alone.low < 0.01
+
+
+def test_a_target_is_reached_where_the_line_between_the_parts_middles_crosses_it():
+    curve = [4.0, 3.0, 2.0, 2.5]
+    assert share_to_target(curve, 2.5) == pytest.approx(0.5)  # between the middles 3/8 and 5/8
+    assert share_to_target(curve, 2.0) == pytest.approx(5 / 8)
+    assert share_to_target(curve, 9.0) == pytest.approx(1 / 8)
+    assert share_to_target(curve, 1.9) == math.inf
+
+
+def test_the_profile_counts_the_workloads_within_a_multiple_of_the_best_time():
+    found = profile([{"a": 10.0, "b": 20.0}, {"a": 30.0, "b": 15.0}, {"a": 5.0, "b": math.inf}])
+    assert found == {"a": [1.0, 1.0, 2.0], "b": [1.0, 2.0, math.inf]}
+    # Areas up to 4: a has 1, 1 and 2/3; b has 1, 2/3 and 0.
+    assert profile_score(found["a"]) == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert profile_score(found["b"]) == pytest.approx((1 + 2 / 3) / 3)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.quality import plan as plans
 from benchmarks.quality.contenders import Setting
-from benchmarks.quality.plan import Swaps, Tuning, points
+from benchmarks.quality.plan import FIVE_RATES, Rates, Swap, Tuning, points
 
 PAIR = ("AdamW", "NorMuon")
 
@@ -132,8 +132,8 @@ def test_points_fill_the_range_evenly_and_go_on_where_they_stopped():
     assert all(k * width - 0.01 <= x <= (k + 1) * width + 0.01 for k, x in enumerate(logs))
 
 
-def test_a_swap_is_both_optimizers_at_the_very_same_rates_decay_and_seeds():
-    plan = Swaps("friedman", PAIR, seeds=2)
+def test_three_rates_are_of_both_optimizers_at_the_very_same_rates_decay_and_seeds():
+    plan = Rates("friedman", PAIR, seeds=2)
     runs = plan.next({})
     ours = {(r.setting, r.seed, r.steps) for r in runs if r.contender == "NorMuon"}
     theirs = {(r.setting, r.seed, r.steps) for r in runs if r.contender == "AdamW"}
@@ -142,8 +142,47 @@ def test_a_swap_is_both_optimizers_at_the_very_same_rates_decay_and_seeds():
 
 
 def test_adamws_best_rate_is_that_of_the_mean_over_seeds_and_unknown_before_all_have_run():
-    plan = Swaps("friedman", PAIR, seeds=2)
+    plan = Rates("friedman", PAIR, seeds=2)
     lines, _ = finished(plan, bowl(1e-3))
     assert plan.best_rate(lines) == 1e-3
     lines.pop(plan.runs("AdamW", 3e-3)[1])
     assert plan.best_rate(lines) is None
+
+
+TRIO = ("AdamW", "Muon", "DeepMomentum, delta")
+
+
+def test_a_swap_has_every_optimizer_at_adamws_best_rate_with_all_else_as_by_default():
+    plan = Swap("friedman", TRIO, seeds=2)
+    lines, stages = finished(plan, bowl(4e-3))
+    assert [run.setting.lr for run in stages[0]] == list(FIVE_RATES)
+    assert {(run.contender, run.seed) for run in stages[0]} == {("AdamW", 0)}
+    assert plan.best_rate(lines) == 4e-3
+    for contender in TRIO:
+        runs = plan.runs(contender, 4e-3)
+        assert {run.setting for run in runs} == {Setting(4e-3, weight_decay=0.1, beta=None)}
+        assert all(run in lines for run in runs)
+
+
+def test_a_swap_also_has_the_pair_at_half_and_double_that_rate():
+    plan = Swap("friedman", TRIO, seeds=2)
+    lines, _ = finished(plan, bowl(4e-3))
+    for share in (0.5, 2.0):
+        assert all(run in lines for run in plan.runs("DeepMomentum, delta", 4e-3 * share))
+        assert not any(run in lines for run in plan.runs("Muon", 4e-3 * share))
+
+
+def test_a_swap_in_which_adamw_never_ends_well_stops():
+    plan = Swap("friedman", TRIO, seeds=2)
+    lines, stages = finished(plan, lambda run: math.inf)
+    assert plan.best_rate(lines) is None
+    assert len(stages) == 1
+
+
+def test_plans_of_other_steps_and_batches_have_names_and_runs_of_their_own():
+    own = Tuning("friedman", PAIR)
+    other = Tuning("friedman", PAIR, steps=1200, batch=4)
+    assert (own.label, other.label) == ("friedman", "friedman, 1200 steps, batches x 4")
+    assert own.picture != other.picture
+    assert {run.batch for run in other.next({})} == {4}
+    assert not set(own.next({})) & set(other.next({}))

@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import command, datasets
-from benchmarks.quality.plan import Swaps
+from benchmarks.quality import command, datasets, plan
+from benchmarks.quality.contenders import Setting
+from benchmarks.quality.plan import Rates
+from benchmarks.quality.training import Run, execute
 from benchmarks.quality.workload import HELD_OUT, Unavailable, built_in, digest, find
+from benchmarks.quality.workloads import swap_transformer
 from deepopt import param_groups
+from deepopt.hope.trainer import TrainConfig, Trainer
 
 ROOT = Path(__file__).parents[3]
-QUICK = [name for name in built_in() if name not in ("llama_tuned", "lora")]  # those train first
+SLOW = ("llama_tuned", "lora", "swap_hope", "swap_transformer")  # they have tests of their own
+QUICK = [name for name in built_in() if name not in SLOW]
 
 
 def available(name):
@@ -67,6 +72,41 @@ def test_the_fine_tunings_start_where_the_pretraining_ended_and_lora_trains_its_
         llama_tuned.pretrained.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["swap_hope", "swap_transformer"])
+@pytest.mark.parametrize("contender", ["AdamW", "Muon", "DeepMomentum, delta"])
+def test_a_run_of_the_swap_is_the_training_commands_run(name, contender, tmp_path, monkeypatch):
+    for constant, value in (("BATCH", 2), ("LENGTH", 32), ("WINDOWS", 4)):
+        monkeypatch.setattr(swap_transformer, constant, value)
+    monkeypatch.setattr(Trainer, "samples", lambda *_: "")
+    setting = Setting(4e-3, weight_decay=TrainConfig(tmp_path).weight_decay, beta=None)
+    found = execute(Run(name, contender, setting, 1, 3))
+    optimizer, _, memory = contender.partition(", ")
+    config = TrainConfig(
+        tmp_path / "run",
+        optimizer=optimizer,
+        memory=memory or None,
+        seed=1,
+        steps=3,
+        batch_size=2,
+        seq_len=32,
+        eval_windows=4,
+        quiet=True,
+    )
+    expected = Trainer(config, find(name).model).run()
+    assert found["metrics"]["val_loss"] == expected.val_loss
+    assert found["metrics"]["val_bits_per_byte"] == expected.val_bits_per_byte
+    floats = found["state_bytes"] / 4 / found["parameters"]
+    assert floats == expected.state_floats_per_parameter
+
+
+def test_the_default_sizes_of_the_swap_are_the_training_commands(tmp_path):
+    config = TrainConfig(tmp_path)
+    sizes = (config.batch_size, config.seq_len, config.eval_windows)
+    assert (swap_transformer.BATCH, swap_transformer.LENGTH, swap_transformer.WINDOWS) == sizes
+    assert {find(name).steps for name in ("swap_hope", "swap_transformer")} == {config.steps}
+    assert plan.SWAP_DECAY == config.weight_decay
+
+
 def test_batches_of_a_pass_have_every_example_at_most_once():
     part = datasets.Part(torch.arange(10.0)[:, None], torch.arange(10))
     data = datasets.Dataset(part, part, "")
@@ -92,10 +132,10 @@ def test_the_guides_own_workload_runs_from_its_path(tmp_path, monkeypatch):
     assert digest(workload.data(HELD_OUT, 0)) != digest(workload.data(0, 0))
     monkeypatch.setitem(
         command.TIERS,
-        "swaps",
-        command.Tier(lambda w, c: Swaps(w, c, seeds=1, steps=3), (), ("AdamW", "M3")),
+        "rates",
+        command.Tier(lambda w, c: [Rates(w, c, seeds=1, steps=3)], (), ("AdamW", "M3")),
     )
-    arguments = ["--tier", "swaps", "--workloads", str(path), "--out", str(tmp_path)]
+    arguments = ["--tier", "rates", "--workloads", str(path), "--out", str(tmp_path)]
     assert command.main([*arguments, "--jobs", "1"]) == 0
     assert len((tmp_path / "quality" / "product.jsonl").read_text().splitlines()) == 6
     assert "a product of two inputs, an MLP" in (tmp_path / "quality.md").read_text()

@@ -1,0 +1,353 @@
+"""What lines say of optimizers that were tuned: statistics, and the page's section about them."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.quality.contenders import CONTENDERS, RIVALS
+from benchmarks.quality.intervals import (
+    FARTHEST,
+    RESAMPLES,
+    Ended,
+    Interval,
+    bootstrap,
+    holm,
+    paired,
+    profile,
+    profile_score,
+    share_to_target,
+    verdict,
+)
+from benchmarks.quality.plan import BUDGETS, HIGHEST, LOWEST, NEARBY, Tuning
+from benchmarks.quality.training import CURVE_POINTS, Line, Lines, Run, value
+from benchmarks.quality.workload import find
+from benchmarks.tables import markdown
+
+MISSING = "not run"
+NEAR_BEST = 1.01
+
+
+def losses(runs: Sequence[Run], lines: Lines) -> list[float] | None:
+    """The losses of all the runs; None while one is missing."""
+    if not runs or any(run not in lines for run in runs):
+        return None
+    return [value(lines[run]) for run in runs]
+
+
+def compared(
+    pairs: Mapping[str, tuple[list[float] | None, list[float] | None]],
+) -> dict[str, tuple[Interval, str]]:
+    """Paired differences, first less second, with verdicts that are corrected for their number."""
+    found = {name: paired(a, b) for name, (a, b) in pairs.items() if a and b}
+    corrected = holm({name: interval.p for name, interval in found.items()})
+    return {n: (interval, verdict(interval.mean, corrected[n])) for n, interval in found.items()}
+
+
+def difference(x: Interval) -> str:
+    if math.isinf(x.low):
+        return f"{x.mean:+.4f}"
+    return f"{x.mean:+.4f} [{x.low:+.4f}, {x.high:+.4f}]"
+
+
+class Group:
+    """Tuned workloads with as many times their own steps, and their own batch, each.
+
+    Args:
+        plans: the workloads.
+        lines: of results.
+    """
+
+    def __init__(self, plans: Sequence[Tuning], lines: Lines) -> None:
+        self.plans = plans
+        self.lines = lines
+        self.contenders = list(dict.fromkeys(c for plan in plans for c in plan.contenders))
+        self._ended: dict[tuple[Tuning, str, str], Ended | None] = {}
+        self._ratios: dict[tuple[tuple[Tuning, ...], str, str], Interval | None] = {}
+
+    @staticmethod
+    def key(plan: Tuning) -> tuple[float, int, str]:
+        """Steps in units of the workload's, batches in a step, and the device."""
+        return plan.final_steps / find(plan.workload).steps, plan.batch, plan.device
+
+    def losses(self, plan: Tuning, contender: str) -> list[float] | None:
+        """Of every seed at the optimizer's best setting; None while one is missing."""
+        return losses(plan.tuned(contender, self.lines), self.lines)
+
+    def ended(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
+        """What D_eff is made from; None while a run is missing, or where one ended badly."""
+        key = (plan, contender, rival)
+        if key not in self._ended:
+            self._ended[key] = self._found(*key)
+        return self._ended[key]
+
+    def _found(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
+        if contender == rival or not {contender, rival} <= set(plan.contenders):
+            return None
+        own = self.losses(plan, contender)
+        others = plan.budgets(rival, self.lines)
+        runs = [*plan.tuned(rival, self.lines), *others]
+        found = losses(runs, self.lines)
+        if not own or not found or not others or not all(map(math.isfinite, own + found)):
+            return None
+        budgets: dict[int, list[float]] = {}
+        for run, loss in zip(runs, found, strict=True):
+            budgets.setdefault(run.steps, []).append(loss)
+        return Ended(own, plan.final_steps, budgets)
+
+    def ratio(self, plans: tuple[Tuning, ...], contender: str, rival: str) -> Interval | None:
+        """D_eff against a rival at its best; over several workloads its geometric mean."""
+        key = (plans, contender, rival)
+        if key not in self._ratios:
+            found = [ended for p in plans if (ended := self.ended(p, contender, rival))]
+            self._ratios[key] = bootstrap(found) if found else None
+        return self._ratios[key]
+
+    def verdicts(self, contender: str, rival: str) -> dict[str, tuple[Interval, str]]:
+        """By workload, corrected for the number of workloads."""
+        plans = [plan for plan in self.plans if {contender, rival} <= set(plan.contenders)]
+        return compared(
+            {p.label: (self.losses(p, contender), self.losses(p, rival)) for p in plans}
+        )
+
+    def swaps(self, contender: str) -> dict[str, tuple[Interval, str]]:
+        """The default at AdamW's rates and decay less AdamW at its best, by workload, likewise."""
+        plans = [plan for plan in self.plans if contender in plan.contenders]
+        swapped = {p.label: losses(p.swapped(contender, self.lines), self.lines) for p in plans}
+        return compared({p.label: (swapped[p.label], self.losses(p, "AdamW")) for p in plans})
+
+    def times(self, plan: Tuning, unit: str = "steps") -> dict[str, float]:
+        """Each optimizer's median time until its training loss is AdamW's last one, seed by seed.
+
+        Args:
+            plan: the workload.
+            unit: "steps", or "seconds" of the whole training run.
+        """
+        target = [
+            self.lines.get(run, {}).get("curve", [math.nan])[-1]
+            for run in plan.tuned("AdamW", self.lines)
+        ]
+        found: dict[str, float] = {}
+        for contender in plan.contenders:
+            runs = plan.tuned(contender, self.lines)
+            if not target or losses(runs, self.lines) is None:
+                continue
+            times = []
+            for run, goal in zip(runs, target, strict=True):
+                line = self.lines[run]
+                whole = run.steps if unit == "steps" else seconds(line)
+                share = share_to_target(line["curve"], goal) if "curve" in line else math.inf
+                times.append(share * whole)
+            found[contender] = statistics.median_high(times)
+        return found
+
+    def profiles(self, unit: str) -> dict[str, list[float]]:
+        """Ratios to the best time by optimizer, of those that ran on all of the workloads."""
+        every = [found for plan in self.plans if (found := self.times(plan, unit))]
+        every = [found for found in every if math.isfinite(min(found.values()))]
+        common = [c for c in self.contenders if all(c in found for found in every)]
+        return profile([{c: found[c] for c in common} for found in every])
+
+
+def groups(plans: Sequence[Tuning], lines: Lines) -> dict[tuple[float, int, str], Group]:
+    """The plans by steps, batches and device."""
+    keys = dict.fromkeys(Group.key(plan) for plan in plans)
+    return {k: Group([p for p in plans if Group.key(p) == k], lines) for k in sorted(keys)}
+
+
+def seconds(line: Line, of: str = "") -> float:
+    """Of a run on whatever device; ``of="optimizer_"`` for those of the optimizer's steps."""
+    keys = (f"{of}cpu_seconds", f"{of}device_seconds")
+    return next((float(line[key]) for key in keys if key in line), math.nan)
+
+
+def state(lines: Sequence[Line]) -> str:
+    """Floats per parameter of an optimizer's state."""
+    found = [
+        line["state_bytes"] / 4 / line["parameters"] for line in lines if "state_bytes" in line
+    ]
+    return f"{statistics.fmean(found):.2f}" if found else ""
+
+
+# -- the section of the page -----------------------------------------------------------------
+
+
+def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
+    """Every optimizer at its own best, found with the same search."""
+    names = dict.fromkeys(name for group in found.values() for name in group.contenders)
+    parts = [
+        "## Tuned: every optimizer at its own best",
+        "All have the same search: trials at half of the steps, first the default at AdamW's best "
+        "trial's rates and decay, then points of one Sobol sequence over the rate of matrices "
+        f"({LOWEST:g} to {HIGHEST:g}, widened for all where anybody's best is at an end), the rate "
+        "of everything else (x 0.5, 1, 2), the weight decay (0, 0.03, 0.1, 0.3), the retention "
+        "(0.9, 0.95) and one knob of the optimizer's own; then the neighbors of each one's best "
+        f"trial, its rate divided and multiplied by {NEARBY:g} and its own knob turned. The best "
+        "two trials run at all steps, the better of them with every seed.",
+        "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
+        "schedule, for the same held-out loss, by its losses at "
+        f"{', '.join(f'{x:g}' for x in sorted((*BUDGETS, 1.0)))} times the steps; beyond them it "
+        f"is a bound. Its interval is of {RESAMPLES:,} bootstrap drawings, of means by Student's "
+        "distribution and of workloads with replacement. Differences are paired by seed, and "
+        "corrected by Holm for the workloads.",
+        "*Time to target* is when the training loss is first at the last one of AdamW tuned, with "
+        f"the same seed: the curve has means over {CURVE_POINTS} equal parts of the run, linear "
+        "between their middles; steps and seconds are medians over seeds. *Rates within 1 %* is "
+        "the highest over the lowest rate among the trials whose loss is within 1 % of the "
+        "optimizer's best trial. *Share* is that of the optimizer's steps in all CPU seconds. "
+        "*Ended badly* counts runs whose loss or gradient became infinite, trials included.",
+        "Knobs: "
+        + "; ".join(
+            f"{name} {' or '.join(f'{k}={v}' for knob in entry.knob for k, v in knob.items())}"
+            for name, entry in CONTENDERS.items()
+            if name in names
+        )
+        + ".",
+    ]
+    for (steps, batch, device), group in found.items():
+        where = "" if device == "cpu" else f", on {device}"
+        if len(found) > 1 or where or (steps, batch) != (1, 1):
+            parts.append(f"### Steps x {steps:g}, batches x {batch}{where}")
+        parts += group_tables(group, profile_file(steps, batch, device))
+    return parts
+
+
+def profile_file(steps: float, batch: int, device: str) -> str:
+    """The name of the file with a group's performance profile."""
+    return f"profile_{steps:g}_x{batch}" + ("" if device == "cpu" else f"_{device}") + ".png"
+
+
+def group_tables(group: Group, profile_plot: str) -> list[str]:
+    parts = []
+    if any(group.profiles("steps").values()):
+        parts += [
+            "#### All workloads",
+            overall(group),
+            f"![performance profiles](quality/{profile_plot})",
+            f"The profile of an optimizer is the share of {len(group.plans)} workloads on which it "
+            "needs at most so many times the best optimizer's time to target; its score is the "
+            f"mean height up to {FARTHEST:g} times.",
+        ]
+    for plan in group.plans:
+        parts += [f"#### {plan.label}", f"{find(plan.workload).about}."]
+        parts += [best_table(group, plan), differences(group, plan), costs(group, plan)]
+        parts += [f"![loss against rate, and training curves](quality/{plan.picture})"]
+        parts += ["The default at AdamW's rates and decay:", swapped_table(group, plan)]
+    return parts
+
+
+def best_table(group: Group, plan: Tuning) -> str:
+    table = [["optimizer", "best setting", "loss", *[f"D_eff, {rival}" for rival in RIVALS]]]
+    for contender in plan.contenders:
+        found, setting = group.losses(plan, contender), plan.best(contender, group.lines)
+        if not found or setting is None:
+            trials = plan.trials_of(contender, group.lines)
+            refused = [group.lines.get(run, {}).get("refused") for run in trials]
+            table.append([contender, next(filter(None, refused), MISSING), *[""] * 4])
+            continue
+        ratios = [data_ratio(group, (plan,), contender, rival) for rival in RIVALS]
+        table.append([contender, str(setting), f"{statistics.fmean(found):.4f}", *ratios])
+    return markdown(table)
+
+
+def differences(group: Group, plan: Tuning) -> str:
+    table = [["optimizer", *[f"loss less {rival}'s" for rival in RIVALS]]]
+    for contender in plan.contenders:
+        cells = [
+            group.verdicts(contender, rival).get(plan.label) if contender != rival else None
+            for rival in RIVALS
+        ]
+        if any(cells):
+            texts = [f"{difference(x[0])}, {x[1]}" if x else "" for x in cells]
+            table.append([contender, *texts])
+    return markdown(table)
+
+
+def costs(group: Group, plan: Tuning) -> str:
+    head = ["optimizer", "steps to target", "seconds to target", "state, floats/parameter"]
+    table = [[*head, "share", "rates within 1 %", "ended badly"]]
+    steps, lasted = group.times(plan), group.times(plan, "seconds")
+    for contender in plan.contenders:
+        runs = plan.runs(contender, group.lines)
+        every = [group.lines[run] for run in runs if run in group.lines]
+        if not every:
+            continue
+        own = [group.lines[r] for r in plan.tuned(contender, group.lines) if r in group.lines]
+        own = [line for line in own if "curve" in line]
+        share = sum(seconds(x, "optimizer_") for x in own) / (sum(map(seconds, own)) or math.nan)
+        table.append(
+            [
+                contender,
+                reached(steps.get(contender), 0),
+                reached(lasted.get(contender), 1),
+                state(own),
+                f"{100 * share:.0f} %" if own else "",
+                folds(width(plan, contender, group.lines)),
+                f"{sum('diverged' in line for line in every)} of {len(every)}",
+            ]
+        )
+    return markdown(table)
+
+
+def reached(time: float | None, digits: int) -> str:
+    if time is None:
+        return ""
+    return f"{time:.{digits}f}" if math.isfinite(time) else "not reached"
+
+
+def width(plan: Tuning, contender: str, lines: Lines) -> float | None:
+    """The highest over the lowest rate of the trials within 1 % of the best one."""
+    trials = plan.searched(contender, lines)
+    best = min((value(lines[run]) for run in trials), default=math.inf)
+    if not math.isfinite(best):
+        return None
+    rates = [run.setting.lr for run in trials if value(lines[run]) <= NEAR_BEST * best]
+    return max(rates) / min(rates)
+
+
+def folds(x: float | None) -> str:
+    return f"{x:.1f}-fold" if x else ""
+
+
+def data_ratio(group: Group, plans: tuple[Tuning, ...], contender: str, rival: str) -> str:
+    """D_eff with its interval; where a workload's is at an end of the budgets it is a bound."""
+    x = group.ratio(plans, contender, rival)
+    if x is None:
+        return ""
+    own = [e.ratio() for plan in plans if (e := group.ended(plan, contender, rival))]
+    above, below = max(own) >= max(BUDGETS), min(own) <= min(BUDGETS)
+    bound = "" if above == below else ">= " if above else "<= "
+    return f"{bound}{x.mean:.2f} [{x.low:.2f}, {x.high:.2f}]"
+
+
+def overall(group: Group) -> str:
+    """Geometric means of D_eff and scores of the profiles."""
+    profiles = {unit: group.profiles(unit) for unit in ("steps", "seconds")}
+    head = [f"D_eff, {rival}: geometric mean" for rival in RIVALS]
+    table = [["optimizer", *head, "profile, steps", "profile, seconds", "workloads"]]
+    for contender in group.contenders:
+        plans = [p for p in group.plans if contender in p.contenders]
+        row = [data_ratio(group, tuple(plans), contender, rival) for rival in RIVALS]
+        for found in profiles.values():
+            row.append(f"{profile_score(found[contender]):.2f}" if found.get(contender) else "")
+        if any(row):
+            done = sum(group.losses(plan, contender) is not None for plan in plans)
+            table.append([contender, *row, str(done)])
+    return markdown(table)
+
+
+def swapped_table(group: Group, plan: Tuning) -> str:
+    """The defaults at AdamW's best rates and decay, against AdamW tuned."""
+    table = [["optimizer", "loss", "less AdamW's, tuned", ""]]
+    for contender in plan.contenders:
+        if found := group.swaps(contender).get(plan.label):
+            own = losses(plan.swapped(contender, group.lines), group.lines) or []
+            table.append(
+                [contender, f"{statistics.fmean(own):.4f}", difference(found[0]), found[1]]
+            )
+    return markdown(table) if len(table) > 1 else f"{MISSING}."
+
+
+def picture_files(found: Mapping[tuple[float, int, str], Group], folder: Path) -> dict[Path, Group]:
+    """Where each group's performance profile is drawn."""
+    return {folder / profile_file(*key): group for key, group in found.items()}
