@@ -5,6 +5,7 @@ README.md in this folder says what text it is and how ``make.py`` made the two f
 
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import re
@@ -69,7 +70,7 @@ def encode(text: bytes, merges: Merges) -> Tensor:
     @functools.cache
     def tokens(word: bytes) -> list[int]:
         pieces = [bytes([byte]) for byte in word]
-        while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
+        while pairs := [pair for pair in itertools.pairwise(pieces) if pair in merges]:
             first = min(pairs, key=merges.__getitem__)
             place = next(i for i in range(len(pieces)) if (*pieces[i : i + 2],) == first)
             pieces[place : place + 2] = [b"".join(first)]

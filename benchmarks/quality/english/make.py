@@ -58,13 +58,11 @@ def merges_of(text: bytes, tokens: int) -> list[tuple[str, str]]:
     Raises:
         ImportError: ``tokenizers`` is not installed.
     """
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
+    from tokenizers import Tokenizer, models, trainers
 
-    tokenizer = Tokenizer(BPE())
+    tokenizer = Tokenizer(models.BPE())
     alphabet = [chr(byte) for byte in range(256)]
-    trainer = BpeTrainer(vocab_size=tokens, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=tokens, initial_alphabet=alphabet, show_progress=False)
     words = (word.decode("latin-1") for word in english.WORDS.findall(text))
     tokenizer.train_from_iterator(words, trainer)
     return [(first, second) for first, second in json.loads(tokenizer.to_str())["model"]["merges"]]
