@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.hope.task import IGNORED
 from benchmarks.quality import online
-from benchmarks.quality.workload import HELD_OUT, Unavailable, built_in, digest, find
+from benchmarks.quality.workload import Unavailable, built_in, digest, find
 from benchmarks.quality.workloads import (
     LOCKED,
     lm_aba,
@@ -26,21 +25,26 @@ def test_what_is_locked_is_there_and_is_in_no_tier():
     assert not any(set(LOCKED) & set(tier.workloads) for tier in TIERS.values())
 
 
-def test_recall_asks_for_every_pair_once_and_grows_by_turns_with_as_many_tokens():
-    shapes = [recall.data(0, step).tokens.shape for step in range(5)]
-    assert shapes == [(128, 16), (64, 32), (32, 64), (16, 128), (128, 16)]
-    for step in range(4):
+def test_recall_asks_for_values_of_keys_that_the_text_begins_with():
+    for step, pairs in enumerate((4, 8, 16, 32, 4)):
         tokens, targets = recall.data(0, step)
-        pairs = tokens.shape[1] // 4
-        assert ((targets != IGNORED).sum(1) == pairs).all()
-        for text, sought in zip(tokens[:3], targets[:3], strict=True):
+        assert tokens.shape == (16, 128)
+        assert targets.shape == (16, 128 - 2 * pairs)
+        for text, sought in zip(tokens, targets, strict=True):
             known = dict(text[: 2 * pairs].view(-1, 2).tolist())
-            asked = sought != IGNORED
-            assert [known[key] for key in text[asked].tolist()] == sought[asked].tolist()
-    held_out = {digest(recall.drawn(HELD_OUT, step, 1)) for step in range(8)}
-    assert not held_out & {
-        digest(recall.data(seed, step)) for seed in range(3) for step in range(8)
-    }
+            assert len(known) == pairs
+            assert [known[key] for key in text[2 * pairs :].tolist()] == sought.tolist()
+    assert tokens[:, : 2 * pairs : 2].max() < 128 <= targets.min()
+
+
+def test_recall_embeds_a_token_with_the_one_before_it_alone():
+    model = recall.model().transformer
+    assert model.head.weight is model.embedding.embedding.weight
+    tokens = recall.data(0, 0).tokens[:1]
+    changed = tokens.clone()
+    changed[0, 5] += 1
+    differs = (model.embedding(tokens) != model.embedding(changed)).any(-1).squeeze(0)
+    assert differs.nonzero().flatten().tolist() == [5, 6]
 
 
 def test_modular_addition_holds_half_of_the_pairs_out():
