@@ -1,4 +1,7 @@
-"""W7: bytes of sources, then of English, then of sources again: what is forgotten on the way."""
+"""W7: bytes of sources, then of English, then of sources again: what is forgotten on the way.
+
+Rates fall to zero over a run, as in every workload, so that the return is learned at lower ones.
+"""
 
 import statistics
 
@@ -11,9 +14,9 @@ from benchmarks.quality.workloads import lm_code
 from deepopt.data import evaluation_batches, sample_batch
 
 PHASE = 150
-"""Steps after which the text changes. A run of other than three phases goes on by turns."""
+"""Steps after which the text changes, by turns; the usual run has three phases."""
 LEVEL, FIRST = 20, 5
-"""Steps that a level before a change, and a loss after it, are the mean of."""
+"""Steps that the level before a change, and the loss after it, are means of."""
 
 
 def data(seed: int, step: int) -> language.Text:
