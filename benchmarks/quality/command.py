@@ -46,6 +46,15 @@ SMALL = (
     "breast_cancer",
     "friedman",
 )
+MORE = (
+    "lm_text",
+    "recall",
+    "hope_code",
+    "mnist_resnet",
+    "permuted_digits",
+    "lm_aba",
+    "quadratic",
+)
 TIERS: dict[str, Tier] = {
     "smoke": Tier(
         lambda w, c: Tuning(w, c, trials=1, seeds=2, steps=40), ("lm_code",), ("AdamW", DEFAULT)
@@ -56,10 +65,12 @@ TIERS: dict[str, Tier] = {
         ("friedman", "breast_cancer"),
         ("AdamW", DEFAULT),
     ),
-    "standard": Tier(Tuning, ("lm_code", "digits_mlp"), MAIN),
+    "standard": Tier(
+        Tuning, ("lm_code", "lm_text", "mnist_vit", "recall", "hope_code", "digits_mlp"), MAIN
+    ),
     "full": Tier(
         lambda w, c: Tuning(w, c, trials=12, seeds=10, steps=4 * find(w).steps),
-        ("lm_code", *SMALL),
+        ("lm_code", *SMALL, *MORE),
         tuple(CONTENDERS),
     ),
 }
