@@ -86,7 +86,7 @@ WORKLOAD = workload(
     model=model,
     loss=loss,
     metrics=metrics,
-    steps=300,
+    steps=400,
     about="multi-query associative recall of 32 pairs in texts of 128 tokens out of 256, learned "
     "from 4, 8, 16 and 32 pairs by turns, a Transformer of width 64 with two layers of one head, "
     "a convolution of width 2 over its embeddings and its head tied to them, batches of 16 texts",
