@@ -47,6 +47,15 @@ SMALL = (
     "breast_cancer",
     "friedman",
 )
+MORE = (
+    "lm_text",
+    "recall",
+    "hope_code",
+    "mnist_resnet",
+    "permuted_digits",
+    "lm_aba",
+    "quadratic",
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,12 @@ TIERS: dict[str, Tier] = {
         ("friedman", "breast_cancer"),
         PAIR,
     ),
-    "standard": Tier(lambda w, c: [Tuning(w, c)], ("lm_code", "digits_mlp"), MAIN),
-    "full": Tier(thorough, ("lm_code", *SMALL), tuple(CONTENDERS)),
+    "standard": Tier(
+        lambda w, c: [Tuning(w, c)],
+        ("lm_code", "lm_text", "mnist_vit", "recall", "hope_code", "digits_mlp"),
+        MAIN,
+    ),
+    "full": Tier(thorough, ("lm_code", *SMALL, *MORE), tuple(CONTENDERS)),
     "gpu": Tier(
         lambda w, c: thorough(w, c, 4, 16, accelerator() or "cuda"),
         ("lm_code", "llama", "mnist_vit"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.quality.workload import Unavailable
+from deepopt.data import Corpus
 
 HELD_OUT_SHARE = 0.2
 
@@ -74,11 +75,27 @@ def mnist() -> Dataset:
 @functools.cache
 def breast_cancer() -> Dataset:
     """569 tumors by 30 measurements, standardized on the training part."""
-    rows, sha256 = _csv("sklearn", "datasets/data/breast_cancer.csv", "scikit-learn", head=1)
+    return _measurements("datasets/data/breast_cancer.csv")
+
+
+@functools.cache
+def wine() -> Dataset:
+    """178 wines of three cultivars by 13 measurements, standardized on the training part."""
+    return _measurements("datasets/data/wine_data.csv")
+
+
+def _measurements(file: str) -> Dataset:
+    """Rows of measurements and a class, in scikit-learn."""
+    rows, sha256 = _csv("sklearn", file, "scikit-learn", head=1)
     found = split(rows[:, :-1], rows[:, -1].long(), sha256)
     mean, std = found.train.inputs.mean(0), found.train.inputs.std(0)
     train, val = (Part((part.inputs - mean) / std, part.targets) for part in found[:2])
     return Dataset(train, val, sha256)
+
+
+def digest_of(*parts: Dataset | Corpus) -> str:
+    """The sha256 of several data sets together."""
+    return hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
 
 
 def classification_loss(model: nn.Module, batch: Part) -> Tensor:

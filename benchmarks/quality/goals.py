@@ -8,7 +8,7 @@ from benchmarks.quality.plan import BESIDE, PAIR, Rates, Swap, Tuning
 from benchmarks.quality.training import Lines
 from benchmarks.quality.tuned import MISSING, Group, compared, data_ratio, folds, losses, width
 
-WORKLOADS = ("lm_code", "lm_text", "mnist_vit", "recall", "hope")
+WORKLOADS = ("lm_code", "lm_text", "mnist_vit", "recall", "hope_code")
 """Those whose geometric means are held to goals."""
 OWN, LONG = (1.0, 1, "cpu"), (4.0, 1, "cpu")
 """The tuned workloads at their own steps, and at four times as many."""
