@@ -14,6 +14,7 @@ DEEPOPT_RULE double at_least(double low, double x) { return x < low ? low : x; }
 DEEPOPT_RULE double at_most(double high, double x) { return x > high ? high : x; }
 
 constexpr double kTiny = FLT_MIN;  // the least number that is divided by
+constexpr double kLeastSize = 0.4, kMostEnlarged = 3;  // deepopt/ops/orthogonal_update.py says why
 
 // The arrays have a number for each of the B matrices of a stack, or for each of their rows.
 struct ScaleUpdate {
@@ -42,11 +43,12 @@ struct ScaleUpdate {
     return float(sqrt_(beta2 * root * root + (1 - beta2) * value * value));
   }
 
-  // The root mean square that AdamW's update would have.
+  // The root mean square that AdamW's update would have, enlarged where it is small.
   DEEPOPT_RULE double size(int64_t b, double root) const {
     const double first = 1 - pow(beta1, double(step[b])), second = 1 - pow(beta2, double(step[b]));
     const double norm = gain ? double(momentum[b]) * gain[b] : momentum[b];
-    return at_most(1, norm / first / at_least(kTiny, root / sqrt_(second)));
+    const double ratio = at_most(1, norm / first / at_least(kTiny, root / sqrt_(second)));
+    return at_least(ratio, at_most(kLeastSize, kMostEnlarged * ratio));
   }
 
   // The factor that brings a matrix of this norm to one whose root mean square is 1. What lacks

@@ -13,6 +13,9 @@ from deepopt.ops.newton_schulz import Coefficients, newton_schulz
 from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import operator
 
+LEAST_SIZE, MOST_ENLARGED = 0.4, 3.0
+"""An update whose root mean square would be below 0.4 is enlarged to it, but at most threefold."""
+
 
 class ScaleArguments(NamedTuple):
     """What :func:`scale_update` and :func:`deepopt.ops.orthogonal_update` need beside the updates.
@@ -113,7 +116,7 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
         size, grad_norm = adam_size(
             scale.momentum, scale.grad, grad_norm, scale.step, betas, scale.gain
         )
-        factor = factor * size
+        factor = factor * orthogonal_size(size)
         state.append(grad_norm)
     elif update_rms is not None:
         factor = factor * update_rms
@@ -127,6 +130,16 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
     if weight is not None:
         result = result + weights[1] * updates[1]
     return [result.contiguous(), *state]
+
+
+def orthogonal_size(ratio: Tensor) -> Tensor:
+    """How large an orthogonal update is, by the root mean square of AdamW's.
+
+    Where a high rate makes gradients swing, AdamW's average all but cancels. An orthogonal update
+    loses by shrinking as much: it is enlarged, up to the least size, and at most by a factor, so
+    that it still fades where gradients stop.
+    """
+    return torch.maximum(ratio, (MOST_ENLARGED * ratio).clamp_max(LEAST_SIZE))
 
 
 def adam_size(
