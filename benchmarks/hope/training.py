@@ -12,7 +12,9 @@ from torch import nn
 
 from benchmarks.hope import models
 from benchmarks.hope.bytes import Bytes
+from benchmarks.hope.continual import Continual
 from benchmarks.hope.formal import LANGUAGES, Formal
+from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
 from deepopt.hope.optimizers import build_optimizers
@@ -22,6 +24,8 @@ TASKS: dict[str, Task] = {
     "bytes": Bytes(),
     "recall": Recall(),
     **{name: Formal(name) for name in LANGUAGES},
+    "reading": Reading(),
+    "continual": Continual(),
 }
 WEIGHT_DECAY = 0.1
 WARMUP = 50

@@ -1,0 +1,120 @@
+"""Reading a text once, window by window, with weights that may learn from every window read.
+
+A window is predicted first and learned from afterwards. The memories of a Hope carry their state on
+through the whole text. Attention is sure of no more context than it was trained with, so that every
+other model sees the window before and the window itself.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+import deepopt
+from deepopt.hope import Hope, HopeConfig, Reader, chunk_groups, stack_levels
+from deepopt.hope.cms import levels_of
+from deepopt.optim import Continuum
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+WINDOW = 256
+"""Tokens of one text that are predicted before any of them is learned from."""
+
+
+def deep_momentum(lr: float) -> MakeOptimizer:
+    """Makes the optimizer of all other training, without weight decay."""
+    return lambda groups: deepopt.DeepMomentum(groups, lr=lr, weight_decay=0.0)
+
+
+def adamw(lr: float) -> MakeOptimizer:
+    """Makes an AdamW without weight decay."""
+    return lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+
+
+def carries(model: nn.Module) -> bool:
+    """Whether the model has a state that a text of any length can be read with."""
+    return isinstance(model, Hope) and model.config.mixer == "titans"
+
+
+@torch.no_grad()
+def frozen(model: nn.Module, text: Tensor) -> Tensor:
+    """Losses in nats, (batch, tokens - 1), of a text (batch, tokens) that nothing is learned from.
+
+    Args:
+        model: the model.
+        text: int64.
+    """
+    found, state = [], None
+    for at in range(1, text.shape[1], WINDOW):
+        if carries(model):
+            out = model(text[:, at - 1 : at - 1 + WINDOW][:, : text.shape[1] - at], state=state)
+            found.append(_losses(out.logits, text[:, at : at + WINDOW]))
+            state = out.state
+        else:
+            found.append(_windowed(model, text, at))
+    return torch.cat(found, 1)
+
+
+def by_levels(model: nn.Module, text: Tensor, optimizer: MakeOptimizer) -> Tensor:
+    """The same losses while the CMS levels of a Hope, or the MLPs of a baseline, learn.
+
+    The levels of a Hope learn as `Hope.adapt` has it, the fastest after every window. The MLPs of a
+    baseline become levels of its chunks, by `deepopt.hope.stack_levels`.
+
+    Args:
+        model: the model, whose weights change.
+        text: int64 (batch, tokens).
+        optimizer: makes an optimizer from parameter groups.
+    """
+    if carries(model):
+        reader = Reader(model, optimizer=optimizer, chunk=WINDOW * len(text))
+        reader.read(text)
+        return reader.losses[:, 1:]
+    if not levels_of(model):
+        stack_levels(model, HopeConfig().cms_chunks)
+    learning = {param for level in levels_of(model) for param in level.module.parameters()}
+    return _learning(model, text, optimizer, learning)
+
+
+def by_all_weights(model: nn.Module, text: Tensor, optimizer: MakeOptimizer) -> Tensor:
+    """The same losses while every weight learns, after every window."""
+    return _learning(model, text, optimizer, set(model.parameters()))
+
+
+def second_half(losses: Tensor) -> float:
+    """Mean in bits of the second half of losses in nats (batch, tokens)."""
+    return losses[:, losses.shape[1] // 2 :].mean().item() / math.log(2)
+
+
+def _learning(
+    model: nn.Module, text: Tensor, optimizer: MakeOptimizer, learning: set[nn.Parameter]
+) -> Tensor:
+    """A step after every window for `learning`, or after as many as a level's chunk takes."""
+    groups = []
+    for group in chunk_groups(model, deepopt.param_groups(model), tokens=WINDOW * len(text)):
+        params = [(name, param) for name, param in group["params"] if param in learning]
+        if params:
+            groups.append({**group, "params": params})
+    continuum = Continuum(optimizer(groups))
+    found = []
+    for at in range(1, text.shape[1], WINDOW):
+        losses = _windowed(model, text, at)
+        found.append(losses.detach())
+        model.zero_grad()
+        losses.mean().backward()
+        continuum.step()
+    return torch.cat(found, 1)
+
+
+def _windowed(model: nn.Module, text: Tensor, at: int) -> Tensor:
+    """Losses of the window that begins at `at`, after the window before it as context."""
+    end, first = min(at + WINDOW, text.shape[1]), max(0, at - 1 - WINDOW)
+    logits = model(text[:, first : end - 1]).logits
+    return _losses(logits[:, at - 1 - first :], text[:, at:end])
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
