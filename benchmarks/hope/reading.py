@@ -45,11 +45,12 @@ class Reading(Bytes):
     def about(self) -> str:
         return (
             "Bits per byte of the second half of held-out files of the standard library, each of "
-            f"{self.length:,} bytes, without those of `encodings`, which are tables. *Adapted*: the "
-            "CMS levels of a Hope, or the MLPs of a baseline made levels, learn from the file while "
-            "it is read, by DeepMomentum; *frozen*: nothing learns; *worth*: the difference. The "
-            f"rate of learning, out of {', '.join(f'{lr:g}' for lr in self.rates)}, is the best on "
-            "every other file; the rest is measured. Training is that of the task bytes."
+            f"{self.length:,} bytes, without those of `encodings`, which are tables. *Adapted*: "
+            "the CMS levels of a Hope, or the MLPs of a baseline made levels, learn from the file "
+            "while it is read, by DeepMomentum; *frozen*: nothing learns; *worth*: the "
+            "difference. The rate of learning, out of "
+            f"{', '.join(f'{lr:g}' for lr in self.rates)}, is the best on every other file; the "
+            "rest is measured. Training is that of the task bytes."
         )
 
     def metrics(self, model: nn.Module) -> dict[str, float]:

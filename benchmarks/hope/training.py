@@ -14,6 +14,8 @@ from benchmarks.hope import models
 from benchmarks.hope.bytes import Bytes
 from benchmarks.hope.continual import Continual
 from benchmarks.hope.formal import LANGUAGES, Formal
+from benchmarks.hope.mad import KINDS, Mad
+from benchmarks.hope.passkey import Passkey
 from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
@@ -26,6 +28,8 @@ TASKS: dict[str, Task] = {
     **{name: Formal(name) for name in LANGUAGES},
     "reading": Reading(),
     "continual": Continual(),
+    "passkey": Passkey(),
+    **{kind: Mad(kind) for kind in KINDS},
 }
 WEIGHT_DECAY = 0.1
 WARMUP = 50
