@@ -94,6 +94,11 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"--{name} {count}: must be at least 1")
 
     tasks, compared = arguments.tasks, arguments.models
+    if not arguments.report:
+        for task in tasks:
+            if why := TASKS[task].unavailable:
+                print(f"skipped: {task}: {why}", file=sys.stderr)
+        tasks = [task for task in tasks if not TASKS[task].unavailable]
     plan = Plan(rates=arguments.rates, seeds=arguments.seeds, steps=arguments.steps)
     folder = arguments.out / "hope"
     folder.mkdir(parents=True, exist_ok=True)

@@ -73,15 +73,42 @@ def by_levels(model: nn.Module, text: Tensor, optimizer: MakeOptimizer) -> Tenso
         reader = Reader(model, optimizer=optimizer, chunk=WINDOW * len(text))
         reader.read(text)
         return reader.losses[:, 1:]
-    if not levels_of(model):
-        stack_levels(model, HopeConfig().cms_chunks)
-    learning = {param for level in levels_of(model) for param in level.module.parameters()}
-    return _learning(model, text, optimizer, learning)
+    return _learning(model, text, optimizer, level_parameters(model))
 
 
 def by_all_weights(model: nn.Module, text: Tensor, optimizer: MakeOptimizer) -> Tensor:
     """The same losses while every weight learns, after every window."""
-    return _learning(model, text, optimizer, set(model.parameters()))
+    return _learning(model, text, optimizer, all_parameters(model))
+
+
+def level_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Those of the CMS levels of a Hope, or of a baseline's MLPs, which become levels."""
+    if not levels_of(model):
+        stack_levels(model, HopeConfig().cms_chunks)
+    return {param for level in levels_of(model) for param in level.module.parameters()}
+
+
+def all_parameters(model: nn.Module) -> set[nn.Parameter]:
+    return set(model.parameters())
+
+
+def optimizer_of(
+    model: nn.Module, learning: set[nn.Parameter], optimizer: MakeOptimizer, tokens: int
+) -> Continuum:
+    """The optimizer of some parameters of a model; each level has its own frequency.
+
+    Args:
+        model: the model.
+        learning: the parameters that shall learn.
+        optimizer: makes an optimizer from parameter groups.
+        tokens: tokens of a step.
+    """
+    groups = []
+    for group in chunk_groups(model, deepopt.param_groups(model), tokens):
+        params = [(name, param) for name, param in group["params"] if param in learning]
+        if params:
+            groups.append({**group, "params": params})
+    return Continuum(optimizer(groups))
 
 
 def second_half(losses: Tensor) -> float:
@@ -93,12 +120,7 @@ def _learning(
     model: nn.Module, text: Tensor, optimizer: MakeOptimizer, learning: set[nn.Parameter]
 ) -> Tensor:
     """A step after every window for `learning`, or after as many as a level's chunk takes."""
-    groups = []
-    for group in chunk_groups(model, deepopt.param_groups(model), tokens=WINDOW * len(text)):
-        params = [(name, param) for name, param in group["params"] if param in learning]
-        if params:
-            groups.append({**group, "params": params})
-    continuum = Continuum(optimizer(groups))
+    continuum = optimizer_of(model, learning, optimizer, WINDOW * len(text))
     found = []
     for at in range(1, text.shape[1], WINDOW):
         losses = _windowed(model, text, at)

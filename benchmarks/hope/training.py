@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.hope import models
 from benchmarks.hope.bytes import Bytes
 from benchmarks.hope.continual import Continual
+from benchmarks.hope.digits import Digits
 from benchmarks.hope.formal import LANGUAGES, Formal
 from benchmarks.hope.mad import KINDS, Mad
 from benchmarks.hope.passkey import Passkey
@@ -28,6 +29,7 @@ TASKS: dict[str, Task] = {
     **{name: Formal(name) for name in LANGUAGES},
     "reading": Reading(),
     "continual": Continual(),
+    "digits": Digits(),
     "passkey": Passkey(),
     **{kind: Mad(kind) for kind in KINDS},
 }
