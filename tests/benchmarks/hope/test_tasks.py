@@ -416,22 +416,26 @@ def test_digits_are_texts_of_pixels_with_the_digit_asked_at_the_end(monkeypatch)
     assert (batch.targets[:, :-1] == IGNORED).all()
 
 
-def test_later_digits_come_two_by_two_and_are_learned_at_the_expense_of_the_known(monkeypatch):
+def test_later_digits_come_two_by_two_and_are_learned(monkeypatch):
     random = generator(0, 0)
     images = torch.rand(10, 1, 64, generator=random).expand(-1, 12, -1)
     images = (images + 0.1 * torch.rand(10, 12, 64, generator=random)).clamp(0, 1).flatten(0, 1)
     part = datasets.Part(images, torch.arange(10).repeat_interleave(12))
     monkeypatch.setattr(datasets, "digits", lambda: datasets.Dataset(part, part, ""))
-    task = digits.Digits(
-        batch=6, rates=(1e-3, 3e-2), sizes=dataclasses.replace(TINY, layers=2, vocab_size=28)
-    )
+    sizes = dataclasses.replace(TINY, layers=2, vocab_size=28)
+    task = digits.Digits(batch=6, rates=(0.0, 1e-2), sizes=sizes)
     assert not task.unavailable
     shown = [sorted(set((b.targets[:, -1] - digits.ASK - 1).tolist())) for b in task._stream()]
     assert shown == [[6]] * 2 + [[7]] * 2 + [[8]] * 2 + [[9]] * 2
     torch.manual_seed(0)
-    found = task.metrics(task.model("Transformer++"))
-    assert found["rate_all_weights"] == 3e-2
+    model = task.model("Transformer++")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    found = task.metrics(model)
+    assert found["rate_all_weights"] == 1e-2
     assert found["later_all_weights"] > 0
+    assert found["known"] == 0  # its head is zero
+    assert found["forgotten_all_weights"] <= 0
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_a_task_without_its_data_is_skipped_and_says_how_to_get_it(monkeypatch, tmp_path, capsys):
