@@ -16,16 +16,6 @@ from benchmarks.hope.task import Batch, Goal
 from deepopt.data import evaluation_batches, sample_batch
 from deepopt.hope import HopeConfig, adaptation
 
-GOALS = (
-    Goal(
-        "share of the forgetting of a Transformer++ with AdamW that Hope's levels save",
-        lambda mean: (
-            1 - mean("Hope", "forgotten_levels") / mean("Transformer++", "forgotten_all_weights")
-        ),
-        0.3,
-    ),
-)
-
 
 @functools.cache
 def english() -> Tensor:
@@ -72,7 +62,7 @@ class Continual(Bytes):
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     sizes: HopeConfig = SIZES
     metric: str = "code"
-    goals: tuple[Goal, ...] = GOALS
+    goals: tuple[Goal, ...] = (online.SAVED,)
 
     @property
     def about(self) -> str:

@@ -19,15 +19,6 @@ ASK = 17
 KNOWN, LATER = range(6), (range(6, 8), range(8, 10))
 
 SIZES = HopeConfig(vocab_size=28, dim=64, layers=2, heads=2)
-GOALS = (
-    Goal(
-        "share of the forgetting of a Transformer++ with AdamW that Hope's levels save",
-        lambda mean: (
-            1 - mean("Hope", "forgotten_levels") / mean("Transformer++", "forgotten_all_weights")
-        ),
-        0.3,
-    ),
-)
 
 
 class Learned(NamedTuple):
@@ -58,7 +49,7 @@ class Digits(Task):
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     sizes: HopeConfig = SIZES
     metric: str = "known"
-    goals: tuple[Goal, ...] = GOALS
+    goals: tuple[Goal, ...] = (online.SAVED,)
 
     @property
     def unavailable(self) -> str:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import deepopt
+from benchmarks.hope.task import Goal, Mean
 from deepopt.hope import Hope, HopeConfig, Reader, chunk_groups, stack_levels
 from deepopt.hope.cms import levels_of
 from deepopt.optim import Continuum
@@ -22,6 +23,15 @@ from deepopt.optim import Continuum
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 WINDOW = 256
 """Tokens of one text that are predicted before any of them is learned from."""
+
+
+def saved(mean: Mean) -> float:
+    """The share of what a Transformer++ with AdamW forgets that the levels of Hope do not."""
+    theirs = mean("Transformer++", "forgotten_all_weights")
+    return 1 - mean("Hope", "forgotten_levels") / theirs if theirs else math.nan
+
+
+SAVED = Goal("share of a Transformer++'s forgetting with AdamW that Hope's levels save", saved, 0.3)
 
 
 def deep_momentum(lr: float) -> MakeOptimizer:
