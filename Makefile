@@ -19,10 +19,16 @@ STAMP := $(VENV)/installed
 INTEGRATION := $(wildcard tests/integration tests/distributed)
 PACKAGES    := $(wildcard tests/packages)
 
-.PHONY: train test test-integration test-packages test-sanitized test-versions smoke gpu docs lint format dist clean
+.PHONY: train checkpoint test test-integration test-packages test-sanitized test-versions smoke gpu docs lint \
+        format dist clean
 
 train: $(STAMP)
 	$(BIN)/python -m deepopt.hope.train $(ARGS)
+
+# The model that comes with the package
+checkpoint: $(STAMP)
+	$(BIN)/python -m deepopt.hope.train --threads 1 --out runs/checkpoint $(ARGS)
+	cp $(addprefix runs/checkpoint/,config.json model.safetensors training.json) deepopt/hope/pretrained
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(addprefix --ignore=,$(INTEGRATION) $(PACKAGES)) $(ARGS)

@@ -1,4 +1,7 @@
-"""Hope: bytes, formal languages and recall beside a Transformer++ and a gated DeltaNet.
+"""Hope beside a Transformer++ and a gated DeltaNet, in two parts.
+
+What the layer can do: bytes, formal languages, recall. What the model is for: learning while it
+reads, continual learning, passkeys, the six tasks of MAD.
 
 Every model has the same parameters, data and optimizer. Learning rates are swept with one seed, and
 further seeds run at each model's best; then parts of Hope's layer are changed one by one, and the
@@ -94,6 +97,11 @@ def main(argv: Sequence[str]) -> int:
             parser.error(f"--{name} {count}: must be at least 1")
 
     tasks, compared = arguments.tasks, arguments.models
+    if not arguments.report:
+        for task in tasks:
+            if why := TASKS[task].unavailable:
+                print(f"skipped: {task}: {why}", file=sys.stderr)
+        tasks = [task for task in tasks if not TASKS[task].unavailable]
     plan = Plan(rates=arguments.rates, seeds=arguments.seeds, steps=arguments.steps)
     folder = arguments.out / "hope"
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,11 @@ class Task(ABC):
     goals: tuple[Goal, ...] = ()
 
     @property
+    def unavailable(self) -> str:
+        """Why its data is not on this machine, and how to get it; empty where it is."""
+        return ""
+
+    @property
     @abstractmethod
     def about(self) -> str:
         """What the task is, for the page."""

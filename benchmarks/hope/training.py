@@ -12,7 +12,12 @@ from torch import nn
 
 from benchmarks.hope import models
 from benchmarks.hope.bytes import Bytes
+from benchmarks.hope.continual import Continual
+from benchmarks.hope.digits import Digits
 from benchmarks.hope.formal import LANGUAGES, Formal
+from benchmarks.hope.mad import KINDS, Mad
+from benchmarks.hope.passkey import Passkey
+from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
 from deepopt.hope.optimizers import build_optimizers
@@ -22,6 +27,11 @@ TASKS: dict[str, Task] = {
     "bytes": Bytes(),
     "recall": Recall(),
     **{name: Formal(name) for name in LANGUAGES},
+    "reading": Reading(),
+    "continual": Continual(),
+    "digits": Digits(),
+    "passkey": Passkey(),
+    **{kind: Mad(kind) for kind in KINDS},
 }
 WEIGHT_DECAY = 0.1
 WARMUP = 50

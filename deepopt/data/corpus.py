@@ -4,8 +4,8 @@ import hashlib
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ class Corpus:
         files: the number of files read.
         sha256: the digest of the training part followed by the held-out part; for a single file it
             is the digest of that file.
+        held_out: the lengths in bytes of the files that `val` consists of, by name and in its
+            order; empty where `val` is no whole files.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Corpus:
     val: Tensor
     files: int
     sha256: str
+    held_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -115,7 +118,8 @@ def _from_files(name: str, root: Path, paths: Iterable[Path]) -> Corpus:
     if len(val) < size * HELD_OUT_SHARE / 5:
         return _split_at_end(name, b"".join(texts.values()), len(texts))
     train = b"".join(texts[key] for key in texts if key not in held_out)
-    return _corpus(name, train, val, len(texts))
+    lengths = {key: len(texts[key]) for key in texts if key in held_out}
+    return _corpus(name, train, val, len(texts), lengths)
 
 
 def _is_drawn(key: str) -> bool:
@@ -128,15 +132,16 @@ def _split_at_end(name: str, content: bytes, files: int) -> Corpus:
     return _corpus(name, content[:split], content[split:], files)
 
 
-def _corpus(name: str, train: bytes, val: bytes, files: int) -> Corpus:
+def _corpus(
+    name: str, train: bytes, val: bytes, files: int, held_out: Mapping[str, int] | None = None
+) -> Corpus:
     if not train or not val:
         raise ValueError(
             f"data: {name} holds {len(train) + len(val)} bytes of text, too few to train on and to "
             "hold some out; name a larger file or directory"
         )
-    return Corpus(
-        name, _tensor(train), _tensor(val), files, hashlib.sha256(train + val).hexdigest()
-    )
+    sha256 = hashlib.sha256(train + val).hexdigest()
+    return Corpus(name, _tensor(train), _tensor(val), files, sha256, held_out or {})
 
 
 def _tensor(content: bytes) -> Tensor:

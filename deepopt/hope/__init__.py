@@ -3,13 +3,14 @@
 from deepopt.hope.cms import CMS, chunk_groups, stack_levels
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import complete, generate, stream
-from deepopt.hope.model import Hope, HopeOutput
+from deepopt.hope.model import PRETRAINED, Hope, HopeOutput
 from deepopt.hope.reader import Reader, adapt, adaptation
 from deepopt.hope.state import HopeState, detach_state
 from deepopt.hope.titans import SelfModifyingTitans
 
 __all__ = [
     "CMS",
+    "PRETRAINED",
     "Hope",
     "HopeConfig",
     "HopeOutput",

@@ -159,7 +159,9 @@ def _supports(*given: Any) -> bool:
 
 
 def _shapes(keep: bool, given: Arguments) -> list[Tensor]:
-    starts = given.key.new_empty(_starts_shape(given, len(given.segments) if keep else 0))
+    chunks = (given.projection_chunk, given.memory_chunk)
+    count = scan.segment_count(given.query.shape[-1], chunks, given.position) if keep else 0
+    starts = given.key.new_empty(_starts_shape(given, count))
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _ends(given)] + [
         starts
     ]

@@ -24,6 +24,8 @@ from deepopt.hope.state import HopeState
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 IGNORED = -100  # as a target; torch's own value
+PRETRAINED = Path(__file__).with_name("pretrained")
+"""The folder of the model that comes with the package; its training.json says what made it."""
 
 
 class HopeOutput(NamedTuple):
@@ -171,11 +173,14 @@ class Hope(nn.Module):
         _checkpoint().save_model(Path(folder), config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: str = "cpu") -> Hope:
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str] = PRETRAINED, device: str = "cpu"
+    ) -> Hope:
         """The model that `save_pretrained` or the training command wrote; no pickle is read.
 
         Args:
-            folder: where the two files are.
+            folder: where the two files are; left out, the model that comes with the package, a
+                small one of bytes that has read the sources of Python's standard library.
             device: where the weights shall be; their dtype is that of the file.
 
         Raises:

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
@@ -67,3 +67,24 @@ def _argument(about: Mapping[str, Any], default: Any) -> dict[str, Any]:
     if isinstance(default, tuple):
         return {"help": help, "nargs": "+", "type": type(default[0])}
     return {"help": help, "type": about["type"] or type(default)}
+
+
+def arguments_of(config: Any, leave_out: Set[str]) -> list[str]:
+    """The arguments of the command line that `add_options` reads as this configuration.
+
+    Args:
+        config: a configuration; its fields that have their defaults give no argument.
+        leave_out: fields that give none either.
+    """
+    arguments: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in leave_out or value == field.default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += [flag, *map(str, values)]
+    return arguments

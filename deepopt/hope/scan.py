@@ -364,3 +364,15 @@ def segments(total: int, chunks: tuple[int, int], position: int) -> list[int]:
         lengths.append(length)
         position, total = position + length, total - length
     return lengths
+
+
+def segment_count(total: int, chunks: tuple[int, int], position: int) -> int:
+    """`len(segments(...))` for at least one token, without a loop: `total` may be symbolic."""
+    a, b = chunks
+    last = position + total - 1
+
+    def starts(size: int) -> int:
+        """Chunks of a size that start after the first token."""
+        return last // size - position // size
+
+    return 1 + starts(a) + starts(b) - starts(math.lcm(a, b))

@@ -3,14 +3,18 @@
 A run is a function of its configuration and its data. It can be interrupted at any moment, even
 killed, and goes on with ``resume`` bit for bit from its last checkpoint. All that it writes lies
 in ``out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors, and once it ends the
-model, config.json and model.safetensors, for ``Hope.from_pretrained(out)``.
+model, config.json and model.safetensors, for ``Hope.from_pretrained(out)``, with training.json,
+which says what made it.
 """
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import statistics
 import threading
 import time
@@ -27,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, optimizer_class
-from deepopt.hope.options import about, documented
+from deepopt.hope.options import about, arguments_of, documented
 from deepopt.memory import BUILT_IN
 from deepopt.optim import Continuum
 from deepopt.optim.base import MemoryOptimizer
@@ -42,8 +46,11 @@ except ImportError as missing:
     ) from missing
 
 OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png",
-           "config.json", "model.safetensors")  # fmt: skip
+           "config.json", "model.safetensors", "training.json")  # fmt: skip
 MAX_GRAD_NORM = 1.0
+ASIDE = {"out", "data", "eval_every", "eval_windows", "save_every", "device", "resume", "overwrite",
+         "quiet", "model"}  # fmt: skip
+"""Fields of `TrainConfig` that decide no weight; the data does, but by its digest."""
 
 
 @documented
@@ -136,11 +143,16 @@ class TrainConfig:
         """The steps of warm-up, also where they follow the number of steps."""
         return self.steps // 16 if self.warmup is None else self.warmup
 
+    @property
+    def command(self) -> str:
+        """The training command with the options of this run, but for where it writes."""
+        options = arguments_of(self, leave_out=ASIDE - {"data"})
+        options += arguments_of(self.model, leave_out=set())
+        return shlex.join(["python", "-m", "deepopt.hope.train", *options])
+
     def trajectory(self, corpus: Corpus) -> dict[str, Any]:
         """The options that decide every weight: a resumed run must agree in all of them."""
-        aside = {"out", "data", "eval_every", "eval_windows", "save_every", "device"}
-        aside |= {"resume", "overwrite", "quiet", "model"}
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in aside}
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ASIDE}
         options["optimizer"] = optimizer_class(self.optimizer).__name__
         options["warmup"] = self.warmup_steps
         model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.model).items()}
@@ -321,17 +333,20 @@ class Trainer:
                     metrics.flush()
                     os.fsync(metrics.fileno())
                     self._save()
-                if (last or stopped) and isinstance(self.model, Hope):
-                    self.model.save_pretrained(config.out)
                 if stopped and not last:
+                    if isinstance(self.model, Hope):
+                        self.model.save_pretrained(config.out)
                     raise KeyboardInterrupt
 
         if math.isnan(val_loss):  # resumed when there was nothing left to do
             val_loss = self.evaluate()
         if isinstance(self.model, Hope):
+            self.model.save_pretrained(config.out)
             checkpoint.write_atomically(
                 self._path("samples.txt"), self.samples(self.model).encode()
             )
+            account = json.dumps(self.account(val_loss), indent=2) + "\n"
+            checkpoint.write_atomically(self._path("training.json"), account.encode())
         plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
         return self._result(val_loss)
 
@@ -413,6 +428,20 @@ class Trainer:
             )
             texts.append(f"=== prompt\n{prompt}\n=== prompt and continuation\n{text}\n")
         return "\n".join(texts)
+
+    def account(self, val_loss: float) -> dict[str, Any]:
+        """What made the model that lies in ``out``, and how good it is: training.json."""
+        weights = self._path("model.safetensors").read_bytes()
+        return {
+            "command": self.config.command,
+            "data": self.corpus.name,
+            "data_sha256": self.corpus.sha256,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "parameters": sum(param.numel() for param in self.model.parameters()),
+            "val_bits_per_byte": round(val_loss / math.log(2), 4),
+            "model_sha256": hashlib.sha256(weights).hexdigest(),
+        }
 
     def _path(self, name: str) -> Path:
         return self.config.out / name

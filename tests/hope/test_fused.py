@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepopt.hope import Hope, HopeConfig, fused, scan
@@ -160,6 +161,68 @@ def test_a_compiled_model_has_one_node_for_all_memories_of_a_layer() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunks", [(1, 1), (4, 4), (2, 6), (4, 6), (8, 3)])
+def test_segments_are_counted_as_they_are_made(chunks: tuple[int, int]) -> None:
+    for position in range(13):
+        for total in range(1, 30):
+            expected = len(scan.segments(total, chunks, position))
+            assert scan.segment_count(total, chunks, position) == expected
+
+
+LENGTHS = (5, 9, 30, 16)
+
+
+def two_chunks() -> Hope:
+    torch.manual_seed(0)
+    model = Hope(
+        HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, memory_chunk=4, projection_chunk=6,
+                   cms_chunks=(8,))
+    )  # fmt: skip
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model: Hope) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens).logits
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch itself imports
+def test_one_graph_trains_on_texts_of_every_length() -> None:
+    model = two_chunks()
+    count = CompileCounter()
+    compiled = torch.compile(Logits(model), backend=count, fullgraph=True, dynamic=True)
+    for length in LENGTHS:
+        tokens = torch.randint(0, 7, (2, length))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logits, expected = compiled(tokens), model(tokens).logits
+        torch.testing.assert_close(logits, expected)
+        for a, b in zip(
+            torch.autograd.grad(logits.square().sum(), list(model.parameters())),
+            torch.autograd.grad(expected.square().sum(), list(model.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+    assert count.frame_count == 1
+
+
+@needs_kernel
+def test_the_model_is_exported_once_for_texts_of_every_length() -> None:
+    model = two_chunks().requires_grad_(False)
+    length = {1: torch.export.Dim("tokens", min=2, max=4096)}
+    text = torch.randint(0, 7, (2, 8))
+    exported = torch.export.export(Logits(model), (text,), dynamic_shapes=(length,)).module()
+    for tokens in LENGTHS:
+        text = torch.randint(0, 7, (2, tokens))
+        torch.testing.assert_close(exported(text), model(text).logits)
 
 
 @needs_kernel

@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import torch
 
 from deepopt.hope import HopeConfig, checkpoint, report
 from deepopt.hope import trainer as training
-from deepopt.hope.train import Interrupt, interrupts, main
+from deepopt.hope.train import Interrupt, argument_parser, configurations, interrupts, main
 from deepopt.hope.trainer import TrainConfig, Trainer, train
 from deepopt.optim.registry import REGISTRY
 
@@ -131,6 +133,48 @@ def test_training_learns_and_writes_its_outputs(config):
     assert sorted(os.listdir(config.out)) == sorted(training.OUTPUTS)
 
 
+def test_a_model_says_what_made_it(config, tmp_path):
+    """Its command makes the same weights again; its digest is that of the file beside it."""
+    config = dataclasses.replace(config, steps=3, warmup=1)
+    result = train(config)
+    about = json.loads((config.out / "training.json").read_text())
+    weights = (config.out / "model.safetensors").read_bytes()
+    assert about["model_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert about["data_sha256"] == Trainer(dataclasses.replace(config, out=tmp_path)).corpus.sha256
+    assert about["val_bits_per_byte"] == pytest.approx(result.val_bits_per_byte, abs=1e-4)
+    assert about["parameters"] == result.parameters
+
+    python, _, module, *arguments = shlex.split(about["command"])
+    assert (python, module) == ("python", "deepopt.hope.train")
+    assert str(config.out) not in arguments
+    assert main([*arguments, "--quiet", "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    assert (
+        json.loads((tmp_path / "again" / "training.json").read_text())["command"]
+        == about["command"]
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": True, "projections": False, "memory_hidden": 0, "cms_chunks": (64,)},
+        {"max_erase": 0.5, "cms_variant": "nested", "recompute": True},
+    ],
+    ids=str,
+)
+def test_the_command_of_a_run_has_the_options_that_are_not_the_defaults(options, tmp_path):
+    config = TrainConfig(
+        out=tmp_path, model=HopeConfig(**options), lr=1e-2, eval_every=7, quiet=True
+    )
+    arguments = shlex.split(config.command)[3:]
+    parsed = configurations(argument_parser().parse_args([*arguments, f"--out={tmp_path}"]))
+    assert parsed == [dataclasses.replace(config, eval_every=TrainConfig.eval_every, quiet=False)]
+    if not options:
+        assert arguments == ["--lr", "0.01"]
+
+
 def test_another_model_trains_by_the_same_loop(config):
     class Bigrams(torch.nn.Module):
         def __init__(self):
@@ -178,7 +222,7 @@ def test_killed_run_goes_on_bit_for_bit(config, tmp_path, moment):
     )
     program = f"""
 import os, signal, sys, torch
-from deepopt.hope.train import Interrupt, interrupts, main
+from deepopt.hope.train import Interrupt, argument_parser, configurations, interrupts, main
 torch.set_num_threads(1)
 original, calls = {moment}, 0
 def killing(*arguments, **options):

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import deepopt
-from deepopt.hope import Hope, HopeConfig, adapt, adaptation, chunk_groups, generate, stack_levels
+from deepopt.hope import (
+    PRETRAINED,
+    Hope,
+    HopeConfig,
+    adapt,
+    adaptation,
+    chunk_groups,
+    generate,
+    stack_levels,
+)
 from deepopt.optim import Continuum
 
 transformers = pytest.importorskip("transformers")
@@ -30,6 +39,11 @@ def hope(request):
 @pytest.fixture
 def tokens():
     return torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_model_that_comes_with_the_package_loads_with_equal_logits(tokens):
+    wrapped = transformers.AutoModelForCausalLM.from_pretrained(PRETRAINED)
+    assert torch.equal(wrapped(tokens).logits, Hope.from_pretrained()(tokens).logits)
 
 
 def test_the_same_folder_gives_the_same_logits_through_the_auto_classes(hope, tokens, tmp_path):

@@ -27,6 +27,9 @@ for _ in range(2):
         param.grad = torch.randn_like(param)
     optimizer.step()
 deepopt.DeepMomentum(params, memory="mlp")  # which reads a file of the package
+from deepopt.hope import PRETRAINED
+names = ["config.json", "model.safetensors", "training.json"]
+assert sorted(path.name for path in PRETRAINED.iterdir()) == names
 print("stepped")
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import deepopt
 from deepopt._output import outlive_readers
-from deepopt.hope import Hope, HopeState, Reader
+from deepopt.hope import PRETRAINED, Hope, HopeState, Reader
 from deepopt.hope.generate import complete
 from deepopt.hope.reader import LR
 
@@ -21,13 +21,14 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deepopt.hope.generate",
-        usage="%(prog)s --checkpoint FOLDER [options]",
+        usage="%(prog)s [options]",
         description="Continue a text with a trained Hope. Without --prompt it is a conversation: "
         "the model reads each line and continues it, and remembers all of them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER",
-                        help="a training run's --out, or what save_pretrained wrote")  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FOLDER",
+                        help="a training run's --out, or what save_pretrained wrote (the model "
+                        "that comes with the package)")  # fmt: skip
     parser.add_argument("--prompt", help="the text to continue (asked for, line by line)")
     parser.add_argument("--length", type=int, default=200, help="bytes to add, at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
