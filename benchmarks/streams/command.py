@@ -18,10 +18,11 @@ from benchmarks.tables import markdown
 from deepopt.hope.report import read_metrics
 
 CONTENDERS = (
-    *(("linear", beta) for beta in (0.95, 0.9, 0.8, 0.7)),
+    *(("linear", beta) for beta in (0.95, 0.9, 0.8, 0.7, 0.5)),
     *(("covariance", beta) for beta in (0.9, 0.8)),
     ("horizons", 0.9),
-    ("trained", 0.9),
+    ("trained 0.7", 0.9),
+    ("trained 0.5", 0.9),
     ("delta", 0.9),
     ("M3", 0.9),
     ("AdamW", 0.9),

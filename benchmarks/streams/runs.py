@@ -20,6 +20,8 @@ from deepopt.memory import Covariance, Horizons, Memory
 WARMUP_SHARE = 16
 SIZE = 0.2
 """The update's root mean square, fixed: memories of different horizons then step equally far."""
+REST_BETA = 0.9
+"""AdamW's on heads, embeddings and vectors, whatever the horizon of the matrices' memory."""
 AFTER = 10
 """Steps after a switch that count as such."""
 
@@ -29,14 +31,14 @@ MEMORIES: dict[str, Memory | str] = {
     "delta": "delta",
     "horizons": Horizons(),
 }
-TRAINED = Path(__file__).parents[2] / "docs/results/mlp-memory/phi.json"
-"""What ``python -m deepopt.meta`` found."""
+FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
+"""What ``python -m deepopt.meta`` found, in folders by the retention of the short average."""
 
 
 def memory(name: str) -> Memory | str:
-    if name != "trained":
+    if not name.startswith("trained "):
         return MEMORIES[name]
-    found = json.loads(TRAINED.read_text())
+    found = json.loads((FOUND / name.removeprefix("trained ") / "phi.json").read_text())
     return Horizons(tuple(found["time_scales"]), found["phi"])
 
 
@@ -44,7 +46,7 @@ def memory(name: str) -> Memory | str:
 class Run:
     """What tells one run from another.
 
-    The optimizer is a name in ``MEMORIES``, "trained", "M3" or "AdamW".
+    The optimizer is a name in ``MEMORIES``, "trained 0.7", "M3", "AdamW" or the like.
     """
 
     task: str
@@ -62,16 +64,14 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     groups = [dict(group) for group in deepopt.param_groups(model)]
     for group in groups:
         rate = TASKS[run.task].aux if group["path"] == "elementwise" else run.lr
-        group.update(lr=rate, initial_lr=rate)
-    betas = (run.beta, 0.99)
+        beta = REST_BETA if group["path"] == "elementwise" else run.beta
+        group.update(lr=rate, initial_lr=rate, betas=(beta, 0.99))
     if run.optimizer == "AdamW":
-        return torch.optim.AdamW(
-            [{key: group[key] for key in ("params", "lr", "initial_lr")} for group in groups],
-            betas=betas,
-        )
+        known = ("params", "lr", "initial_lr", "betas")
+        return torch.optim.AdamW([{key: group[key] for key in known} for group in groups])
     if run.optimizer == "M3":
-        return deepopt.M3(groups, betas=betas, update_rms=SIZE)
-    return deepopt.DeepMomentum(groups, betas=betas, memory=memory(run.optimizer), update_rms=SIZE)
+        return deepopt.M3(groups, update_rms=SIZE)
+    return deepopt.DeepMomentum(groups, memory=memory(run.optimizer), update_rms=SIZE)
 
 
 def execute(run: Run) -> dict[str, Any]:

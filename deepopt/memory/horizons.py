@@ -41,6 +41,8 @@ class Horizons:
     the averages; a read-out of zeros gives :class:`Linear` exactly.
 
     φ is in the state, one for every matrix, so that a run goes on with the one that it began with.
+    ``python -m deepopt.meta`` finds one by training; what it has found so far is in
+    ``docs/results/mlp-memory.md``.
 
     Args:
         time_scales: retentions of the averages besides the momentum's own, each in [0, 1)
@@ -49,10 +51,9 @@ class Horizons:
             the bias, and the K - 1 weights of the outputs; an empty sequence is the linear memory,
             None the closed form ``HAND_MADE``, made for one further time scale (default: None).
 
-    State: K floats per parameter, 2 by default, and 2K + 1 and the MLP's per matrix, of 8 numbers
-    for each unit by default.
+    State: K floats per parameter, 2 by default, and per matrix 2K and the MLP's, 12 by default.
 
-    Cost: 8 K + 6 FLOPs per parameter.
+    Cost: about 9 K + 8 FLOPs per parameter.
 
     Raises:
         ValueError: an argument outside its range, or a ``phi`` that does not fit the time scales.

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m deepopt.meta", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the search")
     parser.add_argument("--generations", type=int, default=150, help="(150)")
-    parser.add_argument("--validation", type=int, default=12, help="tasks at the end (12)")
+    parser.add_argument("--validation", type=int, default=8, help="tasks at the end (8)")
     parser.add_argument("--time-scales", type=float, nargs="+", default=default.time_scales)
     for name in ("units", "population", "pool", "tasks", "seed"):
         value = getattr(default, name)

@@ -16,7 +16,7 @@ from deepopt.memory.horizons import width
 from deepopt.meta.tasks import KINDS, Task, draw
 from deepopt.meta.training import train
 
-BETAS = (0.5, 0.7, 0.8, 0.9)
+BETAS = (0.5, 0.7, 0.9)
 RATES = (0.01, 0.03)
 LARGEST = 0.5
 """What one task counts at most, in nats of the loss' logarithm, either way."""
@@ -94,7 +94,7 @@ class Evolution:
         seed: of the search.
     """
 
-    time_scales: Sequence[float] = (0.7,)
+    time_scales: Sequence[float] = (0.5,)
     units: int = 2
     population: int = 12
     pool: int = 12

@@ -11,7 +11,7 @@ from deepopt.optim import DeepMomentum
 
 SIZE = 0.2
 """The update's root mean square, fixed: horizons then decide on directions alone."""
-AUX = 0.005
+REST_LR = 0.005
 """The learning rate of heads and embeddings, the same for every candidate."""
 WORST = 1e3
 """The loss of a run that is not finite."""
@@ -41,10 +41,9 @@ def train(
     rest = [param for name, param in params.items() if name != "matrices"]
     optimizer = DeepMomentum(
         [
-            {"params": [params["matrices"]], "path": "stack", "lr": lr},
-            {"params": rest, "path": "elementwise", "lr": AUX},
+            {"params": [params["matrices"]], "path": "stack", "lr": lr, "betas": (beta, 0.99)},
+            {"params": rest, "path": "elementwise", "lr": REST_LR, "betas": (0.9, 0.99)},
         ],
-        betas=(beta, 0.99),
         memory=memory,
         update_rms=SIZE,
     )

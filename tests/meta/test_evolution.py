@@ -64,7 +64,7 @@ def test_the_command_leaves_what_it_found_with_what_made_it(tmp_path, capsys):
     outcome = json.loads((tmp_path / "phi.json").read_text())
     assert torch.tensor(outcome["phi"]).shape == (2, 8)
     assert outcome["generations"] == 2
-    assert outcome["time_scales"] == [0.7]
+    assert outcome["time_scales"] == [0.5]
     assert {name: len(x) for name, x in outcome["validation"].items()} == {
         "linear": 2, "mean": 2, "trained": 2,
     }  # fmt: skip
