@@ -92,7 +92,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 	$(PYTHON) -m venv '$(VENV)'
 	$(BIN)/python -m pip install --disable-pip-version-check $(foreach package,$(TORCH),'$(package)')
 	$(BIN)/python -m pip install --disable-pip-version-check 'setuptools>=77' wheel ninja
-	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev,hope]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[dev,hope,meta]'
 	echo '$(TORCH)' > '$@'
 
 $(STAMP)-trainers: $(STAMP)

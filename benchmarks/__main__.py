@@ -7,10 +7,12 @@ from benchmarks.hope import command as hope
 from benchmarks.hope import speed as hope_speed
 from benchmarks.quality import command as quality
 from benchmarks.speed import command as speed
+from benchmarks.streams import command as streams
 from deepopt._output import outlive_readers
 
 BENCHMARKS = {
     "fig4": fig4, "hope": hope, "hope-speed": hope_speed, "quality": quality, "speed": speed,
+    "streams": streams,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from deepopt.memory.delta import Delta
 from deepopt.memory.delta_rule import DeltaRule
 from deepopt.memory.elementwise import Elementwise, OuterProduct
 from deepopt.memory.gradient import Gradient
+from deepopt.memory.horizons import Horizons
 from deepopt.memory.linear import Linear
 from deepopt.memory.mlp import MLP
 from deepopt.memory.module import Module
@@ -27,6 +28,7 @@ __all__ = [
     "DeltaRule",
     "Elementwise",
     "Gradient",
+    "Horizons",
     "Linear",
     "Memory",
     "Module",

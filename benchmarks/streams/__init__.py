@@ -1,0 +1,1 @@
+"""Tasks that change while they are learned, and one that does not, for memories to be compared."""

@@ -1,0 +1,134 @@
+"""The tasks: two streams that switch between regimes which recur, and one that never changes."""
+
+import codecs
+import functools
+import pydoc_data.topics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.quality.language import batch as code_batch
+from benchmarks.quality.language import held_out
+from benchmarks.transformer import Transformer, TransformerConfig
+from deepopt.data import sample_batch
+
+SIZE, LENGTH = 16, 64
+INPUTS, OUTPUTS, EXAMPLES = 16, 16, 256
+NOISE = 0.3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and on which schedule.
+
+    Args:
+        data: the batch of a seed and a step, a function of the two alone.
+        model: makes the untrained model.
+        loss: of the model on a batch.
+        period: steps of a regime before the next one; 0 where there is one alone.
+        steps: optimizer steps of a run.
+        aux: the learning rate of embeddings, heads and vectors.
+        rates: learning rates of the matrices that every optimizer is tried at.
+        held_out: the loss after training where the rate decays to zero; None for a stream, which
+            has a constant rate and is measured while it is learned.
+        about: the task in a sentence.
+    """
+
+    data: Callable[[int, int], tuple[Tensor, Tensor]]
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
+    period: int
+    steps: int
+    aux: float
+    rates: tuple[float, ...]
+    about: str
+    held_out: Callable[[nn.Module], float] | None = None
+
+
+@functools.cache
+def english() -> Tensor:
+    """The language reference that every Python carries for ``help()``, as bytes.
+
+    Letters are moved on by 13: in plain letters it shares so many words with the sources that there
+    is little to relearn.
+    """
+    topics = pydoc_data.topics.topics
+    text = codecs.encode("\n".join(topics[name] for name in sorted(topics)), "rot13")
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def code_and_english(seed: int, step: int) -> tuple[Tensor, Tensor]:
+    if step // 50 % 2:
+        return sample_batch(english(), SIZE, LENGTH, seed, step)
+    return code_batch(SIZE, LENGTH, seed, step)
+
+
+class LanguageModel(nn.Module):
+    """0.13 M parameters; tokens to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Transformer(TransformerConfig(dim=64, layers=2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    tokens, targets = batch
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
+
+@functools.cache
+def teachers(seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Three random networks of one hidden layer."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    hidden = 8
+    return [
+        (
+            torch.randn(INPUTS, hidden, generator=generator) / INPUTS**0.5,
+            torch.randn(hidden, OUTPUTS, generator=generator) / hidden**0.5,
+        )
+        for _ in range(3)
+    ]
+
+
+def regimes(seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Noisy answers of one teacher, and of the next one from the next period on."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    first, second = teachers(seed)[step // 50 % 3]
+    x = torch.randn(EXAMPLES, INPUTS, generator=generator)
+    y = torch.tanh(2 * x @ first) @ second
+    return x, y + NOISE * torch.randn(EXAMPLES, OUTPUTS, generator=generator)
+
+
+def regressor() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(INPUTS, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, OUTPUTS)
+    )
+
+
+def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.mse_loss(model(x), y)
+
+
+TASKS = {
+    "text": Task(
+        code_and_english, LanguageModel, cross_entropy, 50, 800, 0.008, (0.006, 0.012, 0.024),
+        "Bytes of the standard library's sources, and of the language reference in English "
+        "(`pydoc_data.topics`, letters moved on by 13), by turns.",
+    ),
+    "regimes": Task(
+        regimes, regressor, squared_error, 50, 600, 0.004, (0.008, 0.016, 0.032),
+        "Regression on three random networks by turns, with noise of variance 0.09.",
+    ),
+    "code": Task(
+        functools.partial(code_batch, SIZE, LENGTH), LanguageModel, cross_entropy, 0, 600, 0.008,
+        (0.012, 0.024, 0.048), "Bytes of the standard library's sources alone, the rate decaying.",
+        held_out=lambda model: held_out(model, LENGTH)["val_loss"],
+    ),
+}  # fmt: skip

@@ -1,0 +1,155 @@
+"""Averages of the gradient over several horizons, and an MLP that says which of them to trust."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepopt.memory.linear import Linear
+from deepopt.ops import combine, frobenius
+from deepopt.ops.norms import running_root
+
+LINEAR = Linear()
+EVIDENCE = 0.7
+"""Retention of the cosines: a change is seen within three steps of it."""
+DOUBT = 0.01
+"""Cosines below this say nothing: where all are, no average foresees more than another."""
+HAND_MADE = ((-2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 1.0),)
+"""The closed form: the short average as soon as the long one foresees half as well."""
+
+
+@dataclass(frozen=True)
+class Horizons:
+    r"""Several linear memories, mixed by an MLP that sees how well each foresees the gradient.
+
+    The averages have the retentions :math:`\beta_1` (that of :meth:`write`) and :math:`\beta_k`
+    for every further time scale, K in all. Before a gradient is written, each is compared with it:
+
+    .. math::
+        c^k_t &= 0.7\, c^k_{t-1} + 0.3\, \cos(G_t, M^k_{t-1}), \qquad
+        s^2_t = \beta_1 s^2_{t-1} + (1-\beta_1) \|G_t\|_F^2 \\
+        x_t &= \Big(\frac{\max(c^k_t, 0) + 0.01}{\max_j \max(c^j_t, 0) + 0.01},\
+        \max_j c^j_t,\ \frac{\|M^k_{t-1}\|_F}{s_t},\ \lg(t)/3\Big) \\
+        f^k_t &= \sum_h \varphi^k_h \max\big(0, \langle \varphi_h, x_t\rangle + b_h\big), \qquad
+        w^k_t = \frac{\text{clip}(f^k_t, 0, 1)}{\max(1, \sum_j \text{clip}(f^j_t, 0, 1))} \\
+        M^k_t &= \beta_k M^k_{t-1} + (1-\beta_k)\, G_t, \qquad
+        \text{read} = N^1_t + \sum_{k>1} w^k_t (N^k_t - N^1_t)
+
+    where :math:`N^k = (\beta_k M^k + (1-\beta_k) G) (1-\beta_1^t)/(1-\beta_k^t)`, the look-ahead of
+    :class:`Linear` with the bias of the first average. Whatever the MLP says, the read lies between
+    the averages; a read-out of zeros gives :class:`Linear` exactly.
+
+    φ is in the state, one for every matrix, so that a run goes on with the one that it began with.
+    ``python -m deepopt.meta`` finds one by training; what it has found so far is in
+    ``docs/results/mlp-memory.md``.
+
+    Args:
+        time_scales: retentions of the averages besides the momentum's own, each in [0, 1)
+            (default: (0.7,)).
+        phi: the MLP, one row for every unit: the 2K + 2 weights of the features in the order above,
+            the bias, and the K - 1 weights of the outputs; an empty sequence is the linear memory,
+            None the closed form ``HAND_MADE``, made for one further time scale (default: None).
+
+    State: K floats per parameter, 2 by default, and per matrix 2K and the MLP's, 12 by default.
+
+    Cost: about 9 K + 8 FLOPs per parameter.
+
+    Raises:
+        ValueError: an argument outside its range, or a ``phi`` that does not fit the time scales.
+    """
+
+    time_scales: Sequence[float] = (0.7,)
+    phi: Sequence[Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.time_scales or not all(0.0 <= kept < 1.0 for kept in self.time_scales):
+            raise ValueError(
+                f"Invalid time_scales: {self.time_scales}; give retentions in [0, 1), at least one"
+            )
+        needed = width(1 + len(self.time_scales))
+        if any(len(unit) != needed for unit in self._units):
+            raise ValueError(
+                f"Invalid phi: units of {[len(unit) for unit in self._units]} numbers; "
+                f"{len(self.time_scales)} further time scales need {needed} for each"
+            )
+
+    @property
+    def _units(self) -> Sequence[Sequence[float]]:
+        return HAND_MADE if self.phi is None else self.phi
+
+    @property
+    def _averages(self) -> list[str]:
+        return ["momentum", *(f"average_{index}" for index, _ in enumerate(self.time_scales))]
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        scales = len(self._averages)
+        phi = like.new_empty(len(self._units), width(scales))
+        if self._units and not like.is_meta:
+            phi.copy_(torch.tensor(self._units, dtype=torch.float64, device="cpu"))
+        return {
+            **{key: torch.zeros_like(like) for key in self._averages},
+            "phi": phi.expand(len(like), *phi.shape).clone(),
+            "foresight": like.new_zeros(len(like), scales),
+            "grad_size": like.new_zeros(len(like)),
+            "weights": like.new_zeros(len(like), scales - 1),
+        }
+
+    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
+        averages = [state[key] for key in self._averages]
+        tiny = torch.finfo(grad.dtype).tiny
+        size = frobenius(grad)
+        unit = (grad / size.clamp_min(tiny)[:, None, None]).flatten(1)
+        sizes = torch.stack([frobenius(average) for average in averages], 1)
+        products = torch.stack([torch.linalg.vecdot(unit, x.flatten(1)) for x in averages], 1)
+        cosines = products / sizes.clamp_min(tiny)
+        state["foresight"] = state["foresight"].lerp(cosines, 1 - EVIDENCE)
+        state["grad_size"] = running_root(state["grad_size"], size, 1 - retention)
+        state["weights"] = mixing_weights(
+            state["phi"], self._features(state, sizes / state["grad_size"].clamp_min(tiny)[:, None])
+        )
+        for key, kept in zip(self._averages, (retention, *self.time_scales), strict=True):
+            state[key] = state[key].lerp(grad, 1 - kept)
+
+    def _features(self, state: dict[str, Tensor], sizes: Tensor) -> Tensor:
+        """What the MLP sees, shape (B, 2K + 2)."""
+        foresight = state["foresight"]
+        best = foresight.amax(1, keepdim=True)
+        trust = (foresight.clamp_min(0) + DOUBT) / (best.clamp_min(0) + DOUBT)
+        step = state["step"].to(sizes, non_blocking=True)
+        return torch.cat([trust, best, sizes, step.log10()[:, None] / 3], 1)
+
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        own = LINEAR.read(state, grad, retention)
+        step, weights = state["step"].to(grad, non_blocking=True), state["weights"]
+        shares = [1 - weights.sum(1), torch.zeros_like(step)]
+        for index, kept in enumerate(self.time_scales):
+            share = weights[:, index] * (1 - retention**step) / (1 - kept**step)
+            shares.append(share * kept)
+            shares[1] = shares[1] + share * (1 - kept)
+        averages = [state[key] for key in self._averages[1:]]
+        return combine([own, grad, *averages], torch.stack(shares))
+
+    def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weight of every further average."""
+        weights = state["weights"].unbind(-1)
+        return {
+            f"weight of {kept:g}": weight
+            for kept, weight in zip(self.time_scales, weights, strict=True)
+        }
+
+
+def width(scales: int) -> int:
+    """Numbers of a unit: its weights of 2K + 2 features, its bias, its weights of K - 1 outputs."""
+    return 3 * scales + 2
+
+
+def mixing_weights(phi: Tensor, features: Tensor) -> Tensor:
+    """What an MLP ``phi`` of (B, H, 3K + 2) makes of features (B, 2K + 2): shape (B, K - 1).
+
+    None is negative, and their sum is at most 1.
+    """
+    inputs = features.shape[1]
+    drive = (phi[..., :inputs] @ features[..., None])[..., 0] + phi[..., inputs]
+    value = (phi[..., inputs + 1 :].mT @ drive.relu()[..., None])[..., 0].clamp(0.0, 1.0)
+    return value / value.sum(1, keepdim=True).clamp_min(1.0)

@@ -1,0 +1,93 @@
+"""Train the MLP of a memory: ``python -m deepopt.meta --out runs/meta``.
+
+``log.jsonl`` in that folder has every generation, and a search that is interrupted goes on from
+it. At the end ``phi.json`` has the φ that was found, with what made it, its losses on tasks that
+the search has not seen, and ``progress.png`` the way there. Use it as
+``DeepMomentum(memory=Horizons(time_scales, phi))``.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from deepopt.meta.evolution import Evolution, Log
+from deepopt.meta.tasks import KINDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search, or go on with a search, and write what was found; 0."""
+    default = Evolution()
+    parser = argparse.ArgumentParser("python -m deepopt.meta", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the search")
+    parser.add_argument("--generations", type=int, default=150, help="(150)")
+    parser.add_argument("--validation", type=int, default=8, help="tasks at the end (8)")
+    parser.add_argument("--time-scales", type=float, nargs="+", default=default.time_scales)
+    for name in ("units", "population", "pool", "tasks", "seed"):
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
+    parser.add_argument("--steps", type=int, nargs=2, default=default.steps, help="(100 200)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="of task to learn from (all)"
+    )
+    given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    evolution = Evolution(
+        tuple(given.time_scales),
+        given.units,
+        given.population,
+        given.pool,
+        given.tasks,
+        tuple(given.steps),
+        tuple(given.kinds),
+        given.seed,
+    )
+    log = Log(given.out / "log.jsonl")
+    phi = evolution.run(log, given.generations)
+    compared = {"linear": torch.zeros_like(phi), "mean": evolution.start(), "trained": phi}
+    table = evolution.validate(list(compared.values()), given.validation, log)
+    outcome = {
+        **dataclasses.asdict(evolution),
+        "generations": given.generations,
+        "validation": {
+            name: [round(x, 5) for x in column]
+            for name, column in zip(compared, table.T.tolist(), strict=True)
+        },
+        "phi": phi.tolist(),
+    }
+    (given.out / "phi.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    picture(log, given.out / "progress.png")
+    for kind, rows in (("streams", table[0::2]), ("steady", table[1::2])):
+        means = zip(compared, rows.mean(0).tolist(), strict=True)
+        print(f"{kind}: " + ", ".join(f"{name} {x:+.4f}" for name, x in means))
+    print(f"written: {given.out / 'phi.json'} and progress.png", file=sys.stderr)
+    return 0
+
+
+def picture(log: Log, path: Path) -> None:
+    """The values of all candidates by generation, and their median over ten generations."""
+    from matplotlib.figure import Figure
+
+    lines = log.of("generation")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    medians = [torch.tensor(line["values"]).median().item() for line in lines]
+    for line in lines:
+        axes.plot([line["number"]] * len(line["values"]), line["values"], ".", color="0.8", ms=3)
+    window = 10
+    smooth = [
+        sum(medians[max(0, k - window + 1) : k + 1]) / min(k + 1, window)
+        for k in range(len(medians))
+    ]
+    axes.plot([line["number"] for line in lines], smooth)
+    axes.axhline(0, color="0.5", linestyle=":")
+    axes.set(xlabel="generation", ylabel="log loss against the best linear memory")
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""CMA-ES over the numbers of a memory's MLP, on tasks whose best linear memory is known."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepopt.memory import Horizons, Linear
+from deepopt.memory.horizons import width
+from deepopt.meta.tasks import KINDS, Task, draw
+from deepopt.meta.training import train
+
+BETAS = (0.5, 0.7, 0.9)
+RATES = (0.01, 0.03)
+LARGEST = 0.5
+"""What one task counts at most, in nats of the loss' logarithm, either way."""
+VALIDATION = 1_000_000
+"""The first seed of the tasks that evolution never sees."""
+SIGMA = 0.2
+"""Candidates start close to the mean of the averages: further away weights are clipped, mostly."""
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The best linear memory on a task, of every beta and rate that were tried.
+
+    Args:
+        task: the task.
+        lr: the best rate, at which candidates train too.
+        beta: the best retention.
+        loss: the log of the loss that it reaches.
+    """
+
+    task: Task
+    lr: float
+    beta: float
+    loss: float
+
+    @classmethod
+    def of(cls, task: Task) -> "Baseline":
+        found = (
+            (train(task, Linear(), lr, beta).item(), lr, beta) for beta in BETAS for lr in RATES
+        )
+        loss, lr, beta = min(found)
+        return cls(task, lr, beta, loss)
+
+
+class Log:
+    """A file of JSON lines that a run adds to, and goes on from.
+
+    Args:
+        path: of the file; what an interruption has torn off its last line is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        self.lines: list[Line] = [json.loads(line) for line in whole.splitlines()]
+
+    def add(self, line: Line) -> None:
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def of(self, kind: str) -> list[Line]:
+        return [line for line in self.lines if line["is"] == kind]
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """A search for φ that anyone can repeat: the same arguments and seed give the same φ.
+
+    The log is the checkpoint. It has the values of all candidates of every generation, and telling
+    them to CMA-ES again brings it back to where it was, bit for bit.
+
+    Args:
+        time_scales: of :class:`deepopt.memory.Horizons`.
+        units: of the MLP.
+        population: candidates of a generation, trained side by side.
+        pool: tasks to draw from.
+        tasks: drawn for a generation, all candidates on the same ones.
+        steps: the range of the length of a run.
+        kinds: of the tasks to learn from; validation has all.
+        seed: of the search.
+    """
+
+    time_scales: Sequence[float] = (0.5,)
+    units: int = 2
+    population: int = 12
+    pool: int = 12
+    tasks: int = 2
+    steps: tuple[int, int] = (100, 200)
+    kinds: Sequence[str] = KINDS
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.units, width(1 + len(self.time_scales))
+
+    def start(self) -> Tensor:
+        """The plain mean of all averages, by units that all are active."""
+        phi = torch.zeros(self.shape, dtype=torch.float64)
+        scales = 1 + len(self.time_scales)
+        phi[:, 2 * scales + 2] = 1.0
+        phi[0, 2 * scales + 3 :] = 1 / scales
+        return phi
+
+    def run(self, log: Log, generations: int) -> Tensor:
+        """The mean of the search after so many generations, those in the log included."""
+        import cmaes
+
+        self._check(log)
+        search = cmaes.CMA(
+            self.start().flatten().numpy(),
+            SIGMA,
+            seed=self.seed,
+            population_size=self.population,
+        )
+        known = log.of("generation")
+        for number in range(generations):
+            candidates = [search.ask() for _ in range(self.population)]
+            if number < len(known):
+                values = known[number]["values"]
+            else:
+                chosen = self.chosen(number)
+                phis = torch.stack([torch.from_numpy(x) for x in candidates])
+                found = [self.relative(task, phis, log) for task in chosen]
+                values = torch.stack(found).mean(0).tolist()
+                log.add(
+                    {
+                        "is": "generation",
+                        "number": number,
+                        "tasks": [task.seed for task in chosen],
+                        "values": values,
+                        "mean": search.mean.tolist(),
+                    }
+                )
+            search.tell(list(zip(candidates, values, strict=True)))
+        return torch.tensor(search.mean, dtype=torch.float64).view(self.shape)
+
+    def _check(self, log: Log) -> None:
+        """Raise ValueError where the log is that of another search."""
+        own = json.loads(json.dumps({"is": "evolution", **dataclasses.asdict(self)}))
+        if not log.lines:
+            log.add(own)
+        if log.lines[0] != own:
+            raise ValueError(
+                f"Invalid log: {log.path} is of {log.lines[0]}, and this search is {own}; give "
+                "another folder or the same arguments"
+            )
+
+    def chosen(self, generation: int) -> list[Task]:
+        """The tasks of a generation; every stretch of the pool has both forms of every kind."""
+        order = list(range(self.pool))
+        rounds, place = divmod(generation * self.tasks, self.pool)
+        random.Random(f"{self.seed}/{rounds}").shuffle(order)
+        seeds = [order[(place + k) % self.pool] for k in range(self.tasks)]
+        return [draw(seed, self.steps, self.kinds) for seed in seeds]
+
+    def baseline(self, task: Task, log: Log) -> Baseline:
+        """From the log, or measured and put there."""
+        own = json.loads(json.dumps(dataclasses.asdict(task)))
+        for line in log.of("baseline"):
+            if line["task"] == own:
+                return Baseline(task, line["lr"], line["beta"], line["loss"])
+        found = Baseline.of(task)
+        log.add({"is": "baseline", **dataclasses.asdict(found)})
+        return found
+
+    def relative(self, task: Task, phis: Tensor, log: Log) -> Tensor:
+        """Log loss of every candidate minus that of the best linear memory, shape (P,)."""
+        best = self.baseline(task, log)
+        phis = phis.view(-1, *self.shape)
+        memory = Horizons(self.time_scales, torch.zeros(self.shape).tolist())
+        return (train(task, memory, best.lr, phis=phis) - best.loss).clamp(-LARGEST, LARGEST)
+
+    def validate(self, phis: Iterable[Tensor], count: int, log: Log) -> Tensor:
+        """Every φ on tasks that evolution never sees, shape (tasks, P), as :meth:`relative`."""
+        stacked = torch.stack(list(phis))
+        rows = []
+        for seed in range(VALIDATION, VALIDATION + count):
+            task = draw(seed, self.steps)
+            rows.append(self.relative(task, stacked, log))
+        return torch.stack(rows)

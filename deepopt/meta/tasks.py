@@ -1,0 +1,150 @@
+"""Tasks to meta-train on: small networks and synthetic data, steady or switching between regimes.
+
+No data set is among them, so that whatever a trained memory is measured on is new to it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KINDS = ("regression", "classification", "language")
+REGIMES = 3
+TOKENS, LENGTH = 32, 17
+Params = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run, all but its optimizer.
+
+    Args:
+        kind: "regression" and "classification" learn random networks, "language" a Markov chain
+            of second order.
+        seed: of its data and its initial weights.
+        dim: width of the network.
+        layers: hidden layers, or blocks of a Transformer.
+        batch_size: examples, or sequences of 16 tokens.
+        noise: standard deviation of the answers' noise, or the share of random answers.
+        period: steps until the next of three regimes, which recur; 0 for one alone.
+        steps: of training; the rate is constant with regimes, and decays to zero without.
+    """
+
+    kind: str
+    seed: int
+    dim: int
+    layers: int
+    batch_size: int
+    noise: float
+    period: int
+    steps: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step relative to its peak."""
+        warm = min(1.0, 16 * (step + 1) / self.steps)
+        return warm if self.period else warm * (1 - step / self.steps)
+
+    def batch(self, step: int) -> Batch:
+        """Inputs and answers."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+        regime = step // self.period % REGIMES if self.period else 0
+        if self.kind == "language":
+            return self._text(self._chain(regime), generator)
+        x = torch.randn(self.batch_size, self.dim, generator=generator)
+        first, second = self._teacher(regime)
+        y = torch.tanh(2 * x @ first) @ second
+        if self.kind == "regression":
+            return x, y + self.noise * torch.randn(y.shape, generator=generator)
+        return x, self._flipped(y.argmax(-1), y.shape[-1], generator)
+
+    def _flipped(self, answers: Tensor, kinds: int, generator: torch.Generator) -> Tensor:
+        wrong = torch.rand(answers.shape, generator=generator) < self.noise
+        return torch.where(wrong, torch.randint(kinds, answers.shape, generator=generator), answers)
+
+    def _of_regime(self, regime: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1_000_003 * self.seed - 1 - regime)
+
+    def _teacher(self, regime: int) -> tuple[Tensor, Tensor]:
+        generator, hidden = self._of_regime(regime), 8
+        first = torch.randn(self.dim, hidden, generator=generator) / self.dim**0.5
+        return first, torch.randn(hidden, 10, generator=generator) / hidden**0.5
+
+    def _chain(self, regime: int) -> Tensor:
+        """Logits of the next token after the last token, and after the one before it."""
+        return 1.5 * torch.randn(2, TOKENS, TOKENS, generator=self._of_regime(regime))
+
+    def _text(self, chain: Tensor, generator: torch.Generator) -> Batch:
+        tokens = [torch.randint(TOKENS, (self.batch_size,), generator=generator) for _ in range(2)]
+        for _ in range(LENGTH - 1):
+            logits = chain[0, tokens[-1]] + chain[1, tokens[-2]]
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            tokens.append(self._flipped(drawn, TOKENS, generator))
+        text = torch.stack(tokens[1:], 1)
+        return text[:, :-1], text[:, 1:]
+
+    def weights(self) -> Params:
+        """The initial weights: those called "matrices" are a stack of square ones."""
+        generator = torch.Generator().manual_seed(self.seed)
+        language = self.kind == "language"
+        count = 6 * self.layers if language else self.layers
+        scale = self.dim**-0.5 if language else (2 / self.dim) ** 0.5
+        shape = (count, self.dim, self.dim)
+        weights = {"matrices": scale * torch.randn(shape, generator=generator)}
+        if language:
+            weights["embedding"] = torch.randn(TOKENS, self.dim, generator=generator)
+            weights["position"] = 0.3 * torch.randn(LENGTH, self.dim, generator=generator)
+        weights["head"] = torch.zeros(TOKENS if language else 10, self.dim)
+        return weights
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """The mean loss of a batch."""
+        x, y = batch
+        if self.kind == "language":
+            logits = _transformer(params, x) @ params["head"].mT
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        for matrix in params["matrices"].unbind(0):
+            x = F.gelu(x @ matrix.mT)
+        answers = x @ params["head"].mT
+        return F.mse_loss(answers, y) if self.kind == "regression" else F.cross_entropy(answers, y)
+
+
+def _transformer(params: Params, tokens: Tensor) -> Tensor:
+    """Pre-norm blocks of one head each, whose MLPs are as wide as the residual stream."""
+    x = params["embedding"][tokens] + params["position"][: tokens.shape[1]]
+    dim = x.shape[-1:]
+    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    for block in params["matrices"].unflatten(0, (-1, 6)).unbind(0):
+        query, key, value, out, up, down = block.mT.unbind(0)
+        z = F.rms_norm(x, dim)
+        q, k = (F.rms_norm(z @ matrix, dim) for matrix in (query, key))
+        attention = (2 * q @ k.mT / dim[0] ** 0.5).masked_fill(future, -torch.inf).softmax(-1)
+        x = x + attention @ (z @ value) @ out
+        x = x + F.gelu(F.rms_norm(x, dim) @ up) @ down
+    return F.rms_norm(x, dim)
+
+
+def draw(seed: int, steps: tuple[int, int] = (100, 200), kinds: Sequence[str] = KINDS) -> Task:
+    """A random task; every other seed gives a stream, and the kinds come by turns.
+
+    Args:
+        seed: decides everything.
+        steps: the range of the length of a run (default: (100, 200)).
+        kinds: to choose from (default: all).
+    """
+    rng = random.Random(f"task {seed}")
+    kind = kinds[seed // 2 % len(kinds)]
+    language = kind == "language"
+    return Task(
+        kind,
+        seed,
+        dim=rng.choice((16, 24, 32)),
+        layers=1 if language else rng.choice((1, 2, 3)),
+        batch_size=rng.choice((8, 16)) if language else rng.choice((16, 64, 256)),
+        noise=rng.choice((0.0, 0.1, 0.3)) if kind == "regression" else rng.choice((0.0, 0.1)),
+        period=0 if seed % 2 else rng.choice((15, 25, 40)),
+        steps=rng.randint(*steps),
+    )

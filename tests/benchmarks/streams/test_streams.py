@@ -1,0 +1,76 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.streams import command, runs, tasks
+from benchmarks.streams.runs import Run
+from benchmarks.streams.tasks import TASKS
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The regression alone, of two short regimes."""
+    task = dataclasses.replace(TASKS["regimes"], steps=16, period=8, rates=(0.01,))
+    monkeypatch.setitem(TASKS, "regimes", task)
+    monkeypatch.setattr(
+        command, "CONTENDERS", (("linear", 0.9), ("M3", 0.9), ("AdamW", 0.9), ("horizons", 0.9))
+    )
+
+
+def test_text_switches_between_sources_and_english_every_fifty_steps():
+    english = {0: False, 49: False, 50: True, 99: True, 100: False}
+    for step, expected in english.items():
+        tokens, _ = TASKS["text"].data(0, step)
+        rows = [bytes(row.tolist()) for row in tokens.to(torch.uint8)]
+        assert all((row in bytes(tasks.english().tolist())) == expected for row in rows)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_is_a_function_of_the_seed_and_the_step(name):
+    data = TASKS[name].data
+    for ours, theirs in zip(data(0, 3), data(0, 3), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(data(0, 3)[0], data(1, 3)[0])
+    assert not torch.equal(data(0, 3)[0], data(0, 4)[0])
+
+
+def test_regimes_recur():
+    first, again = tasks.teachers(0)[0 // 50 % 3], tasks.teachers(0)[150 // 50 % 3]
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], tasks.teachers(0)[1][0])
+
+
+@pytest.mark.usefixtures("short")
+def test_a_run_has_the_online_loss_and_that_after_a_switch():
+    line = runs.execute(Run("regimes", "horizons", 0.9, 0.01, 0))
+    task = TASKS["regimes"]
+    torch.manual_seed(0)
+    model = task.model()
+    losses = runs.train(task, model, runs.build(Run.of(line), model), 0)
+    assert line["loss"] == pytest.approx(sum(losses[8:]) / 8, abs=1e-5)
+    assert line["after_switch"] == line["loss"]  # all eight are within ten steps
+    assert losses[0] == task.loss(task.model(), task.data(0, 0)).item() or losses[-1] < losses[0]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_run_that_has_a_line_is_not_repeated_and_the_tables_show_it(tmp_path, monkeypatch):
+    arguments = ["benchmarks", "streams", "--out", str(tmp_path), "--tasks", "regimes"]
+    monkeypatch.setattr("sys.argv", arguments)
+    made = {
+        **dataclasses.asdict(Run("regimes", "linear", 0.9, 0.01, 0)),
+        "loss": 7.5,
+        "after_switch": 9.25,
+    }
+    (tmp_path / "streams.jsonl").write_text(json.dumps(made) + "\n")
+    assert main() == 0
+    lines = [json.loads(x) for x in (tmp_path / "streams.jsonl").read_text().splitlines()]
+    assert [line["optimizer"] for line in lines] == ["linear", "M3", "AdamW", "horizons"]
+    text = (tmp_path / "streams.md").read_text()
+    assert "| linear | 0.9 | 7.5000 (9.2500), n = 1 |" in text
+    (tmp_path / "streams.md").unlink()
+    monkeypatch.setattr("sys.argv", [*arguments, "--report"])
+    assert main() == 0
+    assert (tmp_path / "streams.md").read_text() == text

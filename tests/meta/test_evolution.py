@@ -1,0 +1,72 @@
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("cmaes", reason="the extra deepopt-torch[meta] is not installed")
+
+from deepopt.meta import __main__ as command
+from deepopt.meta.evolution import Evolution, Log
+
+SMALL = Evolution(population=4, pool=2, tasks=1, steps=(10, 12))
+
+
+def test_a_search_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
+    whole, torn = Log(tmp_path / "whole"), Log(tmp_path / "torn")
+    expected = SMALL.run(whole, 3)
+    SMALL.run(torn, 2)
+    with open(torn.path, "a") as file:
+        file.write('{"is": "generation", "numb')  # a kill in the middle of a line
+    assert torch.equal(SMALL.run(Log(torn.path), 3), expected)
+    assert torn.path.read_text() == whole.path.read_text()
+
+
+def test_another_search_does_not_go_on_from_the_log(tmp_path):
+    SMALL.run(Log(tmp_path / "log"), 0)
+    with pytest.raises(ValueError, match=r"Invalid log: .*give another folder"):
+        Evolution(seed=1).run(Log(tmp_path / "log"), 1)
+
+
+def test_a_few_generations_are_better_than_the_start(tmp_path):
+    """A stream with little noise, on which a short average is far better than the mean of two."""
+    search = Evolution(population=6, pool=1, tasks=1, steps=(100, 100))
+    log = Log(tmp_path / "log")
+    phi = search.run(log, 6)
+    values = [torch.tensor(line["values"]).median().item() for line in log.of("generation")]
+    assert values[-1] < values[0] - 0.005
+    (task,) = search.chosen(0)
+    found, start, linear = search.relative(
+        task, torch.stack([phi, search.start(), torch.zeros_like(phi)]), log
+    ).tolist()
+    assert found < start < linear
+
+
+def test_a_generation_goes_round_the_pool_before_a_task_comes_again():
+    search = Evolution(pool=6, tasks=2)
+    for rounds in range(2):
+        seeds = [task.seed for k in range(3) for task in search.chosen(3 * rounds + k)]
+        assert sorted(seeds) == list(range(6))
+
+
+def test_the_start_is_the_mean_of_the_averages():
+    from deepopt.memory.horizons import mixing_weights
+
+    for scales, share in (((0.7,), 1 / 2), ((0.5, 0.97), 1 / 3)):
+        search = Evolution(time_scales=scales)
+        features = torch.randn(2, 2 * len(scales) + 4, dtype=torch.float64)
+        weights = mixing_weights(search.start().expand(2, *search.shape), features)
+        torch.testing.assert_close(weights, torch.full_like(weights, share))
+
+
+def test_the_command_leaves_what_it_found_with_what_made_it(tmp_path, capsys):
+    arguments = "--generations 2 --validation 2 --population 4 --pool 2 --tasks 1 --steps 10 12"
+    assert command.main(["--out", str(tmp_path), *arguments.split()]) == 0
+    outcome = json.loads((tmp_path / "phi.json").read_text())
+    assert torch.tensor(outcome["phi"]).shape == (2, 8)
+    assert outcome["generations"] == 2
+    assert outcome["time_scales"] == [0.5]
+    assert {name: len(x) for name, x in outcome["validation"].items()} == {
+        "linear": 2, "mean": 2, "trained": 2,
+    }  # fmt: skip
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert "streams: linear" in capsys.readouterr().out
