@@ -246,6 +246,57 @@ def finish(x, first, written, y, end, log_end):
 
 
 @triton.jit
+def answer(
+    query, key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end, floor,
+    anchor_ptr, running_ptr, initial_ptr, next_ptr, d, h, m,
+    M: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """o_t = M_{t-1}(q_t) of the memory that answers, and its weights at the end of the chunk."""
+    w2 = load_w2(anchor_ptr, 4, m, d, h, M, D)
+    w1 = load_w1(anchor_ptr, 4, m, d, h, m, M, D)
+    _, f, _, _, _, _, _, _, _, _, _, _, slope = surprise(w2, w1, key, value, eta, floor)
+    w2 = load_w2(running_ptr, 4, m, d, h, M, D)
+    first = load_w2(initial_ptr, 4, m, d, h, M, D)
+    right = -slope - erase[None, :] * carried(w2, first, key, kept, pulled)
+    written = product(right, invert(similarity * erase[None, :], C))
+    read = carried(w2, first, query, kept, pulled)
+    read += product(written, decay * product(tl.trans(key), query))
+    after = finish(w2, first, written, key, end, log_end)
+    store(next_ptr + 4 * h * d, after, m, d, d)
+    query_f, _, _ = features(read, floor)
+    w1 = load_w1(running_ptr, 4, m, d, h, m, M, D)
+    first = load_w1(initial_ptr, 4, m, d, h, m, M, D)
+    right = delta[None, :] * (value - key - carried(w1, first, f, kept, pulled))
+    system = decay * product(tl.trans(f), f) * delta[None, :]
+    written = product(right, invert(system, C))
+    read = query + carried(w1, first, query_f, kept, pulled)
+    read += product(written, decay * product(tl.trans(f), query_f))
+    after = finish(w1, first, written, f, end, log_end)
+    store(next_ptr + d * (8 * h + m), after, d, m, m)
+    return read
+
+
+@triton.jit
+def learn(
+    g, key, value, eta, inverse, kept, pulled, end, log_end, floor,
+    anchor_ptr, running_ptr, initial_ptr, next_ptr, d, h, m, H: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The weights of generating memory g at the end of the chunk."""
+    w2 = load_w2(anchor_ptr, g, h, d, h, H, D)
+    w1 = load_w1(anchor_ptr, g, h, d, h, m, H, D)
+    _, f, _, _, _, _, _, _, _, error, _, _, slope = surprise(w2, w1, key, value, eta, floor)
+    w2 = load_w2(running_ptr, g, h, d, h, H, D)
+    first = load_w2(initial_ptr, g, h, d, h, H, D)
+    right = -slope - eta[None, :] * carried(w2, first, key, kept, pulled)
+    after = finish(w2, first, product(right, inverse), key, end, log_end)
+    store(next_ptr + g * h * d, after, h, d, d)
+    w1 = load_w1(running_ptr, g, h, d, h, m, H, D)
+    first = load_w1(initial_ptr, g, h, d, h, m, H, D)
+    after = finish(w1, first, -error * eta[None, :], f, end, log_end)
+    store(next_ptr + d * (4 * h + m) + g * h * d, after, d, h, h)
+
+
+@triton.jit
 def memories_kernel(
     key_ptr, value_ptr, query_ptr, anchors_ptr, states_ptr, ends_ptr, initial_ptr, gates_ptr,
     out_ptr,
@@ -304,48 +355,18 @@ def memories_kernel(
         kept, pulled, end, decay, log_end = times(log_alpha, there, C)
         similarity = decay * product(tl.trans(key), key)
 
-        # The memory that answers. It is read before what it holds goes on.
         query = load(query_ptr + at, d, count, tokens, D, C)
-        w2 = load_w2(memory_anchor_ptr, 4, m, d, h, M, D)
-        w1 = load_w1(memory_anchor_ptr, 4, m, d, h, m, M, D)
-        _, f, _, _, _, _, _, _, _, _, _, _, slope = surprise(w2, w1, key, value, eta, memory_floor)
-        w2 = load_w2(running_ptr, 4, m, d, h, M, D)
-        first = load_w2(initial_ptr, 4, m, d, h, M, D)
-        right = -slope - erase[None, :] * carried(w2, first, key, kept, pulled)
-        written = product(right, invert(similarity * erase[None, :], C))
-        read = carried(w2, first, query, kept, pulled)
-        read += product(written, decay * product(tl.trans(key), query))
-        after = finish(w2, first, written, key, end, log_end)
-        store(next_ptr + 4 * h * d, after, m, d, d)
-        query_f, _, _ = features(read, memory_floor)
-        w1 = load_w1(running_ptr, 4, m, d, h, m, M, D)
-        first = load_w1(initial_ptr, 4, m, d, h, m, M, D)
-        right = delta[None, :] * (value - key - carried(w1, first, f, kept, pulled))
-        system = decay * product(tl.trans(f), f) * delta[None, :]
-        written = product(right, invert(system, C))
-        read = query + carried(w1, first, query_f, kept, pulled)
-        read += product(written, decay * product(tl.trans(f), query_f))
+        read = answer(
+            query, key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
+            memory_floor, memory_anchor_ptr, running_ptr, initial_ptr, next_ptr, d, h, m, M, D, C,
+        )  # fmt: skip
         store(out_ptr + at, read, d, count, tokens)
-        after = finish(w1, first, written, f, end, log_end)
-        store(next_ptr + d * (8 * h + m), after, d, m, m)
-
-        # The memories that generate.
         inverse = invert(similarity * eta[None, :], C)
         for g in range(4):
-            w2 = load_w2(anchor_ptr, g, h, d, h, H, D)
-            w1 = load_w1(anchor_ptr, g, h, d, h, m, H, D)
-            _, f, _, _, _, _, _, _, _, error, _, _, slope = surprise(
-                w2, w1, key, value, eta, generator_floor
-            )
-            w2 = load_w2(running_ptr, g, h, d, h, H, D)
-            first = load_w2(initial_ptr, g, h, d, h, H, D)
-            right = -slope - eta[None, :] * carried(w2, first, key, kept, pulled)
-            after = finish(w2, first, product(right, inverse), key, end, log_end)
-            store(next_ptr + g * h * d, after, h, d, d)
-            w1 = load_w1(running_ptr, g, h, d, h, m, H, D)
-            first = load_w1(initial_ptr, g, h, d, h, m, H, D)
-            after = finish(w1, first, -error * eta[None, :], f, end, log_end)
-            store(next_ptr + d * (4 * h + m) + g * h * d, after, d, h, h)
+            learn(
+                g, key, value, eta, inverse, kept, pulled, end, log_end, generator_floor,
+                anchor_ptr, running_ptr, initial_ptr, next_ptr, d, h, m, H, D,
+            )  # fmt: skip
         tl.debug_barrier()  # all threads have written what all will read
         start = stop
 
@@ -472,6 +493,162 @@ def release(d_running_ptr, d_anchor_ptr, g, rows, d, h, m, ROWS: tl.constexpr, D
 
 
 @triton.jit
+def answer_back(
+    d_out, query, key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
+    floor, anchor_ptr, running_ptr, initial_ptr, d_anchor_ptr, d_running_ptr, d_initial_ptr,
+    d, h, m, M: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The memory that answers once more, and the gradients of all that it was given."""
+    anchor2 = load_w2(anchor_ptr, 4, m, d, h, M, D)
+    anchor1 = load_w1(anchor_ptr, 4, m, d, h, m, M, D)
+    hidden, f, s, n, value_f, value_s, v_n, hat, hat_n, error, p, fp, slope = surprise(
+        anchor2, anchor1, key, value, eta, floor
+    )
+    w2 = load_w2(running_ptr, 4, m, d, h, M, D)
+    first2 = load_w2(initial_ptr, 4, m, d, h, M, D)
+    seen2 = carried(w2, first2, key, kept, pulled)
+    inverse2 = invert(similarity * erase[None, :], C)
+    written2 = product(-slope - erase[None, :] * seen2, inverse2)
+    read = carried(w2, first2, query, kept, pulled)
+    read += product(written2, decay * product(tl.trans(key), query))
+    query_f, query_s, query_n = features(read, floor)
+    w1 = load_w1(running_ptr, 4, m, d, h, m, M, D)
+    first1 = load_w1(initial_ptr, 4, m, d, h, m, M, D)
+    wanted = value - key - carried(w1, first1, f, kept, pulled)
+    similarity1 = decay * product(tl.trans(f), f)
+    inverse1 = invert(similarity1 * delta[None, :], C)
+    written1 = product(delta[None, :] * wanted, inverse1)
+
+    # And back: W1, then W2, then the gradient at the anchor.
+    d_next = load_w1(d_running_ptr, 4, m, d, h, m, M, D)
+    d_w, d_first, d_f, d_written, d_query_f, d_kept, d_pulled, d_before, d_sources = read_back(
+        d_out, w1, first1, f, written1, query_f, kept, pulled, decay
+    )
+    a_w, a_first, a_written, a_f, d_end, d_log_end = finish_back(
+        d_next, w1, first1, written1, f, end, log_end
+    )
+    d_f += a_f
+    d_right = product(d_written + a_written, tl.trans(inverse1))
+    square, d_delta, a_before, a_sources = system_back(
+        -product(tl.trans(written1), d_right), similarity1, delta, decay
+    )
+    d_before += a_before
+    d_sources += a_sources
+    d_f += product(f, square)
+    d_delta += tl.sum(d_right * wanted, 0)
+    change = delta[None, :] * d_right
+    d_value, d_key = change, -change
+    b_w, b_first, a_f, a_kept, a_pulled = carried_back(-change, w1, first1, f, kept, pulled)
+    d_f += a_f
+    d_kept += a_kept
+    d_pulled += a_pulled
+    at1 = d * (8 * h + m)
+    add_to(d_initial_ptr + at1, d_first + a_first + b_first, d, m)
+    store(d_running_ptr + at1, d_w + a_w + b_w, d, m, m)
+
+    d_next = load_w2(d_running_ptr, 4, m, d, h, M, D)
+    d_read = features_back(d_query_f, query_f, query_s, query_n, 0.0 * query_n)
+    d_w, d_first, a_key, d_written, d_query, a_kept, a_pulled, a_before, a_sources = read_back(
+        d_read, w2, first2, key, written2, query, kept, pulled, decay
+    )
+    d_query += d_out
+    d_key += a_key
+    d_kept += a_kept
+    d_pulled += a_pulled
+    d_before += a_before
+    d_sources += a_sources
+    a_w, a_first, a_written, a_key, a_end, a_log_end = finish_back(
+        d_next, w2, first2, written2, key, end, log_end
+    )
+    d_key += a_key
+    d_end += a_end
+    d_log_end += a_log_end
+    d_right = product(d_written + a_written, tl.trans(inverse2))
+    square, d_erase, a_before, a_sources = system_back(
+        -product(tl.trans(written2), d_right), similarity, erase, decay
+    )
+    d_before += a_before
+    d_sources += a_sources
+    d_key += product(key, square)
+    d_erase -= tl.sum(d_right * seen2, 0)
+    b_w, b_first, a_key, a_kept, a_pulled = carried_back(
+        -erase[None, :] * d_right, w2, first2, key, kept, pulled
+    )
+    d_key += a_key
+    d_kept += a_kept
+    d_pulled += a_pulled
+    at2 = 4 * h * d
+    add_to(d_initial_ptr + at2, d_first + a_first + b_first, m, d)
+    store(d_running_ptr + at2, d_w + a_w + b_w, m, d, d)
+    d_w2, d_w1, a_key, a_value, d_eta = surprise_back(
+        -d_right, 0.0 * error, d_f, anchor2, anchor1, key, value, eta, hidden, f, s, n, value_f,
+        value_s, v_n, hat, hat_n, error, p, fp,
+    )  # fmt: skip
+    d_key += a_key
+    d_value += a_value
+    add_to(d_anchor_ptr + at2, d_w2, m, d)
+    add_to(d_anchor_ptr + at1, d_w1, d, m)
+    return (
+        d_query, d_key, d_value, d_eta, d_erase, d_delta, d_kept, d_pulled, d_end, d_log_end,
+        d_before, d_sources,
+    )  # fmt: skip
+
+
+@triton.jit
+def learn_back(
+    g, key, value, eta, inverse, kept, pulled, end, log_end, floor, anchor_ptr, running_ptr,
+    initial_ptr, d_anchor_ptr, d_running_ptr, d_initial_ptr, d, h, m,
+    H: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Generating memory g once more, and the gradients of all that it was given but the inverse:
+    of the triangular system in its place."""
+    at2, at1 = g * h * d, d * (4 * h + m) + g * h * d
+    anchor2 = load_w2(anchor_ptr, g, h, d, h, H, D)
+    anchor1 = load_w1(anchor_ptr, g, h, d, h, m, H, D)
+    hidden, f, s, n, value_f, value_s, v_n, hat, hat_n, error, p, fp, slope = surprise(
+        anchor2, anchor1, key, value, eta, floor
+    )
+    w1 = load_w1(running_ptr, g, h, d, h, m, H, D)
+    first1 = load_w1(initial_ptr, g, h, d, h, m, H, D)
+    d_next = load_w1(d_running_ptr, g, h, d, h, m, H, D)
+    d_w, d_first, d_written, d_f, d_end, d_log_end = finish_back(
+        d_next, w1, first1, -error * eta[None, :], f, end, log_end
+    )
+    d_scaled = -d_written
+    add_to(d_initial_ptr + at1, d_first, d, h)
+    store(d_running_ptr + at1, d_w, d, h, h)
+
+    w2 = load_w2(running_ptr, g, h, d, h, H, D)
+    first2 = load_w2(initial_ptr, g, h, d, h, H, D)
+    d_next = load_w2(d_running_ptr, g, h, d, h, H, D)
+    seen2 = carried(w2, first2, key, kept, pulled)
+    written2 = product(-slope - eta[None, :] * seen2, inverse)
+    d_w, d_first, d_written, d_key, a_end, a_log_end = finish_back(
+        d_next, w2, first2, written2, key, end, log_end
+    )
+    d_end += a_end
+    d_log_end += a_log_end
+    d_right = product(d_written, tl.trans(inverse))
+    d_system = -product(tl.trans(written2), d_right)
+    d_eta = -tl.sum(d_right * seen2, 0)
+    b_w, b_first, a_key, d_kept, d_pulled = carried_back(
+        -eta[None, :] * d_right, w2, first2, key, kept, pulled
+    )
+    d_key += a_key
+    add_to(d_initial_ptr + at2, d_first + b_first, h, d)
+    store(d_running_ptr + at2, d_w + b_w, h, d, d)
+    d_w2, d_w1, a_key, d_value, a_eta = surprise_back(
+        -d_right, d_scaled, d_f, anchor2, anchor1, key, value, eta, hidden, f, s, n,
+        value_f, value_s, v_n, hat, hat_n, error, p, fp,
+    )  # fmt: skip
+    d_key += a_key
+    d_eta += a_eta
+    add_to(d_anchor_ptr + at2, d_w2, h, d)
+    add_to(d_anchor_ptr + at1, d_w1, d, h)
+    return d_key, d_value, d_eta, d_kept, d_pulled, d_end, d_log_end, d_system
+
+
+@triton.jit
 def memories_gradient_kernel(
     key_ptr, value_ptr, query_ptr, anchors_ptr, states_ptr, initial_ptr, gates_ptr, d_out_ptr,
     d_running_ptr, d_anchor_ptr, d_initial_ptr, d_gates_ptr, d_key_ptr, d_value_ptr, d_query_ptr,
@@ -538,152 +715,33 @@ def memories_gradient_kernel(
         kept, pulled, end, decay, log_end = times(log_alpha, there, C)
         similarity = decay * product(tl.trans(key), key)
 
-        # The memory that answers, once more.
         query = load(query_ptr + at, d, count, tokens, D, C)
-        anchor2 = load_w2(memory_anchor_ptr, 4, m, d, h, M, D)
-        anchor1 = load_w1(memory_anchor_ptr, 4, m, d, h, m, M, D)
-        hidden, f, s, n, value_f, value_s, v_n, hat, hat_n, error, p, fp, slope = surprise(
-            anchor2, anchor1, key, value, eta, memory_floor
-        )
-        w2 = load_w2(running_ptr, 4, m, d, h, M, D)
-        first2 = load_w2(initial_ptr, 4, m, d, h, M, D)
-        seen2 = carried(w2, first2, key, kept, pulled)
-        inverse2 = invert(similarity * erase[None, :], C)
-        written2 = product(-slope - erase[None, :] * seen2, inverse2)
-        read = carried(w2, first2, query, kept, pulled)
-        read += product(written2, decay * product(tl.trans(key), query))
-        query_f, query_s, query_n = features(read, memory_floor)
-        w1 = load_w1(running_ptr, 4, m, d, h, m, M, D)
-        first1 = load_w1(initial_ptr, 4, m, d, h, m, M, D)
-        wanted = value - key - carried(w1, first1, f, kept, pulled)
-        similarity1 = decay * product(tl.trans(f), f)
-        inverse1 = invert(similarity1 * delta[None, :], C)
-        written1 = product(delta[None, :] * wanted, inverse1)
-
-        # Its way back: W1, then W2, then the gradient at the anchor.
         d_out = load(d_out_ptr + at, d, count, tokens, D, C)
-        d_next = load_w1(d_running_ptr, 4, m, d, h, m, M, D)
-        d_w, d_first, d_f, d_written, d_query_f, d_kept, d_pulled, d_before, d_sources = read_back(
-            d_out, w1, first1, f, written1, query_f, kept, pulled, decay
-        )
-        a_w, a_first, a_written, a_f, d_end, d_log_end = finish_back(
-            d_next, w1, first1, written1, f, end, log_end
-        )
-        d_f += a_f
-        d_right = product(d_written + a_written, tl.trans(inverse1))
-        square, d_delta, a_before, a_sources = system_back(
-            -product(tl.trans(written1), d_right), similarity1, delta, decay
-        )
-        d_before += a_before
-        d_sources += a_sources
-        d_f += product(f, square)
-        d_delta += tl.sum(d_right * wanted, 0)
-        change = delta[None, :] * d_right
-        d_value, d_key = change, -change
-        b_w, b_first, a_f, a_kept, a_pulled = carried_back(-change, w1, first1, f, kept, pulled)
-        d_f += a_f
-        d_kept += a_kept
-        d_pulled += a_pulled
-        at1 = d * (8 * h + m)
-        add_to(d_initial_ptr + at1, d_first + a_first + b_first, d, m)
-        store(d_running_ptr + at1, d_w + a_w + b_w, d, m, m)
-
-        d_next = load_w2(d_running_ptr, 4, m, d, h, M, D)
-        d_read = features_back(d_query_f, query_f, query_s, query_n, 0.0 * query_n)
-        d_w, d_first, a_key, d_written, d_query, a_kept, a_pulled, a_before, a_sources = read_back(
-            d_read, w2, first2, key, written2, query, kept, pulled, decay
-        )
-        store(d_query_ptr + at, d_out + d_query, d, count, tokens)
-        d_key += a_key
-        d_kept += a_kept
-        d_pulled += a_pulled
-        d_before += a_before
-        d_sources += a_sources
-        a_w, a_first, a_written, a_key, a_end, a_log_end = finish_back(
-            d_next, w2, first2, written2, key, end, log_end
-        )
-        d_key += a_key
-        d_end += a_end
-        d_log_end += a_log_end
-        d_right = product(d_written + a_written, tl.trans(inverse2))
-        square, d_erase, a_before, a_sources = system_back(
-            -product(tl.trans(written2), d_right), similarity, erase, decay
-        )
-        d_before += a_before
-        d_sources += a_sources
-        d_key += product(key, square)
-        d_erase -= tl.sum(d_right * seen2, 0)
-        b_w, b_first, a_key, a_kept, a_pulled = carried_back(
-            -erase[None, :] * d_right, w2, first2, key, kept, pulled
-        )
-        d_key += a_key
-        d_kept += a_kept
-        d_pulled += a_pulled
-        at2 = 4 * h * d
-        add_to(d_initial_ptr + at2, d_first + a_first + b_first, m, d)
-        store(d_running_ptr + at2, d_w + a_w + b_w, m, d, d)
-        d_w2, d_w1, a_key, a_value, d_eta = surprise_back(
-            -d_right, 0.0 * error, d_f, anchor2, anchor1, key, value, eta, hidden, f, s, n, value_f,
-            value_s, v_n, hat, hat_n, error, p, fp,
+        (
+            d_query, d_key, d_value, d_eta, d_erase, d_delta, d_kept, d_pulled, d_end, d_log_end,
+            d_before, d_sources,
+        ) = answer_back(
+            d_out, query, key, value, eta, erase, delta, similarity, kept, pulled, end, decay,
+            log_end, memory_floor, memory_anchor_ptr, running_ptr, initial_ptr, d_anchor_ptr,
+            d_running_ptr, d_initial_ptr, d, h, m, M, D, C,
         )  # fmt: skip
-        d_key += a_key
-        d_value += a_value
-        add_to(d_anchor_ptr + at2, d_w2, m, d)
-        add_to(d_anchor_ptr + at1, d_w1, d, m)
-
-        # The memories that generate, once more and back.
+        store(d_query_ptr + at, d_query, d, count, tokens)
         inverse = invert(similarity * eta[None, :], C)
         d_system = 0.0 * similarity
         for g in range(4):
-            at2, at1 = g * h * d, d * (4 * h + m) + g * h * d
-            anchor2 = load_w2(anchor_ptr, g, h, d, h, H, D)
-            anchor1 = load_w1(anchor_ptr, g, h, d, h, m, H, D)
-            hidden, f, s, n, value_f, value_s, v_n, hat, hat_n, error, p, fp, slope = surprise(
-                anchor2, anchor1, key, value, eta, generator_floor
-            )
-            w1 = load_w1(running_ptr, g, h, d, h, m, H, D)
-            first1 = load_w1(initial_ptr, g, h, d, h, m, H, D)
-            d_next = load_w1(d_running_ptr, g, h, d, h, m, H, D)
-            d_w, d_first, d_written, d_f, a_end, a_log_end = finish_back(
-                d_next, w1, first1, -error * eta[None, :], f, end, log_end
-            )
-            d_scaled = -d_written
-            d_end += a_end
-            d_log_end += a_log_end
-            add_to(d_initial_ptr + at1, d_first, d, h)
-            store(d_running_ptr + at1, d_w, d, h, h)
-
-            w2 = load_w2(running_ptr, g, h, d, h, H, D)
-            first2 = load_w2(initial_ptr, g, h, d, h, H, D)
-            d_next = load_w2(d_running_ptr, g, h, d, h, H, D)
-            seen2 = carried(w2, first2, key, kept, pulled)
-            written2 = product(-slope - eta[None, :] * seen2, inverse)
-            d_w, d_first, d_written, a_key, a_end, a_log_end = finish_back(
-                d_next, w2, first2, written2, key, end, log_end
-            )
-            d_key += a_key
-            d_end += a_end
-            d_log_end += a_log_end
-            d_right = product(d_written, tl.trans(inverse))
-            d_system -= product(tl.trans(written2), d_right)
-            d_eta -= tl.sum(d_right * seen2, 0)
-            b_w, b_first, a_key, a_kept, a_pulled = carried_back(
-                -eta[None, :] * d_right, w2, first2, key, kept, pulled
-            )
-            d_key += a_key
-            d_kept += a_kept
-            d_pulled += a_pulled
-            add_to(d_initial_ptr + at2, d_first + b_first, h, d)
-            store(d_running_ptr + at2, d_w + b_w, h, d, d)
-            d_w2, d_w1, a_key, a_value, a_eta = surprise_back(
-                -d_right, d_scaled, d_f, anchor2, anchor1, key, value, eta, hidden, f, s, n,
-                value_f, value_s, v_n, hat, hat_n, error, p, fp,
+            a_key, a_value, a_eta, a_kept, a_pulled, a_end, a_log_end, a_system = learn_back(
+                g, key, value, eta, inverse, kept, pulled, end, log_end, generator_floor,
+                anchor_ptr, running_ptr, initial_ptr, d_anchor_ptr, d_running_ptr, d_initial_ptr,
+                d, h, m, H, D,
             )  # fmt: skip
             d_key += a_key
             d_value += a_value
             d_eta += a_eta
-            add_to(d_anchor_ptr + at2, d_w2, h, d)
-            add_to(d_anchor_ptr + at1, d_w1, d, h)
+            d_kept += a_kept
+            d_pulled += a_pulled
+            d_end += a_end
+            d_log_end += a_log_end
+            d_system += a_system
         square, a_eta, a_before, a_sources = system_back(d_system, similarity, eta, decay)
         d_key += product(key, square)
         d_eta += a_eta
@@ -796,6 +854,18 @@ def sizes(given: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
+LARGEST = {"D": 64, "H": 128, "M": 128, "C": 64}
+"""Tiles beyond these would not fit the shared memory, or compile for minutes."""
+
+
+def fits(given: Any) -> bool:
+    """Whether the kernels are written for memories of these sizes."""
+    d, h, m = given.key.shape[2], given.w2.shape[3], given.memory_w2.shape[3]
+    if d < 3 or 0 in (h, m, given.key.shape[3]):
+        return False
+    return all(size <= LARGEST.get(name, size) for name, size in sizes(given).items())
+
+
 def options(given: Any) -> dict[str, Any]:
     return {"num_warps": 4, "num_stages": 1, **FUSED}
 
@@ -812,9 +882,10 @@ def memories(keep: bool, given: Any) -> list[Tensor]:
     start = packed((*given[3:5], *given[7:9]))
     anchor = packed((*given[5:7], *given[9:11]))
     set_in = list(anchors(given))
-    # Without the way back a state is needed until the last chunk of which it is the anchor.
-    furthest = max(n - first for n, pair in enumerate(set_in) for first in pair if first >= 0 or not n)
-    slots = len(set_in) if keep else min(len(set_in), furthest + 2)
+    slots = len(set_in)
+    if not keep:  # a state is needed until the last segment of which it is the anchor, and the next
+        ages = [n - first for n, pair in enumerate(set_in) for first in pair if first >= 0]
+        slots = min(slots, max(ages, default=0) + 2)
     states = start.new_empty(*start.shape[:2], slots, start.shape[2])
     states[:, :, 0] = start
     ends, out = torch.empty_like(start), torch.empty_like(given.key).contiguous()
@@ -854,11 +925,6 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Any) -> li
             given.gates.contiguous(), ends[0].contiguous(), d_running, d_anchor, d_initial, d_gates,
             *d_inputs, *given[16:22], slots=len(given.segments), **sizes(given), **options(given),
         )  # fmt: skip
-    generators, memory = (
-        [x for pair in zip(*(unpacked(d, weights)[part] for d in (d_running, d_anchor))) for x in pair]
-        for part in (slice(0, 2), slice(2, 4))
-    )
-    return [
-        *d_inputs, *generators[::2], *generators[1::2], *memory[::2], *memory[1::2],
-        *unpacked(d_initial.sum(0), weights), d_gates.sum(0),
-    ]  # fmt: skip
+    running, anchor = unpacked(d_running, weights), unpacked(d_anchor, weights)
+    d_states = [*running[:2], *anchor[:2], *running[2:], *anchor[2:]]
+    return [*d_inputs, *d_states, *unpacked(d_initial.sum(0), weights), d_gates.sum(0)]
