@@ -1,4 +1,4 @@
-"""Matrix kernels in Triton, for NVIDIA and AMD GPUs: importing this adds the backend "triton"."""
+"""Kernels in Triton, for NVIDIA and AMD GPUs: importing this adds the backend "triton"."""
 
 from typing import Any
 
@@ -74,11 +74,12 @@ operators.matmul.backend(
 
 
 def _holds(*given: Any) -> bool:
-    """Whether these are float32 memories whose tiles fit, on such a GPU."""
+    """Whether these are float32 memories whose tiles fit, on such a GPU of NVIDIA's."""
     key, arguments = given[-1].key, given[-1]
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     return (
         key.is_cuda
+        and not torch.version.hip
         and all(x.dtype == torch.float32 for x in tensors)
         and fits(arguments)
         and torch.cuda.get_device_capability(key.device) >= (8, 0)

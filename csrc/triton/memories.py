@@ -24,7 +24,12 @@ from deepopt.ops.triton.tiles import FUSED
 
 @triton.jit
 def product(a, b):
-    return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
+    """A B as three products in tf32, which together are as near as one in float32.
+
+    Products that no matrix unit takes would be so many instructions here that they compile for
+    minutes.
+    """
+    return tl.dot(a, b, input_precision="tf32x3", out_dtype=a.dtype)
 
 
 @triton.jit
@@ -36,6 +41,7 @@ def load(ptr, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def store(ptr, tile, rows, columns, stride):
+    """The other way around."""
     i, j = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tl.store(ptr + i * stride + j, tile, (i < rows) & (j < columns))
 
@@ -74,6 +80,7 @@ def log_sigmoid(x):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -94,12 +101,14 @@ def features_back(d, f, slope, n, d_n):
 
 @triton.jit
 def unit(x):
+    """Columns divided by their norms, and what they were multiplied by."""
     n = 1.0 / tl.sqrt(tl.sum(x * x, 0) + 1e-6)
     return x * n[None, :], n
 
 
 @triton.jit
 def unit_back(d, y, n):
+    """The gradient of x in y = n x, a unit column."""
     return n[None, :] * (d - y * tl.sum(y * d, 0)[None, :])
 
 
@@ -119,7 +128,7 @@ def anchor_of(
     start, chunk, anchors_ptr, states_ptr, size, slots, position, projection_chunk, memory_chunk,
     period,
 ):  # fmt: skip
-    """Where the state at the start of the chunk of `start` lies; before `position` the one given."""
+    """Where the state at the start of this chunk lies; before `position` that is the one given."""
     begin = start // chunk * chunk
     n = index_of(tl.maximum(begin, position), position, projection_chunk, memory_chunk, period)
     place = states_ptr + (n % slots).to(tl.int64) * size
@@ -136,6 +145,7 @@ def load_w2(ptr, g, rows, d, h, ROWS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load_w1(ptr, g, rows, d, h, m, ROWS: tl.constexpr, D: tl.constexpr):
+    """W1 of memory g in a state."""
     return load(ptr + d * (4 * h + m) + g * h * d, d, rows, rows, D, ROWS)
 
 
@@ -817,7 +827,7 @@ def memories_gradient_kernel(
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """w2 and w1 of the generating memories and of the other, (..., stack, rows, columns), as one."""
+    """The w2 and w1 of the generating memories and of the other as one, (..., state)."""
     w2, w1, memory_w2, memory_w1 = (x.flatten(-3) for x in tensors)
     return torch.cat([w2, memory_w2, w1, memory_w1], -1)
 
@@ -828,7 +838,9 @@ def unpacked(state: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in (w2, memory_w2, w1, memory_w1)]
     a, c, b, d = state.split(sizes, -1)
     shapes = zip((a, b, c, d), (w2, w1, memory_w2, memory_w1), strict=True)
-    return [x.unflatten(-1, shape) for x, shape in shapes]
+    return [
+        x.unflatten(-1, shape).clone(memory_format=torch.contiguous_format) for x, shape in shapes
+    ]
 
 
 def anchors(given: Any) -> Iterator[tuple[int, int]]:
@@ -867,6 +879,7 @@ def fits(given: Any) -> bool:
 
 
 def options(given: Any) -> dict[str, Any]:
+    """How both kernels are launched."""
     return {"num_warps": 4, "num_stages": 1, **FUSED}
 
 
@@ -902,7 +915,7 @@ def memories(keep: bool, given: Any) -> list[Tensor]:
     generators = unpacked(end_anchor(set_in[-1][0]), [*given[3:5], *given[7:9]])
     memory = unpacked(end_anchor(set_in[-1][1]), [*given[3:5], *given[7:9]])
     found = unpacked(ends, [*given[3:5], *given[7:9]])
-    starts = states if keep else states[:, :, :0]
+    starts = states if keep else start.new_empty(*start.shape[:2], 0, start.shape[2])
     return [out, *found[:2], *generators[:2], *found[2:], *memory[2:], starts]
 
 
