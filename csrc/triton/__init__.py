@@ -86,5 +86,5 @@ def _holds(*given: Any) -> bool:
     )
 
 
+# Their gradient is torch's, by the reference, until the machine code of memories_gradient was seen.
 fused.memories.backend("triton", supports=_holds)(memories)
-fused.memories_gradient.backend("triton", supports=_holds)(memories_gradient)

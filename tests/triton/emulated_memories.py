@@ -70,9 +70,8 @@ def test_memories_and_their_gradients_are_those_of_the_reference(
     same(found, wanted)
 
 
-def test_the_operators_have_the_backend_and_keep_it_from_the_cpu() -> None:
+def test_the_operator_has_the_backend_and_keeps_it_from_the_cpu() -> None:
     values = given(0, torch.float32, tokens=2)
     assert fits(values)
     assert not fits(given(0, torch.float32, tokens=2, hidden=65))
-    for operator in (fused.memories, fused.memories_gradient):
-        assert not operator.implementations["triton"].supports(True, values)
+    assert not fused.memories.implementations["triton"].supports(True, values)
