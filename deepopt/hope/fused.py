@@ -283,7 +283,7 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
 
 
 def _flops(given: Sequence[Any], backward: bool) -> int:
-    """FLOPs of the kernel's products. The gradient computes every chunk once more.
+    """FLOPs of the CPU kernel's products. The gradient computes every chunk once more.
 
     Args:
         given: fields of `Arguments`, with sizes in the place of tensors.

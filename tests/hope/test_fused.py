@@ -21,7 +21,7 @@ needs_kernel = pytest.mark.skipif("cpu" in UNAVAILABLE, reason=UNAVAILABLE.get("
 
 def arguments(case: Case, position: int = 0) -> fused.Arguments:
     form = case.form
-    pulls = [x for weights in case.initial if weights is not None for x in weights]
+    pulls = [x for weights in case.initial for x in weights or (None, None)]
     return fused.Arguments(
         *case.inputs, *case.generators[:4], *case.memory[:4], *pulls,
         torch.stack(case.gates[:6], -1).detach().requires_grad_(),

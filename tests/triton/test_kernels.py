@@ -37,9 +37,10 @@ def test_every_process_has_the_same_triton():
     assert done.stdout.strip() == importlib.util.find_spec("triton").origin, done.stderr
 
 
-def test_kernels_compute_in_emulation_what_they_promise(tmp_path):
+@pytest.mark.parametrize("file", ["emulated.py", "emulated_memories.py"])
+def test_kernels_compute_in_emulation_what_they_promise(file, tmp_path):
     pytest.importorskip("numpy", reason="Triton's interpreter needs it")
-    done = run("-m", "pytest", "-p", "no:cacheprovider", FOLDER / "emulated.py",
+    done = run("-m", "pytest", "-p", "no:cacheprovider", FOLDER / file,
                TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -11,12 +11,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
 
 import deepopt.ops
+from deepopt.hope import fused
 from deepopt.memory import Delta
 from deepopt.ops import frobenius, polar_express
 from deepopt.ops.triton import (
     delta_write,
     gram_average,
     inverse_power,
+    memories_gradient,
     newton_schulz,
     split_product,
     symmetric_product,
@@ -123,6 +125,56 @@ def test_gram_average_is_that_of_rounded_keys(shape):
     expected = 0.9 * gram.double() + 0.05 * keys @ keys.mT
     total = gram.double().abs() + 0.05 * keys.abs() @ keys.abs().mT
     assert ((found - expected).abs() <= 4 * (max(shape[1:]) + 4) * 2.0**-24 * total).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunks", "position", "pulled"),
+    [
+        ((4, 4, 32, 32, 64, 130), (32, 32), 0, True),  # Hope's default
+        ((2, 2, 16, 16, 32, 70), (16, 32), 5, False),
+        ((1, 2, 24, 20, 50, 67), (32, 16), 40, True),
+    ],
+)
+def test_memories_and_their_gradients_equal_the_reference_in_float64(
+    sizes, chunks, position, pulled
+):
+    batch, heads, d, hidden, memory_hidden, tokens = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def weights(count, rows, *lead):
+        return [normal(*lead, heads, count, rows, d, scale=d**-0.5),
+                normal(*lead, heads, count, d, rows, scale=rows**-0.5)]  # fmt: skip
+
+    inputs = [normal(batch, heads, d, tokens) for _ in range(3)]
+    inputs[2] /= inputs[2].norm(dim=2, keepdim=True)
+    of_all = [(4, hidden), (4, hidden), (1, memory_hidden), (1, memory_hidden)]
+    states = [x for count, rows in of_all for x in weights(count, rows, batch)]
+    pulls = (
+        [x for count, rows in of_all[::2] for x in weights(count, rows)] if pulled else [None] * 4
+    )
+    gates = normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
+    numbers = (0.5 / max(chunks), 2.0, 1.5, 1.0, 1e-4, 6.0, *chunks, position)
+    exact = fused.Arguments(*inputs, *states, *pulls, gates, *numbers)
+    given = fused.Arguments._make(
+        x.to("cuda", torch.float32) if isinstance(x, torch.Tensor) else x for x in exact
+    )
+    expected = fused.memories.reference(True, exact)
+    grads = [normal(*x.shape) for x in expected[:-1]]
+    assert fused.memories.backend_for(True, given) == "triton"
+    found = fused.memories(True, given)
+    of_float32 = [x.to("cuda", torch.float32) for x in grads]
+    back = memories_gradient(of_float32, found[-1], given)
+    wanted = fused.memories_gradient.reference(grads, expected[-1], exact)
+    if not pulled:
+        back[11:15] = wanted[11:15] = []
+    for ours, theirs in zip([*found, *back], [*expected, *wanted], strict=True):
+        assert (ours.cpu().double() - theirs).norm() < 1e-3 * theirs.norm()
+    assert all(map(torch.equal, found, fused.memories(True, given)))
+    again = memories_gradient(of_float32, found[-1], given)
+    assert all(map(torch.equal, back[:11], again))
 
 
 def test_steps_are_captured_in_a_graph_and_do_not_synchronize():
