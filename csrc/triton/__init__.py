@@ -1,16 +1,12 @@
-"""Kernels in Triton, for NVIDIA and AMD GPUs: importing this adds the backend "triton"."""
-
-from typing import Any
+"""Matrix kernels in Triton, for NVIDIA and AMD GPUs: importing this adds the backend "triton"."""
 
 import torch
 from torch import Tensor
 
 import deepopt.ops as operators
-from deepopt.hope import fused
 from deepopt.ops.inverse_power import newton_serves
 from deepopt.ops.triton.covariance import gram_average, inverse_power
 from deepopt.ops.triton.delta import delta_write, erase
-from deepopt.ops.triton.memories import fits, memories, memories_gradient
 from deepopt.ops.triton.newton_schulz import newton_schulz
 from deepopt.ops.triton.split import split_product
 from deepopt.ops.triton.symmetric import symmetric_product
@@ -20,8 +16,6 @@ __all__ = [
     "erase",
     "gram_average",
     "inverse_power",
-    "memories",
-    "memories_gradient",
     "newton_schulz",
     "split_product",
     "symmetric_product",
@@ -71,20 +65,3 @@ operators.matmul.backend(
     "triton",
     supports=lambda a, b: a.ndim == b.ndim == 3 and len(a) == len(b) and _takes(a) and _takes(b),
 )(split_product)
-
-
-def _holds(*given: Any) -> bool:
-    """Whether these are float32 memories whose tiles fit, on such a GPU of NVIDIA's."""
-    key, arguments = given[-1].key, given[-1]
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    return (
-        key.is_cuda
-        and not torch.version.hip
-        and all(x.dtype == torch.float32 for x in tensors)
-        and fits(arguments)
-        and torch.cuda.get_device_capability(key.device) >= (8, 0)
-    )
-
-
-# Their gradient is torch's, by the reference, until the machine code of memories_gradient was seen.
-fused.memories.backend("triton", supports=_holds)(memories)

@@ -537,7 +537,7 @@ def run(name: str, backend_name: str, arguments: Arguments) -> list[Tensor]:
 
 def check(name: str, backend_name: str, shape: Shape) -> None:
     case = TABLE[name]
-    arguments = case.arguments(fitting(name, shape, backend_name))
+    arguments = case.arguments(fitting(name, shape))
     double = in_double(name, arguments)
     bounds = case.bounds(copy.deepcopy(double), backend_name)
     exact = results(name, double, OPERATORS[name].reference(*double))
@@ -554,11 +554,8 @@ def check(name: str, backend_name: str, shape: Shape) -> None:
         assert (wrong <= 0).all(), f"result {index} is off by {wrong.max()} more than {bound.max()}"
 
 
-def fitting(name: str, shape: Shape, backend_name: str = "") -> Shape:
+def fitting(name: str, shape: Shape) -> Shape:
     """The shape, cut to what counts as small for what takes nothing else, wide or tall by seed."""
-    if backend_name == "triton" and name.startswith("memories"):
-        # Every size of tile takes a compilation: tests/triton/test_on_gpu.py has the large ones.
-        shape.sizes = (shape.sizes[0], *(min(side, 12) for side in shape.sizes[1:]))
     if TABLE[name].small:
         batch, *sides = shape.sizes
         most = (SHORTEST - 1, LONGEST) if shape.seed % 2 else (LONGEST, SHORTEST - 1)
@@ -635,7 +632,7 @@ def test_results_are_the_same_bit_for_bit_in_every_run_and_for_any_number_of_thr
     available(name, backend_name)
     if backend_name == "reference":
         pytest.skip("torch's own sums promise it for one number of threads alone")
-    arguments = TABLE[name].arguments(fitting(name, Shape(sizes=(3, 130, 801)), backend_name))
+    arguments = TABLE[name].arguments(fitting(name, Shape(sizes=(3, 130, 801))))
     runs = [run(name, backend_name, arguments) for _ in range(2)]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
