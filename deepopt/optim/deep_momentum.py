@@ -26,13 +26,16 @@ class DeepMomentum(MemoryOptimizer):
         c_t &= \text{clip}(\sqrt{\min(m,n)} / \|\hat O_t\|_F,\ 1,\ \texttt{rms_cap}) \\
         s_t &= \beta_2 s_{t-1} + (1-\beta_2)\,\|G_t\|_F^2, \qquad
         r_t = \min\Big(1,\ \frac{\|\text{read}(M_t)\|_F\,/\,(1-\beta_1^t)}
-        {\sqrt{s_t/(1-\beta_2^t)}}\Big) \\
-        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
+        {\sqrt{s_t/(1-\beta_2^t)}}\Big), \qquad
+        a_t = \max\big(r_t,\ \min(0.4,\ 3 r_t)\big) \\
+        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, a_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
     Embeddings, output heads, norms, biases and tiny matrices take AdamW, with the bits of torch's.
     An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
     AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
     they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay`` carry over.
+    An orthogonal matrix has its size in all directions alike, where AdamW's update has most of it
+    in few: what is small is enlarged to 0.4, but at most threefold, so that it still fades.
 
     Args:
         params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
@@ -47,8 +50,8 @@ class DeepMomentum(MemoryOptimizer):
             ``deepopt.memory.Memory`` (default: "delta").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
-        update_rms: None for AdamW's own root mean square, r_t; a positive number fixes it, for
-            example at 0.2 as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does
+        update_rms: None for the size a_t; a positive number is a fixed one in its place, for
+            example 0.2 as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does
             (default: None).
         rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
             root mean square; 1 never enlarges (default: 1.5).

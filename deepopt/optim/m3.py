@@ -31,13 +31,13 @@ class M3(MemoryOptimizer):
         O_t &= \text{NS}(\hat M^{(1)}_t) + \alpha_t\, O^{(2)}_k \quad(\texttt{mix="post"}), \qquad
         \text{NS}\Big(\hat M^{(1)}_t + \alpha_t \frac{\|\hat M^{(1)}_t\|_F}{\|M^{(2)}\|_F} M^{(2)}
         \Big) \quad(\texttt{mix="pre"}) \\
-        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, r_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
+        W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, a_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
     with :math:`\beta_{3,k} = \min(\beta_3, \frac{k-1}{k+3})`, an average over about the last
     quarter of the run until :math:`\beta_3` limits it, and
     :math:`\alpha_t = \alpha \min(1, kf/\texttt{ramp})`, times the gate of
     :class:`deepopt.memory.MultiScale` where asked for. :math:`\hat O_t` has the norm of
-    :math:`\text{NS}(\hat M^{(1)}_t)` and normalized rows; they, :math:`c_t` and :math:`r_t`, which
+    :math:`\text{NS}(\hat M^{(1)}_t)` and normalized rows; they, :math:`c_t` and :math:`a_t`, which
     is taken from :math:`\hat M^{(1)}_t`, are those of :class:`DeepMomentum`, which ``alpha=0``
     equals with its linear memory, bit for bit. So AdamW's ``lr`` and ``weight_decay`` carry over,
     and the slow momentum turns an update but never enlarges it. In the first chunk
@@ -84,7 +84,7 @@ class M3(MemoryOptimizer):
             have no part in it (default: False).
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
-        update_rms: None for AdamW's own root mean square; a positive number fixes it
+        update_rms: None for the size a_t; a positive number is a fixed one in its place
             (default: None).
         rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
             root mean square; 1 never enlarges (default: 1.5).

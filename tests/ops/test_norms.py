@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from deepopt.ops import adam_ratio, frobenius, rms_gain, row_gains, running_root
+from deepopt.ops import (
+    adam_ratio,
+    frobenius,
+    orthogonal_size,
+    rms_gain,
+    row_gains,
+    running_root,
+)
 
 
 def normalize_rows(matrices, *state):
@@ -91,3 +98,9 @@ def test_the_ratio_of_equal_gradients_is_one_from_the_first_step_on(scale):
         norm = running_root(norm, frobenius(grad), 0.001)
         ratio = adam_ratio(momentum, norm, torch.tensor([float(step)]), (0.9, 0.999))
         torch.testing.assert_close(ratio, torch.ones(1), rtol=1e-3, atol=0)
+
+
+def test_an_orthogonal_update_is_at_least_0_4_large_but_at_most_three_times_as_large_as_adamws():
+    ratios = torch.tensor([0.0, 1e-30, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, float("nan")])
+    sizes = torch.tensor([0.0, 3e-30, 0.15, 0.3, 0.4, 0.4, 0.7, 1.0, float("nan")])
+    torch.testing.assert_close(orthogonal_size(ratios), sizes, equal_nan=True)
