@@ -5,9 +5,9 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.hope.models import ABLATIONS
+from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import DEFAULT, Lines, Plan, badness, value
-from benchmarks.hope.training import TASKS, WARMUP, WEIGHT_DECAY, Line, Run
+from benchmarks.hope.training import TASKS, WARMUP, WEIGHT_DECAY, Line, Run, setting
 from benchmarks.tables import markdown
 
 NOT_RUN = "not run"
@@ -153,6 +153,18 @@ def optimizers(plan: Plan, lines: Lines) -> str:
     return markdown(table)
 
 
+def earlier(lines: Lines) -> str:
+    """How many runs were made otherwise than they would be today."""
+    known = [run for run in lines if run.model in NAMES]
+    old = [run for run in known if not setting(run).items() <= lines[run].items()]
+    if not old:
+        return ""
+    return (
+        f" **{len(old)} of {len(known)} runs were made in an earlier setting**, as before updates "
+        "had a least size; the benchmark repeats them when it is run again."
+    )
+
+
 def report(plan: Plan, lines: Lines, command: str) -> str:
     """The whole page."""
     any_line = next(iter(lines.values()))
@@ -168,7 +180,7 @@ def report(plan: Plan, lines: Lines, command: str) -> str:
         "); further seeds run at each model's best. Hope is the default `HopeConfig` at the sizes "
         "of the task, the same for all. Several seeds are given as their mean (lowest to highest).",
         f"Python {any_line['python']}, torch {any_line['torch']}, one thread per run; CPU seconds "
-        "were taken on a shared machine.",
+        "were taken on a shared machine." + earlier(lines),
         "## Goals",
         goals(plan, lines),
     ]

@@ -22,6 +22,7 @@ from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
 from deepopt.hope.optimizers import build_optimizers
 from deepopt.hope.trainer import clipped, lr_factor, prepare
+from deepopt.ops.orthogonal_update import LEAST_SIZE, MOST_ENLARGED
 
 TASKS: dict[str, Task] = {
     "bytes": Bytes(),
@@ -62,6 +63,7 @@ def setting(run: Run) -> Line:
         **TASKS[run.task].setting(run.model),
         "weight_decay": WEIGHT_DECAY,
         "warmup": WARMUP,
+        "least_size": f"{LEAST_SIZE:g}, enlarged at most {MOST_ENLARGED:g} times",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
