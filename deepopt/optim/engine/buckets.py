@@ -367,6 +367,9 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
             f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
             "put the tensor back, or delete the whole entry of optimizer.state"
         )
+    every = [*tensors, *map(STEP, states)]
+    if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_inference, every)):
+        _check_writable(bucket, states, keys)
     _check_counts(bucket, states)
     if bucket.group["rounding"] == "exact":
         _check_lows(bucket, states)
@@ -397,6 +400,21 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
                 f"{tuple(found[index][0])} and {found[index][1]}, which does not fit: replace a "
                 "state tensor only by one of its own shape and dtype"
             )
+
+
+def _check_writable(bucket: Bucket, states: Sequence[Any], keys: Iterable[str]) -> None:
+    for param, state in zip(bucket.params, states, strict=True):
+        for key in (*keys, "step"):
+            tensor = state[key]
+            expanded = any(
+                n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            if expanded or tensor.is_inference():
+                raise RuntimeError(
+                    f"state {key!r} of {_who(bucket, param)} cannot be written to: it has been "
+                    f"{'expanded' if expanded else 'made in inference mode'}; put a clone, made "
+                    "outside of it, in its place"
+                )
 
 
 def _check_counts(bucket: Bucket, states: Sequence[Any]) -> None:

@@ -167,6 +167,11 @@ def test_saving_changes_nothing_and_a_parameters_file_holds_that_parameter_alone
     assert len(file.getvalue()) < entries + 4096
 
 
+def inferred(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -182,6 +187,17 @@ def test_saving_changes_nothing_and_a_parameters_file_holds_that_parameter_alone
         (lambda s: s.update(step=s["step"].long()), r"'step' of .*second.*torch.int64 on cpu"),
         (lambda s: s.update(step=s["step"].reshape(1)), r"'step' of .*second.*\(1,\)"),
         (lambda s: s.update(step=s["step"].to("meta")), r"'step' of .*second.*on meta"),
+        (
+            lambda s: s.update(
+                momentum=s["momentum"].mean(1, keepdim=True).expand_as(s["momentum"])
+            ),
+            "'momentum' of .*second.* cannot be written to: it has been expanded",
+        ),
+        (
+            lambda s: s.update(momentum=inferred(s["momentum"])),
+            "'momentum' .* made in inference mode",
+        ),
+        (lambda s: s.update(step=inferred(s["step"])), "'step' .* made in inference mode"),
     ],
 )
 def test_a_state_that_fits_no_longer_is_refused_before_anything_moves(spoil, message):
