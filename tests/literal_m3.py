@@ -65,6 +65,7 @@ def settled(theta, grads, *, lr, decay, betas, beta3, alpha, chunk, ramp, cap, m
             update = newton_schulz(ahead / norm(ahead) + weight * begun / norm(begun), coefficients)
         gain = min(max(1.0, np.sqrt(rank) / norm(update)), cap)
         ratio = norm(ahead) / (1 - beta1**t) / np.sqrt(square / (1 - beta2**t))
-        step = min(1.0, ratio) * np.sqrt(longest) * gain * update
+        size = max(min(1.0, ratio), min(0.4, 3 * ratio))
+        step = size * np.sqrt(longest) * gain * update
         theta = (1 - lr * decay) * theta - lr * step
         yield theta

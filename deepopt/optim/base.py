@@ -37,6 +37,7 @@ from deepopt.optim.diagnostics import Diagnosis, watch
 from deepopt.optim.engine import State, adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.engine.buckets import (
+    STEP,
     Bucket,
     Group,
     Parts,
@@ -53,6 +54,7 @@ from deepopt.optim.flags import with_flags
 from deepopt.optim.output_map import Identity, OutputMap
 
 IDENTITY = Identity()
+GRAD = operator.attrgetter("grad")
 NO_ROUNDING: tuple[list[Tensor], list[int]] = ([], [])
 OWN_KEYS = ("step", "low")
 """Entries of a state that are neither the memory's nor the output map's."""
@@ -173,7 +175,7 @@ class MemoryOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._kept_values[id(group)] = _values(group)
+        self._kept_values[id(group)] = list(group.values())
 
     def __repr__(self) -> str:
         told = ("    param_names: ", "    reasons: ")  # the routing shows them, shortened
@@ -256,7 +258,7 @@ class MemoryOptimizer(Optimizer):
             # All that can be wrong with a parameter or a gradient shows before any parameter moves.
             buckets: list[Bucket] = []
             for group in self.param_groups:
-                grads: list[Tensor | None] = [param.grad for param in group["params"]]
+                grads: list[Tensor | None] = list(map(GRAD, group["params"]))
                 if scale is not None:
                     grads = _unscaled(group["params"], grads, scale)
                 if self._looks_at_inputs and group["path"] != "elementwise":
@@ -271,7 +273,7 @@ class MemoryOptimizer(Optimizer):
 
     def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call."""
-        values, known = _values(group), self._kept_values.get(id(group), [])
+        values, known = list(group.values()), self._kept_values.get(id(group), [])
         if len(values) != len(known) or not all(map(operator.is_, values, known)):
             # Only what every optimizer has: the parts check their own arguments when they are made.
             MemoryOptimizer._check_group(self, group)
@@ -393,7 +395,7 @@ class MemoryOptimizer(Optimizer):
     def _step_matrices(self, bucket: Bucket, states: list[State], found_inf: Tensor | None) -> None:
         kind, group, params = bucket.kind, bucket.group, bucket.params
         grads = [grad.reshape(-1, *kind.sides) for grad in bucket.grads]
-        steps, counts = [state["step"] for state in states], list(map(len, grads))
+        steps, counts = list(map(STEP, states)), list(map(len, grads))
         if sum(counts):  # a rank of expert parallelism may have none
             grad = torch.cat(grads) if len(grads) > 1 else grads[0]
             grad = grad.to(kind.state_dtype)
@@ -611,10 +613,6 @@ def _unscaled(
         None if grad is None else grad.to(state_dtype(param)) / scale.to(grad.device)
         for param, grad in zip(params, grads, strict=True)
     ]
-
-
-def _values(group: Mapping[str, Any]) -> list[Any]:
-    return [value for key, value in group.items() if key != "params"]
 
 
 def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:

@@ -199,8 +199,8 @@ def test_zero_gradients_move_nothing_and_leave_training_able_to_start(memory):
 
 @pytest.mark.parametrize("memory", BUILT_IN)
 @pytest.mark.parametrize("signal", [0.0, 0.3, 3.0])
-def test_updates_have_the_root_mean_square_of_adamw(memory, signal):
-    """Of AdamW's own updates on the same stream, from pure noise to almost none."""
+def test_updates_have_the_root_mean_square_of_adamw_but_at_least_0_4(memory, signal):
+    """That of AdamW's own updates on the same stream, from pure noise to almost none."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.zeros(24, 40)) for _ in range(2)]
     optimizers = [
@@ -219,7 +219,8 @@ def test_updates_have_the_root_mean_square_of_adamw(memory, signal):
         sizes.append([step.square().mean().sqrt().item() for step in steps])
     ours, adamws = torch.tensor(sizes[20:]).mean(0)
     # The delta memory's horizon is shorter, and the average of fewer gradients is larger.
-    assert 0.7 < ours / adamws < (1.6 if memory == "delta" else 1.4)
+    expected = max(adamws, min(0.4, 3 * adamws))
+    assert 0.7 < ours / expected < (1.6 if memory == "delta" else 1.4)
 
 
 @pytest.mark.parametrize("memory", BUILT_IN)

@@ -39,6 +39,7 @@ PLAIN = {Tensor, torch.nn.Parameter}
 SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
 IS_SPARSE, STEP = operator.attrgetter("is_sparse"), operator.itemgetter("step")
+CPU = torch.device("cpu")
 COUNTS = (torch.float32, torch.float64)
 """Dtypes of step counts, by torch's default dtype."""
 LAYOUT = operator.attrgetter("shape", "dtype", "device")
@@ -370,7 +371,10 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
     every = [*tensors, *map(STEP, states)]
     if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_inference, every)):
         _check_writable(bucket, states, keys)
-    _check_counts(bucket, states)
+    counts = list(map(LAYOUT, map(STEP, states)))
+    allowed = set(itertools.product((torch.Size(),), COUNTS, (CPU, kind.device)))
+    if not allowed.issuperset(counts):
+        _refuse_counts(bucket, counts, allowed)
     if bucket.group["rounding"] == "exact":
         _check_lows(bucket, states)
     # All at once: one by one they would cost more than the steps of small tensors.
@@ -417,12 +421,7 @@ def _check_writable(bucket: Bucket, states: Sequence[Any], keys: Iterable[str]) 
                 )
 
 
-def _check_counts(bucket: Bucket, states: Sequence[Any]) -> None:
-    devices = (torch.device("cpu"), bucket.kind.device)
-    allowed = {(torch.Size(), dtype, device) for dtype in COUNTS for device in devices}
-    found = list(map(LAYOUT, map(STEP, states)))
-    if set(found) <= allowed:
-        return
+def _refuse_counts(bucket: Bucket, found: Sequence[Layout], allowed: set[Layout]) -> None:
     number = next(i for i, layout in enumerate(found) if layout not in allowed)
     shape, dtype, device = found[number]
     raise RuntimeError(
