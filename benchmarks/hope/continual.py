@@ -126,7 +126,7 @@ class Continual(Bytes):
 
     @property
     def _more_code(self) -> Tensor:
-        """Of the second half of the held-out code; the first half is what `_code` measures."""
+        """Windows of the second half of the held-out code; `_code` measures the first half."""
         held_out = corpus().val[len(corpus().val) // 2 :].long()
         return held_out[: self.texts * self.length].view(self.texts, self.length)
 

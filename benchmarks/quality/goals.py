@@ -110,7 +110,7 @@ def words_of(verdicts: Sequence[str]) -> str:
 
 
 def of_least(reached: bool, count: int) -> str:
-    """Of a goal that each workload has to reach: one that does not is enough to miss it."""
+    """The status of a goal for each workload: a single one that misses it is enough."""
     return status(reached, count == len(WORKLOADS) or not reached)
 
 

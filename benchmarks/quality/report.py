@@ -70,7 +70,7 @@ def page(
 def shown(plan: Plan, lines: Lines) -> bool:
     """Whether there are lines of the plan's first runs.
 
-    Of a tuned workload all of AdamW's first trials: single ones are budgets of other plans, too.
+    A tuned workload needs all of AdamW's first trials: single ones may be budgets of other plans.
     """
     if isinstance(plan, Swap):
         return plan.best_rate(lines) is not None

@@ -71,7 +71,7 @@ class Group:
         return plan.final_steps / find(plan.workload).steps, plan.batch, plan.device
 
     def losses(self, plan: Tuning, contender: str) -> list[float] | None:
-        """Of every seed at the optimizer's best setting; None while one is missing."""
+        """The losses of every seed at the optimizer's best setting; None while one is missing."""
         return losses(plan.tuned(contender, self.lines), self.lines)
 
     def ended(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
@@ -156,7 +156,7 @@ def groups(plans: Sequence[Tuning], lines: Lines) -> dict[tuple[float, int, str]
 
 
 def seconds(line: Line, of: str = "") -> float:
-    """Of a run on whatever device; ``of="optimizer_"`` for those of the optimizer's steps."""
+    """The seconds of a run on any device; ``of="optimizer_"`` gives those of its steps alone."""
     keys = (f"{of}cpu_seconds", f"{of}device_seconds")
     return next((float(line[key]) for key in keys if key in line), math.nan)
 

@@ -29,7 +29,7 @@ class ScaleArguments(NamedTuple):
         step: gradients in the averages so far, shape (B,), on the matrices' device or the host.
         beta1, beta2: retentions of the averages of gradients and of squares.
         rms_cap: the largest factor by which an update of low rank is enlarged, at least 1.
-        update_rms: root mean square of an orthogonal update; None: that of AdamW's update.
+        update_rms: root mean square of an orthogonal update; None: :func:`orthogonal_size`.
         grad_norm: running root of the mean squared norm of the gradient, shape (B,); None where
             ``update_rms`` is given, and then momentum, gradient and step are not read.
         row_moment, row_weight: what :func:`row_gains` keeps, shape (B, m); None leaves the rows as
@@ -67,7 +67,7 @@ def _supports(updates: Sequence[Tensor], scale: ScaleArguments) -> bool:
 
 @operator(f"(Tensor[] updates, {SCALE_SCHEMA}) -> Tensor[]", _supports, packed=ScaleArguments)
 def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tensor]:
-    """Normalize the rows of an orthogonalized update and make it as large as AdamW's would be.
+    """Normalize the rows of an orthogonalized update and give it its :func:`orthogonal_size`.
 
     All of it is linear: the update is read once for the squares of its rows, and once to be
     multiplied by a factor for each of them.
@@ -133,11 +133,11 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
 
 
 def orthogonal_size(ratio: Tensor) -> Tensor:
-    """How large an orthogonal update is, by the root mean square of AdamW's.
+    """The root mean square of an orthogonal update, from that of AdamW's.
 
-    Where a high rate makes gradients swing, AdamW's average all but cancels. An orthogonal update
-    loses by shrinking as much: it is enlarged, up to the least size, and at most by a factor, so
-    that it still fades where gradients stop.
+    Where a high rate makes gradients swing, AdamW's average all but cancels, and an orthogonal
+    update that shrinks as much learns more slowly. So a small one is enlarged to the least size,
+    but at most threefold: it still fades where gradients stop.
     """
     return torch.maximum(ratio, (MOST_ENLARGED * ratio).clamp_max(LEAST_SIZE))
 

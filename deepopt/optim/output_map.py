@@ -66,7 +66,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """The momentum made orthogonal, with its rows normalized, as large as AdamW's update would be.
+    """The momentum made orthogonal, with its rows normalized, about as large as AdamW's update.
 
     :class:`deepopt.DeepMomentum` gives the equations.
 
@@ -74,7 +74,7 @@ class Orthogonal:
         steps: of Newton-Schulz, from 1 to 99.
         coefficients: (a, b, c) of every step, or None for the Polar Express ones.
         row_norm: divide rows by their running root mean square.
-        update_rms: a fixed root mean square, or None for that of AdamW's update.
+        update_rms: a fixed root mean square, or None for :func:`deepopt.ops.orthogonal_size`.
         rms_cap: the most that an update which lacks rank is enlarged by, at least 1.
 
     State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.

@@ -44,7 +44,7 @@ REGISTRY: dict[str, Entry] = {
     "deep_momentum": Entry(
         DeepMomentum,
         equations="33-52",
-        update="memory write, read, Newton-Schulz, rows normalized, AdamW's size",
+        update="memory write, read, Newton-Schulz, rows normalized, AdamW's size but at least 0.4",
         state="1 (linear, delta), 1 + 2r/R (covariance), 2 (mlp)",
         cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 3 r²R (covariance)",
     ),
@@ -80,7 +80,7 @@ REGISTRY: dict[str, Entry] = {
         M3,
         equations="75, Alg. 1",
         update="momenta at two time scales, Newton-Schulz of each (post) or of both (pre), "
-        "rows normalized, AdamW's size",
+        "rows normalized, AdamW's size but at least 0.4",
         state="3 (post), 2 (pre), 4 (literal)",
         cost="5 (4 r²R + 2 r³) (1 + 1/f) (post, literal), 5 (4 r²R + 2 r³) (pre)",
     ),

@@ -12,9 +12,9 @@ from benchmarks.quality.workload import workload
 
 SIDE, BATCH = 64, 64
 NOISES = (0.0, 0.3, 3.0)
-"""Of the outputs, in units of their own standard deviation: a matrix for each."""
+"""Noise of the outputs, in units of their own standard deviation: a matrix for each."""
 CONDITION = 1e4
-"""Of the Hessian: the Kronecker product of a matrix of the inputs and one of the outputs."""
+"""Condition of the Hessian, a Kronecker product: a matrix of the inputs and one of the outputs."""
 
 
 class Batch(NamedTuple):

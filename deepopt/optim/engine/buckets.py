@@ -362,16 +362,17 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
             f"state {min(lost)!r} of {_who(bucket, param)} is missing: put it back, or delete the "
             "whole entry of optimizer.state to begin anew"
         ) from None
-    types = set(map(type, tensors)) | set(map(type, map(STEP, states)))
+    steps = list(map(STEP, states))
+    every = [*tensors, *steps]
+    types = set(map(type, every))
     if not types <= PLAIN and not all(map(issubclass, types, itertools.repeat(Tensor))):
         raise RuntimeError(
             f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
             "put the tensor back, or delete the whole entry of optimizer.state"
         )
-    every = [*tensors, *map(STEP, states)]
     if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_inference, every)):
         _check_writable(bucket, states, keys)
-    counts = list(map(LAYOUT, map(STEP, states)))
+    counts = list(map(LAYOUT, steps))
     allowed = set(itertools.product((torch.Size(),), COUNTS, (CPU, kind.device)))
     if not allowed.issuperset(counts):
         _refuse_counts(bucket, counts, allowed)
