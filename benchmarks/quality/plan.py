@@ -19,7 +19,8 @@ WIDENING = 4.0
 WIDENINGS = 2
 NEARBY = 1.5
 """How many times as high the rate next to the best one is."""
-FINALISTS = 2
+FINALISTS = 3
+"""Trials that run in full: at half of the steps a higher rate looks better than it will be."""
 BUDGETS = (0.5, 1.5, 2.0)
 """Steps at which the rivals' loss is measured too, in units of the workload's."""
 BUDGET_SEEDS = 3
@@ -43,7 +44,7 @@ class Tuning:
     2. Where anybody's best rate is the highest or the lowest tried, the range is widened for all.
     3. The neighbors of each one's best trial: a lower and a higher rate, and the other value of its
        own knob.
-    4. The best two of each at all of its steps, and the better of them with every seed; the swap
+    4. The best three of each at all of its steps, and the best of them with every seed; the swap
        with every seed; the rivals at their best at other budgets.
 
     Attributes:
@@ -167,7 +168,7 @@ class Tuning:
         return [self.run(contender, run.setting) for run in chosen]
 
     def best(self, contender: str, lines: Lines) -> Setting | None:
-        """The setting of the better finalist."""
+        """The setting of the best finalist."""
         best = best_of(self.finalists(contender, lines), lines)
         return None if best is None else best.setting
 

@@ -65,13 +65,13 @@ def test_the_range_is_widened_for_all_when_anybodys_best_is_at_its_end(best, wid
     assert all((lr > plans.HIGHEST) == (widened == "high") for lr in beyond)
 
 
-def test_the_best_two_trials_run_in_full_and_the_better_one_with_every_seed():
+def test_the_best_trials_run_in_full_and_the_best_of_them_with_every_seed():
     plan = Tuning("friedman", PAIR, trials=6, seeds=3)
     lines, _ = finished(plan, bowl(4e-3))
     trials = plan.searched("NorMuon", lines)
     ranked = sorted(trials, key=lambda run: abs(math.log(run.setting.lr / 4e-3)))
     finalists = plan.finalists("NorMuon", lines)
-    assert [run.setting for run in finalists] == [run.setting for run in ranked[:2]]
+    assert [run.setting for run in finalists] == [run.setting for run in ranked[: plans.FINALISTS]]
     assert plan.best("NorMuon", lines) == ranked[0].setting
     tuned = plan.tuned("NorMuon", lines)
     assert [run.seed for run in tuned] == [0, 1, 2]
