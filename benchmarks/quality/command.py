@@ -6,7 +6,8 @@ rates, ``long`` for four times the steps on what can be learned by heart. ``stan
 optimizer with the same search before it compares; ``full`` does so for more optimizers, with more
 trials and seeds, and also for four times the steps and for four batches in a step; ``gpu`` is
 ``full`` with four times the steps and sixteen batches in a step, on the machine's accelerator;
-``smoke`` is a tuned comparison in miniature.
+``smoke`` is a tuned comparison in miniature. ``locked`` is ``standard`` on the workloads that no
+choice may depend on; it is run once, when all else is decided, and no other tier takes them.
 Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data and its
 configuration; a run that has a line is not repeated, so that an interrupted benchmark goes on.
 ``quality.md`` and the plots come from the lines alone; ``--report`` runs nothing else. ``compare
@@ -32,6 +33,7 @@ from benchmarks.quality.results import Results
 from benchmarks.quality.training import Lines
 from benchmarks.quality.tuned import groups, picture_files
 from benchmarks.quality.workload import Unavailable, built_in, find
+from benchmarks.quality.workloads import LOCKED
 from deepopt.hope.checkpoint import write_atomically
 
 MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
@@ -109,6 +111,7 @@ TIERS: dict[str, Tier] = {
         ("lm_code", "lm_text", "mnist_vit", "recall", "hope_code", "digits_mlp"),
         MAIN,
     ),
+    "locked": Tier(lambda w, c: [Tuning(w, c)], LOCKED, MAIN),
     "full": Tier(thorough, ("lm_code", *SMALL, *MORE), tuple(CONTENDERS)),
     "gpu": Tier(
         lambda w, c: thorough(w, c, 4, 16, accelerator() or "cuda"),
@@ -165,7 +168,7 @@ def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
         own = dataclasses.replace(plan, contenders=(), seeds=0)
         return dataclasses.replace(own, trials=0) if isinstance(own, Tuning) else own
 
-    tiers = ("swap", "rates", "long", "standard", "full", "gpu")
+    tiers = ("swap", "rates", "long", "standard", "locked", "full", "gpu")
     every = [plan for tier in tiers for plan in plans(tier, None, None)]
     found: dict[Plan, Plan] = {}
     for plan in every:
@@ -231,6 +234,11 @@ def main(argv: Sequence[str]) -> int:
             find(name)
         except ValueError as error:
             parser.error(f"--workloads: {error}")
+        if (name in LOCKED) != (arguments.tier == "locked"):
+            parser.error(
+                f"--workloads {name}: tier locked has {', '.join(LOCKED)}, on which no choice may "
+                "depend, and no other tier has them"
+            )
 
     smoke = arguments.tier == "smoke"
     out = arguments.out or Path("runs/quality" if smoke else "docs/results")

@@ -133,6 +133,8 @@ def test_a_workload_without_data_is_skipped_visibly_with_the_way_to_get_it(
     [
         (["--workloads", "frydman"], "'frydman' is unknown; choose from breast_cancer, "),
         (["--workloads", "none.py"], "no such file"),
+        (["--workloads", "parity_dyck"], "on which no choice may depend"),
+        (["--tier", "locked", "--workloads", "friedman"], "tier locked has breast_cancer_wine, "),
         (["--optimizers", "Adamw"], "choose from AdamW; SGD; "),
         (["--jobs", "0"], "must be at least 1"),
         (["--report"], "run without it first"),

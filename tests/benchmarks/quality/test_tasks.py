@@ -18,11 +18,14 @@ from benchmarks.quality.workloads import (
 )
 
 
-def test_what_is_locked_is_there_and_is_in_no_tier():
+def test_what_is_locked_is_there_and_in_no_tier_but_its_own():
     from benchmarks.quality.command import TIERS
 
     assert set(LOCKED) <= set(built_in())
-    assert not any(set(LOCKED) & set(tier.workloads) for tier in TIERS.values())
+    assert TIERS["locked"].workloads == LOCKED
+    assert not any(
+        set(LOCKED) & set(tier.workloads) for name, tier in TIERS.items() if name != "locked"
+    )
 
 
 def test_recall_asks_for_values_of_keys_that_the_text_begins_with():
