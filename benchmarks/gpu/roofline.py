@@ -46,6 +46,10 @@ def predicted_rows() -> list[tuple[str, str, Work]]:
     model = f"GPT-2-small, {batch[0]} x {batch[1]} tokens"
     rows.append((model, "forward and backward", training.passes_work(training.GPT2, batch)))
     rows += [(model, name, phases) for name, phases in training.step_work(training.GPT2).items()]
+    batch, theirs = training.HOPE_BATCH, training.beside_hope(training.HOPE)
+    model = f"forward and backward, d = {training.HOPE.dim}, {batch[0]} x {batch[1]} tokens"
+    rows.append((model, "Transformer", training.passes_work(theirs, batch)))
+    rows.append((model, "Hope", training.hope_work(training.HOPE, batch)))
     return rows
 
 

@@ -22,6 +22,7 @@ from benchmarks.timing import Quartiles, quartiles
 from benchmarks.transformer import Transformer, TransformerConfig
 from benchmarks.work import Phase, Work
 from deepopt.hope import Hope, HopeConfig
+from deepopt.hope.trainer import flops_per_token
 
 Step: TypeAlias = Callable[[], Any]
 STEP_TOKENS = 2**19
@@ -51,6 +52,28 @@ def passes_work(config: TransformerConfig, batch: tuple[int, int]) -> Work:
     weights = sum(m * n for m, n in matrices(config)) + config.vocab_size * config.dim
     attention = config.layers * config.dim * batch[1]  # causal: half of all pairs
     return [Phase("products", 0.0, 6.0 * batch[0] * batch[1] * (weights + attention), "bfloat16")]
+
+
+def hope_work(config: HopeConfig, batch: tuple[int, int]) -> Work:
+    """Forward and backward of Hope: three times the products of a forward pass.
+
+    They are counted over the longest chunk, since a token costs the same in a text of any length.
+    """
+    with torch.device("meta"):
+        model = Hope(config)
+    flops = flops_per_token(model, max(config.memory_chunk, config.projection_chunk))
+    return [Phase("products", 0.0, 3 * batch[0] * batch[1] * flops, "bfloat16")]
+
+
+def beside_hope(config: HopeConfig) -> TransformerConfig:
+    """The Transformer whose parameters are nearest to Hope's in number."""
+    with torch.device("meta"):
+        wanted = sum(param.numel() for param in Hope(config).parameters())
+    sizes = (config.vocab_size, config.dim, config.layers, config.heads)
+    return min(
+        (TransformerConfig(*sizes, expansion=e) for e in range(1, 17)),
+        key=lambda it: abs(sum(m * n for m, n in matrices(it)) + rest(it) - wanted),
+    )
 
 
 def step_work(config: TransformerConfig) -> dict[str, Work]:
@@ -142,15 +165,12 @@ def hope(clock: Clock, quick: bool, folder: Path) -> None:
     if quick:
         config, batch, repeats = HopeConfig(dim=64, layers=1, heads=2), (1, 64), 2
     torch.manual_seed(0)
-    ours = Hope(config)
-    wanted = sum(param.numel() for param in ours.parameters())
-    sizes = (config.vocab_size, config.dim, config.layers, config.heads)
-    theirs = min(
-        (TransformerConfig(*sizes, expansion=e) for e in range(1, 17)),
-        key=lambda it: abs(sum(m * n for m, n in matrices(it)) + rest(it) - wanted),
-    )
-    makers = {"Transformer": lambda: Transformer(theirs), "Hope": lambda: ours}
-    for name, make in makers.items():
+    theirs, machine = beside_hope(config), rates(clock, quick)
+    contenders: dict[str, tuple[Callable[[], nn.Module], Work]] = {
+        "Transformer": (lambda: Transformer(theirs), passes_work(theirs, batch)),
+        "Hope": (lambda: Hope(config), hope_work(config, batch)),
+    }
+    for name, (make, least) in contenders.items():
         model = make().to(clock.device)
         about = {"kind": "training", "device": clock.device.type}
         about["model"] = f"{name}, d = {config.dim}, {batch[1]} tokens"
@@ -165,6 +185,7 @@ def hope(clock: Clock, quick: bool, folder: Path) -> None:
         found = {
             "what": "forward and backward",
             "wall": passed,
+            "predicted": predicted_seconds(least, machine),
             "parameters": sum(param.numel() for param in model.parameters()),
             "tokens_per_second": batch[0] * batch[1] / passed.median,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if clock.on_gpu else None,
