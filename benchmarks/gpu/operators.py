@@ -110,7 +110,6 @@ KERNELS: tuple[Kernel, ...] = (
                 grad_norm=t["one"],
                 row_moment=t["rows"],
                 row_weight=t["rows"],
-                gain=t["one"],
             ),
         ),
         one(4 * 5),

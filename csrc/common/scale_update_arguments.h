@@ -14,11 +14,11 @@ struct DEEPOPT_HIDDEN ScaleArguments {
   Tensor momentum, grad, step;
   double beta1, beta2, rms_cap;
   std::optional<double> update_rms;
-  std::optional<Tensor> grad_norm, row_moment, row_weight, gain, weight;
+  std::optional<Tensor> grad_norm, row_moment, row_weight, weight;
 
   void take_from(BoxedCall& call) {
     call.take(momentum, grad, step, beta1, beta2, rms_cap, update_rms, grad_norm, row_moment,
-              row_weight, gain, weight);
+              row_weight, weight);
   }
 };
 
@@ -43,7 +43,6 @@ struct DEEPOPT_HIDDEN ScaleUpdateTensors {
     rule.batch = batch, rule.rows = rows, rule.columns = like_.size(2);
     rule.beta1 = given.beta1, rule.beta2 = given.beta2, rule.rms_cap = given.rms_cap;
     if (given.weight) rule.weight = read(*given.weight);
-    if (given.gain) rule.gain = read(*given.gain);
     if (given.grad_norm) {
       rule.grad_norm = read(*given.grad_norm);
       rule.new_grad_norm = state({batch});

@@ -121,17 +121,18 @@ DEEPOPT_CLONES void mix(float b, const float* x, float c, const float* y, int64_
   for (int64_t i = 0; i < count; ++i) out[i] = b * x[i] + c * y[i];
 }
 
-// out = kept x - erase erased + fresh y; the entries of `erased` lie `stride` apart.
-DEEPOPT_CLONES void write(float kept, const float* x, float erase, const float* erased, float fresh,
-                          const float* y, int64_t stride, int64_t count, float* out) {
+// A sum of x, erased and y; the entries of `erased` lie `stride` apart.
+DEEPOPT_CLONES void write(Shares share, const float* x, const float* erased, const float* y,
+                          int64_t stride, int64_t count, float* out) {
+  const auto [kept, erase, fresh] = share;
   if (stride == 1) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) out[i] = kept * x[i] - erase * erased[i] + fresh * y[i];
+    for (int64_t i = 0; i < count; ++i) out[i] = kept * x[i] + erase * erased[i] + fresh * y[i];
     return;
   }
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = kept * x[i] - erase * erased[i * stride] + fresh * y[i];
+    out[i] = kept * x[i] + erase * erased[i * stride] + fresh * y[i];
   }
 }
 
@@ -260,13 +261,13 @@ class SmallNewtonSchulz : Tall {
   float *gram_ = take_square(), *square_ = take_square(), *factor_ = take_square();
 };
 
-// M <- retention M - rate M Kᵀ K + (1 - retention) G.
+// M <- retention M - rate M Kᵀ K + (1 - retention) G, and the look-ahead.
 class SmallDeltaWrite : Tall {
  public:
   explicit SmallDeltaWrite(const Shape& shape) : Tall(shape, 2, 2) {}
 
   void run(const Memory<const float>& old, const float* grad, double rate, double retention,
-           const Memory<float>& result) {
+           const Memory<float>& result, float* ahead) {
     const double scale = load(grad, keys_), size = load(old.momentum, momentum_);
     gram(keys_, gram_);
     squared(gram_, square_);
@@ -282,13 +283,17 @@ class SmallDeltaWrite : Tall {
         add_inner(keys_ + k * width_, momentum_ + k * width_, rows, k == 0, square_);
       });
     }
+    const DeltaShares shares(retention, *old.erasure);
+    Shares written = shares.written, looked = shares.ahead;
+    written.erased *= float(erase * size), looked.erased *= float(erase * size);
     double erased = 0;
     for_slabs([&](int64_t k, int64_t rows) {
       product((wide_ ? keys_ : momentum_) + k * width_, wide_ ? square_ : gram_, rows, slab_);
       erased += sum_of_squares(slab_, rows * width_);
       const auto part = [&](int64_t at, const float* from, int64_t stride, int64_t count) {
-        write(float(retention), old.momentum + at, float(erase * size), from,
-              float(1.0 - retention), grad + at, stride, count, result.momentum + at);
+        const float *x = old.momentum + at, *y = grad + at;
+        write(written, x, from, y, stride, count, result.momentum + at);
+        write(looked, x, from, y, stride, count, ahead + at);
       };
       if (wide_) {
         for (int64_t i = 0; i < short_; ++i) part(i * long_ + k, slab_ + i, width_, rows);
@@ -328,13 +333,14 @@ void newton_schulz(const float* matrices, const Shape& shape,
 }
 
 void delta_write(const Memory<const float>& old, const float* grad, const Shape& shape, double rate,
-                 double retention, const Memory<float>& result) {
+                 double retention, const Memory<float>& result, float* ahead) {
   const int64_t size = shape.rows * shape.columns;
   share_batch(shape, [&](int64_t first, int64_t last) {
     SmallDeltaWrite work(shape);
     for (int64_t b = first; b < last; ++b) {
       work.run({old.momentum + b * size, old.norm + b, old.erasure + b}, grad + b * size, rate,
-               retention, {result.momentum + b * size, result.norm + b, result.erasure + b});
+               retention, {result.momentum + b * size, result.norm + b, result.erasure + b},
+               ahead + b * size);
     }
   });
 }

@@ -20,7 +20,25 @@ struct Memory {
   T *momentum, *norm, *erasure;
 };
 
+// What a matrix of the momentum, what is erased of it, and a gradient come to in a sum.
+struct Shares {
+  float kept, erased, fresh;
+};
+
+// The shares of the new momentum, and of the look-ahead.
+struct DeltaShares {
+  Shares written, ahead;
+
+  DeltaShares(double retention, double erasure)
+      : written{float(retention), -1, float(1 - retention)} {
+    const double gain = 1 + erasure / (1 - retention);
+    ahead = {float(gain * retention * retention), float(-2 * gain * retention),
+             float(gain * (1 - retention * retention))};
+  }
+};
+
+// Writes the new memory, and the look-ahead of every matrix.
 void delta_write(const Memory<const float>& old, const float* grad, const Shape& shape, double rate,
-                 double retention, const Memory<float>& result);
+                 double retention, const Memory<float>& result, float* ahead);
 
 }  // namespace deepopt::small

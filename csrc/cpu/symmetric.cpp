@@ -41,6 +41,8 @@ DEEPOPT_AVX512_BF16_BEGIN
 namespace {
 
 using namespace deepopt::bfloat16;
+using deepopt::small::DeltaShares;
+using deepopt::small::Shares;
 
 // Calls body(first, last) for parts of a batch. Each thread takes the same number of matrices. All
 // of them share the products of those left over, one matrix after the other. A matrix comes out the
@@ -213,7 +215,7 @@ class BFloat16NewtonSchulz {
   float square_limit_ = INFINITY;
 };
 
-// M ← retention M - rate M Kᵀ K + (1 - retention) G, with the memory for it.
+// M ← retention M - rate M Kᵀ K + (1 - retention) G and the look-ahead, with the memory for it.
 class BFloat16DeltaWrite {
  public:
   BFloat16DeltaWrite(int64_t rows, int64_t columns)
@@ -233,10 +235,10 @@ class BFloat16DeltaWrite {
     float norm, erasure;
   };
 
-  // Writes the new momentum into `to` and returns the new averages.
+  // Writes the new momentum and the look-ahead, and returns the new averages.
   Average run(
       const float* momentum, const float* grad, Average old, double retention, double rate,
-      float* to) {
+      float* to, float* ahead) {
     const double grad_norm = norm(grad, m_ * n_);
     pack_matrix({grad, m_, n_}, grad_norm, wide_ ? &key_rows_ : nullptr, &key_columns_);
     const double momentum_norm = norm(momentum, m_ * n_);
@@ -251,7 +253,7 @@ class BFloat16DeltaWrite {
     const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor;  // NaN stays NaN
     const double erase = rate * ratio * ratio;
     const double erased = write(
-        momentum, grad, static_cast<float>(retention), erase * momentum_norm, to);
+        momentum, grad, {retention, old.erasure}, erase * momentum_norm, to, ahead);
     const double share = erase * erased;
     return {static_cast<float>(average),
             static_cast<float>(old.erasure + 0.1 * (share - old.erasure))};
@@ -272,11 +274,13 @@ class BFloat16DeltaWrite {
     return total(sums);
   }
 
-  // Writes the new momentum and returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as they are packed.
+  // Writes the new momentum and the look-ahead, and returns ‖M Kᵀ K‖ / ‖M‖, for keys and momentum as
+  // they are packed.
   // What is erased is smaller than M, but where M is near the largest float its factor is no float.
   // So the factor is applied as two.
   double write(
-      const float* momentum, const float* grad, float retention, double erase, float* to) {
+      const float* momentum, const float* grad, const DeltaShares& shares, double erase, float* to,
+      float* ahead) {
     int exponent = 0;
     std::frexp(erase, &exponent);
     // After gradients that faded far, the factor is below all floats: its root must not become
@@ -298,38 +302,42 @@ class BFloat16DeltaWrite {
     }
     const Panels& left = wide_ ? recalled_ : momentum_;
     const Panels& right = wide_ ? key_columns_ : gram_;
-    const Rows<float> out{to, m_, n_};
+    const Rows<float> out{to, m_, n_}, looked{ahead, m_, n_};
     const int64_t blocks = left.panels * right.panels;
     std::vector<double> sums(blocks);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-      int64_t ahead = first;
+      int64_t taken = first;
       for (int64_t block = first; block < last; ++block) {
         const int64_t j0 = block / (kAhead * left.panels) * kAhead;
         const int64_t width = std::min(kAhead, right.panels - j0);
         const int64_t place = block - j0 * left.panels;
         const int64_t i = place / width, j = j0 + place % width;
-        if (block == ahead) {
-          ahead = std::min(last, block + j0 + width - j);
-          take_in(momentum, retention, grad, i * kPanel, j * kPanel, ahead - block, to);
+        if (block == taken) {
+          taken = std::min(last, block + j0 + width - j);
+          const int64_t panels = taken - block;
+          take_in(momentum, shares.written, grad, i * kPanel, j * kPanel, panels, to);
+          take_in(momentum, shares.ahead, grad, i * kPanel, j * kPanel, panels, ahead);
         }
         for (int64_t strip = 0; strip < kPanel; strip += kStrip) {
           const int64_t row = i * kPanel + strip, column = j * kPanel;
           const Tile erased = multiply(left.panel(i) + strip, right.panel(j), left.pairs);
           sums[block] += sum_of_squares(erased);
-          out.store(row, column, added(-root, scaled(rest, erased), out.load(row, column)));
+          const Tile part = scaled(rest, erased);
+          out.store(row, column, added(-root, part, out.load(row, column)));
+          const float more = root * shares.ahead.erased;
+          looked.store(row, column, added(more, part, looked.load(row, column)));
         }
       }
     });
     return std::sqrt(total(sums));
   }
 
-  // Writes retention M + (1 - retention) G for a panel's rows and some panels of columns. It goes
-  // along the rows, which the processor reads ahead; tiles, in the order of the products, it would
-  // wait for.
+  // Writes the shares of M and G for a panel's rows and some panels of columns. It goes along the
+  // rows, which the processor reads ahead; tiles, in the order of the products, it would wait for.
   void take_in(
-      const float* momentum, float retention, const float* grad, int64_t first_row,
+      const float* momentum, const Shares& shares, const float* grad, int64_t first_row,
       int64_t first_column, int64_t panels, float* to) const {
-    const __m512 kept = _mm512_set1_ps(retention), share = _mm512_set1_ps(1.0f - retention);
+    const __m512 kept = _mm512_set1_ps(shares.kept), share = _mm512_set1_ps(shares.fresh);
     const int64_t columns = std::min(panels * kPanel, n_ - first_column);
     for (int64_t row = first_row; row < std::min(first_row + kPanel, m_); ++row) {
       for (int64_t column = 0; column < columns; column += 16) {
@@ -399,7 +407,7 @@ Tensor newton_schulz(
   return to;
 }
 
-std::tuple<Tensor, Tensor, Tensor> delta_write(
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_write(
     Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, double rate, double retention) {
   check(momentum, "momentum");
   check(grad, "grad");
@@ -417,7 +425,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
   const Tensor old = torch::stable::contiguous(momentum), fresh = torch::stable::contiguous(grad);
   const Tensor old_norm = torch::stable::contiguous(norm);
   const Tensor old_erasure = torch::stable::contiguous(erasure);
-  Tensor to = torch::stable::empty_like(old);
+  Tensor to = torch::stable::empty_like(old), ahead = torch::stable::empty_like(old);
   Tensor new_norm = torch::stable::empty_like(old_norm);
   Tensor new_erasure = torch::stable::empty_like(old_erasure);
   const int64_t rows = old.size(1), columns = old.size(2);
@@ -425,10 +433,12 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
   const auto *s = old_norm.const_data_ptr<float>(), *e = old_erasure.const_data_ptr<float>();
   auto *new_m = to.mutable_data_ptr<float>(), *new_s = new_norm.mutable_data_ptr<float>();
   auto* new_e = new_erasure.mutable_data_ptr<float>();
+  auto* looked = ahead.mutable_data_ptr<float>();
   if (std::min(rows, columns) < kShortest || !deepopt::has_bfloat16_products()) {
     deepopt::small::delta_write(
-        {m, s, e}, g, {old.size(0), rows, columns}, rate, retention, {new_m, new_s, new_e});
-    return {to, new_norm, new_erasure};
+        {m, s, e}, g, {old.size(0), rows, columns}, rate, retention, {new_m, new_s, new_e},
+        looked);
+    return {to, new_norm, new_erasure, ahead};
   }
 #ifdef DEEPOPT_AVX512_BF16
   const int64_t size = rows * columns;
@@ -436,13 +446,14 @@ std::tuple<Tensor, Tensor, Tensor> delta_write(
     BFloat16DeltaWrite work(rows, columns);
     for (int64_t b = first; b < last; ++b) {
       const auto average = work.run(
-          m + b * size, g + b * size, {s[b], e[b]}, retention, rate, new_m + b * size);
+          m + b * size, g + b * size, {s[b], e[b]}, retention, rate, new_m + b * size,
+          looked + b * size);
       new_s[b] = average.norm;
       new_e[b] = average.erasure;
     }
   });
 #endif
-  return {to, new_norm, new_erasure};
+  return {to, new_norm, new_erasure, ahead};
 }
 
 }  // namespace

@@ -23,7 +23,6 @@ struct ScaleUpdate {
   const float* products;  // of rows, as row_products has them: (1 or 3, B, m)
   const float* weight;  // factor of the second update; null: there is none
   const float *gradient, *momentum;  // norms of both
-  const float* gain;  // factor of the momentum's norm; null: 1
   const float *grad_norm, *step;  // null: the size is update_rms
   const float *row_moment, *row_weight;  // null: rows stay as they are
   float *new_grad_norm, *new_row_moment, *new_row_weight;
@@ -46,8 +45,7 @@ struct ScaleUpdate {
   // The root mean square that AdamW's update would have, enlarged where it is small.
   DEEPOPT_RULE double size(int64_t b, double root) const {
     const double first = 1 - pow(beta1, double(step[b])), second = 1 - pow(beta2, double(step[b]));
-    const double norm = gain ? double(momentum[b]) * gain[b] : momentum[b];
-    const double ratio = at_most(1, norm / first / at_least(kTiny, root / sqrt_(second)));
+    const double ratio = at_most(1, momentum[b] / first / at_least(kTiny, root / sqrt_(second)));
     return at_least(ratio, at_most(kLeastSize, kMostEnlarged * ratio));
   }
 

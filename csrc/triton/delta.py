@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepopt.ops.combine import combine
 from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.triton.scaling import divided, tile_norm
 from deepopt.ops.triton.symmetric import symmetric_product
@@ -151,13 +152,13 @@ def delta_write(
     rate: float,
     retention: float | Tensor,
     dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One write of :class:`deepopt.memory.Delta`, with its products in ``dtype``.
 
     Keys are the gradient relative to its largest entry. Their Gram matrix, on the short side, is a
     symmetric product; it gives the norm, and where the matrix is tall it is half of the erase term,
     which is M (KᵀK) there and (M Kᵀ) K where it is wide. FLOPs per matrix: 5 m²n + m³ when it is
-    wide, 3 mn² + n³ when it is tall; bytes: 36 mn and 28 mn.
+    wide, 3 mn² + n³ when it is tall; bytes: 52 mn and 44 mn.
 
     Rounded keys may exceed the norm by their rounding, 1 in 256. Erasing is stable up to twice it.
 
@@ -171,7 +172,7 @@ def delta_write(
         dtype: float16 (which sums of squares over 65504 overflow), bfloat16 or float32.
 
     Returns:
-        The new momentum, norm and erasure.
+        The new momentum, norm and erasure, and the look-ahead.
     """
     info = torch.finfo(grad.dtype)
     scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
@@ -189,4 +190,8 @@ def delta_write(
         a, b = momentum, gram
     out, erased, before = erase(momentum, grad, a, b, rate * ratio, retention)
     share = erased / before.clamp_min(info.tiny)
-    return out, norm, erasure.lerp(share, 0.1)
+    # What was erased is retention M + (1 - retention) G less the new momentum.
+    gain = 1 + erasure / (1 - retention)
+    shares = (2 * retention * gain, -(retention**2) * gain, (1 - retention) ** 2 * gain)
+    ahead = combine([out, momentum, grad], torch.stack(shares))
+    return out, norm, erasure.lerp(share, 0.1), ahead

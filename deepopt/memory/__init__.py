@@ -4,7 +4,7 @@ A memory knows no optimizer, no parameter group and no schedule. To try one of y
 three methods of :class:`Memory` and pass the object to ``DeepMomentum(memory=...)``.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from deepopt.memory.preconditioned import Preconditioned
 __all__ = [
     "BUILT_IN",
     "MLP",
+    "AnyMemory",
     "Covariance",
     "Delta",
     "DeltaRule",
@@ -50,8 +51,6 @@ class Memory(Protocol):
     change it. Hyper-parameters of the memory's own are attributes and are not checkpointed:
     a frozen dataclass gives it the ``repr`` by which a checkpoint recognizes it. A memory that
     looks at values of tensors on the host says so by a class attribute ``capturable = False``.
-    What :meth:`read` returns may be a tensor of the state times a number for each matrix: a method
-    ``read_factored`` returns both, the number of shape (B,), and spares a pass over the matrices.
     A method ``report(state)`` may return tensors by name, which ``optimizer.diagnostics`` averages.
     """
 
@@ -80,8 +79,16 @@ class Memory(Protocol):
         ...
 
 
+@runtime_checkable
 class OnePass(Protocol):
-    """What a memory adds to :class:`Memory` where one pass can both write and read."""
+    """A memory that writes and reads in one call, in place of two or beside them.
+
+    It spares a pass over the matrices, or reads what only the write knows.
+    """
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """As :meth:`Memory.init`."""
+        ...
 
     def write_and_read(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
@@ -90,7 +97,9 @@ class OnePass(Protocol):
         ...
 
 
-BUILT_IN: dict[str, type[Memory]] = {
+AnyMemory: TypeAlias = Memory | OnePass
+
+BUILT_IN: dict[str, type[AnyMemory]] = {
     "linear": Linear,
     "covariance": Covariance,
     "delta": Delta,
@@ -98,7 +107,7 @@ BUILT_IN: dict[str, type[Memory]] = {
 }
 
 
-def resolve(memory: Any) -> Memory:
+def resolve(memory: Any) -> AnyMemory:
     """The memory behind a name or an object.
 
     Raises:
@@ -110,7 +119,7 @@ def resolve(memory: Any) -> Memory:
             names = ", ".join(map(repr, BUILT_IN))
             raise ValueError(f"Invalid memory: {memory!r}; choose {names} or pass a Memory object")
         return BUILT_IN[memory]()
-    if isinstance(memory, type) or not isinstance(memory, Memory):
+    if isinstance(memory, type) or not isinstance(memory, Memory | OnePass):
         raise TypeError(
             f"Invalid memory: {memory!r} is no Memory object; it needs the methods "
             "init, write and read of deepopt.memory.Memory"

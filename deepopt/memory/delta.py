@@ -32,11 +32,19 @@ class Delta:
     turned, and has no direction at a zero one. The Gram matrix of the bound is needed for the erase
     term anyway.
 
+    Read: Nesterov's look-ahead, what the memory would hold once the same gradient had come again,
+
+    .. math:: g\,\big(\beta (M_t - E_t) + (1-\beta)\, G_t\big), \qquad
+        E_t = \eta\, M_{t-1} K_t^\top K_t, \quad g = 1 + \varepsilon_{t-1}/(1-\beta),
+
+    or :math:`g M_t`. The second write is taken to erase :math:`\beta` times what the first one did,
+    which spares its product and leaves the new gradient whole. :math:`\varepsilon` is the running
+    share of the momentum that a write erases: what is erased leaves the average too small, with the
+    retention :math:`\beta - \varepsilon`, and g makes it an average of gradients in size too.
+
     Args:
         rate: eta of the erase term, in [0, 1] (default: 0.3).
-
-    Read: the momentum, enlarged by :math:`1 + \varepsilon/(1-\beta)` with :math:`\varepsilon` the
-    running share of it that a write erases, so that it is an average of gradients in size too.
+        nesterov: read with the look-ahead (default: True).
 
     State: 1 float per parameter and 2 per matrix.
 
@@ -45,6 +53,7 @@ class Delta:
     """
 
     rate: float = 0.3
+    nesterov: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rate <= 1.0:
@@ -55,19 +64,21 @@ class Delta:
         return {"momentum": torch.zeros_like(like), **scalars}
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        state["momentum"], state["norm"], state["erasure"] = delta_write(
+        self._write(state, grad, retention)
+
+    def _write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        """Write, and return the look-ahead, shape (B, m, n)."""
+        state["momentum"], state["norm"], state["erasure"], ahead = delta_write(
             state["momentum"], grad, state["norm"], state["erasure"], self.rate, retention
         )
+        return ahead
 
-    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        momentum, gain = self.read_factored(state, grad, retention)
-        return momentum * gain[:, None, None]
-
-    def read_factored(
+    def write_and_read(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # What is erased leaves the average too small: with it, retention is beta - erasure.
-        return state["momentum"], 1 + state["erasure"] / (1 - retention)
+    ) -> Tensor:
+        gain = 1 + state["erasure"] / (1 - retention)
+        ahead = self._write(state, grad, retention)
+        return ahead if self.nesterov else gain[:, None, None] * state["momentum"]
 
     def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The running share of the momentum that a write erases."""

@@ -10,7 +10,7 @@ from deepopt.ops.products import is_small, worth_rounding
 
 @operator(
     "(Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, float rate, float retention)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     supports=lambda momentum, grad, norm, erasure, rate, retention: (
         (is_small(momentum) or worth_rounding(momentum))
         and grad.dtype == norm.dtype == erasure.dtype == torch.float32
@@ -24,14 +24,16 @@ def delta_write(
     erasure: Tensor,
     rate: float,
     retention: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Forget what the keys of a gradient recall from the momentum, and take the gradient in.
 
     .. math::
         \bar\sigma &= \|G\,G^\top G\,G^\top\|_F^{1/4}, \qquad
         s \leftarrow \sqrt{0.9\, s^2 + 0.1\, \bar\sigma^2}, \qquad K = G / \max(s, \bar\sigma) \\
-        M &\leftarrow \beta M - \eta\, M K^\top K + (1-\beta)\, G, \qquad
-        \varepsilon \leftarrow 0.9\,\varepsilon + 0.1\,\eta\,\|M K^\top K\|_F / \|M\|_F
+        E &= \eta\, M K^\top K, \qquad g = 1 + \varepsilon / (1-\beta), \qquad
+        \varepsilon \leftarrow 0.9\,\varepsilon + 0.1\,\|E\|_F / \|M\|_F \\
+        M &\leftarrow \beta M - E + (1-\beta)\, G, \qquad
+        A = g\,(\beta (M - E) + (1-\beta)\, G)
 
     Args:
         momentum: M, shape (B, m, n).
@@ -42,7 +44,7 @@ def delta_write(
         retention: β.
 
     Returns:
-        The new M, s and ε.
+        The new M, s and ε, and the look-ahead A (:class:`deepopt.memory.Delta` says what it is for).
 
     Cost, with r and R the short and the long side, in units of 2 r²R FLOPs: one symmetric product,
     r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16
@@ -67,4 +69,7 @@ def delta_write(
     erased = (momentum @ shrunk) @ keys if wide else momentum @ shrunk
     erased = erased * (rate * ratio / unit)[:, None, None]
     share = frobenius(erased) / size.clamp_min(info.tiny)
-    return retention * momentum - erased + (1 - retention) * grad, norm, erasure.lerp(share, 0.1)
+    kept, fresh = retention * momentum - erased, (1 - retention) * grad
+    gain = (1 + erasure / (1 - retention))[:, None, None]
+    ahead = gain * (retention * (kept - erased) + (1 + retention) * fresh)
+    return kept + fresh, norm, erasure.lerp(share, 0.1), ahead

@@ -34,7 +34,6 @@ class ScaleArguments(NamedTuple):
             ``update_rms`` is given, and then momentum, gradient and step are not read.
         row_moment, row_weight: what :func:`row_gains` keeps, shape (B, m); None leaves the rows as
             they are.
-        gain: factor by which the momentum is still to be multiplied, shape (B,); None: 1.
         weight: factor of a second update in the sum of two, shape (B,); None: there is no second.
     """
 
@@ -48,13 +47,12 @@ class ScaleArguments(NamedTuple):
     grad_norm: Tensor | None = None
     row_moment: Tensor | None = None
     row_weight: Tensor | None = None
-    gain: Tensor | None = None
     weight: Tensor | None = None
 
 
 SCALE_SCHEMA = (
     "Tensor momentum, Tensor grad, Tensor step, float beta1, float beta2, float rms_cap, "
-    "float? update_rms, Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, Tensor? gain, "
+    "float? update_rms, Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
     "Tensor? weight"
 )
 
@@ -113,9 +111,7 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
     factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), scale.rms_cap)
     if grad_norm is not None:
         betas = scale.beta1, scale.beta2
-        size, grad_norm = adam_size(
-            scale.momentum, scale.grad, grad_norm, scale.step, betas, scale.gain
-        )
+        size, grad_norm = adam_size(scale.momentum, scale.grad, grad_norm, scale.step, betas)
         factor = factor * orthogonal_size(size)
         state.append(grad_norm)
     elif update_rms is not None:
@@ -148,11 +144,10 @@ def adam_size(
     grad_norm: Tensor,
     step: Tensor,
     betas: tuple[float | Tensor, float | Tensor],
-    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The root mean square of AdamW's update for every matrix, and the new ``grad_norm``."""
     grad_norm = running_root(grad_norm, frobenius(grad), 1 - betas[1])
-    return adam_ratio(momentum, grad_norm, step, betas, gain), grad_norm
+    return adam_ratio(momentum, grad_norm, step, betas), grad_norm
 
 
 def adam_ratio(
@@ -160,7 +155,6 @@ def adam_ratio(
     grad_norm: Tensor,
     step: Tensor,
     betas: tuple[float | Tensor, float | Tensor],
-    gain: Tensor | None = None,
 ) -> Tensor:
     """The root mean square that AdamW's update would have, of each matrix as a whole.
 
@@ -173,7 +167,6 @@ def adam_ratio(
         grad_norm: running roots of the mean squared Frobenius norm of the gradient, shape (B,).
         step: gradients in the averages so far, shape (B,), for their bias corrections.
         betas: retentions of the two averages.
-        gain: how many times as large as ``momentum`` the averages are, shape (B,); None: once.
 
     Returns:
         Shape (B,), between 0 and 1.
@@ -185,7 +178,7 @@ def adam_ratio(
     tiny = torch.finfo(grad_norm.dtype).tiny
     # Norms first: corrected, the largest of them would leave the range.
     ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
-    return (ratio if gain is None else ratio * gain).clamp_max(1.0)
+    return ratio.clamp_max(1.0)
 
 
 def row_gains(

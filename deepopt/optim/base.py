@@ -29,7 +29,7 @@ from deepopt._compat import (
     use_grad_for_differentiable,
     without_function_mode,
 )
-from deepopt.memory import Memory
+from deepopt.memory import AnyMemory
 from deepopt.ops import apply_update_
 from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim import checkpoint
@@ -132,7 +132,7 @@ class MemoryOptimizer(Optimizer):
         if group["path"] not in routing.PATHS:
             raise ValueError(f"Invalid path: {group['path']!r}; choose from {routing.PATHS}")
 
-    def _memory(self, group: Group) -> Memory:
+    def _memory(self, group: Group) -> AnyMemory:
         """What the gradients of a group's matrices are written into; raises for bad arguments."""
         raise NotImplementedError
 
@@ -514,21 +514,18 @@ def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | Non
         skip = found_inf.to(grad.device).squeeze() > 0
         grad = torch.where(skip, torch.zeros_like(grad), grad)
     parts, betas = bucket.parts, bucket.group["betas"]
-    memory, gain = parts.memory, None
+    memory: Any = parts.memory
     if one_pass := getattr(memory, "write_and_read", None):
         momentum = one_pass(state, grad, betas[0])
     else:
         memory.write(state, grad, betas[0])
-        if factored := getattr(memory, "read_factored", None):
-            momentum, gain = factored(state, grad, betas[0])
-        else:
-            momentum = memory.read(state, grad, betas[0])
+        momentum = memory.read(state, grad, betas[0])
     if momentum.shape != grad.shape:
         raise ValueError(
             f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
             f"{tuple(grad.shape)}; it must return one momentum per gradient"
         )
-    update = parts.output_map(momentum, state, grad, betas, gain)
+    update = parts.output_map(momentum, state, grad, betas)
     if unknown := state.keys() - before.keys():
         raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
     if found_inf is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt import memory as memories
-from deepopt.memory import Memory
+from deepopt.memory import AnyMemory
 from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 from deepopt.optim.output_map import Orthogonal, OutputMap
 
@@ -88,7 +88,7 @@ class DeepMomentum(MemoryOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        memory: str | Memory = "delta",
+        memory: str | AnyMemory = "delta",
         row_norm: bool = True,
         update_rms: float | None = None,
         rms_cap: float = 1.5,
@@ -118,7 +118,7 @@ class DeepMomentum(MemoryOptimizer):
         known = key == "memory" and isinstance(value, str) and value in memories.BUILT_IN
         return super()._describe(key, memories.resolve(value) if known else value)
 
-    def _memory(self, group: Group) -> Memory:
+    def _memory(self, group: Group) -> AnyMemory:
         return memories.resolve(group["memory"])
 
     def _output_map(self, group: Group) -> OutputMap:

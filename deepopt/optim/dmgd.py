@@ -176,10 +176,8 @@ class Recalled:
     def init(self, like: Tensor) -> State:
         return self.inner.init(like)
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
-        return self.inner(momentum, state, grad, (0.0, betas[1]), gain)
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
+        return self.inner(momentum, state, grad, (0.0, betas[1]))
 
 
 @dataclass(frozen=True)
@@ -191,9 +189,7 @@ class Mapped:
     def init(self, like: Tensor) -> State:
         return {}
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         if self.mapping == "identity":
             return momentum
         if self.mapping == "rms":
@@ -219,9 +215,7 @@ class AtItsSize(Mapped):
     def init(self, like: Tensor) -> State:
         return Rms().init(like)
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
-        update = super().__call__(momentum, state, grad, betas, gain)
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
+        update = super().__call__(momentum, state, grad, betas)
         _, state["grad_norm"] = adam_size(momentum, grad, state["grad_norm"], state["step"], betas)
         return update

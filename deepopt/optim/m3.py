@@ -209,12 +209,10 @@ class MixedAfter:
     def init(self, like: Tensor) -> State:
         return {**self.slow.init(like), **self.slow.orthogonal.init(like)}
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         assert isinstance(self.memory, MultiScale)
         beside = self.slow(state), self.memory.weight(state, grad)
-        return self.slow.orthogonal(momentum, state, grad, betas, gain, beside)
+        return self.slow.orthogonal(momentum, state, grad, betas, beside)
 
 
 @dataclass(frozen=True)
@@ -228,8 +226,6 @@ class LiteralMix:
     def init(self, like: Tensor) -> State:
         return self.slow.init(like)
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         update = self.slow.orthogonal.orthogonalize(momentum) + self.alpha * self.slow(state)
         return update / (state["squares"].sqrt() + self.eps)

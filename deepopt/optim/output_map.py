@@ -37,9 +37,7 @@ class OutputMap(Protocol):
         """State for momenta ``like``: tensors with leading size B."""
         ...
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         """The update.
 
         Args:
@@ -47,7 +45,6 @@ class OutputMap(Protocol):
             state: the memory's and this map's, and ``step``; new values are assigned.
             grad: the gradient.
             betas: the group's: retention of the momentum, and of second moments.
-            gain: what the momentum is still to be multiplied by, shape (B,); None: nothing.
         """
         ...
 
@@ -58,10 +55,8 @@ class Identity:
     def init(self, like: Tensor) -> State:
         return {}
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None
-    ) -> Tensor:
-        return momentum if gain is None else momentum * gain[:, None, None]
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
+        return momentum
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,6 @@ class Orthogonal:
         state: State,
         grad: Tensor,
         betas: Betas,
-        gain: Tensor | None = None,
         beside: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The update; ``beside`` is another one, orthogonal, and its weight, shape (B,).
@@ -150,7 +144,6 @@ class Orthogonal:
             grad_norm=state["grad_norm"] if self.update_rms is None else None,
             row_moment=state["row_moment"] if self.row_norm else None,
             row_weight=state["row_weight"] if self.row_norm else None,
-            gain=gain,
             weight=weight,
         )
         update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
@@ -168,11 +161,9 @@ class Rms:
     def init(self, like: Tensor) -> State:
         return {"grad_norm": like.new_zeros(len(like))}
 
-    def __call__(
-        self, momentum: Tensor, state: State, grad: Tensor, betas: Betas, gain: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         size, state["grad_norm"] = adam_size(
-            momentum, grad, state["grad_norm"], state["step"], betas, gain
+            momentum, grad, state["grad_norm"], state["step"], betas
         )
         return normalized(momentum) * size[:, None, None]
 

@@ -16,22 +16,30 @@ def singular_bound(grad: torch.Tensor) -> torch.Tensor:
 def run(memory, grads):
     state = memory.init(grads[0])
     for grad in grads:
-        memory.write(state, grad, RETENTION)
-    return state, memory.read(state, grads[-1], RETENTION)
+        found = memory.write_and_read(state, grad, RETENTION)
+    return state, found
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 5), (4, 9), (9, 4)])
-def test_write_follows_the_printed_rule_with_normalized_keys(rows, columns):
+def test_write_and_read_follow_the_printed_rule_with_normalized_keys(rows, columns):
     grads = torch.randn(6, 2, rows, columns, dtype=torch.float64)
     momentum = torch.zeros(2, rows, columns, dtype=torch.float64)
-    energy = torch.zeros(2, dtype=torch.float64)
+    energy, share = torch.zeros(2, 2, dtype=torch.float64)
     for grad in grads:
         square = singular_bound(grad) ** 2
         energy = 0.9 * energy + 0.1 * square
         keys = grad / torch.maximum(energy, square).sqrt()[:, None, None]
-        momentum = RETENTION * momentum - 0.3 * momentum @ keys.mT @ keys + (1 - RETENTION) * grad
-    state, _ = run(Delta(), list(grads))
-    torch.testing.assert_close(state["momentum"], momentum)
+        erased = 0.3 * momentum @ keys.mT @ keys
+        size = torch.linalg.matrix_norm(momentum)
+        gain = (1 + share / (1 - RETENTION))[:, None, None]
+        now = torch.where(size > 0, torch.linalg.matrix_norm(erased) / size, 0)
+        share = 0.9 * share + 0.1 * now
+        momentum = RETENTION * momentum - erased + (1 - RETENTION) * grad
+    ahead = RETENTION * (momentum - erased) + (1 - RETENTION) * grads[-1]
+    for nesterov, expected in ((True, ahead), (False, momentum)):
+        state, found = run(Delta(nesterov=nesterov), list(grads))
+        torch.testing.assert_close(state["momentum"], momentum)
+        torch.testing.assert_close(found, gain * expected)
 
 
 def test_its_mean_on_a_stationary_stream_is_the_closed_form():
@@ -75,10 +83,10 @@ def test_no_sequence_of_gradients_makes_it_larger_than_their_largest(exponents, 
     state = memory.init(torch.zeros(1, 4, 6))
     for exponent in exponents:
         grad = torch.randn(1, 4, rank) @ torch.randn(1, rank, 6) * 10.0**exponent
-        memory.write(state, grad, RETENTION)
+        found = memory.write_and_read(state, grad, RETENTION)
         largest = max(largest, float(torch.linalg.matrix_norm(grad, ord=2)))
         momentum = state["momentum"]
-        assert memory.read(state, grad, RETENTION).isfinite().all()
+        assert found.isfinite().all()
         assert torch.linalg.matrix_norm(momentum, ord=2) <= largest * 1.001
 
 
@@ -92,9 +100,13 @@ def test_zero_gradients_first_leave_no_trace():
 
 def test_rate_zero_is_the_linear_memory():
     grads = list(torch.randn(5, 2, 4, 6))
-    _, found = run(Delta(rate=0.0), grads)
-    _, expected = run(Linear(nesterov=False), grads)
-    torch.testing.assert_close(found, expected)
+    for nesterov in (True, False):
+        linear = Linear(nesterov)
+        state = linear.init(grads[0])
+        for grad in grads:
+            linear.write(state, grad, RETENTION)
+        _, found = run(Delta(rate=0.0, nesterov=nesterov), grads)
+        torch.testing.assert_close(found, linear.read(state, grads[-1], RETENTION))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])

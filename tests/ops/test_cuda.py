@@ -52,7 +52,7 @@ def test_operators_do_not_wait_for_the_device():
         combine([matrices, matrices], ones.expand(2, 1))
         frobenius(matrices)
         for step in (host, ones):
-            states = (norm, rows, rows, ones)  # and a gain
+            states = (norm, rows, rows)
             numbers = (step + 1, 0.9, 0.99, 1.5, None)
             scale_update([matrices], ScaleArguments(matrices, matrices, *numbers, *states))
         multi_scale_write(matrices, matrices, matrices, ones, 0.9, 3, 0.99)

@@ -34,13 +34,17 @@ def assert_close_to_reference(found, given_, rate, retention):
     for new, wide in zip(found, expected, strict=True):
         assert new.dtype == torch.float32
         assert new.shape == wide.shape
-    momentum, norm, erasure = (tensor.double() for tensor in found)
+    momentum, norm, erasure, ahead = (tensor.double() for tensor in found)
     size = torch.linalg.matrix_norm(given_[0].double())
     error = torch.linalg.matrix_norm(momentum - expected[0])
     # What is retained and what is new is not rounded. What is erased is at most rate * momentum, of
     # operands rounded three times and the square of a norm rounded up.
     off = rounding(given_[0].shape)
     assert (error <= (3 * off * rate + 1e-6) * size).all()
+    # The look-ahead has twice the retained share of what is erased, enlarged.
+    gain = 1 + given_[3].double() / (1 - retention)
+    error = torch.linalg.matrix_norm(ahead - expected[3])
+    assert (error <= 2 * gain * (3 * off * rate + 1e-6) * size).all()
     assert ((norm / expected[1] - 1).abs() <= max(off, 1e-6)).all()
     assert ((erasure - expected[2]).abs() <= 3 * off * 0.1 * rate + 1e-7).all()
 
@@ -73,8 +77,8 @@ def test_rows_longer_than_what_takes_in_the_gradient_at_a_time_agree_too(columns
 def test_empty_stacks_and_empty_matrices_are_taken(shape):
     empty = torch.zeros(shape)
     scalars = torch.ones(shape[0])
-    momentum, norm, erasure = kernel(empty, empty, scalars, scalars, 0.3, 0.95)
-    assert momentum.shape == shape
+    momentum, norm, erasure, ahead = kernel(empty, empty, scalars, scalars, 0.3, 0.95)
+    assert momentum.shape == ahead.shape == shape
     assert norm.shape == erasure.shape == (shape[0],)
 
 
@@ -114,6 +118,7 @@ def test_momenta_at_the_end_of_the_range_are_written_like_others(shape):
     found = kernel(momentum * scale, grad * scale, norm * scale, erasure, 0.7, 0.9)
     plain = kernel(momentum, grad, norm, erasure, 0.7, 0.9)
     torch.testing.assert_close(found[0] / scale, plain[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[3] / scale, plain[3], atol=1e-4, rtol=0)
 
 
 @needs_kernel
@@ -126,7 +131,7 @@ def test_no_key_is_larger_than_one(shape, rank):
     right = torch.randn(20, rank, shape[1], generator=generator)
     grad = left @ right
     zeros = torch.zeros(20)
-    _, norm, _ = kernel(torch.zeros_like(grad), grad, zeros, zeros, 0.3, 0.95)
+    _, norm, *_ = kernel(torch.zeros_like(grad), grad, zeros, zeros, 0.3, 0.95)
     bound = norm.double() / 0.1**0.5
     largest = torch.linalg.matrix_norm(grad.double(), ord=2)
     in_float32 = 1e-6  # as the reference, which does not round up
@@ -140,10 +145,12 @@ def test_zero_gradients_and_zero_momenta_stay_finite(shape):
     momentum, grad, norm, erasure = stack(3, *shape)
     momentum[0], grad[1] = 0.0, 0.0
     momentum[2], grad[2], norm[2] = 0.0, 0.0, 0.0
-    new, norms, erasures = kernel(momentum, grad, norm, erasure, 0.3, 0.95)
+    new, norms, erasures, ahead = kernel(momentum, grad, norm, erasure, 0.3, 0.95)
     torch.testing.assert_close(new[0], 0.05 * grad[0])
     torch.testing.assert_close(new[1], 0.95 * momentum[1])
+    assert ahead.isfinite().all()
     assert not new[2].any()
+    assert not ahead[2].any()
     assert norms[2] == 0
     assert norms[1] > 0
     torch.testing.assert_close(erasures, 0.9 * erasure)

@@ -22,13 +22,11 @@ def orthogonal(seed, rows=6, columns=9):
     return torch.linalg.qr(torch.randn(2, columns, rows, generator=made)).Q.mT
 
 
-def arguments(
-    updates, weight=None, gain=None, grad=None, rows=True, update_rms=None, betas=(0.9, 0.99)
-):
+def arguments(updates, weight=None, grad=None, rows=True, update_rms=None, betas=(0.9, 0.99)):
     grad = updates[0] if grad is None else grad
     (b, m, _), norm = updates[0].shape, None if update_rms else torch.zeros(len(grad))
     state = torch.zeros(2, b, m).unbind() if rows else (None, None)
-    scale = (0.1 * grad, grad, STEP, *betas, 1.5, update_rms, norm, *state, gain, weight)
+    scale = (0.1 * grad, grad, STEP, *betas, 1.5, update_rms, norm, *state, weight)
     return updates, ScaleArguments(*scale)
 
 
@@ -103,13 +101,6 @@ def test_a_gradient_that_is_not_a_number_spoils_its_own_matrix_alone():
     assert norm[1].isnan()
 
 
-def test_a_gain_counts_as_much_as_a_momentum_that_is_larger():
-    updates, scale = arguments([orthogonal(0)], gain=torch.tensor([0.5, 0.125]), grad=orthogonal(1))
-    factored, *_ = scale_update(updates, scale)
-    scale = scale._replace(momentum=scale.momentum * scale.gain[:, None, None], gain=None)
-    torch.testing.assert_close(factored, scale_update(updates, scale)[0], rtol=1e-6, atol=0)
-
-
 def test_nothing_is_written_into_what_is_given():
     updates, scale = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
     before = copy.deepcopy((*updates, *scale))
@@ -124,8 +115,8 @@ def test_nothing_is_written_into_what_is_given():
 def test_the_whole_output_map_is_newton_schulz_and_scale_update_to_the_last_bit(sides, two):
     dtype = torch.bfloat16 if worth_rounding(torch.empty(2, *sides)) else torch.float32
     updates = [orthogonal(0, *sides), orthogonal(1, *sides)][: 1 + two]
-    weight, gain = torch.ones(2) if two else None, torch.tensor([0.5, 0.125])
-    _, scale = arguments(updates, weight, gain, grad=orthogonal(2, *sides))
+    weight = torch.ones(2) if two else None
+    _, scale = arguments(updates, weight, grad=orthogonal(2, *sides))
     orthogonalized = newton_schulz(scale.momentum, COEFFICIENTS, dtype)
     expected = scale_update([orthogonalized, *updates[1:]], scale)
     found = orthogonal_update(COEFFICIENTS, dtype, updates[1] if two else None, scale)

@@ -131,15 +131,14 @@ def scale_update_arguments(shape: Shape) -> Arguments:
     rows = [moment, weight] if seed // 2 % 2 else [None, None]
     fixed, grad_norm = (0.2, None) if seed // 4 % 2 else (None, scale * n * norm)
     mixed = shape.positive(b) if shape.terms == 2 else None
-    gain = shape.positive(b) if seed // 8 % 2 else None
-    scale = (momentum, grad, steps, 0.9, 0.99, 1.5, fixed, grad_norm, *rows, gain, mixed)
+    scale = (momentum, grad, steps, 0.9, 0.99, 1.5, fixed, grad_norm, *rows, mixed)
     return [updates, ScaleArguments(*scale)]
 
 
 def scale_update_bounds(given: Arguments, backend: str) -> list[Tensor]:
     """Relative errors, named as what they are of, through the rule's lines."""
     updates, scale = given
-    steps, betas, gain, mixed = scale.step, (scale.beta1, scale.beta2), scale.gain, scale.weight
+    steps, betas, mixed = scale.step, (scale.beta1, scale.beta2), scale.weight
     grad_norm, moment, seen = scale.grad_norm, scale.row_moment, scale.row_weight
     result, *states = OPERATORS["scale_update"].reference(*given)
     (m, n), kernel = result.shape[-2:], backend == "cpu"
@@ -163,7 +162,6 @@ def scale_update_bounds(given: Arguments, backend: str) -> list[Tensor]:
         root = EPS * ((1 if kernel else m * n / 2 + 4) + 4)
         corrections = sum(2 * EPS / (1 - beta**steps) for beta in betas)
         factor = factor + 2 * root + 5 * EPS + (0 if kernel else corrections)
-        factor = factor + (EPS if gain is not None else 0)
         bounds.append(root * states[0])
     gains = torch.zeros_like(square)
     if moment is not None:
@@ -359,7 +357,10 @@ def delta_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
     in_erased = (EPS * roundings + in_power)[:, None, None] * erased
     in_momentum = in_erased + 2 * EPS * (retention * momentum.abs() + erased + grad.abs())
     in_share = norms(in_erased) / norms(momentum)
-    return [in_momentum, (in_power + 4 * EPS) * new, 0.1 * in_share + 4 * EPS * (erasure + 1)]
+    gain = 1 + (erasure / (1 - retention))[:, None, None]
+    in_ahead = gain * (2 * in_erased + 6 * EPS * (momentum.abs() + 2 * erased + 2 * grad.abs()))
+    in_erasure = 0.1 * in_share + 4 * EPS * (erasure + 1)
+    return [in_momentum, (in_power + 4 * EPS) * new, in_erasure, in_ahead]
 
 
 def multi_scale_write_arguments(shape: Shape) -> Arguments:

@@ -267,27 +267,25 @@ def test_any_object_with_the_three_methods_is_a_memory():
     assert optimizer.param_groups[0]["memory"] is memory
 
 
-def test_a_read_out_in_two_factors_makes_the_steps_of_their_product():
-    class Multiplied:
-        init, write, read = (staticmethod(getattr(Delta(), n)) for n in ("init", "write", "read"))
+def test_a_memory_that_writes_and_reads_in_one_call_needs_no_other():
+    class InOneCall:
+        init = staticmethod(SignMemory().init)
 
-    class Enlarged(Delta):
-        def read_factored(self, state, grad, retention):
-            momentum, gain = super().read_factored(state, grad, retention)
-            return momentum, 1.5 * gain
+        def write_and_read(self, state, grad, retention):
+            memory = SignMemory()
+            memory.write(state, grad, retention)
+            return memory.read(state, grad, retention)
 
     def moved(memory):
         made = torch.Generator().manual_seed(0)
-        param = nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
+        param = nn.Parameter(torch.zeros(6, 9))
         optimizer = deepopt.DeepMomentum([param], path="matrix", memory=memory)
         for _ in range(5):
-            param.grad = torch.randn(6, 9, generator=made, dtype=torch.float64)
+            param.grad = torch.randn(6, 9, generator=made)
             optimizer.step()
         return param.detach()
 
-    expected = moved(Delta())
-    torch.testing.assert_close(moved(Multiplied()), expected, rtol=1e-9, atol=0)
-    assert not torch.allclose(moved(Enlarged()), expected, rtol=0.1)
+    assert torch.equal(moved(InOneCall()), moved(SignMemory()))
 
 
 def test_a_memory_that_takes_the_optimizers_own_names_is_refused():

@@ -251,7 +251,7 @@ def test_delta_write_follows_the_memory(shape, dtype):
     state["erasure"] = torch.rand(shape[0]).double() / 10
     old, *scalars = (state[key].float() for key in ("momentum", "norm", "erasure"))
     found = delta_write(old, grad, *scalars, 0.3, 0.9, dtype)
-    Delta(rate=0.3).write(state, grad.double(), 0.9)
+    ahead = Delta(rate=0.3).write_and_read(state, grad.double(), 0.9)
     # Keys, momentum, Gram matrix and the product in between: four roundings at most, of a term
     # that is at most as large as the momentum.
     slack = 4 * ROUNDING[dtype] + 64 * HALF
@@ -259,13 +259,16 @@ def test_delta_write_follows_the_memory(shape, dtype):
     assert (found[0].double() - state["momentum"]).abs().max() <= slack * largest
     torch.testing.assert_close(found[1].double(), state["norm"], rtol=slack, atol=0)
     torch.testing.assert_close(found[2].double(), state["erasure"], rtol=slack, atol=0)
+    # Twice what is erased, enlarged by at most 1 + 0.1 / 0.1.
+    assert (found[3].double() - ahead).abs().max() <= 4 * slack * (largest + grad.abs().max())
 
 
 def test_a_gradient_of_zero_erases_nothing():
     momentum = torch.randn(1, 8, 9)
     zero = torch.zeros(1)
-    found, norm, erasure = delta_write(momentum, torch.zeros(1, 8, 9), zero, zero, 0.3, 0.5)
+    found, norm, erasure, ahead = delta_write(momentum, torch.zeros(1, 8, 9), zero, zero, 0.3, 0.5)
     torch.testing.assert_close(found, momentum / 2)
+    torch.testing.assert_close(ahead, momentum / 4)
     assert norm < 1e-30
     assert erasure == 0
 

@@ -81,13 +81,14 @@ def test_delta_write_follows_the_memory(shape, dtype):
     state = Delta().init(grad.double())
     state["momentum"], state["norm"] = old.double(), frobenius(grad).double() / 2
     arguments = (old, grad, state["norm"].float(), state["erasure"].float(), 0.3, 0.9, dtype)
-    Delta().write(state, grad.double(), 0.9)
+    ahead = Delta().write_and_read(state, grad.double(), 0.9)
     found = delta_write(*arguments)
     slack = 4 * ROUNDING[dtype] + 2.0**-18
     largest = 0.3 * torch.linalg.matrix_norm(old, 2).max() + old.abs().max()
     assert (found[0].double() - state["momentum"]).abs().max() <= slack * largest
     torch.testing.assert_close(found[1].double(), state["norm"], rtol=slack, atol=0)
     torch.testing.assert_close(found[2].double(), state["erasure"], rtol=slack, atol=0)
+    assert (found[3].double() - ahead).abs().max() <= 4 * slack * (largest + grad.abs().max())
     assert all(map(torch.equal, found, delta_write(*arguments)))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepopt import routing
 from deepopt._compat import capturable_devices, is_distributed
-from deepopt.memory import Memory
+from deepopt.memory import AnyMemory
 from deepopt.optim.engine import State, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.engine.rounding import check_dtypes
@@ -74,7 +74,7 @@ class Kind(NamedTuple):
 class Parts(NamedTuple):
     """A group's memory and output map, and the arguments of the group that they were made from."""
 
-    memory: Memory
+    memory: AnyMemory
     output_map: OutputMap
     arguments: dict[str, Any]
     keys: dict[tuple[Any, ...], dict[str, Tensor]]
