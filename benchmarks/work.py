@@ -168,7 +168,7 @@ def delta_write(
     m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "bfloat16"
 ) -> Work:
     """The Gram matrix of the gradient, its square for the norm, and the erase term: (M Gᵀ) G for
-    m < n, M (Gᵀ G) otherwise; the momentum is written once more in what it is read out in."""
+    m < n, M (Gᵀ G) otherwise; the look-ahead is written in what it is read out in."""
     r, big = sorted((m, n))
     size, square = FLOAT * m * n, FLOAT * r * r
     read_out = m * n * _input(dtype)

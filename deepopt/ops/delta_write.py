@@ -44,7 +44,7 @@ def delta_write(
         retention: β.
 
     Returns:
-        The new M, s and ε, and the look-ahead A (:class:`deepopt.memory.Delta` says what it is for).
+        The new M, s and ε, and the look-ahead A, which :class:`deepopt.memory.Delta` reads.
 
     Cost, with r and R the short and the long side, in units of 2 r²R FLOPs: one symmetric product,
     r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16

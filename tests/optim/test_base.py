@@ -98,11 +98,8 @@ def test_foreign_checkpoints_are_refused_and_change_nothing():
     optimizer = trained(lambda p: deepopt.DeepMomentum(p, memory="covariance"), make_model())
     refuses(optimizer, trained(torch.optim.AdamW, make_model()).state_dict(), "expected step")
     delta = trained(lambda p: deepopt.DeepMomentum(p, memory="delta"), make_model())
-    refuses(
-        optimizer,
-        delta.state_dict(),
-        r"memory is Delta\(rate=0.3, nesterov=True\).*make the optimizer with",
-    )
+    described = r"memory is Delta\(rate=0.3, nesterov=True\).*make the optimizer with"
+    refuses(optimizer, delta.state_dict(), described)
     other = trained(lambda p: deepopt.DeepMomentum(p, memory=Covariance(power=0.3)), make_model())
     refuses(optimizer, other.state_dict(), "power=0.3")
     missing = optimizer.state_dict()

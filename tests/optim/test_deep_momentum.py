@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import BUILT_IN, Delta, Linear
+from deepopt.memory import BUILT_IN, Linear
 
 MUON = (3.4445, -4.7750, 2.0315)
 
