@@ -161,7 +161,8 @@ def earlier(lines: Lines) -> str:
         return ""
     return (
         f" **{len(old)} of {len(known)} runs were made in an earlier setting**, as before updates "
-        "had a least size; the benchmark repeats them when it is run again."
+        "had a least size or the default memory looked ahead; the benchmark repeats them when it "
+        "is run again."
     )
 
 

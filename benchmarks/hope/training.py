@@ -22,6 +22,7 @@ from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
 from deepopt.hope.optimizers import build_optimizers
 from deepopt.hope.trainer import clipped, lr_factor, prepare
+from deepopt.memory import Delta
 from deepopt.ops.orthogonal_update import LEAST_SIZE, MOST_ENLARGED
 
 TASKS: dict[str, Task] = {
@@ -64,6 +65,7 @@ def setting(run: Run) -> Line:
         "weight_decay": WEIGHT_DECAY,
         "warmup": WARMUP,
         "least_size": f"{LEAST_SIZE:g}, enlarged at most {MOST_ENLARGED:g} times",
+        "memory": str(Delta()),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
