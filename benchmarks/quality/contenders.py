@@ -54,6 +54,7 @@ class Contender:
         rate_decays: False where the rate stays at its peak, because the optimizer averages the
             weights instead.
         own_rate: it multiplies its rate by an estimate of its own; the decay stays as it is.
+        motion: ``deepopt.Motion`` is around it, and has the two values of the knob.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Contender:
     # Not in the hash of a configuration, which older lines have without them.
     rate_decays: bool = field(default=True, repr=False)
     own_rate: bool = field(default=False, repr=False)
+    motion: bool = field(default=False, repr=False)
 
 
 SIZES = ({"update_rms": None}, {"update_rms": 0.2})
@@ -82,6 +84,12 @@ CONTENDERS: dict[str, Contender] = {
         f"DeepMomentum, {memory}": Contender("deep_momentum", SIZES, {"memory": memory})
         for memory in ("linear", "delta", "covariance")
     },
+    "DeepMomentum, delta and motion": Contender(
+        "deep_momentum",
+        ({"ahead": 10.0, "average": 0.0}, {"ahead": 0.0, "average": 1.0}),
+        {"memory": "delta"},
+        motion=True,
+    ),
     "M3": Contender("m3", ({"mix": "post"}, {"mix": "pre"})),
     "SOAP": Contender("pytorch_optimizer.SOAP", ({"beta2": 0.95}, {"beta2": 0.99})),
     "AdEMAMix": Contender(
@@ -157,8 +165,14 @@ def build(
     if package(contender):
         name, _, cls = entry.name.rpartition(".")
         return Continuum(getattr(importlib.import_module(name), cls)(groups, **options))
+    around = {key: options.pop(key) for key in ("ahead", "average") if entry.motion}
     rest = (setting.lr, setting.weight_decay)
-    return Continuum(deepopt.create_optimizer(groups, entry.name, *rest, **options))
+    made = deepopt.create_optimizer(groups, entry.name, *rest, **options)
+    if entry.motion:
+        motion = deepopt.Motion(made, **around)
+        for mode in ("train", "eval"):  # which training.switch calls
+            setattr(made, mode, getattr(motion, mode))
+    return Continuum(made)
 
 
 def retention(entry: Contender, beta: float | None, options: dict[str, Any]) -> dict[str, Any]:

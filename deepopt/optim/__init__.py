@@ -9,6 +9,7 @@ from deepopt.optim.factory import create_optimizer
 from deepopt.optim.functional import functional
 from deepopt.optim.layer_inputs import capture_inputs
 from deepopt.optim.m3 import M3
+from deepopt.optim.motion import Motion
 from deepopt.optim.preconditioned_momentum import PreconditionedMomentum
 from deepopt.optim.registry import optimizers
 from deepopt.routing import param_groups, routing_table
@@ -20,6 +21,7 @@ __all__ = [
     "DeepMomentum",
     "DeltaGradientDescent",
     "DeltaMomentum",
+    "Motion",
     "PreconditionedMomentum",
     "capture_inputs",
     "create_optimizer",

@@ -1,0 +1,161 @@
+"""A level above the momentum: a memory of the weights' own motion, around any optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+MOTION, OFFSET, PEAK = "motion", "motion_offset", "motion_peak"
+"""The memory in a parameter's state, and two numbers of its group: how many times the memory its
+parameters are away from the weights, and the highest learning rate so far."""
+
+
+class Motion:
+    r"""Gradients ahead of the weights, and an average behind them, from one memory of their motion.
+
+    .. math::
+        D_t &= \gamma D_{t-1} + (1-\gamma)\,(W_t - W_{t-1}) \\
+        \text{training:}\quad \theta_t &= W_t + a\,\frac{\mathrm{lr}_t}{\max_{s \le t}
+        \mathrm{lr}_s}\, D_t \qquad
+        \text{evaluation:}\quad \theta_t = W_t - b\,\frac{\gamma}{1-\gamma}\, D_t
+
+    The weights W are what the optimizer steps, :math:`\theta` is what the parameters hold between
+    two steps. D is the next slower level of the paper's nesting: an average of steps, as the
+    momentum is one of gradients. Ahead it is Nesterov's look-ahead on a slow scale. Behind, with
+    b = 1, :math:`\theta` is exactly the exponential moving average of all weights with retention
+    :math:`\gamma`, at no further state::
+
+        optimizer = deepopt.DeepMomentum(deepopt.param_groups(model), lr=1e-3)
+        motion = deepopt.Motion(optimizer)
+        ...  # train as before, with optimizer.step()
+        motion.eval()
+        evaluate(model)
+        motion.train()
+
+    Save and load the model and ``optimizer.state_dict()`` in either mode, and make ``Motion`` anew
+    around the optimizer that loads.
+
+    Args:
+        optimizer: any of torch's class, whose steps this joins. It keeps the state.
+        retention: gamma, in [0, 1) (default: 0.99).
+        ahead: a, in average steps, at least 0 (default: 10).
+        average: b, in [0, 1]; 0 evaluates the weights themselves (default: 1).
+
+    State: 1 float per parameter, in the optimizer's, and a copy of the weights during a step.
+
+    Raises:
+        ValueError: an argument out of range, or a parameter narrower than float32, in which the
+            weights could not be told from what the parameter holds.
+        RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``; a step after
+            :meth:`eval`.
+
+    Source: the look-ahead is EMA-Nesterov of modded-nanogpt's optimizer track.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, retention: float = 0.99, ahead: float = 10.0, average: float = 1
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer")
+        if not 0.0 <= retention < 1.0:
+            raise ValueError(f"Invalid retention: {retention}; it must be in [0, 1)")
+        if not 0.0 <= ahead < float("inf"):
+            raise ValueError(f"Invalid ahead: {ahead}; it must be a number of steps, at least 0")
+        if not 0.0 <= average <= 1.0:
+            raise ValueError(f"Invalid average: {average}; it must be in [0, 1]")
+        self.optimizer, self.retention = optimizer, retention
+        self.ahead, self.average = ahead, average
+        self._weights: dict[Tensor, Tensor] = {}
+        self._check()
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    def __repr__(self) -> str:
+        numbers = (self.retention, self.ahead, self.average)
+        return "Motion(retention={:g}, ahead={:g}, average={:g})".format(*numbers)
+
+    def train(self) -> None:
+        """Put the parameters ahead of the weights, where gradients are taken."""
+        for group in self.optimizer.param_groups:
+            self._place(group, self._steps_ahead(group))
+
+    def eval(self) -> None:
+        """Put the parameters at the average of the weights."""
+        for group in self.optimizer.param_groups:
+            self._place(group, -self.average * self.retention / (1 - self.retention))
+
+    def _check(self) -> None:
+        for group in self.optimizer.param_groups:
+            for flag in ("capturable", "differentiable"):
+                if group.get(flag):
+                    raise RuntimeError(f"Motion does not support {flag}=True; leave it out")
+            if group.get(OFFSET, 0.0) < 0:
+                raise RuntimeError("a step after Motion.eval(): call Motion.train() before it")
+            for param in group["params"]:
+                if param.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(
+                        f"Invalid params: one is {param.dtype}; Motion needs float32 or float64 "
+                        "parameters: keep them so and compute in a narrower type by autocast"
+                    )
+
+    def _steps_ahead(self, group: dict[str, Any]) -> float:
+        lr = float(group["lr"])
+        group[PEAK] = max(lr, group.get(PEAK, 0.0))
+        return self.ahead * lr / group[PEAK] if lr else 0.0
+
+    @torch.no_grad()
+    def _place(self, group: dict[str, Any], offset: float) -> None:
+        """Move a group's parameters to so many times the memory from the weights."""
+        states = self.optimizer.state
+        moved = [param for param in group["params"] if MOTION in states.get(param, ())]
+        memories = [states[param][MOTION] for param in moved]
+        if moved and offset != (now := group.get(OFFSET, 0.0)):
+            torch._foreach_add_(moved, memories, alpha=offset - now)
+        group[OFFSET] = offset
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Back to the weights, which are what the optimizer steps; a closure is evaluated ahead."""
+        self._check()
+        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+        for group in optimizer.param_groups:
+            self._place(group, 0.0)
+        every = [param for group in optimizer.param_groups for param in group["params"]]
+        self._weights = {param: param.detach().clone() for param in every}
+        if closure is None:
+            return args, kwargs
+
+        def evaluated() -> Any:
+            self.train()
+            try:
+                return closure()
+            finally:
+                for group in optimizer.param_groups:
+                    self._place(group, 0.0)
+                with torch.no_grad():  # to the last bit
+                    torch._foreach_copy_(every, [self._weights[param] for param in every])
+
+        return (optimizer, evaluated), {}
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the step into the memory, and go ahead of the new weights."""
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = optimizer.state[param]
+                memory = state.get(MOTION)
+                step = param - self._weights[param]
+                if memory is None:
+                    memory = torch.zeros_like(param)
+                new = memory.lerp(step, 1 - self.retention)
+                if found_inf is not None:
+                    new = torch.where(found_inf.to(param.device).squeeze() > 0, memory, new)
+                state[MOTION] = new
+            self._place(group, self._steps_ahead(group))
+        self._weights = {}
