@@ -23,7 +23,6 @@ from deepopt.memory.preconditioned import Preconditioned
 __all__ = [
     "BUILT_IN",
     "MLP",
-    "AnyMemory",
     "Covariance",
     "Delta",
     "DeltaRule",
