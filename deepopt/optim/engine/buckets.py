@@ -225,6 +225,26 @@ def _cut(bucket: Bucket) -> Iterator[Bucket]:
     yield part_of(bucket, range(begin, len(bucket.params))) if begin else bucket
 
 
+def batched(buckets: Iterable[tuple[Bucket, list[State]]]) -> list[list[tuple[Bucket, list[State]]]]:
+    """Buckets of matrices and their states, by whose updates reach the parameters in one call.
+
+    An operator costs less for all of some small matrices than again and again for each. Together
+    they are so small that keeping their updates takes no more memory than the largest bucket.
+    """
+    batches: list[list[tuple[Bucket, list[State]]]] = []
+    shared: Any = None
+    room = 0
+    for bucket, own in buckets:
+        kind, entries = bucket.kind, sum(map(Tensor.numel, bucket.params))
+        now = id(bucket.group), kind.device, kind.wrapped, kind.turn, own[0]["step"].device
+        if now != shared or entries > room:
+            batches.append([])
+            shared, room = now, ENTRIES_AT_ONCE
+        batches[-1].append((bucket, own))
+        room -= entries
+    return batches
+
+
 def _check(kind: Kind, group: Mapping[str, Any]) -> None:
     """Raise for what a flag of the group excludes."""
     if group["capturable"] and kind.device.type not in capturable_devices():
@@ -396,9 +416,13 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         shapes, dtypes = bucket.shapes * len(keys), bucket.state_dtypes * len(keys)
     else:
         size = kind.sides[0] * kind.sides[1]
-        counts = [param.numel() // size for param in params]
-        shapes = [(count, *like.shape[1:]) for like in keys.values() for count in counts]
-        dtypes = [like.dtype for like in keys.values() for _ in params]
+        alike = bucket.shapes.count(bucket.shapes[0]) == len(params)
+        shapes, dtypes = [], []
+        for like in keys.values():
+            dtypes += [like.dtype] * len(params)
+            for param in params[:1] if alike else params:
+                shape = torch.Size((param.numel() // size, *like.shape[1:]))
+                shapes += [shape] * (len(params) if alike else 1)
     if (
         list(map(DTYPE, tensors)) == dtypes
         and list(map(SHAPE, tensors)) == shapes
