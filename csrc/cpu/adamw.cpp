@@ -98,10 +98,12 @@ struct Stepped {
     std::vector<AdamW<S>> rules;
     rules.reserve(which.size());
     AdamW<S> rule = given.rule<S>();
-    double last = -1;  // most counts are alike, and powers take longer than small tensors
+    double last = 0;
     for (size_t t : which) {
       const double count = count_up(given.steps[t]);
-      if (count != last) rule.at_step(given.lr, given.beta1, given.beta2, last = count);
+      // Most counts are alike, and two powers take as long as the entries of a small tensor.
+      if (rules.empty() || count != last) rule.at_step(given.lr, given.beta1, given.beta2, count);
+      last = count;
       rules.push_back(rule);
     }
     for_chunks(walks, [&](size_t t, int64_t begin, int64_t end) {

@@ -40,6 +40,7 @@ from deepopt.optim.engine import State, adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.engine.buckets import (
     STEP,
+    Batch,
     Bucket,
     Group,
     Parts,
@@ -302,8 +303,8 @@ class MemoryOptimizer(Optimizer):
         every = self._states(buckets, states)
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
-        matrices: list[tuple[Bucket, list[State]]] = []
-        shared: list[tuple[Bucket, list[State]]] = []
+        matrices: Batch = []
+        shared: Batch = []
         for bucket, own in zip(buckets, every, strict=True):
             kind = bucket.kind
             if kind.elementwise:
@@ -316,8 +317,7 @@ class MemoryOptimizer(Optimizer):
             else:
                 matrices.append(sharding.local_pieces(bucket, own))
         for batch in batched(matrices):
-            device = batch[0][0].kind.device
-            found = None if found_inf is None else found_inf.to(device)
+            found = None if found_inf is None else found_inf.to(batch[0][0].kind.device)
             self._step_matrices(batch, found)
         if shared:  # together: what travels for one is computed while the next is on its way
             self._step_shared(shared, found_inf)
@@ -400,10 +400,12 @@ class MemoryOptimizer(Optimizer):
 
     # -- matrices ----------------------------------------------------------------------------
 
-    def _step_matrices(
-        self, batch: Sequence[tuple[Bucket, list[State]]], found_inf: Tensor | None
-    ) -> None:
-        """Step buckets one after the other; all their updates are applied in one call."""
+    def _step_matrices(self, batch: Batch, found_inf: Tensor | None) -> None:
+        """Step buckets one after the other, and apply their updates in one call.
+
+        A tiny matrix costs what its operators cost to call. So those that can take tensors of any
+        number and shape run once for all of a batch.
+        """
         each: list[Tensor] = []
         matrices: list[int] = []
         for bucket, own in batch:
@@ -411,17 +413,15 @@ class MemoryOptimizer(Optimizer):
             for grad, state in zip(bucket.grads, own, strict=True):
                 each += [state["step"]] * (grad.numel() // size)
             matrices.append(len(each) - before)
-        if not each:  # a rank of expert parallelism may have none
-            _count(list(map(STEP, batch[0][1])), found_inf)
-            return
         params: list[Tensor] = []
         updates: list[Tensor] = []
         states: list[State] = []
         try:
-            numbers = (torch.stack(each) + 1).split(matrices)
-            for (bucket, own), step in zip(batch, numbers, strict=True):
-                updates += self._updates(bucket, own, step, found_inf)
-                params += bucket.params
+            steps = (torch.stack(each) + 1).split(matrices) if each else [each] * len(batch)
+            for (bucket, own), step in zip(batch, steps, strict=True):
+                if len(step):  # a rank of expert parallelism may have none
+                    updates += self._updates(bucket, own, step, found_inf)
+                    params += bucket.params
                 states += own
         finally:  # where a memory raises, the buckets before it have been stepped
             if states:
@@ -429,7 +429,8 @@ class MemoryOptimizer(Optimizer):
                 lows, seeds = NO_ROUNDING
                 if group["rounding"] != "nearest":
                     lows, seeds = lows_and_seeds(params, states, group)
-                self._apply(params, updates, lows, seeds, group, found_inf, kind.wrapped)
+                if params:
+                    self._apply(params, updates, lows, seeds, group, found_inf, kind.wrapped)
                 _count(list(map(STEP, states)), found_inf)
 
     def _updates(
@@ -449,9 +450,7 @@ class MemoryOptimizer(Optimizer):
         parts = zip(update.split(counts), params, strict=True)
         return [part.reshape(param.shape) for part, param in parts]
 
-    def _step_shared(
-        self, shared: list[tuple[Bucket, list[State]]], found_inf: Tensor | None
-    ) -> None:
+    def _step_shared(self, shared: Batch, found_inf: Tensor | None) -> None:
         buckets = [bucket for bucket, _ in shared]
 
         def advance(index: int, whole: State, grad: Tensor) -> Tensor:

@@ -104,6 +104,10 @@ class Bucket(NamedTuple):
     state_dtypes: list[torch.dtype]
 
 
+Batch: TypeAlias = list[tuple[Bucket, list[State]]]
+"""Buckets, each with the states of its parameters."""
+
+
 class Sorted(NamedTuple):
     """The kinds of a group's parameters, and all that they were derived from."""
 
@@ -225,13 +229,14 @@ def _cut(bucket: Bucket) -> Iterator[Bucket]:
     yield part_of(bucket, range(begin, len(bucket.params))) if begin else bucket
 
 
-def batched(buckets: Iterable[tuple[Bucket, list[State]]]) -> list[list[tuple[Bucket, list[State]]]]:
-    """Buckets of matrices and their states, by whose updates reach the parameters in one call.
+def batched(buckets: Iterable[tuple[Bucket, list[State]]]) -> list[Batch]:
+    """Buckets of matrices with their states, grouped by whose updates are applied in one call.
 
-    An operator costs less for all of some small matrices than again and again for each. Together
-    they are so small that keeping their updates takes no more memory than the largest bucket.
+    An operator costs little more for twenty small matrices than for one. Those of a batch are of
+    one group, and have together at most ``ENTRIES_AT_ONCE`` entries, because their updates are kept
+    until the last one is there. A larger bucket goes alone.
     """
-    batches: list[list[tuple[Bucket, list[State]]]] = []
+    batches: list[Batch] = []
     shared: Any = None
     room = 0
     for bucket, own in buckets:
