@@ -55,14 +55,11 @@ struct DEEPOPT_HIDDEN AdamWArguments {
 
   // Adds the walk through parameter t's tensors: parameter, gradient, m, v and low bits.
   void add_walk(std::vector<Walk<5>>& walks, size_t t) const {
-    check_same_shape(grads[t], params[t]);
-    for (const auto* written : {&params, &exp_avgs, &exp_avg_sqs}) {
-      check_written((*written)[t]);
-      check_same_shape((*written)[t], params[t]);
-    }
-    walks.emplace_back(params[t], std::array<View, 5>{View(params[t]), View(grads[t]),
-                                                      View(exp_avgs[t]), View(exp_avg_sqs[t]),
-                                                      View(roundings().low(t))});
+    const std::array<View, 5> views{View(params[t]), View(grads[t]), View(exp_avgs[t]),
+                                    View(exp_avg_sqs[t]), View(roundings().low(t))};
+    for (const View& view : views) check_same_shape(view, views[0]);
+    for (size_t written : {0, 2, 3, 4}) check_written(views[written]);
+    walks.emplace_back(views);
   }
 
  private:

@@ -35,10 +35,10 @@ struct DEEPOPT_HIDDEN ApplyUpdateArguments {
 
   // Adds the walk through parameter t's tensors: parameter, update and low bits.
   void add_walk(std::vector<Walk<3>>& walks, size_t t) const {
-    check_written(params[t]);
-    check_same_shape(updates[t], params[t]);
-    walks.emplace_back(params[t], std::array<View, 3>{View(params[t]), View(updates[t]),
-                                                      View(roundings().low(t))});
+    const std::array<View, 3> views{View(params[t]), View(updates[t]), View(roundings().low(t))};
+    for (const View& view : views) check_same_shape(view, views[0]);
+    for (size_t written : {0, 2}) check_written(views[written]);
+    walks.emplace_back(views);
   }
 };
 

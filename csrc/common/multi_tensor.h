@@ -51,29 +51,32 @@ struct Places {
   int64_t count;
 };
 
-// Where the entries of a tensor are.
+// Where the entries of a tensor are. Every question to a tensor crosses the stable ABI: this asks
+// each of them once.
 struct View {
   char* data;
-  int64_t width;           // bytes of an entry
-  const int64_t* strides;  // in entries
+  int64_t width;  // bytes of an entry
+  size_t dims;
+  const int64_t *sizes, *strides;  // in entries
 
   explicit View(const Tensor& tensor)
       : data(static_cast<char*>(tensor.mutable_data_ptr())),
-        width(int64_t(tensor.element_size())),
-        strides(tensor.strides().data()) {}
+        width(int64_t(tensor.element_size())) {
+    const auto size = tensor.sizes(), stride = tensor.strides();
+    dims = size.size(), sizes = size.data(), strides = stride.data();
+  }
 };
 
-inline void check_same_shape(const Tensor& tensor, const Tensor& param) {
-  const auto sizes = tensor.sizes(), wanted = param.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()),
+inline void check_same_shape(const View& view, const View& param) {
+  STD_TORCH_CHECK(std::equal(view.sizes, view.sizes + view.dims, param.sizes,
+                             param.sizes + param.dims),
                   "deepopt: tensors of one parameter must have its shape");
 }
 
 // Refuses, as torch does, to write to a place that several entries share.
-inline void check_written(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0,
+inline void check_written(const View& view) {
+  for (size_t d = 0; d < view.dims; ++d) {
+    STD_TORCH_CHECK(view.sizes[d] < 2 || view.strides[d] != 0,
                     "deepopt: a tensor that is written to has several entries in one place, as "
                     "expand makes it; clone it first");
   }
@@ -97,8 +100,7 @@ class Walk {
     }
   };
 
-  Walk(const Tensor& shaped, const std::array<View, N>& views) {
-    const auto sizes = shaped.sizes();
+  explicit Walk(const std::array<View, N>& views) {
     for (size_t k = 0; k < N; ++k) {
       base_[k] = views[k].data;
       width_[k] = views[k].width;
@@ -106,51 +108,47 @@ class Walk {
     std::array<Dim, kMostDims> dims;
     size_t used = 0;
     count_ = 1;
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      count_ *= sizes[d];
-      if (sizes[d] == 1) continue;
+    for (size_t d = 0; d < views[0].dims; ++d) {
+      const int64_t size = views[0].sizes[d];
+      count_ *= size;
+      if (size == 1) continue;
       STD_TORCH_CHECK(used < kMostDims, "deepopt: a parameter has more than 16 dimensions");
       Dim& dim = dims[used++];
-      dim.size = sizes[d];
+      dim.size = size;
       for (size_t k = 0; k < N; ++k) dim.stride[k] = views[k].strides[d] * views[k].width;
     }
     // The walk follows the memory order of the first tensor, the parameter.
     std::stable_sort(dims.begin(), dims.begin() + used,
                      [](const Dim& a, const Dim& b) { return a.stride[0] > b.stride[0]; });
+    inner_.size = count_;
+    for (size_t k = 0; k < N; ++k) inner_.stride[k] = views[k].width;
     for (size_t d = 0; d < used; ++d) {
-      if (dims_ && walked_[dims_ - 1].continues(dims[d])) {
-        walked_[dims_ - 1] = Dim{walked_[dims_ - 1].size * dims[d].size, dims[d].stride};
-      } else {
-        walked_[dims_++] = dims[d];
-      }
-    }
-    if (!dims_) {
-      walked_[dims_].size = count_;
-      for (size_t k = 0; k < N; ++k) walked_[dims_].stride[k] = views[k].width;
-      ++dims_;
+      const bool merged = d && inner_.continues(dims[d]);
+      if (d && !merged) outer_.push_back(inner_);
+      inner_ = Dim{merged ? inner_.size * dims[d].size : dims[d].size, dims[d].stride};
     }
   }
 
   int64_t count() const { return count_; }
   const std::array<char*, N>& base() const { return base_; }
-  size_t dims() const { return dims_; }
-  const Dim& dim(size_t d) const { return walked_[d]; }
+  size_t dims() const { return outer_.size() + 1; }
+  const Dim& dim(size_t d) const { return d < outer_.size() ? outer_[d] : inner_; }
 
   // Whether all entries of all tensors lie one after the other, in the same order.
-  bool dense() const { return dims_ == 1 && walked_[0].stride == width_; }
+  bool dense() const { return outer_.empty() && inner_.stride == width_; }
 
   // Calls f with stretches of entries that together are those from begin to end, in the walk's
   // order.
   template <class F>
   void between(int64_t begin, int64_t end, const F& f) const {
-    const Dim& inner = walked_[dims_ - 1];
     while (begin < end) {
-      Places<N> places{base_, inner.stride, std::min(end - begin, inner.size - begin % inner.size)};
+      const int64_t left = inner_.size - begin % inner_.size;
+      Places<N> places{base_, inner_.stride, std::min(end - begin, left)};
       int64_t index = begin;
-      for (size_t d = dims_; d-- > 0;) {
-        const int64_t along = index % walked_[d].size;
-        index /= walked_[d].size;
-        for (size_t k = 0; k < N; ++k) places.at[k] += along * walked_[d].stride[k];
+      for (size_t d = dims(); d-- > 0;) {
+        const int64_t along = index % dim(d).size;
+        index /= dim(d).size;
+        for (size_t k = 0; k < N; ++k) places.at[k] += along * dim(d).stride[k];
       }
       f(places);
       begin += places.count;
@@ -160,8 +158,8 @@ class Walk {
  private:
   std::array<char*, N> base_;
   std::array<int64_t, N> width_;
-  std::array<Dim, kMostDims> walked_;
-  size_t dims_ = 0;
+  Dim inner_;
+  std::vector<Dim> outer_;  // seldom any: room for 16 in every walk would flood the cache
   int64_t count_;
 };
 

@@ -84,6 +84,7 @@ struct Stepped {
       : given(arguments), which(arguments.with_state(state)) {
     const Roundings roundings = given.roundings();
     walks.reserve(which.size());
+    noises.reserve(which.size());
     kernels.reserve(which.size());
     for (size_t t : which) {
       given.add_walk(walks, t);
@@ -94,9 +95,16 @@ struct Stepped {
   }
 
   void run() const {
-    std::vector<AdamW<S>> rules(which.size(), given.rule<S>());
-    for (size_t i = 0; i < which.size(); ++i) {
-      rules[i].at_step(given.lr, given.beta1, given.beta2, count_up(given.steps[which[i]]));
+    std::vector<AdamW<S>> rules;
+    rules.reserve(which.size());
+    AdamW<S> rule = given.rule<S>();
+    double last = 0;
+    for (size_t t : which) {
+      const double count = count_up(given.steps[t]);
+      // Most counts are alike, and two powers take as long as the entries of a small tensor.
+      if (rules.empty() || count != last) rule.at_step(given.lr, given.beta1, given.beta2, count);
+      last = count;
+      rules.push_back(rule);
     }
     for_chunks(walks, [&](size_t t, int64_t begin, int64_t end) {
       walks[t].between(begin, end,

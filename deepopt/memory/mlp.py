@@ -97,7 +97,7 @@ class MLP:
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = LINEAR.read(state, grad, retention)
-        reach = self.authority * _size(momentum)
+        reach = self.authority * root_mean_square(momentum)
         return coordinate_mlp(momentum, reach, *self._keys(state), state["phi"])
 
     @property
@@ -108,22 +108,19 @@ class MLP:
         """The averages, and what each is multiplied with to be a key, shape (B, F)."""
         averages = [state[key] for key in self._averages]
         tiny = torch.finfo(averages[0].dtype).tiny
-        return averages, torch.stack([1 / _size(x).clamp_min(tiny) for x in averages], 1)
+        sizes = torch.stack([root_mean_square(x) for x in averages], 1)
+        return averages, sizes.clamp_min(tiny).reciprocal()
 
     def _learned(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
         phi, momentum = state["phi"], state["momentum"]
         averages, scales = self._keys(state)
-        size = _size(momentum)
-        unit = torch.maximum(size, _size(grad)).clamp_min(torch.finfo(grad.dtype).tiny)
+        size = root_mean_square(momentum)
+        unit = torch.maximum(size, root_mean_square(grad)).clamp_min(torch.finfo(grad.dtype).tiny)
         slope = coordinate_mlp_gradient(
             momentum, self.authority * size, averages, scales, phi, grad, unit
         )
         kept = state["phi0"] + self.inner_retention * (phi - state["phi0"])
         return kept - self.inner_lr * slope
-
-
-def _size(matrices: Tensor) -> Tensor:
-    return root_mean_square(matrices).flatten()
 
 
 def initial_weights(features: int) -> Tensor:

@@ -218,12 +218,12 @@ class Module:
         if self._literal:
             features, scale = [grad], grad.new_ones(len(grad), 1, 1)
         else:
-            features, scale = [normalized(grad)], root_mean_square(grad)
+            features, scale = [normalized(grad)], root_mean_square(grad)[:, None, None]
         if averages := [state[f"average.{i}"] for i, _ in enumerate(self._retentions(0.0))]:
             unbias = 1 - retention ** state["step"].to(grad.device, grad.dtype, non_blocking=True)
             linear = averages[0] / unbias[:, None, None]
             features += map(normalized, averages)
-            scale = torch.maximum(scale, root_mean_square(linear))
+            scale = torch.maximum(scale, root_mean_square(linear)[:, None, None])
             base = -linear / scale.clamp_min(torch.finfo(grad.dtype).tiny)
         features[0] = self._map(features[0])
         if self.granularity == "row":

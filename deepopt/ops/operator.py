@@ -98,8 +98,7 @@ class Operator(Generic[P, R]):
         given: Sequence[Any] = args if self._packed is None else self._flat(args)
         result = self.implementations[chosen].run(*given, **kwargs)
         if self._mutates:  # autograd must see that the parameters, which come first, have changed
-            first = self.overload._schema.arguments[0].name
-            changed: Any = args[0] if args else kwargs[first]
+            changed: Any = args[0] if args else kwargs[self._first]
             torch.autograd.graph.increment_version(changed)
         return result
 
@@ -168,6 +167,7 @@ class Operator(Generic[P, R]):
             )
         arguments = overload._schema.arguments
         self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
+        self._first = arguments[0].name  # kept: torch makes all of a schema anew when asked
         run: Callable[..., Any] = self._taking_flat(kernel, len(arguments))
         fake: Callable[..., Any] = self._taking_flat(self._fake, len(arguments))
         if self._mutates:  # and returns nothing

@@ -5,6 +5,8 @@ takes the gradient in and which map makes an update of what it recalls. Groups, 
 are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step out.
 """
 
+import itertools
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,10 +40,12 @@ from deepopt.optim.engine import State, adamw_path, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
 from deepopt.optim.engine.buckets import (
     STEP,
+    Batch,
     Bucket,
     Group,
     Parts,
     Sorted,
+    batched,
     check_kept,
     check_states,
     distribute,
@@ -299,18 +303,22 @@ class MemoryOptimizer(Optimizer):
         every = self._states(buckets, states)
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
-        shared: list[tuple[Bucket, list[State]]] = []
+        matrices: Batch = []
+        shared: Batch = []
         for bucket, own in zip(buckets, every, strict=True):
             kind = bucket.kind
-            found = None if found_inf is None else found_inf.to(kind.device)
             if kind.elementwise:
+                found = None if found_inf is None else found_inf.to(kind.device)
                 adamw_path.step(bucket, own, found)
             elif kind.shared:
                 shared.append((bucket, own))
             elif kind.mesh is None:
-                self._step_matrices(bucket, own, found)
+                matrices.append((bucket, own))
             else:
-                self._step_matrices(*sharding.local_pieces(bucket, own), found)
+                matrices.append(sharding.local_pieces(bucket, own))
+        for batch in batched(matrices):
+            found = None if found_inf is None else found_inf.to(batch[0][0].kind.device)
+            self._step_matrices(batch, found)
         if shared:  # together: what travels for one is computed while the next is on its way
             self._step_shared(shared, found_inf)
 
@@ -326,16 +334,16 @@ class MemoryOptimizer(Optimizer):
         found: list[list[State]] = []
         made: list[tuple[Tensor, State]] = []
         for bucket in buckets:
-            own: list[Any] = list(map(states.get, bucket.params))
-            fresh = [i for i, state in enumerate(own) if not state or "step" not in state]
-            if not fresh:
+            own: list[Any] = list(map(states.get, bucket.params, itertools.repeat({})))
+            begun = list(map(operator.contains, own, itertools.repeat("step")))
+            if all(begun):
                 check_states(bucket, own, self._keys(bucket))
             else:
-                old = sorted(set(range(len(own))) - set(fresh))
+                old = list(itertools.compress(range(len(own)), begun))
                 if old:
                     check_states(part_of(bucket, old), [own[i] for i in old], self._keys(bucket))
-                begun = part_of(bucket, fresh)
-                made += zip(begun.params, self._fresh_states(begun), strict=True)
+                fresh = part_of(bucket, [i for i, there in enumerate(begun) if not there])
+                made += zip(fresh.params, self._fresh_states(fresh), strict=True)
             found.append(own)
         if not made:
             return found
@@ -392,34 +400,57 @@ class MemoryOptimizer(Optimizer):
 
     # -- matrices ----------------------------------------------------------------------------
 
-    def _step_matrices(self, bucket: Bucket, states: list[State], found_inf: Tensor | None) -> None:
-        kind, group, params = bucket.kind, bucket.group, bucket.params
-        grads = [grad.reshape(-1, *kind.sides) for grad in bucket.grads]
-        steps, counts = list(map(STEP, states)), list(map(len, grads))
-        if sum(counts):  # a rank of expert parallelism may have none
-            grad = torch.cat(grads) if len(grads) > 1 else grads[0]
-            grad = grad.to(kind.state_dtype)
-            keys = self._keys(bucket)
-            with stacked(states, keys, counts, group["differentiable"]) as whole:
-                each = steps
-                if counts.count(1) < len(counts):
-                    each = [step for step, n in zip(steps, counts, strict=True) for _ in range(n)]
-                whole["step"] = torch.stack(each) + 1
-                update = _advance(bucket, whole, grad, found_inf)
-            if len(params) == 1:
-                updates = [update.reshape(params[0].shape)]
-            else:
-                parts = zip(update.split(counts), params, strict=True)
-                updates = [part.reshape(param.shape) for part, param in parts]
-            lows, seeds = NO_ROUNDING
-            if group["rounding"] != "nearest":
-                lows, seeds = lows_and_seeds(params, states, group)
-            self._apply(params, updates, lows, seeds, group, found_inf, kind.wrapped)
-        _count(steps, found_inf)
+    def _step_matrices(self, batch: Batch, found_inf: Tensor | None) -> None:
+        """Step buckets one after the other, and apply their updates in one call.
 
-    def _step_shared(
-        self, shared: list[tuple[Bucket, list[State]]], found_inf: Tensor | None
-    ) -> None:
+        A tiny matrix costs what its operators cost to call. So those that can take tensors of any
+        number and shape run once for all of a batch.
+        """
+        each: list[Tensor] = []
+        matrices: list[int] = []
+        for bucket, own in batch:
+            size, before = math.prod(bucket.kind.sides), len(each)
+            for grad, state in zip(bucket.grads, own, strict=True):
+                each += [state["step"]] * (grad.numel() // size)
+            matrices.append(len(each) - before)
+        params: list[Tensor] = []
+        updates: list[Tensor] = []
+        states: list[State] = []
+        try:
+            steps = (torch.stack(each) + 1).split(matrices) if each else [each] * len(batch)
+            for (bucket, own), step in zip(batch, steps, strict=True):
+                if len(step):  # a rank of expert parallelism may have none
+                    updates += self._updates(bucket, own, step, found_inf)
+                    params += bucket.params
+                states += own
+        finally:  # where a memory raises, the buckets before it have been stepped
+            if states:
+                kind, group = batch[0][0].kind, batch[0][0].group
+                lows, seeds = NO_ROUNDING
+                if group["rounding"] != "nearest":
+                    lows, seeds = lows_and_seeds(params, states, group)
+                if params:
+                    self._apply(params, updates, lows, seeds, group, found_inf, kind.wrapped)
+                _count(list(map(STEP, states)), found_inf)
+
+    def _updates(
+        self, bucket: Bucket, states: list[State], step: Tensor, found_inf: Tensor | None
+    ) -> list[Tensor]:
+        """The updates of a bucket's parameters, whose new state is written."""
+        kind, params = bucket.kind, bucket.params
+        grads = [grad.reshape(-1, *kind.sides) for grad in bucket.grads]
+        counts = list(map(len, grads))
+        grad = torch.cat(grads) if len(grads) > 1 else grads[0]
+        grad = grad.to(kind.state_dtype)
+        with stacked(states, self._keys(bucket), counts, bucket.group["differentiable"]) as whole:
+            whole["step"] = step
+            update = _advance(bucket, whole, grad, found_inf)
+        if len(params) == 1:
+            return [update.reshape(params[0].shape)]
+        parts = zip(update.split(counts), params, strict=True)
+        return [part.reshape(param.shape) for part, param in parts]
+
+    def _step_shared(self, shared: Batch, found_inf: Tensor | None) -> None:
         buckets = [bucket for bucket, _ in shared]
 
         def advance(index: int, whole: State, grad: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the base class does beyond the contract that tests/optim/contract holds every class to."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -185,6 +186,34 @@ def test_a_memory_that_fails_leaves_the_optimizer_as_it_was():
     assert torch.equal(param, before[0])
     for key, value in before[1].items():
         assert torch.equal(optimizer.state[param][key], value)
+
+
+def test_parameters_stepped_before_a_memory_fails_have_had_a_whole_step():
+    class Failing(memories.Linear):
+        def write(self, state, grad, retention):
+            if grad.shape[1:] == (24, 32) and state["step"][0] == 2:
+                raise ArithmeticError("on purpose")
+            super().write(state, grad, retention)
+
+    def stepped(memory, sizes):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(size)) for size in sizes]
+        optimizer = deepopt.DeepMomentum(params, memory=memory)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.sin(param.detach())
+            before = [param.detach().clone() for param in params]
+            with contextlib.suppress(ArithmeticError):
+                optimizer.step()
+        return params, before, [dict(optimizer.state[param]) for param in params]
+
+    sizes = [(20, 24), (24, 32), (28, 40)]
+    params, before, states = stepped(Failing(), sizes)
+    expected, _, whole = stepped("linear", sizes)
+    assert torch.equal(params[0], expected[0])
+    assert all(torch.equal(states[0][key], value) for key, value in whole[0].items())
+    assert [float(state["step"]) for state in states] == [2.0, 1.0, 1.0]
+    assert all(torch.equal(params[i], before[i]) for i in (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,10 @@ SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
 """Arguments of a group that decide about the kinds of its parameters, or exclude some."""
 IS_SPARSE, STEP = operator.attrgetter("is_sparse"), operator.itemgetter("step")
 CPU = torch.device("cpu")
-COUNTS = (torch.float32, torch.float64)
+COUNTS = {torch.float32, torch.float64}
 """Dtypes of step counts, by torch's default dtype."""
-LAYOUT = operator.attrgetter("shape", "dtype", "device")
-Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
-ATTRIBUTES = operator.attrgetter("shape", "dtype", "device", "__class__")
+NO_DIMS = torch.Size()
+SHAPE, DTYPE, DEVICE = map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
 class Kind(NamedTuple):
@@ -101,8 +100,12 @@ class Bucket(NamedTuple):
     parts: Parts
     params: list[Tensor]
     grads: list[Tensor]
-    layouts: list[Layout]
-    """Those of the parameters, as :class:`Sorted` has them."""
+    shapes: list[torch.Size]
+    state_dtypes: list[torch.dtype]
+
+
+Batch: TypeAlias = list[tuple[Bucket, list[State]]]
+"""Buckets, each with the states of its parameters."""
 
 
 class Sorted(NamedTuple):
@@ -110,12 +113,14 @@ class Sorted(NamedTuple):
 
     params: list[Tensor]
     arguments: list[Any]
-    attributes: list[tuple[Any, ...]]
+    types: list[type]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
     addresses: list[int] | None
     members: dict[Kind, list[int]]
     """The numbers of the parameters of each kind."""
-    layouts: list[Layout]
-    """For each parameter its shape and device, with the dtype of its state."""
+    state_dtypes: list[torch.dtype]
     lasting: bool
     """Whether it can be kept: the attributes of a DTensor do not show a new placement."""
 
@@ -124,14 +129,18 @@ class Sorted(NamedTuple):
         """``before``, if it still holds, else the group sorted anew."""
         params = group["params"]
         arguments = list(map(group.get, SORTED_BY))
-        attributes = list(map(ATTRIBUTES, params))
+        types, shapes = list(map(type, params)), list(map(SHAPE, params))
+        dtypes, devices = list(map(DTYPE, params)), list(map(DEVICE, params))
         addresses = _addresses(params)
         if (
             before is not None
             and before.lasting
-            and before.attributes == attributes
             and before.addresses == addresses
             and before.arguments == arguments
+            and before.types == types
+            and before.shapes == shapes
+            and before.dtypes == dtypes
+            and before.devices == devices
             and all(map(operator.is_, before.params, params))
         ):
             return before
@@ -143,10 +152,13 @@ class Sorted(NamedTuple):
         return cls(
             list(params),
             [list(value) if isinstance(value, list) else value for value in arguments],
-            attributes,
+            types,
+            shapes,
+            dtypes,
+            devices,
             addresses,
             members,
-            [(param.shape, state_dtype(param), param.device) for param in params],
+            list(map(state_dtype, params)),
             not any(kind.mesh is not None for kind in members),
         )
 
@@ -174,9 +186,10 @@ def sort(
     for kind, numbers in found.members.items():
         # No loop in Python: with hundreds of small tensors it would cost as much as their step.
         params = list(map(group["params"].__getitem__, numbers))
-        layouts = list(map(found.layouts.__getitem__, numbers))
+        shapes = list(map(found.shapes.__getitem__, numbers))
+        dtypes = list(map(found.state_dtypes.__getitem__, numbers))
         own: list[Any] = list(map(grads.__getitem__, numbers))
-        bucket = Bucket(kind, group, parts, params, own, layouts)
+        bucket = Bucket(kind, group, parts, params, own, shapes, dtypes)
         there = list(map(operator.is_not, own, itertools.repeat(None)))
         if not all(there):
             bucket = part_of(bucket, list(itertools.compress(range(len(there)), there)))
@@ -200,7 +213,8 @@ def part_of(bucket: Bucket, numbers: Sequence[int]) -> Bucket:
     return bucket._replace(
         params=list(map(bucket.params.__getitem__, numbers)),
         grads=list(map(bucket.grads.__getitem__, numbers)),
-        layouts=list(map(bucket.layouts.__getitem__, numbers)),
+        shapes=list(map(bucket.shapes.__getitem__, numbers)),
+        state_dtypes=list(map(bucket.state_dtypes.__getitem__, numbers)),
     )
 
 
@@ -213,6 +227,27 @@ def _cut(bucket: Bucket) -> Iterator[Bucket]:
             begin, entries = index, 0
         entries += size
     yield part_of(bucket, range(begin, len(bucket.params))) if begin else bucket
+
+
+def batched(buckets: Iterable[tuple[Bucket, list[State]]]) -> list[Batch]:
+    """Buckets of matrices with their states, grouped by whose updates are applied in one call.
+
+    An operator costs little more for twenty small matrices than for one. Those of a batch are of
+    one group, and have together at most ``ENTRIES_AT_ONCE`` entries, because their updates are kept
+    until the last one is there. A larger bucket goes alone.
+    """
+    batches: list[Batch] = []
+    shared: Any = None
+    room = 0
+    for bucket, own in buckets:
+        kind, entries = bucket.kind, sum(map(Tensor.numel, bucket.params))
+        now = id(bucket.group), kind.device, kind.wrapped, kind.turn, own[0]["step"].device
+        if now != shared or entries > room:
+            batches.append([])
+            shared, room = now, ENTRIES_AT_ONCE
+        batches[-1].append((bucket, own))
+        room -= entries
+    return batches
 
 
 def _check(kind: Kind, group: Mapping[str, Any]) -> None:
@@ -370,39 +405,46 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
             f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
             "put the tensor back, or delete the whole entry of optimizer.state"
         )
-    if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_inference, every)):
+    if any(map(Tensor.is_inference, every)) or not all(map(Tensor.is_contiguous, tensors)):
         _check_writable(bucket, states, keys)
-    counts = list(map(LAYOUT, steps))
-    allowed = set(itertools.product((torch.Size(),), COUNTS, (CPU, kind.device)))
-    if not allowed.issuperset(counts):
-        _refuse_counts(bucket, counts, allowed)
+    # One property of all tensors after the other: tensor by tensor, it would cost more than the
+    # steps of small ones.
+    if not (
+        {NO_DIMS}.issuperset(map(SHAPE, steps))
+        and COUNTS.issuperset(map(DTYPE, steps))
+        and {CPU, kind.device}.issuperset(map(DEVICE, steps))
+    ):
+        _refuse_counts(bucket, steps)
     if bucket.group["rounding"] == "exact":
         _check_lows(bucket, states)
-    # All at once: one by one they would cost more than the steps of small tensors.
-    found = list(map(LAYOUT, tensors))
     if kind.elementwise:
-        wanted = bucket.layouts * len(keys)
+        shapes, dtypes = bucket.shapes * len(keys), bucket.state_dtypes * len(keys)
     else:
-        count = kind.sides[0] * kind.sides[1]
-        alike = bucket.layouts.count(bucket.layouts[0]) == len(params)
-        wanted = []
+        size = kind.sides[0] * kind.sides[1]
+        alike = bucket.shapes.count(bucket.shapes[0]) == len(params)
+        shapes, dtypes = [], []
         for like in keys.values():
+            dtypes += [like.dtype] * len(params)
             for param in params[:1] if alike else params:
-                shape = torch.Size((param.numel() // count, *like.shape[1:]))
-                wanted += [(shape, like.dtype, kind.device)] * (len(params) if alike else 1)
-    if found == wanted:
+                shape = torch.Size((param.numel() // size, *like.shape[1:]))
+                shapes += [shape] * (len(params) if alike else 1)
+    if (
+        list(map(DTYPE, tensors)) == dtypes
+        and list(map(SHAPE, tensors)) == shapes
+        and {kind.device}.issuperset(map(DEVICE, tensors))
+    ):
         return
-    for index, (shape, dtype, device) in enumerate(wanted):
+    for index, tensor in enumerate(tensors):
         key, param = list(keys)[index // len(params)], params[index % len(params)]
-        if found[index][2] != device:
+        if tensor.device != kind.device:
             raise RuntimeError(
-                f"state {key!r} of {_who(bucket, param)} lies on {found[index][2]}, and the "
-                f"parameter on {device}: bring what was moved away back before the step"
+                f"state {key!r} of {_who(bucket, param)} lies on {tensor.device}, and the "
+                f"parameter on {kind.device}: bring what was moved away back before the step"
             )
-        if kind.mesh is None and found[index][:2] != (shape, dtype):
+        if kind.mesh is None and (tensor.shape, tensor.dtype) != (shapes[index], dtypes[index]):
             raise RuntimeError(
                 f"state {key!r} of {_who(bucket, param)} has become a tensor of "
-                f"{tuple(found[index][0])} and {found[index][1]}, which does not fit: replace a "
+                f"{tuple(tensor.shape)} and {tensor.dtype}, which does not fit: replace a "
                 "state tensor only by one of its own shape and dtype"
             )
 
@@ -422,14 +464,14 @@ def _check_writable(bucket: Bucket, states: Sequence[Any], keys: Iterable[str]) 
                 )
 
 
-def _refuse_counts(bucket: Bucket, found: Sequence[Layout], allowed: set[Layout]) -> None:
-    number = next(i for i, layout in enumerate(found) if layout not in allowed)
-    shape, dtype, device = found[number]
-    raise RuntimeError(
-        f"state 'step' of {_who(bucket, bucket.params[number])} has become a tensor of "
-        f"{tuple(shape)} and {dtype} on {device}: it must be a float32 scalar on the CPU or where "
-        "the parameter is"
-    )
+def _refuse_counts(bucket: Bucket, steps: Sequence[Tensor]) -> None:
+    for param, step in zip(bucket.params, steps, strict=True):
+        if step.dim() or step.dtype not in COUNTS or step.device not in (CPU, bucket.kind.device):
+            raise RuntimeError(
+                f"state 'step' of {_who(bucket, param)} has become a tensor of "
+                f"{tuple(step.shape)} and {step.dtype} on {step.device}: it must be a float32 "
+                "scalar on the CPU or where the parameter is"
+            )
 
 
 def _check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
@@ -437,7 +479,7 @@ def _check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
         if "low" not in state or param.dtype != torch.bfloat16:
             continue
         low, wanted = state["low"], (param.shape, torch.int16, param.device)
-        if not isinstance(low, Tensor) or LAYOUT(low) != wanted:
+        if not isinstance(low, Tensor) or (low.shape, low.dtype, low.device) != wanted:
             raise RuntimeError(
                 f"state 'low' of {_who(bucket, param)} must be a tensor of {tuple(param.shape)} "
                 f"and torch.int16 on {param.device}: put it back, or delete it to begin at zeros"

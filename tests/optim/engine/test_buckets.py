@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
-from deepopt.optim.engine.buckets import distribute, stacked
+import deepopt
+from deepopt.optim.engine import buckets
+from deepopt.optim.engine.buckets import batched, distribute, stacked
 
 
 def separate(*counts):
@@ -84,3 +87,37 @@ def test_parts_that_are_handed_out_share_no_storage():
     distribute(torch.arange(3.0).view(3, 1), states, "m", [1, 2])
     assert [state["m"].flatten().tolist() for state in states] == [[0], [1, 2]]
     assert all(owns_its_storage(state["m"]) for state in states)
+
+
+def test_updates_are_applied_together_within_a_group_and_while_they_are_small(monkeypatch):
+    monkeypatch.setattr(buckets, "ENTRIES_AT_ONCE", 1000)
+    sizes = [(16, 20), (16, 30), (20, 30), (16, 24), (40, 40), (16, 16)]
+    params = [nn.Parameter(torch.ones(size)) for size in sizes]
+    groups = [{"params": params[:4]}, {"params": params[4:]}]
+    optimizer = deepopt.DeepMomentum(groups, path="matrix")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    every = [
+        bucket
+        for group in optimizer.param_groups
+        for bucket in optimizer._buckets(group, [param.grad for param in group["params"]])
+    ]
+    states = [[optimizer.state[param] for param in bucket.params] for bucket in every]
+    found = [
+        [tuple(param.shape) for bucket, _ in batch for param in bucket.params]
+        for batch in batched(zip(every, states, strict=True))
+    ]
+    assert found == [[(16, 20), (16, 30)], [(20, 30), (16, 24)], [(40, 40)], [(16, 16)]]
+
+
+def test_updates_of_parameters_that_overlap_are_applied_one_after_the_other():
+    base = torch.ones(32, 40)
+    params = [nn.Parameter(base), nn.Parameter(base[:16]), nn.Parameter(torch.ones(20, 24))]
+    optimizer = deepopt.DeepMomentum(params, path="matrix")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    every = optimizer._buckets(optimizer.param_groups[0], [param.grad for param in params])
+    states = [[optimizer.state[param] for param in bucket.params] for bucket in every]
+    assert [len(batch) for batch in batched(zip(every, states, strict=True))] == [1, 1, 1]
