@@ -145,9 +145,7 @@ class HopeState(NamedTuple):
 
         def entry(i: int, name: str) -> Tensor:
             if f"blocks.{i}.{name}" not in entries:
-                raise ValueError(
-                    f"entries lack blocks.{i}.{name}: pass all that state_dict() gave"
-                )
+                raise ValueError(f"entries lack blocks.{i}.{name}: pass all that state_dict() gave")
             return entries[f"blocks.{i}.{name}"]
 
         def block(i: int) -> BlockState:
