@@ -59,13 +59,19 @@ GOALS = (Goal("accuracy beyond the trained length", lambda mean: mean("Hope", "b
 
 @dataclass(frozen=True)
 class Formal(Task):
-    """One language. The accuracy that counts is that of the letters beyond the trained length."""
+    """One language. The accuracy that counts is that of the letters beyond the trained length.
+
+    Words grow while it is learned, as the texts of recall do: an eighth of the letters, in eight
+    times as many words, until the first step of `grows`, and all letters from the last one on. From
+    long words alone modulo 5 is learned as a count up to the trained length.
+    """
 
     language: str
     steps: int = 400
     tokens: int = 40
     longer: int = 4
     batch: int = 64
+    grows: tuple[int, int, int] = (50, 100, 150)
     words: int = 256
     sizes: HopeConfig = SIZES
     metric: str = "beyond"
@@ -77,11 +83,15 @@ class Formal(Task):
             f"The language {self.language}, learned on words of {self.tokens} letters. *Beyond*: "
             f"share of right answers at letters {self.tokens + 1} to {self.longer * self.tokens}; "
             "*whole words*: words of that length without a wrong answer; *within*: right answers "
-            "at the trained length; *chance*: the likeliest answer's share of the letters beyond."
+            "at the trained length; *chance*: the likeliest answer's share of the letters beyond. "
+            "Training starts with an eighth of the letters, in eight times as many words, and "
+            f"doubles them at steps {', '.join(map(str, self.grows))}."
         )
 
     def data(self, seed: int, step: int) -> Batch:
-        return LANGUAGES[self.language](self.batch, self.tokens, generator(seed, step))
+        share = 8 >> sum(step >= grows for grows in self.grows)
+        words = (self.batch * share, self.tokens // share)
+        return LANGUAGES[self.language](*words, generator(seed, step))
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         length = self.longer * self.tokens
@@ -96,4 +106,7 @@ class Formal(Task):
 
     @property
     def batches(self) -> str:
-        return f"{self.batch} x {self.tokens}, {self.words} words x {self.longer}"
+        return (
+            f"{self.batch} x {self.tokens}, {self.words} words x {self.longer}, "
+            f"growing at steps {self.grows}"
+        )

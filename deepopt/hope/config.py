@@ -114,6 +114,14 @@ class HopeConfig:
             "the memories refine"
         ),
     )
+    turns: bool = field(
+        default=True,
+        metadata=about(
+            "whether two channels of every query turn by an angle that adds up over the tokens",
+            "A sum neither fades nor is erased, so that it counts; every head decides by how much "
+            "a token turns, and whether at all.",
+        ),
+    )
     conv_width: int = field(
         default=4, metadata=about("tokens seen by the causal depthwise convolutions")
     )
@@ -237,13 +245,14 @@ class HopeConfig:
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
         """The layer as it is printed (Eq 83 to Eq 91): no projection but the query's, eta a vector
-        that is the erasure too, gradients in every matrix, retention towards zero, no momentum.
+        that is the erasure too, gradients in every matrix, retention towards zero, no momentum,
+        no turns.
 
         Args:
             options: any other field, or one of these to change it.
         """
         printed: dict[str, Any] = {
             "update": "dgd", "max_erase": None, "per_channel": True, "retention": "zero",
-            "projections": False,
+            "projections": False, "turns": False,
         }  # fmt: skip
         return cls(**{**printed, **options})

@@ -70,6 +70,8 @@ class Hope(nn.Module):
         # Branches share the variance of the residual stream, whatever their number.
         branches = self.config.layers * (1 + len(self.config.cms_chunks))
         for name, param in self.named_parameters():
+            if name.endswith("titans.turns.rates.weight"):
+                param.data.mul_(0.1)  # nearly nothing turns before it has learned to
             if name.endswith(("titans.output.weight", "attention.output.weight", "down.weight")):
                 param.data.mul_(1 / math.sqrt(branches))
 

@@ -22,12 +22,14 @@ class TitansState(NamedTuple):
         memory: the memory that answers queries.
         tails: the last `conv_width - 1` inputs of the convolutions of keys, values and queries,
             (batch, dim, .) each.
+        phase: the angle by which queries are turned, (batch, heads); zeros without turns.
         positions: tokens that every sequence of the batch has seen.
     """
 
     generators: MemoryState
     memory: MemoryState
     tails: Inputs
+    phase: Tensor
     positions: tuple[int, ...]
 
     def rows(self, index: Sequence[int], other: TitansState) -> TitansState:
@@ -43,6 +45,7 @@ class TitansState(NamedTuple):
             _map2(pick, self.generators, other.generators),
             _map2(pick, self.memory, other.memory),
             _map2(pick, self.tails, other.tails),
+            pick(self.phase, other.phase),
             tuple(both[i] for i in index),
         )
 
@@ -140,6 +143,11 @@ class HopeState(NamedTuple):
                 )
             return kind(**found)
 
+        def entry(i: int, name: str) -> Tensor:
+            if f"blocks.{i}.{name}" not in entries:
+                raise ValueError(f"entries lack blocks.{i}.{name}: pass all that state_dict() gave")
+            return entries[f"blocks.{i}.{name}"]
+
         def block(i: int) -> BlockState:
             if any(f"blocks.{i}.{name}" in entries for name in ("keys", "values")):
                 found = part(i, AttentionState, "")
@@ -148,6 +156,7 @@ class HopeState(NamedTuple):
                 part(i, MemoryState, "generators"),
                 part(i, MemoryState, "memory"),
                 part(i, Inputs, "tails"),
+                entry(i, "phase"),
                 tuple(entries[f"blocks.{i}.positions"]),
             )
 

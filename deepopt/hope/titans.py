@@ -75,14 +75,61 @@ class InitialWeights(nn.Module):
         return Weights(self.w1.new_zeros(heads, count, 0, d), self.w1)
 
 
+class Turns(nn.Module):
+    """Turns the first two channels of every query by a phase, to which every token adds an angle.
+
+    The angle is the product of two linear maps of the token's input, an amount and a gate. What is
+    written into a memory can be erased or fades; a phase is a sum and does neither, so that it
+    counts: modulo n by turns of 2 pi / n, up and down by turns to either side.
+
+    Args:
+        dim: width of the inputs.
+        heads: number of heads, each of which has a phase.
+        sharpness: factor of the gates' logits.
+    """
+
+    def __init__(self, dim: int, heads: int, sharpness: float) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+        self.rates = nn.Linear(dim, 2 * heads, bias=False)
+
+    def forward(
+        self, x: Tensor, query: Tensor, phase: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The turned queries and the phase after the last token.
+
+        Args:
+            x: inputs (batch, tokens, dim).
+            query: (batch, heads, d, tokens).
+            phase: (batch, heads), after the tokens before.
+            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+        """
+        exact = torch.promote_types(x.dtype, torch.float32)  # a sum over a whole text
+        amount, gate = self.rates(x).mT.to(exact).chunk(2, 1)
+        # The gate reaches 0 and 1. A token that is not counted turns nothing at all, or the sum
+        # would drift where texts are longer than those that were trained on.
+        open_ = (1.2 * torch.sigmoid(self.sharpness * gate) - 0.1).clamp(0.0, 1.0)
+        angle = amount * open_
+        if lengths is not None:
+            ends = torch.tensor(lengths, device=x.device)[:, None, None]
+            angle = angle * (torch.arange(x.shape[1], device=x.device) < ends)
+        phases = phase.to(exact).unsqueeze(-1) + angle.cumsum(-1)
+        cos, sin = phases.cos().to(query.dtype), phases.sin().to(query.dtype)
+        a, b = query[:, :, 0], query[:, :, 1]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], 2)
+        # Whole turns change nothing, and in a long text they would cost the angle its digits.
+        after = torch.remainder(phases[..., -1], 2 * math.pi)
+        return torch.cat([turned, query[:, :, 2:]], 2), after.to(phase.dtype)
+
+
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values and learning rates, and rewrite themselves.
 
     See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
     convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
-    on the output. The memories refine the projected keys and values, M(z) = z + ...; without
-    `projections` they make them from the layer's input alone, as printed, and the query has the
-    only static projection.
+    on the output, and `Turns` of the queries. The memories refine the projected keys and values,
+    M(z) = z + ...; without `projections` they make them from the layer's input alone, as printed,
+    and the query has the only static projection.
 
     Args:
         config: sizes and options of the model.
@@ -99,6 +146,7 @@ class SelfModifyingTitans(nn.Module):
         self.value_conv = CausalConv(dim, config.conv_width) if own else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
+        self.turns = Turns(dim, heads, config.form.sharpness) if config.turns else None
         self.generators = InitialWeights(heads, len(GENERATORS), d, config.projection_width, 1.0)
         # In the memory that is read a unit key is long enough for the gelu to bend, so that its
         # features have room for more pairs than d. It starts empty: a key that was not written
@@ -126,11 +174,13 @@ class SelfModifyingTitans(nn.Module):
     def initial_state(self, batch: int) -> TitansState:
         """The state before the first token of `batch` sequences."""
         config = self.config
-        tail = self.query.weight.new_zeros(batch, config.dim, config.conv_width - 1)
+        zeros = self.query.weight.new_zeros
+        tail = zeros(batch, config.dim, config.conv_width - 1)
         return TitansState(
             MemoryState.start(self.generators.weights, batch, config.momentum),
             MemoryState.start(self.memory.weights, batch, config.momentum),
             Inputs(tail, tail, tail),
+            zeros(batch, config.heads),
             (0,) * batch,
         )
 
@@ -152,6 +202,10 @@ class SelfModifyingTitans(nn.Module):
         if state is None:
             state = self.initial_state(batch)
         inputs, tails = self._inputs(x, state.tails, lengths)
+        phase = state.phase
+        if self.turns is not None:
+            query, phase = self.turns(x, inputs.query, phase, lengths)
+            inputs = inputs._replace(query=query)
         period = math.lcm(config.memory_chunk, config.projection_chunk)
         phases = {p % period for p in state.positions}
         position, valid, grid = min(phases), None, None
@@ -175,7 +229,7 @@ class SelfModifyingTitans(nn.Module):
         mixed = self.norm(out.permute(0, 3, 1, 2)).flatten(-2)
         y = self.output(mixed * F.silu(self.gate(x)))
         positions = tuple(p + n for p, n in zip(state.positions, counts, strict=True))
-        return y, TitansState(generators, memory, tails, positions)
+        return y, TitansState(generators, memory, tails, phase, positions)
 
     def _inputs(
         self, x: Tensor, tails: Inputs, lengths: tuple[int, ...] | None

@@ -50,6 +50,7 @@ def assert_same_state(a: HopeState, b: HopeState, row: int = 0) -> None:
             for x, y in zip(part, same, strict=True):
                 if x is not None:
                     torch.testing.assert_close(x[row : row + 1], y, rtol=0, atol=1e-10)
+        torch.testing.assert_close(one.phase[row : row + 1], other.phase, rtol=0, atol=1e-10)
 
 
 def tensors(tree: Any) -> list[Tensor]:

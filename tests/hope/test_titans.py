@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from deepopt.hope import Hope, HopeConfig, SelfModifyingTitans, reference, scan, titans
 from deepopt.hope.memory import Inputs
+from deepopt.hope.titans import Turns
 
 
 @pytest.fixture(params=[True, False], ids=["momentum", "plain"])
@@ -70,6 +73,35 @@ def test_memories_carry_the_past_beyond_the_convolutions(layer: SelfModifyingTit
     changed[:, 0] += 1.0
     difference = (layer(x)[0] - layer(changed)[0])[:, 4:].abs()
     assert difference.amax((0, 2)).min() > 1e-9
+
+
+def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> None:
+    turns = Turns(dim=2, heads=1, sharpness=6.0)
+    # Rows: the amount and the gate's logit; columns: the inputs of the two letters.
+    turns.rates.weight.data.copy_(torch.tensor([[0.3, 2 * math.pi / 5], [-1.0, 1.0]]))
+    letters = torch.randint(2, (1, 400), generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.one_hot(letters, 2).float()
+    query = torch.zeros(1, 1, 4, 400)
+    query[:, :, 0] = query[:, :, 3] = 1.0
+    turned, phase = turns(x, query, torch.zeros(1, 1))
+    angle = 2 * math.pi / 5 * (letters.cumsum(1) % 5)
+    expected = [angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)]
+    torch.testing.assert_close(turned[:, 0], torch.stack(expected, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close((phase[0] - angle[:, -1]).cos(), torch.ones(1), rtol=0, atol=1e-6)
+    assert 0 <= phase.item() < 2 * math.pi
+
+
+def test_turns_start_small_and_learn() -> None:
+    torch.manual_seed(0)
+    model = Hope(HopeConfig(vocab_size=7, dim=12, heads=2, layers=1))
+    torch.nn.init.normal_(model.head.weight)
+    tokens = torch.randint(7, (2, 20))
+    out = model(tokens, tokens)
+    assert out.state.blocks[0].phase.cos().min() > 0.5
+    out.loss.backward()
+    gradient = model.get_parameter("blocks.0.titans.turns.rates.weight").grad
+    assert gradient is not None
+    assert gradient.count_nonzero() == gradient.numel()
 
 
 def test_memories_write_and_forget() -> None:
