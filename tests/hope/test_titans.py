@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepopt.hope import Hope, HopeConfig, SelfModifyingTitans, reference, scan, titans
 from deepopt.hope.memory import Inputs
-from deepopt.hope.titans import Turns
+from deepopt.hope.titans import PACE, Turns
 
 
 @pytest.fixture(params=[True, False], ids=["momentum", "plain"])
@@ -78,7 +78,7 @@ def test_memories_carry_the_past_beyond_the_convolutions(layer: SelfModifyingTit
 def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> None:
     turns = Turns(dim=2, heads=1, sharpness=6.0)
     # Rows: the amount and the gate's logit; columns: the inputs of the two letters.
-    turns.rates.weight.data.copy_(torch.tensor([[0.3, 2 * math.pi / 5], [-1.0, 1.0]]))
+    turns.rates.weight.data.copy_(torch.tensor([[0.3, 2 * math.pi / 5], [-1.0, 1.0]]) / PACE)
     letters = torch.randint(2, (1, 400), generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.one_hot(letters, 2).float()
     query = torch.zeros(1, 1, 4, 400)
