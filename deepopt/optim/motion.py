@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-MOTION, OFFSET, PEAK = "motion", "motion_offset", "motion_peak"
-"""The memory in a parameter's state, and two numbers of its group: how many times the memory its
-parameters are away from the weights, and the highest learning rate so far."""
+from deepopt.optim.continuum import Continuum
+
+MOTION = "motion"
+"""The memory in a parameter's state."""
+OFFSET, AHEAD, PEAK = "motion_offset", "motion_ahead", "motion_peak"
+"""Numbers of a group: the distance of its parameters from the weights in multiples of the memory, now
+and in training, and the highest learning rate so far."""
+EVALUATES = "motion_evaluates"
+JOINED = "_has_motion"
 
 
 class Motion:
@@ -34,11 +40,14 @@ class Motion:
         evaluate(model)
         motion.train()
 
-    Save and load the model and ``optimizer.state_dict()`` in either mode, and make ``Motion`` anew
-    around the optimizer that loads.
+    Save and load the model and ``optimizer.state_dict()`` together, in either mode; the optimizer
+    that loads needs a ``Motion`` of its own. Where the state is cleared, or weights are put in from
+    elsewhere, what the parameters hold counts as the weights. After a step that raised they hold the
+    weights themselves, and training can go on.
 
     Args:
-        optimizer: any of torch's class, whose steps this joins. It keeps the state.
+        optimizer: any of torch's class, whose steps this joins. It keeps the state. Inside of a
+            :class:`deepopt.Continuum`, give the optimizer that is in it.
         retention: gamma, in [0, 1) (default: 0.99).
         ahead: a, in average steps, at least 0 (default: 10).
         average: b, in [0, 1]; 0 evaluates the weights themselves (default: 1).
@@ -48,8 +57,9 @@ class Motion:
     Raises:
         ValueError: an argument out of range, or a parameter narrower than float32, in which the
             weights could not be told from what the parameter holds.
-        RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``; a step after
-            :meth:`eval`.
+        TypeError: what is no optimizer, or a ``Continuum``.
+        RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``, or one that
+            has a ``Motion`` already; a step after :meth:`eval`.
 
     Source: the look-ahead is EMA-Nesterov of modded-nanogpt's optimizer track.
     """
@@ -59,6 +69,12 @@ class Motion:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer")
+        if isinstance(optimizer, Continuum):
+            raise TypeError(
+                "Invalid optimizer: a Continuum; give Motion the optimizer inside of it"
+            )
+        if hasattr(optimizer, JOINED):
+            raise RuntimeError("this optimizer has a Motion already: go on with that one")
         if not 0.0 <= retention < 1.0:
             raise ValueError(f"Invalid retention: {retention}; it must be in [0, 1)")
         if not 0.0 <= ahead < float("inf"):
@@ -69,6 +85,7 @@ class Motion:
         self.ahead, self.average = ahead, average
         self._weights: dict[Tensor, Tensor] = {}
         self._check()
+        setattr(optimizer, JOINED, True)  # copies and pickles have neither this nor the hooks
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -79,19 +96,21 @@ class Motion:
     def train(self) -> None:
         """Put the parameters ahead of the weights, where gradients are taken."""
         for group in self.optimizer.param_groups:
-            self._place(group, self._steps_ahead(group))
+            self._place(group, group.get(AHEAD, 0.0))
+            group[EVALUATES] = False
 
     def eval(self) -> None:
         """Put the parameters at the average of the weights."""
         for group in self.optimizer.param_groups:
             self._place(group, -self.average * self.retention / (1 - self.retention))
+            group[EVALUATES] = True
 
     def _check(self) -> None:
         for group in self.optimizer.param_groups:
             for flag in ("capturable", "differentiable"):
                 if group.get(flag):
                     raise RuntimeError(f"Motion does not support {flag}=True; leave it out")
-            if group.get(OFFSET, 0.0) < 0:
+            if group.get(EVALUATES):
                 raise RuntimeError("a step after Motion.eval(): call Motion.train() before it")
             for param in group["params"]:
                 if param.dtype not in (torch.float32, torch.float64):
@@ -129,6 +148,7 @@ class Motion:
             return args, kwargs
 
         def evaluated() -> Any:
+            before = [param.detach().clone() for param in every]
             self.train()
             try:
                 return closure()
@@ -136,26 +156,29 @@ class Motion:
                 for group in optimizer.param_groups:
                     self._place(group, 0.0)
                 with torch.no_grad():  # to the last bit
-                    torch._foreach_copy_(every, [self._weights[param] for param in every])
+                    torch._foreach_copy_(every, before)
 
-        return (optimizer, evaluated), {}
+        others = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (optimizer, evaluated, *args[2:]), others
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the step into the memory, and go ahead of the new weights."""
+        if not self._weights:  # a step within a step, as of a subclass of torch's, has been here
+            return
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = optimizer.state[param]
-                memory = state.get(MOTION)
-                step = param - self._weights[param]
+                memory = optimizer.state.get(param, {}).get(MOTION)
                 if memory is None:
+                    if param.grad is None:
+                        continue
                     memory = torch.zeros_like(param)
+                step, state = param - self._weights[param], optimizer.state[param]
                 new = memory.lerp(step, 1 - self.retention)
                 if found_inf is not None:
                     new = torch.where(found_inf.to(param.device).squeeze() > 0, memory, new)
                 state[MOTION] = new
-            self._place(group, self._steps_ahead(group))
+            group[AHEAD] = self._steps_ahead(group)
+            self._place(group, group[AHEAD])
         self._weights = {}

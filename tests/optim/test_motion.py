@@ -40,7 +40,7 @@ def parameters(model):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_taken_ahead_and_the_average_is_behind_as_the_formulas_say(name):
     """The same loop with weights, motion and average kept apart."""
-    gamma, ahead, steps, rates = 0.9, 3.0, 7, [1e-2, 2e-2, 2e-2, 1e-2, 1e-2, 5e-3, 0.0]
+    gamma, ahead, steps, rates = 0.9, 3.0, 7, [1e-2, 2e-2, 2e-2, 1e-2, 1e-2, 5e-3, 4e-3]
     model, optimizer, motion = made(OPTIMIZERS[name], retention=gamma, ahead=ahead)
     for step, lr in enumerate(rates):
         optimizer.param_groups[0]["lr"] = lr
@@ -80,6 +80,7 @@ def test_evaluation_and_training_can_be_switched_at_any_time_and_in_any_order():
     motion.train()
     train(model, optimizer, 3)
     before = parameters(model)
+    optimizer.param_groups[0]["lr"] *= 0.5  # as a scheduler does
     for switch in (motion.eval, motion.eval, motion.train, motion.train):
         switch()
     torch.testing.assert_close(parameters(model), before)
@@ -104,8 +105,9 @@ def test_a_run_goes_on_from_what_was_saved_in_either_mode(name, mode, tmp_path):
     assert all(map(torch.equal, parameters(model), parameters(other)))
 
 
-def test_a_step_after_eval_is_refused_and_moves_nothing():
-    model, optimizer, motion = made()
+@pytest.mark.parametrize("average", [0.0, 1.0])
+def test_a_step_after_eval_is_refused_and_moves_nothing(average):
+    model, optimizer, motion = made(average=average)
     train(model, optimizer, 2)
     motion.eval()
     before = parameters(model)
@@ -141,6 +143,69 @@ def test_without_a_look_ahead_the_steps_are_those_of_the_optimizer_alone():
     assert all(map(torch.equal, parameters(model), parameters(alone)))
     motion.eval()
     assert not torch.equal(parameters(model)[0], parameters(alone)[0])
+
+
+def test_a_parameter_that_stops_getting_gradients_comes_to_rest_like_one_with_zero_gradients():
+    def run(freeze):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = torch.optim.SGD([param], lr=0.1)
+        motion = Motion(optimizer, retention=0.9)
+        for step in range(40):
+            param.grad = torch.ones_like(param) if step < 5 else freeze(param)
+            optimizer.step()
+        found = param.detach().clone()
+        motion.eval()
+        return found, param.detach()
+
+    frozen, zero = run(lambda param: None), run(torch.zeros_like)
+    torch.testing.assert_close(frozen, zero)
+    torch.testing.assert_close(zero[0], torch.full_like(zero[0], 0.5), atol=0.1, rtol=0)
+
+
+def test_an_optimizer_that_evaluates_its_closure_while_it_moves_steps_as_it_does_alone():
+    def run(join):
+        param = nn.Parameter(torch.arange(1.0, 6.0, dtype=torch.float64))
+        optimizer = torch.optim.LBFGS([param], lr=0.5, max_iter=20)
+        if join:
+            Motion(optimizer, ahead=0)
+
+        def closure():
+            optimizer.zero_grad()
+            value = (torch.arange(1.0, 6.0) * param.square() - param).sum()
+            value.backward()
+            return value
+
+        for _ in range(2):
+            optimizer.step(closure)
+        return param.detach()
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+
+
+def test_a_subclass_whose_step_calls_its_parents_is_joined_once():
+    class Wrapped(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)  # from here on torch hooks both steps
+    param = nn.Parameter(torch.ones(1))
+    optimizer = Wrapped([param], lr=0.1)
+    Motion(optimizer, retention=0.5, ahead=2)
+    for _ in range(2):
+        param.grad = torch.ones(1)
+        optimizer.step()
+    memory = 0.5 * 0.5 * -0.1 + 0.5 * -0.1
+    torch.testing.assert_close(param.detach(), torch.tensor([0.8 + 2 * memory]))
+
+
+def test_training_goes_on_after_a_step_that_raised():
+    model, optimizer, _ = made()
+    train(model, optimizer, 3)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    train(model, optimizer, 1, 3)
+    assert all(param.isfinite().all() for param in parameters(model))
 
 
 def test_a_parameter_without_a_gradient_gets_no_memory_and_stays():
@@ -192,6 +257,10 @@ def test_what_it_cannot_serve_is_refused():
     param = nn.Parameter(torch.zeros(20, 20))
     with pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
         Motion([param])
+    with pytest.raises(TypeError, match="the optimizer inside of it"):
+        Motion(deepopt.Continuum(torch.optim.SGD([param], lr=0.1)))
+    with pytest.raises(RuntimeError, match="has a Motion already"):
+        Motion(Motion(torch.optim.SGD([param], lr=0.1)).optimizer)
     with pytest.raises(RuntimeError, match="does not support capturable=True"):
         Motion(torch.optim.AdamW([param], capturable=True))
     with pytest.raises(ValueError, match=r"one is torch\.bfloat16"):
