@@ -115,11 +115,11 @@ class HopeConfig:
         ),
     )
     turns: bool = field(
-        default=True,
+        default=False,
         metadata=about(
             "whether two channels of every query turn by an angle that adds up over the tokens",
-            "A sum neither fades nor is erased, so that it counts; every head decides by how much "
-            "a token turns, and whether at all.",
+            "A sum neither fades nor is erased, so that it counts, modulo any number; every head "
+            "decides by how much a token turns, and whether at all.",
         ),
     )
     conv_width: int = field(
@@ -245,14 +245,13 @@ class HopeConfig:
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
         """The layer as it is printed (Eq 83 to Eq 91): no projection but the query's, eta a vector
-        that is the erasure too, gradients in every matrix, retention towards zero, no momentum,
-        no turns.
+        that is the erasure too, gradients in every matrix, retention towards zero, no momentum.
 
         Args:
             options: any other field, or one of these to change it.
         """
         printed: dict[str, Any] = {
             "update": "dgd", "max_erase": None, "per_channel": True, "retention": "zero",
-            "projections": False, "turns": False,
+            "projections": False,
         }  # fmt: skip
         return cls(**{**printed, **options})

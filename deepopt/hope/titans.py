@@ -75,11 +75,6 @@ class InitialWeights(nn.Module):
         return Weights(self.w1.new_zeros(heads, count, 0, d), self.w1)
 
 
-PACE = 0.25
-"""Factor of what the weights of `Turns` say. A phase adds up what a step of the optimizer does over
-a whole text: without the factor, phases of bytes were another thing after every step."""
-
-
 class Turns(nn.Module):
     """Turns the first two channels of every query by a phase, to which every token adds an angle.
 
@@ -110,7 +105,7 @@ class Turns(nn.Module):
             lengths: tokens of every sequence, the rest on its right is padding; None for all.
         """
         exact = torch.promote_types(x.dtype, torch.float32)  # a sum over a whole text
-        amount, gate = (PACE * self.rates(x)).mT.to(exact).chunk(2, 1)
+        amount, gate = self.rates(x).mT.to(exact).chunk(2, 1)
         # The gate reaches 0 and 1. A token that is not counted turns nothing at all, or the sum
         # would drift where texts are longer than those that were trained on.
         open_ = (1.2 * torch.sigmoid(self.sharpness * gate) - 0.1).clamp(0.0, 1.0)

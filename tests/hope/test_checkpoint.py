@@ -23,7 +23,7 @@ def test_the_account_beside_it_is_that_of_the_weights():
     model = Hope.from_pretrained()
     assert sum(p.numel() for p in model.parameters()) == ABOUT["parameters"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.config == HopeConfig(turns=False)  # it is older than they are
+    assert model.config == HopeConfig()
 
 
 def test_it_predicts_held_out_code_as_well_as_the_account_and_the_readme_say():

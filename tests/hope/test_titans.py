@@ -10,14 +10,20 @@ from torch import Tensor
 
 from deepopt.hope import Hope, HopeConfig, SelfModifyingTitans, reference, scan, titans
 from deepopt.hope.memory import Inputs
-from deepopt.hope.titans import PACE, Turns
+from deepopt.hope.titans import Turns
 
 
 @pytest.fixture(params=[True, False], ids=["momentum", "plain"])
 def layer(request: pytest.FixtureRequest) -> SelfModifyingTitans:
     torch.manual_seed(0)
     config = HopeConfig(
-        dim=8, heads=2, memory_chunk=4, projection_chunk=6, max_inner_lr=0.5, momentum=request.param
+        dim=8,
+        heads=2,
+        memory_chunk=4,
+        projection_chunk=6,
+        max_inner_lr=0.5,
+        momentum=request.param,
+        turns=True,
     )
     return SelfModifyingTitans(config).double()
 
@@ -78,7 +84,7 @@ def test_memories_carry_the_past_beyond_the_convolutions(layer: SelfModifyingTit
 def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> None:
     turns = Turns(dim=2, heads=1, sharpness=6.0)
     # Rows: the amount and the gate's logit; columns: the inputs of the two letters.
-    turns.rates.weight.data.copy_(torch.tensor([[0.3, 2 * math.pi / 5], [-1.0, 1.0]]) / PACE)
+    turns.rates.weight.data.copy_(torch.tensor([[0.3, 2 * math.pi / 5], [-1.0, 1.0]]))
     letters = torch.randint(2, (1, 400), generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.one_hot(letters, 2).float()
     query = torch.zeros(1, 1, 4, 400)
@@ -93,7 +99,7 @@ def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> No
 
 def test_turns_start_small_and_learn() -> None:
     torch.manual_seed(0)
-    model = Hope(HopeConfig(vocab_size=7, dim=12, heads=2, layers=1))
+    model = Hope(HopeConfig(vocab_size=7, dim=12, heads=2, layers=1, turns=True))
     torch.nn.init.normal_(model.head.weight)
     tokens = torch.randint(7, (2, 20))
     out = model(tokens, tokens)
