@@ -20,7 +20,7 @@ struct Memory {
   T *momentum, *norm, *erasure;
 };
 
-// What a matrix of the momentum, what is erased of it, and a gradient come to in a sum.
+// The factors of the momentum, of what is erased of it, and of the gradient in a sum.
 struct Shares {
   float kept, erased, fresh;
 };

@@ -78,9 +78,9 @@ class InitialWeights(nn.Module):
 class Turns(nn.Module):
     """Turns the first two channels of every query by a phase, to which every token adds an angle.
 
-    The angle is the product of two linear maps of the token's input, an amount and a gate. What is
-    written into a memory can be erased or fades; a phase is a sum and does neither, so that it
-    counts: modulo n by turns of 2 pi / n, up and down by turns to either side.
+    The angle is an amount, linear in the token's input, times a gate, a clamped sigmoid of another
+    linear map. What is written into a memory can be erased or fades; a phase is a sum and does
+    neither, so that it counts: modulo n by turns of 2 pi / n, up and down by turns to either side.
 
     Args:
         dim: width of the inputs.
@@ -127,8 +127,8 @@ class SelfModifyingTitans(nn.Module):
 
     See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
     convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
-    on the output, and `Turns` of the queries. The memories refine the projected keys and values,
-    M(z) = z + ...; without `projections` they make them from the layer's input alone, as printed,
+    on the output, and `Turns` of the queries where `turns` asks for them. The memories refine the
+    projected keys and values, M(z) = z + ...; without `projections` they make them from the layer's input alone, as printed,
     and the query has the only static projection.
 
     Args:
@@ -180,7 +180,7 @@ class SelfModifyingTitans(nn.Module):
             MemoryState.start(self.generators.weights, batch, config.momentum),
             MemoryState.start(self.memory.weights, batch, config.momentum),
             Inputs(tail, tail, tail),
-            zeros(batch, config.heads),
+            zeros(batch, config.heads, dtype=torch.promote_types(tail.dtype, torch.float32)),
             (0,) * batch,
         )
 

@@ -1,4 +1,4 @@
-"""The write of the delta memory (Eq 49): forget what the keys recall, take the gradient in."""
+"""The write of the delta memory (Eq 49), and the look-ahead that it reads, which is ours."""
 
 import torch
 from torch import Tensor

@@ -47,7 +47,7 @@ class DeepMomentum(MemoryOptimizer):
         eps: AdamW's term in the denominator (default: 1e-8).
         weight_decay: decoupled weight decay, lambda (default: 1e-2).
         memory: "linear", "covariance", "delta", "mlp", or an object with the interface of
-            ``deepopt.memory.Memory`` (default: "delta").
+            ``deepopt.memory.Memory`` or ``OnePass`` (default: "delta").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
         update_rms: None for the size a_t; a positive number is a fixed one in its place, for

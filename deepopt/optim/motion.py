@@ -12,8 +12,8 @@ from deepopt.optim.continuum import Continuum
 MOTION = "motion"
 """The memory in a parameter's state."""
 OFFSET, AHEAD, PEAK = "motion_offset", "motion_ahead", "motion_peak"
-"""Numbers of a group: the distance of its parameters from the weights in multiples of the memory, now
-and in training, and the highest learning rate so far."""
+"""Numbers of a group: the distance of its parameters from the weights in multiples of the memory,
+now and in training, and the highest learning rate so far."""
 EVALUATES = "motion_evaluates"
 JOINED = "_has_motion"
 
@@ -42,8 +42,8 @@ class Motion:
 
     Save and load the model and ``optimizer.state_dict()`` together, in either mode; the optimizer
     that loads needs a ``Motion`` of its own. Where the state is cleared, or weights are put in from
-    elsewhere, what the parameters hold counts as the weights. After a step that raised they hold the
-    weights themselves, and training can go on.
+    elsewhere, what the parameters hold counts as the weights. After a step that raised they hold
+    the weights themselves, and training can go on.
 
     Args:
         optimizer: any of torch's class, whose steps this joins. It keeps the state. Inside of a

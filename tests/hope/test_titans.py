@@ -97,6 +97,13 @@ def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> No
     assert 0 <= phase.item() < 2 * math.pi
 
 
+def test_the_phase_of_a_model_in_bfloat16_is_kept_in_float32() -> None:
+    model = Hope(HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, cms_chunks=(8,), turns=True))
+    state = model.bfloat16()(torch.zeros(1, 5, dtype=torch.long)).state
+    assert state is not None
+    assert state.blocks[0].phase.dtype == torch.float32
+
+
 def test_turns_start_small_and_learn() -> None:
     torch.manual_seed(0)
     model = Hope(HopeConfig(vocab_size=7, dim=12, heads=2, layers=1, turns=True))
