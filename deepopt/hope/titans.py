@@ -128,8 +128,8 @@ class SelfModifyingTitans(nn.Module):
     See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
     convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
     on the output, and `Turns` of the queries where `turns` asks for them. The memories refine the
-    projected keys and values, M(z) = z + ...; without `projections` they make them from the layer's input alone, as printed,
-    and the query has the only static projection.
+    projected keys and values, M(z) = z + ...; without `projections` they make them from the layer's
+    input alone, as printed, and the query has the only static projection.
 
     Args:
         config: sizes and options of the model.
