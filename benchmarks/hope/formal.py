@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.hope.task import Batch, Goal, Task, generator, right
+from benchmarks.hope.task import Batch, Goal, Task, generator, right, shrunk
 from deepopt.hope import HopeConfig
 
 Language = Callable[[int, int, torch.Generator], Batch]
@@ -89,7 +89,7 @@ class Formal(Task):
         )
 
     def data(self, seed: int, step: int) -> Batch:
-        share = 8 >> sum(step >= grows for grows in self.grows)
+        share = shrunk(step, self.grows)
         words = (self.batch * share, self.tokens // share)
         return LANGUAGES[self.language](*words, generator(seed, step))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.hope.task import IGNORED, Batch, Goal, Task, generator, right
+from benchmarks.hope.task import IGNORED, Batch, Goal, Task, generator, right, shrunk
 from deepopt.hope import HopeConfig
 
 
@@ -60,8 +60,7 @@ class Recall(Task):
         )
 
     def data(self, seed: int, step: int) -> Batch:
-        share = 8 >> sum(step >= grows for grows in self.grows)
-        return self._texts(self.batch, generator(seed, step), share)
+        return self._texts(self.batch, generator(seed, step), shrunk(step, self.grows))
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         batch = self._texts(self.texts, generator("held out", self.tokens), 1)

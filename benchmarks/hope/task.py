@@ -102,6 +102,11 @@ def generator(seed: int | str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
 
 
+def shrunk(step: int, grows: tuple[int, int, int]) -> int:
+    """How many times as short the texts of a step are, where they double at three steps."""
+    return 8 >> sum(step >= grown for grown in grows)
+
+
 @torch.no_grad()
 def right(model: nn.Module, batch: Batch, size: int = 32) -> Tensor:
     """Whether the likeliest token is the target, (batch, tokens) bool.

@@ -63,22 +63,16 @@ class Delta:
         scalars = {key: like.new_zeros(like.shape[0]) for key in ("norm", "erasure")}
         return {"momentum": torch.zeros_like(like), **scalars}
 
-    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        self._write(state, grad, retention)
-
-    def _write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        """Write, and return the look-ahead, shape (B, m, n)."""
-        state["momentum"], state["norm"], state["erasure"], ahead = delta_write(
-            state["momentum"], grad, state["norm"], state["erasure"], self.rate, retention
-        )
-        return ahead
-
     def write_and_read(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
     ) -> Tensor:
-        gain = 1 + state["erasure"] / (1 - retention)
-        ahead = self._write(state, grad, retention)
-        return ahead if self.nesterov else gain[:, None, None] * state["momentum"]
+        before = state["erasure"]
+        state["momentum"], state["norm"], state["erasure"], ahead = delta_write(
+            state["momentum"], grad, state["norm"], before, self.rate, retention
+        )
+        if self.nesterov:
+            return ahead
+        return (1 + before / (1 - retention))[:, None, None] * state["momentum"]
 
     def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The running share of the momentum that a write erases."""

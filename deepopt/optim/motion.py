@@ -15,7 +15,9 @@ OFFSET, AHEAD, PEAK = "motion_offset", "motion_ahead", "motion_peak"
 """Numbers of a group: the distance of its parameters from the weights in multiples of the memory,
 now and in training, and the highest learning rate so far."""
 EVALUATES = "motion_evaluates"
+"""Entry of a group: whether ``eval()`` was called last."""
 JOINED = "_has_motion"
+"""Attribute of an optimizer whose steps a ``Motion`` has joined."""
 
 
 class Motion:

@@ -56,7 +56,7 @@ def test_its_mean_on_a_stationary_stream_is_the_closed_form():
     for step in range(steps):
         noise = torch.randn(streams, rows, columns, generator=generator, dtype=torch.float64)
         grad = 0.3 * mean + noise * spread
-        memory.write(state, grad, RETENTION)
+        memory.write_and_read(state, grad, RETENTION)
         if step >= burn_in:
             square = singular_bound(grad) ** 2
             keys = grad / torch.maximum(state["norm"].square(), square).sqrt()[:, None, None]
