@@ -1,43 +1,64 @@
-"""Writes docs/roofline.md's table: ``python -m benchmarks.gpu.roofline``.
+"""Writes docs/roofline.md's tables: ``python -m benchmarks.gpu.roofline``.
 
-For every row that ``make gpu`` measures, the time that its bytes and FLOPs allow at the rates of
-docs/results/gpu/rows.jsonl, which were measured on the card that its page names.
+For every row that ``make gpu`` measures, the time that its bytes and FLOPs allow at measured rates:
+the card's of docs/results/gpu/rows.jsonl, and for the rows of the last stage those of two cores of
+docs/results/speed.jsonl.
 """
 
+import json
+import math
 from pathlib import Path
+from typing import TypeAlias
 
 from benchmarks import work
 from benchmarks.gpu import operators, training
 from benchmarks.gpu.rows import predicted_seconds, races
+from benchmarks.gpu.stages import MANY_CORES
 from benchmarks.gpu.summary import Table, ms, put_between, read
 from benchmarks.tables import markdown
 from benchmarks.work import Rates, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "roofline.md"
-MEASURED = ROOT / "docs" / "results" / "gpu" / "rows.jsonl"
+RESULTS = ROOT / "docs" / "results"
 MARKS = ("<!-- predictions: written by `python -m benchmarks.gpu.roofline` -->", "<!-- end -->")
-UNITS = {
-    "copy": ("copy, bytes read and written", 1e12, "TB/s"),
-    "stream": ("pass with AdamW's traffic", 1e12, "TB/s"),
-    "float32": ("products in float32", 1e12, "TFLOP/s"),
-    "bfloat16": ("products in bfloat16", 1e12, "TFLOP/s"),
-    "tf32": ("products in tf32", 1e12, "TFLOP/s"),
-    "float64": ("products in float64", 1e12, "TFLOP/s"),
+RATES = {
+    "copy": "copy, bytes read and written",
+    "stream": "pass with AdamW's traffic",
+    "float32": "products in float32",
+    "bfloat16": "products in bfloat16",
+    "tf32": "products in tf32",
+    "float64": "products in float64",
 }
+Row: TypeAlias = tuple[str, str, Work]
+"""Of which, what, and its least work."""
 
 
-def measured_rates() -> Rates:
+def card_rates() -> Rates:
     """The rates of the first measurement in a GPU's results."""
-    line = next(x for x in read(MEASURED) if x["kind"] == "rates" and x["device"] == "cuda")
+    lines = read(RESULTS / "gpu" / "rows.jsonl")
+    line = next(x for x in lines if x["kind"] == "rates" and x["device"] == "cuda")
     return Rates(*(line[name] for name in Rates._fields))
 
 
-def predicted_rows() -> list[tuple[str, str, Work]]:
-    """(what, of which, its least work) of everything that is measured."""
-    rows: list[tuple[str, str, Work]] = []
-    for race in races().values():
-        rows += [(race.title, name, it.work) for name, it in race.contenders.items()]
+def core_rates() -> Rates:
+    """The rates of two cores beside the race on GPT-2-small's matrices."""
+    lines = map(json.loads, (RESULTS / "speed.jsonl").read_text().splitlines())
+    line = next(x for x in lines if x["case"] == "gpt2" and x["threads"] == 2)
+    return Rates(**line["rates"])
+
+
+def race_rows(device: str) -> dict[str, list[Row]]:
+    """The rows of every race by its name."""
+    return {
+        key: [(race.title, name, it.work) for name, it in race.contenders.items()]
+        for key, race in races(device=device).items()
+    }
+
+
+def card_rows() -> list[Row]:
+    """Everything that is measured on the card."""
+    rows = [row for found in race_rows("cuda").values() for row in found]
     for kernel in operators.KERNELS:
         for m, n in operators.SIDES:
             shape = (operators.BATCH, m, n)
@@ -53,13 +74,20 @@ def predicted_rows() -> list[tuple[str, str, Work]]:
     return rows
 
 
-def predictions(rates: Rates) -> str:
-    """The tables of rates and of predicted times."""
-    machine: Table = [("rate", "measured")]
-    for name, (what, unit, label) in UNITS.items():
-        machine.append((what, f"{getattr(rates, name) / unit:.3g} {label}"))
+def rate_table(rates: Rates) -> Table:
+    table: Table = [("rate", "measured")]
+    for name, what in RATES.items():
+        rate = getattr(rates, name)
+        if not math.isnan(rate):
+            unit = "B/s" if name in ("copy", "stream") else "FLOP/s"
+            size, prefix = (1e12, "T") if rate >= 1e12 else (1e9, "G")
+            table.append((what, f"{rate / size:.3g} {prefix}{unit}"))
+    return table
+
+
+def time_table(rows: list[Row], rates: Rates) -> Table:
     table: Table = [("of", "row", "GB", "TFLOP", "bytes alone, ms", "FLOPs alone, ms", "ms")]
-    for what, name, phases in predicted_rows():
+    for what, name, phases in rows:
         table.append(
             (
                 what,
@@ -71,8 +99,25 @@ def predictions(rates: Rates) -> str:
                 ms(predicted_seconds(phases, rates)),
             )
         )
-    return "\n\n".join(markdown(rows, aligned=True) for rows in (machine, table))
+    return table
+
+
+def predictions() -> str:
+    """The rates of both machines and the times that they allow."""
+    card, cores = card_rates(), core_rates()
+    on_cores = [row for name in MANY_CORES for row in race_rows("cpu")[name]]
+
+    def section(title: str, rows: list[Row], rates: Rates) -> list[str]:
+        tables = (rate_table(rates), time_table(rows, rates))
+        return [f"## {title}", *(markdown(table, aligned=True) for table in tables)]
+
+    return "\n\n".join(
+        [
+            *section("The card: an H200", card_rows(), card),
+            *section("The CPU: two cores of an AMD EPYC", on_cores, cores),
+        ]
+    )
 
 
 if __name__ == "__main__":
-    put_between(PAGE, MARKS, predictions(measured_rates()))
+    put_between(PAGE, MARKS, predictions())

@@ -67,7 +67,7 @@ def elementwise(
     )
 
 
-def on_matrices(title: str, width: int, layers: int) -> Race:
+def on_matrices(title: str, width: int, layers: int, device: str) -> Race:
     shapes = work.transformer(width, layers)
 
     def least(rule: Callable[..., Work], **options: Any) -> Work:
@@ -79,7 +79,7 @@ def on_matrices(title: str, width: int, layers: int) -> Race:
         "delta": Contender(deep("delta"), least(work.delta, products="bfloat16")),
         "mlp": Contender(deep("mlp"), least(work.mlp)),
         "covariance": Contender(
-            deep("covariance"), least(work.covariance, split=True), work.PERIOD
+            deep("covariance"), least(work.covariance, split=device != "cpu"), work.PERIOD
         ),
         "M3": Contender(m3, least(work.m3), work.PERIOD),
     }
@@ -95,11 +95,11 @@ def against_compiled(race: Race) -> Race:
     return Race(race.title, race.shapes, {"compiled Muon": muon, **ours})
 
 
-def races(quick: bool = False) -> dict[str, Race]:
+def races(quick: bool = False, device: str = "cuda") -> dict[str, Race]:
     """All races by name; ``quick`` on a few entries, to rehearse."""
     wide = [(64, 64)] * 2 if quick else [(2**13, 2**13)] * 4
     small, xl = ((64, 1), (80, 1)) if quick else ((768, 12), (1600, 12))
-    gpt2 = on_matrices("GPT-2-small's matrices, 85 M parameters", *small)
+    gpt2 = on_matrices("GPT-2-small's matrices, 85 M parameters", *small, device)
     return {
         "adamw-large": elementwise(
             "4 tensors of 2¹³ x 2¹³, float32", wide, bandwidth={"DeepMomentum": 0.85}
@@ -113,7 +113,9 @@ def races(quick: bool = False) -> dict[str, Race]:
         "adamw-400": elementwise("400 tensors of 2,080 entries", [(2080,)] * (4 if quick else 400)),
         "gpt2-small": gpt2,
         "gpt2-small-compiled": against_compiled(gpt2),
-        "gpt2-xl": on_matrices("matrices of 12 of GPT-2-XL's 48 layers, 369 M parameters", *xl),
+        "gpt2-xl": on_matrices(
+            "matrices of 12 of GPT-2-XL's 48 layers, 369 M parameters", *xl, device
+        ),
     }
 
 

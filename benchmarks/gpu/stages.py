@@ -76,6 +76,8 @@ ON_GPU = [
 # Made under a mode that torch.compile does not look through.
 CONTRACT = "tests/optim/contract"
 SANITIZED = ["tests/ops/test_parity.py", "-k", "same_bit_for_bit and (cuda or triton)"]
+MANY_CORES = ("gpt2-small", "adamw-large")
+"""What is timed on the CPU too."""
 COMPILERS = str(max(1, min(16, os.cpu_count() or 1)))
 
 
@@ -192,9 +194,9 @@ STAGES = (
     Stage(
         "many-cores",
         "the CPU's steps on all cores of this machine",
-        [*timing("races", "gpt2-small", "adamw-large"), "--device", "cpu"],
+        [*timing("races", *MANY_CORES), "--device", "cpu"],
         60,
-        timing("races", "gpt2-small", "adamw-large", quick=True),
+        timing("races", *MANY_CORES, quick=True),
         {"OMP_NUM_THREADS": COMPILERS},
     ),
 )

@@ -70,7 +70,9 @@ def stage_rows(stages: list[Line]) -> Table:
 
 
 def ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.3g}"
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 def of_kind(rows: list[Line], kind: str) -> list[Line]:
