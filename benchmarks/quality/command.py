@@ -1,17 +1,18 @@
 """Quality: every optimizer on many small workloads, swapped and tuned.
 
 ``--tier swap`` puts other optimizers in AdamW's place, at AdamW's best of five rates, on Hope and
-on a Transformer. ``rates`` has AdamW and DeepMomentum on small workloads at the very same three
-rates, ``long`` for four times the steps on what can be learned by heart. ``standard`` tunes every
-optimizer with the same search before it compares; ``full`` does so for more optimizers, with more
-trials and seeds, and also for four times the steps and for four batches in a step; ``gpu`` is
-``full`` with four times the steps and sixteen batches in a step, on the machine's accelerator;
-``smoke`` is a tuned comparison in miniature. ``locked`` is ``standard`` on the workloads that no
-choice may depend on; it is run once, when all else is decided, and no other tier takes them.
-Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data and its
-configuration; a run that has a line is not repeated, so that an interrupted benchmark goes on.
-``quality.md`` and the plots come from the lines alone; ``--report`` runs nothing else. ``compare
-OLD NEW`` tells what differs between two folders of lines, and whether it is noise.
+on a Transformer. ``rates`` has AdamW and DeepMomentum, with its default memory and another, on
+small workloads at the very same three rates, ``long`` for four times the steps on what can be
+learned by heart. ``standard`` tunes every optimizer with the same search before it compares;
+``full`` does so for more optimizers, with more trials and seeds, and also for four times the steps
+and for four batches in a step; ``gpu`` is ``full`` with four times the steps and sixteen batches in
+a step, on the machine's accelerator; ``smoke`` is a tuned comparison in miniature. ``locked`` is
+``standard`` on the workloads that no choice may depend on; it is run once, when all else is
+decided, and no other tier takes them. Every finished run is a line of ``quality/WORKLOAD.jsonl``,
+with hashes of its data and its configuration; a run that has a line is not repeated, so that an
+interrupted benchmark goes on. ``quality.md`` and the plots come from the lines alone; ``--report``
+runs nothing else. ``compare OLD NEW`` tells what differs between two folders of lines, and whether
+it is noise.
 """
 
 import argparse
@@ -100,7 +101,7 @@ TIERS: dict[str, Tier] = {
     "swap": Tier(
         lambda w, c: [Swap(w, c)], ("swap_hope", "swap_transformer"), ("AdamW", "Muon", *MEMORIES)
     ),
-    "rates": Tier(lambda w, c: [Rates(w, c)], SMALL, PAIR),
+    "rates": Tier(lambda w, c: [Rates(w, c)], SMALL, (*PAIR, "DeepMomentum, covariance")),
     "long": Tier(
         lambda w, c: [Rates(w, c, seeds=5, steps=4 * find(w).steps)],
         ("friedman", "breast_cancer"),
