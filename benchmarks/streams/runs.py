@@ -29,6 +29,7 @@ MEMORIES: dict[str, Memory | str] = {
     "linear": "linear",
     "covariance": Covariance(power=0.4),
     "delta": "delta",
+    "mlp": "mlp",
     "horizons": Horizons(),
 }
 FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"

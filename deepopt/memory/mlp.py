@@ -56,20 +56,23 @@ class MLP:
             [0, 1] (default: 0.3).
         inner_lr: η, not negative; 0 keeps the MLP as it is (default: 0).
         inner_retention: ρ, the share of what was learned that is kept, in [0, 1] (default: 0.99).
+        phi: φ₀, a row for every unit: the weights of its F keys in their order, that of the
+            momentum first, and its read-out (default: None, the package's).
 
-    State: 1 + len(time_scales) floats per parameter, 2 by default, and 2 · 8 (len(time_scales) + 2)
-    per matrix.
+    State: 1 + len(time_scales) floats per parameter, 2 by default, and twice the numbers of φ₀ per
+    matrix, 48 by default.
 
     Cost: about 8 (2 F + 4) FLOPs per parameter for F averages, three times that with learning.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range, or a ``phi`` that does not fit the time scales.
     """
 
     time_scales: Sequence[float] = (0.99,)
     authority: float = 0.3
     inner_lr: float = 0.0
     inner_retention: float = 0.99
+    phi: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if not all(0.0 <= retention < 1.0 for retention in self.time_scales):
@@ -81,9 +84,15 @@ class MLP:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)}; it must be in [0, 1]")
         if not 0.0 <= self.inner_lr:
             raise ValueError(f"Invalid inner_lr: {self.inner_lr}; it must not be negative")
+        needed = len(self.time_scales) + 2
+        if self.phi is not None and any(len(unit) != needed for unit in self.phi):
+            raise ValueError(
+                f"Invalid phi: units of {[len(unit) for unit in self.phi]} numbers; "
+                f"{len(self.time_scales)} further time scales need {needed} for each"
+            )
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        phi = initial_weights(1 + len(self.time_scales)).to(like)
+        phi = self._initial_weights.to(like)
         phi = phi.expand(len(like), *phi.shape)
         averages = {key: torch.zeros_like(like) for key in self._averages}
         return {**averages, "phi": phi.clone(), "phi0": phi.clone()}
@@ -99,6 +108,12 @@ class MLP:
         momentum = LINEAR.read(state, grad, retention)
         reach = self.authority * root_mean_square(momentum)
         return coordinate_mlp(momentum, reach, *self._keys(state), state["phi"])
+
+    @property
+    def _initial_weights(self) -> Tensor:
+        if self.phi is None:
+            return initial_weights(1 + len(self.time_scales))
+        return torch.tensor(self.phi, dtype=torch.float32, device="cpu")
 
     @property
     def _averages(self) -> list[str]:
@@ -129,10 +144,10 @@ def initial_weights(features: int) -> Tensor:
     return phi0 if phi0.shape[1] == features + 1 else untrained_weights(features)
 
 
-def untrained_weights(features: int) -> Tensor:
+def untrained_weights(features: int, units: int = 8) -> Tensor:
     """A read-out of zeros behind units whose drive has a root mean square of about 1."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    drawn = torch.randn(8, features, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = torch.randn(units, features, generator=generator, dtype=torch.float32, device="cpu")
     return torch.cat([drawn / features**0.5, torch.zeros_like(drawn[:, :1])], 1)
 
 

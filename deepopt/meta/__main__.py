@@ -3,11 +3,13 @@
 ``log.jsonl`` in that folder has every generation, and a search that is interrupted goes on from
 it. At the end ``phi.json`` has the φ that was found, with what made it, its losses on tasks that
 the search has not seen, and ``progress.png`` the way there. Use it as
-``DeepMomentum(memory=Horizons(time_scales, phi))``.
+``DeepMomentum(memory=Horizons(time_scales, phi))``, and what ``--memory mlp`` finds as
+``MLP(time_scales, phi=phi)``.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from deepopt.meta.evolution import Evolution, Log
+from deepopt.meta.evolution import KINDS_OF_MEMORY, Evolution, Log
 from deepopt.meta.tasks import KINDS
 
 
@@ -26,8 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder of the search")
     parser.add_argument("--generations", type=int, default=150, help="(150)")
     parser.add_argument("--validation", type=int, default=8, help="tasks at the end (8)")
+    parser.add_argument(
+        "--memory", choices=KINDS_OF_MEMORY, default=default.memory, help=f"({default.memory})"
+    )
     parser.add_argument("--time-scales", type=float, nargs="+", default=default.time_scales)
-    for name in ("units", "population", "pool", "tasks", "seed"):
+    parser.add_argument("--units", type=int, help="of the MLP (the memory's own number)")
+    for name in ("population", "pool", "tasks", "seed"):
         value = getattr(default, name)
         parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
     parser.add_argument("--steps", type=int, nargs=2, default=default.steps, help="(100 200)")
@@ -37,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     evolution = Evolution(
+        given.memory,
         tuple(given.time_scales),
         given.units,
         given.population,
@@ -48,11 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     log = Log(given.out / "log.jsonl")
     phi = evolution.run(log, given.generations)
-    compared = {"linear": torch.zeros_like(phi), "mean": evolution.start(), "trained": phi}
+    compared = {"linear": torch.zeros_like(phi), "start": evolution.start(), "trained": phi}
     table = evolution.validate(list(compared.values()), given.validation, log)
     outcome = {
+        "command": " ".join(["python -m deepopt.meta", *(sys.argv[1:] if argv is None else argv)]),
         **dataclasses.asdict(evolution),
         "generations": given.generations,
+        "tasks_seen": sorted({seed for x in log.of("generation") for seed in x["tasks"]}),
+        "log_sha256": hashlib.sha256(log.path.read_bytes()).hexdigest(),
         "validation": {
             name: [round(x, 5) for x in column]
             for name, column in zip(compared, table.T.tolist(), strict=True)

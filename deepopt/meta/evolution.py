@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepopt.memory import Horizons, Linear
+from deepopt.memory import MLP, Horizons, Linear, Memory
 from deepopt.memory.horizons import width
+from deepopt.memory.mlp import untrained_weights
 from deepopt.meta.tasks import KINDS, Task, draw
 from deepopt.meta.training import train
 
@@ -23,8 +24,43 @@ LARGEST = 0.5
 VALIDATION = 1_000_000
 """The first seed of the tasks that evolution never sees."""
 SIGMA = 0.2
-"""Candidates start close to the mean of the averages: further away weights are clipped, mostly."""
+"""Candidates start close to one another: further away the weights of :class:`Horizons` are clipped,
+mostly."""
+INNER_LR = 0.1
+"""At which "mlp online" learns from every gradient."""
 Line = dict[str, Any]
+Scales = tuple[float, ...]
+
+
+def mean_of_averages(scales: int, units: int) -> Tensor:
+    """The plain mean of so many averages, by units that all are active."""
+    phi = torch.zeros(units, width(scales), dtype=torch.float64)
+    phi[:, 2 * scales + 2] = 1.0
+    phi[0, 2 * scales + 3 :] = 1 / scales
+    return phi
+
+
+class Kind(NamedTuple):
+    """A memory whose MLP can be searched for.
+
+    Attributes:
+        memory: makes it, of further time scales and the rows of φ.
+        start: where the search starts, for so many averages and units.
+        units: of the MLP, if nothing else is said.
+    """
+
+    memory: Callable[[Scales, list[list[float]]], Memory]
+    start: Callable[[int, int], Tensor]
+    units: int
+
+
+KINDS_OF_MEMORY = {
+    "horizons": Kind(Horizons, mean_of_averages, 2),
+    "mlp": Kind(lambda scales, phi: MLP(scales, phi=phi), untrained_weights, 8),
+    "mlp online": Kind(
+        lambda scales, phi: MLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 8
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +120,9 @@ class Evolution:
     them to CMA-ES again brings it back to where it was, bit for bit.
 
     Args:
-        time_scales: of :class:`deepopt.memory.Horizons`.
-        units: of the MLP.
+        memory: a key of ``KINDS_OF_MEMORY``.
+        time_scales: retentions of the averages besides the momentum's own.
+        units: of the MLP; None for as many as the memory has by default.
         population: candidates of a generation, trained side by side.
         pool: tasks to draw from.
         tasks: drawn for a generation, all candidates on the same ones.
@@ -94,8 +131,9 @@ class Evolution:
         seed: of the search.
     """
 
+    memory: str = "horizons"
     time_scales: Sequence[float] = (0.5,)
-    units: int = 2
+    units: int | None = None
     population: int = 12
     pool: int = 12
     tasks: int = 2
@@ -103,17 +141,11 @@ class Evolution:
     kinds: Sequence[str] = KINDS
     seed: int = 0
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.units, width(1 + len(self.time_scales))
-
     def start(self) -> Tensor:
-        """The plain mean of all averages, by units that all are active."""
-        phi = torch.zeros(self.shape, dtype=torch.float64)
-        scales = 1 + len(self.time_scales)
-        phi[:, 2 * scales + 2] = 1.0
-        phi[0, 2 * scales + 3 :] = 1 / scales
-        return phi
+        """The φ that the search starts from."""
+        kind = KINDS_OF_MEMORY[self.memory]
+        phi = kind.start(1 + len(self.time_scales), self.units or kind.units)
+        return phi.to(torch.float64)
 
     def run(self, log: Log, generations: int) -> Tensor:
         """The mean of the search after so many generations, those in the log included."""
@@ -146,7 +178,7 @@ class Evolution:
                     }
                 )
             search.tell(list(zip(candidates, values, strict=True)))
-        return torch.tensor(search.mean, dtype=torch.float64).view(self.shape)
+        return torch.tensor(search.mean, dtype=torch.float64).view_as(self.start())
 
     def _check(self, log: Log) -> None:
         """Raise ValueError where the log is that of another search."""
@@ -180,8 +212,10 @@ class Evolution:
     def relative(self, task: Task, phis: Tensor, log: Log) -> Tensor:
         """Log loss of every candidate minus that of the best linear memory, shape (P,)."""
         best = self.baseline(task, log)
-        phis = phis.view(-1, *self.shape)
-        memory = Horizons(self.time_scales, torch.zeros(self.shape).tolist())
+        start = self.start()
+        make = KINDS_OF_MEMORY[self.memory].memory
+        memory = make(tuple(self.time_scales), torch.zeros_like(start).tolist())
+        phis = phis.view(-1, *start.shape)
         return (train(task, memory, best.lr, phis=phis) - best.loss).clamp(-LARGEST, LARGEST)
 
     def validate(self, phis: Iterable[Tensor], count: int, log: Log) -> Tensor:

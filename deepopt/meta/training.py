@@ -66,5 +66,6 @@ def train(
         if step == 0 and phis is not None:
             state = optimizer.state[params["matrices"]]
             each = params["matrices"].shape[1]
-            state["phi"] = phis.to(state["phi"]).repeat_interleave(each, 0)
+            for key in {"phi", "phi0"} & state.keys():
+                state[key] = phis.to(state[key]).repeat_interleave(each, 0)
     return (total / len(measured)).log()

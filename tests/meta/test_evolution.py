@@ -54,7 +54,7 @@ def test_the_start_is_the_mean_of_the_averages():
     for scales, share in (((0.7,), 1 / 2), ((0.5, 0.97), 1 / 3)):
         search = Evolution(time_scales=scales)
         features = torch.randn(2, 2 * len(scales) + 4, dtype=torch.float64)
-        weights = mixing_weights(search.start().expand(2, *search.shape), features)
+        weights = mixing_weights(search.start().expand(2, *search.start().shape), features)
         torch.testing.assert_close(weights, torch.full_like(weights, share))
 
 
@@ -66,7 +66,7 @@ def test_the_command_leaves_what_it_found_with_what_made_it(tmp_path, capsys):
     assert outcome["generations"] == 2
     assert outcome["time_scales"] == [0.5]
     assert {name: len(x) for name, x in outcome["validation"].items()} == {
-        "linear": 2, "mean": 2, "trained": 2,
+        "linear": 2, "start": 2, "trained": 2,
     }  # fmt: skip
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert "streams: linear" in capsys.readouterr().out

@@ -9,8 +9,6 @@ import importlib
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 import deepopt.ops
 from deepopt.memory import Delta
@@ -23,6 +21,7 @@ from deepopt.ops.triton import (
     split_product,
     symmetric_product,
 )
+from tests.triton.interpreter import as_bfloat16
 
 on_triton = importlib.import_module("deepopt.ops.triton.newton_schulz")  # not the function
 on_covariance = importlib.import_module("deepopt.ops.triton.covariance")
@@ -32,59 +31,6 @@ reference = deepopt.ops.newton_schulz.reference
 HALF = 2.0**-24  # of a unit in the last place of float32
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SHAPES = [(1, 1, 1), (1, 32, 16), (3, 33, 45), (1, 70, 20), (2, 8, 99), (0, 8, 8), (2, 0, 3)]
-
-
-def _as_float(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _as_bfloat16(numbers):
-    bits = np.ascontiguousarray(numbers).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
-    return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
-
-
-def _with_bfloat16(builder=interpreter.InterpreterBuilder):
-    """Teach the interpreter bfloat16, which it holds as uint16.
-
-    As it is, products multiply the bit patterns, and a conversion from float32 truncates.
-    """
-    convert, dot = builder.cast_impl, builder.create_dot
-
-    def cast_impl(self, source, target):
-        types = (source.dtype.scalar, target.scalar)
-        if types == (tl.float32, tl.bfloat16):
-            return interpreter.TensorHandle(_as_bfloat16(source.data), tl.bfloat16)
-        if types == (tl.bfloat16, tl.float32):
-            return interpreter.TensorHandle(_as_float(source.data), tl.float32)
-        return convert(self, source, target)
-
-    def widened(self, operand):
-        if operand.dtype.scalar == tl.bfloat16:
-            return interpreter.TensorHandle(_as_float(operand.data), tl.float32)
-        return operand
-
-    builder.cast_impl = cast_impl
-    builder.create_fp_to_fp = lambda self, source, target, _: cast_impl(self, source, target)
-    builder.create_dot = lambda self, a, b, *rest: dot(
-        self, widened(self, a), widened(self, b), *rest
-    )
-
-
-_with_bfloat16()
-
-
-def _with_lengths_from_numpy(patch=interpreter._patch_lang_tensor):
-    """Let a loop's length be the array of one element that Triton 3.6 hands to numpy 2.4."""
-
-    def patched(tensor, *scope):
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
-_with_lengths_from_numpy()
 
 
 def _within(found, expected, bound):
@@ -108,7 +54,7 @@ def _strided(tensor, layout):
 def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
     numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, 1e-40, 3.39e38, torch.inf])])
     numbers = torch.cat([numbers, -numbers, torch.tensor([1.00390625, 1.01171875])])
-    rounded = torch.from_numpy(_as_bfloat16(numbers.numpy()).view(np.int16)).view(torch.bfloat16)
+    rounded = torch.from_numpy(as_bfloat16(numbers.numpy()).view(np.int16)).view(torch.bfloat16)
     assert torch.equal(rounded, numbers.bfloat16())
 
 

@@ -11,6 +11,7 @@ from deepopt.hope import fused
 from deepopt.ops.triton.memories import fits, memories, memories_gradient
 from tests.hope import test_memory
 from tests.hope.test_fused import arguments
+from tests.triton import interpreter  # noqa: F401  # as the other kernels are run
 
 
 def given(position: int, dtype: torch.dtype, **options: Any) -> fused.Arguments:

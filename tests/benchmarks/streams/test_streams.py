@@ -58,6 +58,7 @@ def test_a_run_has_the_online_loss_and_that_after_a_switch():
 @pytest.mark.usefixtures("short")
 def test_a_run_that_has_a_line_is_not_repeated_and_the_tables_show_it(tmp_path, monkeypatch):
     arguments = ["benchmarks", "streams", "--out", str(tmp_path), "--tasks", "regimes"]
+    arguments += ["--seeds", "2"]
     monkeypatch.setattr("sys.argv", arguments)
     made = {
         **dataclasses.asdict(Run("regimes", "linear", 0.9, 0.01, 0)),
@@ -67,10 +68,38 @@ def test_a_run_that_has_a_line_is_not_repeated_and_the_tables_show_it(tmp_path, 
     (tmp_path / "streams.jsonl").write_text(json.dumps(made) + "\n")
     assert main() == 0
     lines = [json.loads(x) for x in (tmp_path / "streams.jsonl").read_text().splitlines()]
-    assert [line["optimizer"] for line in lines] == ["linear", "M3", "AdamW", "horizons"]
+    names = ["linear", "M3", "AdamW", "horizons"]
+    assert [(line["optimizer"], line["seed"]) for line in lines] == [
+        *((name, 0) for name in names), *((name, 1) for name in names),
+    ]  # fmt: skip
     text = (tmp_path / "streams.md").read_text()
-    assert "| linear | 0.9 | 7.5000 (9.2500), n = 1 |" in text
+    assert "| linear | 0.9 | 7.5000 (9.2500) |" in text
+    assert text.count("| win |") + text.count("| tie |") == 3
     (tmp_path / "streams.md").unlink()
     monkeypatch.setattr("sys.argv", [*arguments, "--report"])
     assert main() == 0
     assert (tmp_path / "streams.md").read_text() == text
+
+
+@pytest.mark.usefixtures("short")
+def test_only_the_best_rate_is_repeated_and_held_against_the_best_linear_memory(monkeypatch):
+    task = dataclasses.replace(TASKS["regimes"], rates=(0.01, 0.02))
+    monkeypatch.setitem(TASKS, "regimes", task)
+    monkeypatch.setattr(command, "LINEAR", (("linear", 0.9), ("linear", 0.7)))
+    values = {
+        ("linear", 0.9): {0.01: (2.0,), 0.02: (1.0, 1.2)},
+        ("linear", 0.7): {0.01: (0.9, 1.1), 0.02: (3.0,)},
+        ("M3", 0.9): {0.01: (0.7, 0.8), 0.02: (0.8,)},
+    }
+    lines = {
+        Run("regimes", *contender, lr, seed): {"loss": loss}
+        for contender, rates in values.items()
+        for lr, losses in rates.items()
+        for seed, loss in enumerate(losses)
+    }
+    best = [run.lr for run in command.repeats("regimes", ("M3", 0.9), 3, lines)]
+    assert best == [0.01, 0.01, 0.01]
+    found = command.row(lines, "regimes", ("M3", 0.9), 2)
+    # Less the linear memory of 0.7: -0.2 and -0.3.
+    assert found == ["M3", "0.9", "0.7000", "0.8000", "0.7500", "-0.2500 [-0.8853, +0.3853]", "tie"]
+    assert command.row(lines, "regimes", ("M3", 0.9), 3)[-3:] == ["–", "", ""]
