@@ -10,7 +10,7 @@ symmetric results, and Newton-Schulz by powers of its Gram matrix where that tak
 
 All counts are for one matrix of m x n, with parameters, gradients and state in float32 and products
 of Newton-Schulz in ``dtype``; r is its short and R its long side. The arithmetic of element-wise
-passes, some ten FLOPs per entry, is not counted, but for that of MLPs.
+passes, some ten FLOPs per entry, is not counted, but for that of MLPs on entries.
 """
 
 import math
@@ -23,7 +23,7 @@ NS_STEPS = 5
 PERIOD = 10
 """Steps from one refresh of the covariance memory, or one chunk of M3, to the next."""
 HIDDEN = 8
-"""Units of the MLP memories."""
+"""Units of DMGD's memories and of the MLP operator."""
 TANH_OPERATIONS = 21
 """What a tanh takes as a bounded quotient of polynomials: 2 for the bounds, 1 for the square, 4 + 4
 multiply-adds, a product and a division."""
@@ -238,16 +238,12 @@ def covariance(
     ]
 
 
-def mlp(m: int, n: int, dtype: str = "bfloat16", least: bool = False, features: int = 2) -> Work:
-    """The averages take up the gradient and are normed, then the MLP reads them entry by entry."""
+def mlp(m: int, n: int, dtype: str = "bfloat16", least: bool = False, averages: int = 2) -> Work:
+    """The averages are compared with the gradient; then they take it up and are mixed."""
     size = FLOAT * m * n
     return [
-        Phase("averages", (1 + 2 * features) * size),
-        Phase(
-            "MLP",
-            (1 + features) * size + m * n * _input(dtype),
-            m * n * coordinate_mlp_flops(features),
-        ),
+        Phase("cosines", (1 + averages) * size),
+        Phase("averages", (1 + 2 * averages) * size + m * n * _input(dtype)),
         *newton_schulz(m, n, dtype, least),
         *_move(m, n, dtype),
     ]

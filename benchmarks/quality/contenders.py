@@ -82,7 +82,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     **{
         f"DeepMomentum, {memory}": Contender("deep_momentum", SIZES, {"memory": memory})
-        for memory in ("linear", "delta", "covariance")
+        for memory in ("linear", "delta", "covariance", "mlp")
     },
     "DeepMomentum, delta and motion": Contender(
         "deep_momentum",

@@ -16,6 +16,7 @@ import deepopt
 from benchmarks.streams.tasks import TASKS, Task
 from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
 from deepopt.memory import Covariance, Horizons, Memory
+from deepopt.memory.horizons import HAND_MADE
 
 WARMUP_SHARE = 16
 SIZE = 0.2
@@ -30,7 +31,7 @@ MEMORIES: dict[str, Memory | str] = {
     "covariance": Covariance(power=0.4),
     "delta": "delta",
     "mlp": "mlp",
-    "horizons": Horizons(),
+    "closed form": Horizons(phi=HAND_MADE),
 }
 FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
 """What ``python -m deepopt.meta`` found, in folders by the retention of the short average."""
@@ -47,7 +48,7 @@ def memory(name: str) -> Memory | str:
 class Run:
     """What tells one run from another.
 
-    The optimizer is a name in ``MEMORIES``, "trained 0.7", "M3", "AdamW" or the like.
+    The optimizer is a name in ``MEMORIES``, "trained 0.5", "M3", "AdamW" or the like.
     """
 
     task: str

@@ -103,7 +103,7 @@ BUILT_IN: dict[str, type[AnyMemory]] = {
     "linear": Linear,
     "covariance": Covariance,
     "delta": Delta,
-    "mlp": MLP,
+    "mlp": Horizons,
 }
 
 

@@ -56,9 +56,9 @@ class Kind(NamedTuple):
 
 KINDS_OF_MEMORY = {
     "horizons": Kind(Horizons, mean_of_averages, 2),
-    "mlp": Kind(lambda scales, phi: MLP(scales, phi=phi), untrained_weights, 8),
+    "mlp": Kind(lambda scales, phi: MLP(scales, phi=phi), untrained_weights, 4),
     "mlp online": Kind(
-        lambda scales, phi: MLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 8
+        lambda scales, phi: MLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 4
     ),
 }
 

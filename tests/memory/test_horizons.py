@@ -1,12 +1,15 @@
+import hashlib
 import io
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import Horizons, Linear
-from deepopt.memory.horizons import HAND_MADE, mixing_weights, width
+from deepopt.memory import Horizons, Linear, resolve
+from deepopt.memory.horizons import HAND_MADE, PHI0, mixing_weights, width
 
 RETENTION = 0.9
 
@@ -109,7 +112,7 @@ def test_the_closed_form_trusts_the_long_average_until_the_gradient_turns():
     """Below the noise the gradient turns round: the short average is read, for a while."""
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(1, 32, 32, generator=generator)
-    memory, weights = Horizons(), []
+    memory, weights = Horizons(phi=HAND_MADE), []
     state = memory.init(before)
     for step in range(80):
         noise = torch.randn(1, 32, 32, generator=generator)
@@ -141,8 +144,18 @@ def test_a_run_goes_on_with_the_mlp_that_it_began_with():
 
 def test_the_state_is_as_small_as_documented():
     state = Horizons().init(torch.empty(1, 6, 10, device="meta"))
-    assert sum(tensor.numel() for tensor in state.values()) == 2 * 60 + 2 * 2 + 8 * len(HAND_MADE)
+    assert sum(tensor.numel() for tensor in state.values()) == 2 * 60 + 20
     assert all(tensor.is_meta for tensor in state.values())
+
+
+def test_the_memory_called_mlp_has_what_the_logged_search_found():
+    folder = Path("docs/results/mlp-memory/0.7")
+    found = json.loads((folder / "phi.json").read_text())
+    assert found["phi"] == PHI0
+    assert found["time_scales"] == list(Horizons().time_scales)
+    assert hashlib.sha256((folder / "log.jsonl").read_bytes()).hexdigest() == found["log_sha256"]
+    state = resolve("mlp").init(torch.empty(3, 4, 4))
+    assert torch.equal(state["phi"], torch.tensor(PHI0).expand(3, 2, 8))
 
 
 def test_write_and_read_are_differentiable():
@@ -169,7 +182,7 @@ def test_the_report_names_the_weight_of_every_further_average():
     [
         ({"time_scales": (1.0,)}, r"Invalid time_scales: \(1.0,\)"),
         ({"time_scales": ()}, r"Invalid time_scales: \(\)"),
-        ({"time_scales": (0.5, 0.99)}, "Invalid phi: units of .8. numbers"),
+        ({"time_scales": (0.5, 0.99)}, "Invalid phi: units of .8, 8. numbers"),
         ({"phi": ((1.0, 2.0),)}, "Invalid phi: units of .2. numbers"),
     ],
 )

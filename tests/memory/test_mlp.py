@@ -7,7 +7,6 @@ from torch import nn
 
 import deepopt
 from deepopt.memory import MLP, Linear
-from deepopt.memory.mlp import PHI0, initial_weights, untrained_weights
 
 RETENTION = 0.9
 
@@ -118,19 +117,21 @@ def test_without_new_evidence_what_was_learned_decays_towards_phi0():
     torch.testing.assert_close(state["phi"], state["phi0"], rtol=0, atol=1e-3)
 
 
-def test_phi0_is_part_of_the_package_and_of_every_matrix_state():
-    assert torch.tensor(PHI0).shape == (8, 3)
-    torch.testing.assert_close(initial_weights(2), torch.tensor(PHI0))
-    state = MLP().init(torch.empty(5, 3, 4))
-    assert torch.equal(state["phi"], initial_weights(2).expand(5, 8, 3))
+def test_without_a_phi_it_starts_as_the_linear_memory():
+    for scales in ((), (0.99,), (0.5, 0.9)):
+        phi = MLP(scales).init(torch.empty(5, 3, 4))["phi"]
+        assert phi.shape == (5, 8, len(scales) + 2)
+        assert (phi[..., -1] == 0).all()
+        assert phi[..., :-1].abs().min() > 0
+
+
+def test_a_phi_of_ones_own_is_where_every_matrix_starts():
+    phi = [[0.5, -0.25, 0.125], [1.0, 2.0, 3.0]]
+    state = MLP(phi=phi).init(torch.empty(3, 4, 4))
+    assert torch.equal(state["phi"], torch.tensor(phi).expand(3, 2, 3))
     assert torch.equal(state["phi0"], state["phi"])
-
-
-def test_until_a_trained_one_is_shipped_phi0_is_the_linear_memory():
-    for features in (1, 2, 4):
-        assert torch.equal(initial_weights(features), untrained_weights(features))
-        assert (initial_weights(features)[:, -1] == 0).all()
-        assert initial_weights(features)[:, :-1].abs().min() > 0
+    with pytest.raises(ValueError, match=r"Invalid phi: units of \[3, 3\] numbers.* need 4"):
+        MLP((0.5, 0.9), phi=phi)
 
 
 def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
@@ -138,6 +139,7 @@ def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
     grads = torch.randn(8, 1, 16, 16)
     params = [nn.Parameter(torch.zeros(16, 16))]
     optimizer = deepopt.DeepMomentum(params, memory=memory)
+    start = memory.init(grads[:1, 0])["phi"]
     train(params, optimizer, grads[:4])
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
@@ -148,7 +150,7 @@ def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
     for p, o in ((params, optimizer), (again, resumed)):
         train(p, o, grads[4:])
     assert torch.equal(*params, *again)
-    assert not torch.equal(optimizer.state[params[0]]["phi"], initial_weights(2)[None])
+    assert not torch.equal(optimizer.state[params[0]]["phi"], start)
 
 
 def test_the_state_is_as_small_as_documented():

@@ -16,7 +16,7 @@ def short(monkeypatch):
     task = dataclasses.replace(TASKS["regimes"], steps=16, period=8, rates=(0.01,))
     monkeypatch.setitem(TASKS, "regimes", task)
     monkeypatch.setattr(
-        command, "CONTENDERS", (("linear", 0.9), ("M3", 0.9), ("AdamW", 0.9), ("horizons", 0.9))
+        command, "CONTENDERS", (("linear", 0.9), ("M3", 0.9), ("AdamW", 0.9), ("mlp", 0.9))
     )
 
 
@@ -45,7 +45,7 @@ def test_regimes_recur():
 
 @pytest.mark.usefixtures("short")
 def test_a_run_has_the_online_loss_and_that_after_a_switch():
-    line = runs.execute(Run("regimes", "horizons", 0.9, 0.01, 0))
+    line = runs.execute(Run("regimes", "mlp", 0.9, 0.01, 0))
     task = TASKS["regimes"]
     torch.manual_seed(0)
     model = task.model()
@@ -68,7 +68,7 @@ def test_a_run_that_has_a_line_is_not_repeated_and_the_tables_show_it(tmp_path, 
     (tmp_path / "streams.jsonl").write_text(json.dumps(made) + "\n")
     assert main() == 0
     lines = [json.loads(x) for x in (tmp_path / "streams.jsonl").read_text().splitlines()]
-    names = ["linear", "M3", "AdamW", "horizons"]
+    names = ["linear", "M3", "AdamW", "mlp"]
     assert [(line["optimizer"], line["seed"]) for line in lines] == [
         *((name, 0) for name in names), *((name, 1) for name in names),
     ]  # fmt: skip
