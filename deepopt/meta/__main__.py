@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = {"linear": torch.zeros_like(phi), "start": evolution.start(), "trained": phi}
     table = evolution.validate(list(compared.values()), given.validation, log)
     outcome = {
-        "command": " ".join(["python -m deepopt.meta", *(sys.argv[1:] if argv is None else argv)]),
+        "command": "python -m deepopt.meta " + shlex.join(sys.argv[1:] if argv is None else argv),
         **dataclasses.asdict(evolution),
         "generations": given.generations,
         "tasks_seen": sorted({seed for x in log.of("generation") for seed in x["tasks"]}),
