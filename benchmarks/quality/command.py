@@ -179,8 +179,10 @@ def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
 
 
 def with_lines(plan: Tuning, lines: Lines) -> Tuning:
-    """The plan without optimizers that have not begun; those of the standard tier stay."""
-    begun = [c for c in plan.contenders if c in MAIN or lines.keys() & plan.trials_of(c, lines)]
+    """The plan with the optimizers that have begun, and of its own those of the standard tier."""
+    known = dict.fromkeys([*plan.contenders, *CONTENDERS])
+    own = {*MAIN} & {*plan.contenders}
+    begun = [c for c in known if c in own or lines.keys() & plan.trials_of(c, lines)]
     return dataclasses.replace(plan, contenders=tuple(begun))
 
 
