@@ -25,11 +25,11 @@ PHI0: list[list[float]] = json.loads(Path(__file__).with_name("phi0.json").read_
 
 @dataclass(frozen=True)
 class Horizons:
-    r"""Several linear memories, mixed by an MLP that sees how well each foresees the gradient.
+    r"""Several linear memories, mixed by an MLP. It does not pay over the best one of them.
 
-    This is the memory called "mlp". It does not pay over the best linear memory: it is as good on
-    data that stay the same, and on streams better than ``"linear"`` with the same ``betas``, but
-    not than with shorter ones (``docs/results/mlp-memory.md``).
+    This is the memory called "mlp". It is as good as ``"linear"`` on data that stay the same, and
+    better on streams with the same ``betas``, but not than ``"linear"`` with shorter ones
+    (``docs/results/mlp-memory.md``). The MLP sees how well each memory foresees the gradient.
 
     The averages have the retentions :math:`\beta_1` (that of :meth:`write`) and :math:`\beta_k`
     for every further time scale, K in all. Before a gradient is written, each is compared with it:
