@@ -1,7 +1,7 @@
 """The MLP memory: averages of the gradient at several time scales, read out by a small MLP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ class MLP:
     authority: float = 0.3
     inner_lr: float = 0.0
     inner_retention: float = 0.99
-    phi: Sequence[Sequence[float]] | None = None
+    # Not in the name that a checkpoint has of its memory: the state has φ itself.
+    phi: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not all(0.0 <= retention < 1.0 for retention in self.time_scales):
