@@ -153,13 +153,14 @@ def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
     assert not torch.equal(optimizer.state[params[0]]["phi"], start)
 
 
-def test_a_checkpoint_goes_on_whatever_phi_new_matrices_would_start_from():
+def test_a_checkpoint_goes_on_with_its_own_phi():
+    phi = torch.randn(8, 3)
     params = [nn.Parameter(torch.zeros(16, 16))]
-    first = deepopt.DeepMomentum(params, memory=MLP(phi=[[0.5, -0.25, 0.125]]))
+    first = deepopt.DeepMomentum(params, memory=MLP(phi=phi.tolist()))
     train(params, first, torch.randn(2, 1, 16, 16))
     resumed = deepopt.DeepMomentum(params, memory=MLP())
     resumed.load_state_dict(first.state_dict())
-    assert torch.equal(resumed.state[params[0]]["phi0"], torch.tensor([[[0.5, -0.25, 0.125]]]))
+    assert torch.equal(resumed.state[params[0]]["phi0"], phi[None])
 
 
 def test_the_state_is_as_small_as_documented():
