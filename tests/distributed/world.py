@@ -88,6 +88,7 @@ def run(module: Path, size: int, folder: Path) -> dict[str, str | None]:
                 process.wait(max(0.1, min(30, end - time.monotonic())))
             except subprocess.TimeoutExpired:
                 break
+    codes = [process.poll() for process in processes]  # None: killed here, because another ended
     for process in processes:
         process.kill()
         process.wait()
@@ -101,5 +102,6 @@ def run(module: Path, size: int, folder: Path) -> dict[str, str | None]:
     for name in names(size):
         if name not in found:
             logs = [(folder / f"{rank}.log").read_text()[-2000:] for rank in range(size)]
-            found[name] = "did not run to its end; the processes said: " + "\n".join(logs)
+            said = "\n".join(logs)
+            found[name] = f"did not run to its end; the processes ended with {codes}, saying: {said}"
     return found
