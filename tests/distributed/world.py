@@ -103,5 +103,5 @@ def run(module: Path, size: int, folder: Path) -> dict[str, str | None]:
         if name not in found:
             logs = [(folder / f"{rank}.log").read_text()[-2000:] for rank in range(size)]
             said = "\n".join(logs)
-            found[name] = f"did not run to its end; the processes ended with {codes}, saying: {said}"
+            found[name] = f"did not run to its end; processes ended with {codes}, saying: {said}"
     return found
