@@ -31,7 +31,7 @@ RATES = {
     "float64": "products in float64",
 }
 Row: TypeAlias = tuple[str, str, Work]
-"""Of which, what, and its least work."""
+"""What is stepped or computed, the name of the row, and its least work."""
 
 
 def card_rates() -> Rates:

@@ -96,7 +96,7 @@ def against_compiled(race: Race) -> Race:
 
 
 def races(quick: bool = False, device: str = "cuda") -> dict[str, Race]:
-    """All races by name; ``quick`` on a few entries, to rehearse."""
+    """All races by name, with the work of a device; ``quick`` on a few entries, to rehearse."""
     wide = [(64, 64)] * 2 if quick else [(2**13, 2**13)] * 4
     small, xl = ((64, 1), (80, 1)) if quick else ((768, 12), (1600, 12))
     gpt2 = on_matrices("GPT-2-small's matrices, 85 M parameters", *small, device)

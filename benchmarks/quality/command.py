@@ -179,7 +179,7 @@ def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
 
 
 def with_lines(plan: Tuning, lines: Lines) -> Tuning:
-    """The plan with the optimizers that have begun, and of its own those of the standard tier."""
+    """The plan with its optimizers of the standard tier and all others that have begun."""
     known = dict.fromkeys([*plan.contenders, *CONTENDERS])
     own = {*MAIN} & {*plan.contenders}
     begun = [c for c in known if c in own or lines.keys() & plan.trials_of(c, lines)]

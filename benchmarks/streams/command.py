@@ -87,6 +87,7 @@ def report(lines: Lines, seeds: int, command: str) -> str:
 
 
 def row(lines: Lines, task: str, contender: Contender, seeds: int) -> list[str]:
+    """The sweep of an optimizer, and its best rate beside that of the best linear memory."""
     cells = [cell([lines[run]] if run in lines else []) for run in sweep(task, contender)]
     ours = finished(task, contender, seeds, lines)
     linear = [found for x in LINEAR if (found := finished(task, x, seeds, lines))]

@@ -75,12 +75,7 @@ class Horizons:
             raise ValueError(
                 f"Invalid time_scales: {self.time_scales}; give retentions in [0, 1), at least one"
             )
-        needed = width(1 + len(self.time_scales))
-        if any(len(unit) != needed for unit in self._units):
-            raise ValueError(
-                f"Invalid phi: units of {[len(unit) for unit in self._units]} numbers; "
-                f"{len(self.time_scales)} further time scales need {needed} for each"
-            )
+        check_phi(self._units, width(1 + len(self.time_scales)), self.time_scales)
 
     @property
     def _units(self) -> Sequence[Sequence[float]]:
@@ -145,6 +140,15 @@ class Horizons:
             f"weight of {kept:g}": weight
             for kept, weight in zip(self.time_scales, weights, strict=True)
         }
+
+
+def check_phi(phi: Sequence[Sequence[float]], needed: int, time_scales: Sequence[float]) -> None:
+    """Raise ValueError where a unit has not the numbers that the time scales need."""
+    if any(len(unit) != needed for unit in phi):
+        raise ValueError(
+            f"Invalid phi: units of {[len(unit) for unit in phi]} numbers; "
+            f"{len(time_scales)} further time scales need {needed} for each"
+        )
 
 
 def width(scales: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepopt.memory.horizons import check_phi
 from deepopt.memory.linear import Linear
 from deepopt.ops import coordinate_mlp, coordinate_mlp_gradient, root_mean_square
 
@@ -85,12 +86,7 @@ class MLP:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)}; it must be in [0, 1]")
         if not 0.0 <= self.inner_lr:
             raise ValueError(f"Invalid inner_lr: {self.inner_lr}; it must not be negative")
-        needed = len(self.time_scales) + 2
-        if self.phi is not None and any(len(unit) != needed for unit in self.phi):
-            raise ValueError(
-                f"Invalid phi: units of {[len(unit) for unit in self.phi]} numbers; "
-                f"{len(self.time_scales)} further time scales need {needed} for each"
-            )
+        check_phi(self.phi or (), len(self.time_scales) + 2, self.time_scales)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         phi = self._initial_weights.to(like)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from deepopt.meta.evolution import KINDS_OF_MEMORY, Evolution, Log
+from deepopt.meta.evolution import SEARCHED, Evolution, Log
 from deepopt.meta.tasks import KINDS
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--generations", type=int, default=150, help="(150)")
     parser.add_argument("--validation", type=int, default=8, help="tasks at the end (8)")
     parser.add_argument(
-        "--memory", choices=KINDS_OF_MEMORY, default=default.memory, help=f"({default.memory})"
+        "--memory", choices=SEARCHED, default=default.memory, help=f"({default.memory})"
     )
     parser.add_argument("--time-scales", type=float, nargs="+", default=default.time_scales)
     parser.add_argument("--units", type=int, help="of the MLP (the memory's own number)")

@@ -40,7 +40,7 @@ def mean_of_averages(scales: int, units: int) -> Tensor:
     return phi
 
 
-class Kind(NamedTuple):
+class Searched(NamedTuple):
     """A memory whose MLP can be searched for.
 
     Attributes:
@@ -54,10 +54,10 @@ class Kind(NamedTuple):
     units: int
 
 
-KINDS_OF_MEMORY = {
-    "horizons": Kind(Horizons, mean_of_averages, 2),
-    "mlp": Kind(lambda scales, phi: MLP(scales, phi=phi), untrained_weights, 4),
-    "mlp online": Kind(
+SEARCHED = {
+    "horizons": Searched(Horizons, mean_of_averages, 2),
+    "mlp": Searched(lambda scales, phi: MLP(scales, phi=phi), untrained_weights, 4),
+    "mlp online": Searched(
         lambda scales, phi: MLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 4
     ),
 }
@@ -120,7 +120,7 @@ class Evolution:
     them to CMA-ES again brings it back to where it was, bit for bit.
 
     Args:
-        memory: a key of ``KINDS_OF_MEMORY``.
+        memory: a key of ``SEARCHED``.
         time_scales: retentions of the averages besides the momentum's own.
         units: of the MLP; None for as many as the memory has by default.
         population: candidates of a generation, trained side by side.
@@ -143,8 +143,8 @@ class Evolution:
 
     def start(self) -> Tensor:
         """The φ that the search starts from."""
-        kind = KINDS_OF_MEMORY[self.memory]
-        phi = kind.start(1 + len(self.time_scales), self.units or kind.units)
+        searched = SEARCHED[self.memory]
+        phi = searched.start(1 + len(self.time_scales), self.units or searched.units)
         return phi.to(torch.float64)
 
     def run(self, log: Log, generations: int) -> Tensor:
@@ -213,7 +213,7 @@ class Evolution:
         """Log loss of every candidate minus that of the best linear memory, shape (P,)."""
         best = self.baseline(task, log)
         start = self.start()
-        make = KINDS_OF_MEMORY[self.memory].memory
+        make = SEARCHED[self.memory].memory
         memory = make(tuple(self.time_scales), torch.zeros_like(start).tolist())
         phis = phis.view(-1, *start.shape)
         return (train(task, memory, best.lr, phis=phis) - best.loss).clamp(-LARGEST, LARGEST)

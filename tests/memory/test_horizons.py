@@ -149,7 +149,7 @@ def test_the_state_is_as_small_as_documented():
 
 
 def test_the_memory_called_mlp_has_what_the_logged_search_found():
-    folder = Path("docs/results/mlp-memory/0.7")
+    folder = Path(__file__).parents[2] / "docs/results/mlp-memory/0.7"
     found = json.loads((folder / "phi.json").read_text())
     assert found["phi"] == PHI0
     assert found["time_scales"] == list(Horizons().time_scales)

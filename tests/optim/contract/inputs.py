@@ -83,7 +83,7 @@ INPUTS: dict[str, Inputs] = {
             {"memory": Covariance(sides="both", refresh=2)},
             {"memory": "mlp"},
             {"memory": MLP(time_scales=(0.5, 0.99), inner_lr=1.0)},
-            {"memory": "mlp"},
+            {"memory": MLP()},
             {"row_norm": False, "ns_steps": 3, "maximize": True},
             {"update_rms": 0.2, "rms_cap": 1.0, "ns_coefficients": (3.4445, -4.7750, 2.0315)},
             {"path": "elementwise", "eps": 1e-6},
