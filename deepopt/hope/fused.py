@@ -104,7 +104,7 @@ Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
 Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor? memory_initial_w2,
 Tensor? memory_initial_w1, Tensor gates, float max_eta, float max_erase, float max_delta,
 float generator_floor, float memory_floor, float sharpness, int projection_chunk, int memory_chunk,
-int position""".replace("\n", " ")
+SymInt position""".replace("\n", " ")
 
 
 def self_modifying(

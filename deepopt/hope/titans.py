@@ -207,10 +207,10 @@ class SelfModifyingTitans(nn.Module):
             query, phase = self.turns(x, inputs.query, phase, lengths)
             inputs = inputs._replace(query=query)
         period = math.lcm(config.memory_chunk, config.projection_chunk)
-        phases = {p % period for p in state.positions}
-        position, valid, grid = min(phases), None, None
         counts = lengths or (width,) * batch
-        if lengths is not None or len(phases) > 1:
+        position, valid, grid = state.positions[0], None, None
+        # Differences, not remainders: a compiled step then holds for every position of a text.
+        if lengths is not None or any((p - position) % period for p in state.positions[1:]):
             grid = Grid.of(state.positions, counts, period, width, x.device)
             position, valid = grid.position, grid.valid
             inputs = Inputs(*(grid.spread(u) for u in inputs))

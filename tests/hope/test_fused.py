@@ -174,11 +174,11 @@ def test_segments_are_counted_as_they_are_made(chunks: tuple[int, int]) -> None:
 LENGTHS = (5, 9, 30, 16)
 
 
-def two_chunks() -> Hope:
+def two_chunks(mixer: str = "titans") -> Hope:
     torch.manual_seed(0)
     model = Hope(
-        HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, memory_chunk=4, projection_chunk=6,
-                   cms_chunks=(8,))
+        HopeConfig(mixer=mixer, vocab_size=7, dim=8, layers=1, heads=2, memory_chunk=4,
+                   projection_chunk=6, cms_chunks=(8,))
     )  # fmt: skip
     torch.nn.init.normal_(model.head.weight)
     return model
@@ -223,6 +223,27 @@ def test_the_model_is_exported_once_for_texts_of_every_length() -> None:
     for tokens in LENGTHS:
         text = torch.randint(0, 7, (2, tokens))
         torch.testing.assert_close(exported(text), model(text).logits)
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch itself imports
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_compiled_decoding_compiles_for_the_first_tokens_alone(mixer: str, batch: int) -> None:
+    model = two_chunks(mixer)
+    count = CompileCounter()
+    step = torch.compile(model, backend=count, dynamic=True)
+    tokens, state = torch.randint(0, 7, (batch, 40)), model.initial_state(batch)
+    logits, graphs = [], []
+    for token in tokens.split(1, 1):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            out = step(token, state=state)
+        state = out.state
+        logits.append(out.logits)
+        graphs.append(count.frame_count)
+    assert graphs[-1] == graphs[2] <= 3
+    torch.testing.assert_close(torch.cat(logits, 1), model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernel
