@@ -64,9 +64,8 @@ class DeepMomentum(MemoryOptimizer):
 
     State per parameter: on the matrix path that of the memory (``deepopt.memory``: 1 float for
     "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance", 2 for "mlp") plus 2/n for the
-    rows and 1 per matrix; 2 on the element-wise path. Float32 for narrower parameters. The φ₀ that
-    the package ships for "mlp" reads out zero: without learning online (``MLP(inner_lr=...)``) it
-    is "linear" at one more float per parameter, until a trained φ₀ is shipped.
+    rows and 1 per matrix; 2 on the element-wise path. Float32 for narrower parameters. "mlp" is
+    ``deepopt.memory.Horizons``, trained by ``python -m deepopt.meta``; it does not pay.
 
     Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's; kernels
     take about half of that, see :func:`deepopt.ops.newton_schulz`.
