@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.quality.intervals import paired, verdict
 from benchmarks.quality.tuned import difference
+from benchmarks.quality.workload import Unavailable
 from benchmarks.runs import executed
 from benchmarks.streams.runs import Run, execute
 from benchmarks.streams.tasks import TASKS
@@ -136,6 +137,12 @@ def main(argv: Sequence[str]) -> int:
     path = given.out / "streams.jsonl"
     lines = read(path)
     chosen = [(t, c) for t in given.tasks for c in CONTENDERS if c[0] in given.optimizers]
+    for task in () if given.report else given.tasks:
+        try:
+            TASKS[task].data(0, 0)
+        except Unavailable as why:
+            print(f"skipped: {task}: {why}", file=sys.stderr)
+            chosen = [pair for pair in chosen if pair[0] != task]
 
     def complete(runs: Sequence[Run]) -> None:
         missing = [run for run in runs if run not in lines]

@@ -1,4 +1,4 @@
-"""The tasks: two streams that switch between regimes which recur, and one that never changes."""
+"""The tasks: streams that switch between regimes which recur, and one that never changes."""
 
 import codecs
 import functools
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.quality import datasets
 from benchmarks.quality.language import batch as code_batch
 from benchmarks.quality.language import held_out
+from benchmarks.quality.workloads import digits_mlp
 from benchmarks.transformer import Transformer, TransformerConfig
 from deepopt.data import sample_batch
 
 SIZE, LENGTH = 16, 64
 INPUTS, OUTPUTS, EXAMPLES = 16, 16, 256
 NOISE = 0.3
+CLASSES = 10
+WRONG = 0.75
+"""Share of the labels that are drawn at random while a burst lasts."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,39 @@ def regressor() -> nn.Module:
     )
 
 
+def bursts(seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Classes that a random network tells apart; every other period most labels are wrong."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    first, second = teachers(seed)[0]
+    x = torch.randn(EXAMPLES, INPUTS, generator=generator)
+    labels = (torch.tanh(2 * x @ first) @ second)[:, :CLASSES].argmax(-1)
+    wrong = torch.rand(EXAMPLES, generator=generator) < WRONG * (step // 50 % 2)
+    other = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
+    return x, torch.where(wrong, other, labels)
+
+
+def digit_classes(seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Two of the ten digits at a time, with noise, so that no two batches are alike."""
+    known = datasets.digits().train
+    pair = step // 50 % 5
+    rows = torch.nonzero(known.targets // 2 == pair).flatten()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = rows[torch.randint(len(rows), (64,), generator=generator)]
+    noise = NOISE * torch.randn(64, 64, generator=generator)
+    return known.inputs[rows] + noise, known.targets[rows]
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(INPUTS, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, CLASSES)
+    )
+
+
+def class_cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
+
+
 def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
     return F.mse_loss(model(x), y)
@@ -125,6 +163,16 @@ TASKS = {
     "regimes": Task(
         regimes, regressor, squared_error, 50, 600, 0.004, (0.008, 0.016, 0.032),
         "Regression on three random networks by turns, with noise of variance 0.09.",
+    ),
+    "bursts": Task(
+        bursts, classifier, class_cross_entropy, 50, 600, 0.004, (0.004, 0.008, 0.016),
+        "Ten classes that a random network tells apart; every other period three labels in four "
+        "are random.",
+    ),
+    "digits": Task(
+        digit_classes, digits_mlp.model, class_cross_entropy, 50, 1000, 0.004,
+        (0.004, 0.008, 0.016), "scikit-learn's digits with noise of variance 0.09, two classes of "
+        "the ten at a time.",
     ),
     "code": Task(
         functools.partial(code_batch, SIZE, LENGTH), LanguageModel, cross_entropy, 0, 600, 0.008,

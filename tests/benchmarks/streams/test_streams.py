@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.quality.workload import Unavailable
 from benchmarks.streams import command, runs, tasks
 from benchmarks.streams.runs import Run
 from benchmarks.streams.tasks import TASKS
@@ -20,6 +21,15 @@ def short(monkeypatch):
     )
 
 
+def available(name):
+    """The data of a task, where its package is installed."""
+    try:
+        TASKS[name].data(0, 0)
+    except Unavailable as why:
+        pytest.skip(str(why))
+    return TASKS[name].data
+
+
 def test_text_switches_between_sources_and_english_every_fifty_steps():
     english = {0: False, 49: False, 50: True, 99: True, 100: False}
     for step, expected in english.items():
@@ -30,7 +40,7 @@ def test_text_switches_between_sources_and_english_every_fifty_steps():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_batch_is_a_function_of_the_seed_and_the_step(name):
-    data = TASKS[name].data
+    data = available(name)
     for ours, theirs in zip(data(0, 3), data(0, 3), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(data(0, 3)[0], data(1, 3)[0])
@@ -41,6 +51,37 @@ def test_regimes_recur():
     first, again = tasks.teachers(0)[0 // 50 % 3], tasks.teachers(0)[150 // 50 % 3]
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], tasks.teachers(0)[1][0])
+
+
+def test_labels_are_wrong_in_every_other_period_alone():
+    def known(step):  # a teacher's answers agree with the labels where none is wrong
+        first, second = tasks.teachers(0)[0]
+        x, labels = TASKS["bursts"].data(0, step)
+        answers = (torch.tanh(2 * x @ first) @ second)[:, : tasks.CLASSES].argmax(-1)
+        return (answers == labels).float().mean().item()
+
+    assert [known(step) for step in (0, 49, 100)] == [1.0, 1.0, 1.0]
+    # A quarter is right, and a tenth of the others by chance.
+    assert known(50) == pytest.approx(0.25 + 0.075, abs=0.1)
+    assert known(99) == pytest.approx(0.25 + 0.075, abs=0.1)
+
+
+def test_digits_come_two_classes_at_a_time_and_all_recur():
+    data = available("digits")
+    seen = [set(data(0, step)[1].tolist()) for step in range(0, 300, 50)]
+    assert seen == [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {0, 1}]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_task_whose_data_is_not_installed_is_skipped_visibly(tmp_path, monkeypatch, capsys):
+    def missing(seed, step):
+        raise Unavailable("it is not installed: pip install it")
+
+    monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], data=missing))
+    arguments = ["--out", str(tmp_path), "--tasks", "digits", "regimes", "--seeds", "1"]
+    assert command.main(arguments) == 0
+    assert "skipped: digits: it is not installed: pip install it" in capsys.readouterr().err
+    assert "| linear | 0.9 | – |" in (tmp_path / "streams.md").read_text()
 
 
 @pytest.mark.usefixtures("short")
