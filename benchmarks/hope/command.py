@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS),
                         metavar="PART", help="parts of the layer to change (all)")  # fmt: skip
     parser.add_argument("--rates", nargs="+", type=float, default=RATES,
-                        help="learning rates, on AdamW's scale (0.004 0.002 0.008)")  # fmt: skip
+                        help=f"learning rates, on AdamW's scale {RATES}")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate (3)")
     parser.add_argument("--steps", type=int, help="optimizer steps (each task's own)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (all cores)")

@@ -153,7 +153,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no projections of keys and values": {"projections": False},
     "linear memories": {"memory_hidden": 0, "projection_hidden": 0},
     "mem as wide as a head": {"memory_hidden": 32},
-    "queries that turn": {"turns": True},
+    "queries that do not turn": {"turns": False},
     "no convolutions": {"conv_width": 1},
     "chunks of 8": {"memory_chunk": 8, "projection_chunk": 8},
     "one CMS level of the same size": {"cms_chunks": (256,), "cms_expansion": 4},

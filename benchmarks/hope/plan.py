@@ -10,7 +10,7 @@ from deepopt.hope.optimizers import optimizers_by_name
 from deepopt.hope.trainer import TrainConfig
 
 DEFAULT = TrainConfig.optimizer
-RATES = (4e-3, 2e-3, 8e-3)
+RATES = (8e-3, 4e-3, 2e-3, 1.6e-2)
 MODELS = (*models.HOPES, *models.BASELINES)
 SGD_RATES = (4e-3, 1.2e-3, 4e-4)
 """SGD's own best is what other optimizers are held against. On AdamW's scale, as all rates."""

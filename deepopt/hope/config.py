@@ -115,11 +115,12 @@ class HopeConfig:
         ),
     )
     turns: bool = field(
-        default=False,
+        default=True,
         metadata=about(
-            "whether two channels of every query turn by an angle that adds up over the tokens",
-            "A sum neither fades nor is erased, so that it counts, modulo any number; every head "
-            "decides by how much a token turns, and whether at all.",
+            "whether two channels of the queries of half of the heads turn, by an angle that adds "
+            "up over the tokens",
+            "A sum neither fades nor is erased, so that it counts, modulo any number; tokens "
+            "decide by how much they turn, and whether at all.",
         ),
     )
     conv_width: int = field(
@@ -245,13 +246,14 @@ class HopeConfig:
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
         """The layer as it is printed (Eq 83 to Eq 91): no projection but the query's, eta a vector
-        that is the erasure too, gradients in every matrix, retention towards zero, no momentum.
+        that is the erasure too, gradients in every matrix, retention towards zero, no momentum,
+        queries that do not turn.
 
         Args:
             options: any other field, or one of these to change it.
         """
         printed: dict[str, Any] = {
             "update": "dgd", "max_erase": None, "per_channel": True, "retention": "zero",
-            "projections": False,
+            "projections": False, "turns": False,
         }  # fmt: skip
         return cls(**{**printed, **options})

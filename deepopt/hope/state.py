@@ -22,7 +22,7 @@ class TitansState(NamedTuple):
         memory: the memory that answers queries.
         tails: the last `conv_width - 1` inputs of the convolutions of keys, values and queries,
             (batch, dim, .) each.
-        phase: the angle by which queries are turned, (batch, heads); zeros without turns.
+        phase: the angles by which queries are turned, (batch, heads that turn).
         positions: tokens that every sequence of the batch has seen.
     """
 

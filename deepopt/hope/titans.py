@@ -76,31 +76,32 @@ class InitialWeights(nn.Module):
 
 
 class Turns(nn.Module):
-    """Turns the first two channels of every query by a phase, to which every token adds an angle.
+    """Turns the first two channels of some heads' queries by a phase, to which tokens add angles.
 
     The angle is an amount, linear in the token's input, times a gate, a clamped sigmoid of another
     linear map. What is written into a memory can be erased or fades; a phase is a sum and does
-    neither, so that it counts: modulo n by turns of 2 pi / n, up and down by turns to either side.
+    neither, so that it counts: modulo n by turns of 2 pi / n.
 
     Args:
         dim: width of the inputs.
-        heads: number of heads, each of which has a phase.
+        heads: how many heads turn, the first ones; each has a phase.
         sharpness: factor of the gates' logits.
     """
 
     def __init__(self, dim: int, heads: int, sharpness: float) -> None:
         super().__init__()
+        self.heads = heads
         self.sharpness = sharpness
         self.rates = nn.Linear(dim, 2 * heads, bias=False)
 
     def forward(
         self, x: Tensor, query: Tensor, phase: Tensor, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The turned queries and the phase after the last token.
+        """The queries with those turned, and the phases after the last token.
 
         Args:
             x: inputs (batch, tokens, dim).
-            query: (batch, heads, d, tokens).
+            query: (batch, all heads, d, tokens).
             phase: (batch, heads), after the tokens before.
             lengths: tokens of every sequence, the rest on its right is padding; None for all.
         """
@@ -115,11 +116,13 @@ class Turns(nn.Module):
             angle = angle * (torch.arange(x.shape[1], device=x.device) < ends)
         phases = phase.to(exact).unsqueeze(-1) + angle.cumsum(-1)
         cos, sin = phases.cos().to(query.dtype), phases.sin().to(query.dtype)
-        a, b = query[:, :, 0], query[:, :, 1]
+        turning, others = query[:, : self.heads], query[:, self.heads :]
+        a, b = turning[:, :, 0], turning[:, :, 1]
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], 2)
+        turned = torch.cat([turned, turning[:, :, 2:]], 2)
         # Whole turns change nothing, and in a long text they would cost the angle its digits.
         after = torch.remainder(phases[..., -1], 2 * math.pi)
-        return torch.cat([turned, query[:, :, 2:]], 2), after.to(phase.dtype)
+        return torch.cat([turned, others], 1), after.to(phase.dtype)
 
 
 class SelfModifyingTitans(nn.Module):
@@ -127,9 +130,9 @@ class SelfModifyingTitans(nn.Module):
 
     See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
     convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
-    on the output, and `Turns` of the queries where `turns` asks for them. The memories refine the
-    projected keys and values, M(z) = z + ...; without `projections` they make them from the layer's
-    input alone, as printed, and the query has the only static projection.
+    on the output, and, with `turns`, queries of half of the heads that turn (`Turns`). The memories
+    refine the projected keys and values, M(z) = z + ...; without `projections` they make them from
+    the layer's input alone, as printed, and the query has the only static projection.
 
     Args:
         config: sizes and options of the model.
@@ -146,7 +149,9 @@ class SelfModifyingTitans(nn.Module):
         self.value_conv = CausalConv(dim, config.conv_width) if own else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
-        self.turns = Turns(dim, heads, config.form.sharpness) if config.turns else None
+        # The others track states by erasing, which the phases disturb where one head does both.
+        turning = (heads + 1) // 2 if config.turns else 0
+        self.turns = Turns(dim, turning, config.form.sharpness) if turning else None
         self.generators = InitialWeights(heads, len(GENERATORS), d, config.projection_width, 1.0)
         # In the memory that is read a unit key is long enough for the gelu to bend, so that its
         # features have room for more pairs than d. It starts empty: a key that was not written
@@ -176,11 +181,12 @@ class SelfModifyingTitans(nn.Module):
         config = self.config
         zeros = self.query.weight.new_zeros
         tail = zeros(batch, config.dim, config.conv_width - 1)
+        turning = self.turns.heads if self.turns else 0
         return TitansState(
             MemoryState.start(self.generators.weights, batch, config.momentum),
             MemoryState.start(self.memory.weights, batch, config.momentum),
             Inputs(tail, tail, tail),
-            zeros(batch, config.heads, dtype=torch.promote_types(tail.dtype, torch.float32)),
+            zeros(batch, turning, dtype=torch.promote_types(tail.dtype, torch.float32)),
             (0,) * batch,
         )
 

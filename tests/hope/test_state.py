@@ -21,8 +21,8 @@ LENGTHS = (9, 1, 14, 5)
 
 
 @pytest.fixture(
-    params=[{}, {"turns": True}, {"momentum": True, "memory_hidden": 0}, {"mixer": "attention"}],
-    ids=["default", "turns", "linear", "attention"],
+    params=[{}, {"turns": False}, {"momentum": True, "memory_hidden": 0}, {"mixer": "attention"}],
+    ids=["default", "still", "linear", "attention"],
 )
 def model(request: pytest.FixtureRequest) -> Hope:
     torch.manual_seed(0)

@@ -23,7 +23,6 @@ def layer(request: pytest.FixtureRequest) -> SelfModifyingTitans:
         projection_chunk=6,
         max_inner_lr=0.5,
         momentum=request.param,
-        turns=True,
     )
     return SelfModifyingTitans(config).double()
 
@@ -48,6 +47,7 @@ def test_pieces_equal_the_whole(layer: SelfModifyingTitans, pieces: list[int]) -
     for a, b in zip(state[:3], end[:3], strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state.phase, end.phase, rtol=0, atol=1e-6)
 
 
 def test_gradients_flow_through_a_carried_state(layer: SelfModifyingTitans) -> None:
@@ -81,24 +81,49 @@ def test_memories_carry_the_past_beyond_the_convolutions(layer: SelfModifyingTit
     assert difference.amax((0, 2)).min() > 1e-9
 
 
-def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> None:
+def counted(rates: list[list[float]]) -> tuple[Tensor, Tensor, Tensor]:
+    """400 letters of two kinds, the queries of two heads, of which the first turns, and its phase.
+
+    Rows of `rates`: the amount and the gate's logit; columns: the inputs of the two letters.
+    """
     turns = Turns(dim=2, heads=1, sharpness=6.0)
-    # Rows: the amount and the gate's logit; columns: the inputs of the two letters.
-    turns.rates.weight.data.copy_(torch.tensor([[0.3, 2 * math.pi / 5], [-1.0, 1.0]]))
+    turns.rates.weight.data.copy_(torch.tensor(rates))
     letters = torch.randint(2, (1, 400), generator=torch.Generator().manual_seed(0))
-    x = torch.nn.functional.one_hot(letters, 2).float()
-    query = torch.zeros(1, 1, 4, 400)
+    query = torch.zeros(1, 2, 4, 400)
     query[:, :, 0] = query[:, :, 3] = 1.0
+    x = torch.nn.functional.one_hot(letters, 2).float()
     turned, phase = turns(x, query, torch.zeros(1, 1))
-    angle = 2 * math.pi / 5 * (letters.cumsum(1) % 5)
-    expected = [angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)]
-    torch.testing.assert_close(turned[:, 0], torch.stack(expected, 1), rtol=0, atol=1e-4)
-    torch.testing.assert_close((phase[0] - angle[:, -1]).cos(), torch.ones(1), rtol=0, atol=1e-6)
+    assert torch.equal(turned[:, 1], query[:, 1])
     assert 0 <= phase.item() < 2 * math.pi
+    return letters, turned[:, 0], phase[0]
+
+
+def check_turned(turned: Tensor, phase: Tensor, angle: Tensor) -> None:
+    expected = [angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)]
+    torch.testing.assert_close(turned, torch.stack(expected, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close((phase - angle[:, -1]).cos(), torch.ones(1), rtol=0, atol=1e-6)
+
+
+def test_a_phase_counts_one_letter_modulo_five_and_passes_over_the_other() -> None:
+    letters, turned, phase = counted([[0.3, 2 * math.pi / 5], [-1.0, 1.0]])
+    check_turned(turned, phase, 2 * math.pi / 5 * (letters.cumsum(1) % 5))
+
+
+def test_a_phase_counts_down_by_negative_amounts() -> None:
+    letters, turned, phase = counted([[-0.1, 0.1], [1.0, 1.0]])
+    check_turned(turned, phase, 0.1 * (2 * letters - 1).cumsum(1))
+
+
+@pytest.mark.parametrize(("heads", "turning"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_half_of_the_heads_turn(heads: int, turning: int) -> None:
+    layer = SelfModifyingTitans(HopeConfig(dim=12, heads=heads))
+    assert layer.initial_state(2).phase.shape == (2, turning)
+    layer = SelfModifyingTitans(HopeConfig(dim=12, heads=heads, turns=False))
+    assert layer.initial_state(2).phase.shape == (2, 0)
 
 
 def test_the_phase_of_a_model_in_bfloat16_is_kept_in_float32() -> None:
-    model = Hope(HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, cms_chunks=(8,), turns=True))
+    model = Hope(HopeConfig(vocab_size=7, dim=8, layers=1, heads=2, cms_chunks=(8,)))
     state = model.bfloat16()(torch.zeros(1, 5, dtype=torch.long)).state
     assert state is not None
     assert state.blocks[0].phase.dtype == torch.float32
@@ -106,7 +131,7 @@ def test_the_phase_of_a_model_in_bfloat16_is_kept_in_float32() -> None:
 
 def test_turns_start_small_and_learn() -> None:
     torch.manual_seed(0)
-    model = Hope(HopeConfig(vocab_size=7, dim=12, heads=2, layers=1, turns=True))
+    model = Hope(HopeConfig(vocab_size=7, dim=12, heads=2, layers=1))
     torch.nn.init.normal_(model.head.weight)
     tokens = torch.randint(7, (2, 20))
     out = model(tokens, tokens)
