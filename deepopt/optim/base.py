@@ -47,6 +47,7 @@ from deepopt.optim.engine.buckets import (
     Sorted,
     batched,
     check_kept,
+    check_lows,
     check_states,
     distribute,
     part_of,
@@ -342,7 +343,9 @@ class MemoryOptimizer(Optimizer):
                 old = list(itertools.compress(range(len(own)), begun))
                 if old:
                     check_states(part_of(bucket, old), [own[i] for i in old], self._keys(bucket))
-                fresh = part_of(bucket, [i for i, there in enumerate(begun) if not there])
+                new = [i for i, there in enumerate(begun) if not there]
+                fresh = part_of(bucket, new)
+                check_lows(fresh, [own[i] for i in new])
                 made += zip(fresh.params, self._fresh_states(fresh), strict=True)
             found.append(own)
         if not made:

@@ -7,6 +7,7 @@ a checkpoint of another class, other arguments or other shapes is refused before
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepopt import routing
 from deepopt.optim.engine import sharding
+from deepopt.optim.engine.rounding import keeps_low
 
 if TYPE_CHECKING:
     from deepopt.optim.base import Group, MemoryOptimizer
@@ -67,7 +69,14 @@ def adopting(optimizer: "MemoryOptimizer", state_dict: Any) -> Iterator[None]:
         for mine, own, group in zip(optimizer.param_groups, objects, adopted, strict=False):
             group.update(dict.fromkeys(own))  # torch would make deep copies of them
             group.setdefault("split", mine["split"])  # from before there were splits
-        return {**given, "param_groups": adopted}
+        # torch would rebuild and cast every entry, and fails at some of the user's. It gets the
+        # counts alone, which it puts where the step wants them.
+        ids = {i for group in adopted for i in group["params"]}
+        counts = {
+            index: {key: state[key] for key in state.keys() & {"step"}} if index in ids else state
+            for index, state in given["state"].items()
+        }
+        return {**given, "state": counts, "param_groups": adopted}
 
     def restore(_: Optimizer) -> None:
         for own, group in zip(objects, optimizer.param_groups, strict=True):
@@ -101,7 +110,10 @@ def _restore(
     for key, value in given.items():
         if key not in expected:  # the user's
             state[key] = tree_map_only(
-                Tensor, lambda tensor: tensor.detach().to(param.device, copy=True), value
+                Tensor,
+                lambda own: _copied(own, param.device),
+                value,
+                is_leaf=lambda own: isinstance(own, torch.Size),  # it would become a tuple
             )
             continue
         if not isinstance(value, Tensor):
@@ -115,6 +127,13 @@ def _restore(
             path = route.path if param.numel() else "elementwise"
             value = sharding.place(value, param, path, route.split)
         state[key] = value.detach().to(device, dtype, copy=True)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device``; what is on the meta device has no data that could be moved."""
+    if "meta" in (tensor.device.type, device.type):
+        return tensor.detach().clone()
+    return tensor.detach().to(device, copy=True)
 
 
 def _check_incoming(optimizer: "MemoryOptimizer", given: dict[str, Any]) -> None:
@@ -154,7 +173,13 @@ def _check_incoming(optimizer: "MemoryOptimizer", given: dict[str, Any]) -> None
         for index, (param, name, route) in zip(
             theirs["params"], routing.routed(group), strict=True
         ):
-            if state := given["state"].get(index):
+            state = given["state"].get(index, {})
+            if not isinstance(state, Mapping):
+                raise ValueError(
+                    f"the checkpoint's state of parameter {name or f'number {index}'} is {state!r} "
+                    "and no dict: leave it out to begin that parameter anew"
+                )
+            if state:
                 _check_state(optimizer, state, param, name or f"number {index}", route, group)
 
 
@@ -169,14 +194,17 @@ def _check_state(
     expected = _expected(optimizer, state, param, route, group)
     if "step" not in state and not state.keys() & expected.keys():
         return  # the user's alone: the parameter has not been stepped yet
-    if not 0 <= float(state.get("step", 0.0)) < math.inf:
+    step = state.get("step", 0.0)
+    known = isinstance(step, Real)
+    if isinstance(step, Tensor):
+        known = not step.shape and not step.is_meta
+    if not known or not 0 <= float(step) < math.inf:
         raise ValueError(
-            f"the checkpoint's step of parameter {name} is {state['step']}; it must be the number "
+            f"the checkpoint's step of parameter {name} is {step!r}; it must be the number "
             "of its steps"
         )
-    found = {key: tuple(getattr(state.get(key), "shape", ())) for key in expected}
     if not expected.keys() <= state.keys() or any(
-        found[key] != tuple(like.shape) for key, like in expected.items()
+        key != "step" and not _fits(state[key], like, param) for key, like in expected.items()
     ):
         raise ValueError(
             f"the checkpoint's state of parameter {name} does not fit its {route.label} path: "
@@ -194,9 +222,15 @@ def _expected(
 ) -> dict[str, Tensor]:
     """What the optimizer's own entries look like; low bits are there once they were needed."""
     expected = optimizer._expected_state(param, route, group)
-    if "low" in state and param.dtype == torch.bfloat16:
+    if "low" in state and keeps_low(param, group):
         expected["low"] = torch.empty(param.shape, dtype=torch.int16, device="meta")
     return expected
+
+
+def _fits(value: Any, like: Tensor, param: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        return False
+    return param.is_meta or not value.is_meta  # there would be no data to load
 
 
 def _shapes(state: Mapping[str, Any]) -> str:

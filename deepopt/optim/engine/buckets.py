@@ -22,7 +22,7 @@ from deepopt._compat import capturable_devices, is_distributed
 from deepopt.memory import AnyMemory
 from deepopt.optim.engine import State, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
-from deepopt.optim.engine.rounding import check_dtypes
+from deepopt.optim.engine.rounding import check_dtypes, keeps_low
 from deepopt.optim.output_map import OutputMap
 
 Group: TypeAlias = dict[str, Any]
@@ -415,8 +415,7 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         and {CPU, kind.device}.issuperset(map(DEVICE, steps))
     ):
         _refuse_counts(bucket, steps)
-    if bucket.group["rounding"] == "exact":
-        _check_lows(bucket, states)
+    check_lows(bucket, states)
     if kind.elementwise:
         shapes, dtypes = bucket.shapes * len(keys), bucket.state_dtypes * len(keys)
     else:
@@ -474,9 +473,12 @@ def _refuse_counts(bucket: Bucket, steps: Sequence[Tensor]) -> None:
             )
 
 
-def _check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
+def check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
+    """Raise RuntimeError for low bits that do not fit; a state may have them before its step."""
+    if bucket.group["rounding"] != "exact":
+        return
     for param, state in zip(bucket.params, states, strict=True):
-        if "low" not in state or param.dtype != torch.bfloat16:
+        if "low" not in state or not keeps_low(param, bucket.group):
             continue
         low, wanted = state["low"], (param.shape, torch.int16, param.device)
         if not isinstance(low, Tensor) or (low.shape, low.dtype, low.device) != wanted:

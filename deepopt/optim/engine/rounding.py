@@ -45,6 +45,11 @@ def check_dtypes(group: dict[str, Any]) -> None:
             )
 
 
+def keeps_low(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether ``state["low"]`` of ``param`` is the optimizer's; elsewhere it is the user's."""
+    return group["rounding"] == "exact" and param.dtype == torch.bfloat16
+
+
 def lows_and_seeds(
     params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]
 ) -> tuple[list[Tensor], list[int]]:
@@ -60,7 +65,8 @@ def lows_and_seeds(
         # Python's integers have no end, those of an operator 63 bits.
         return [], [((p.numel() << 32) + t) % 2**63 for p, t in zip(params, counts, strict=True)]
     for param, state in zip(params, states, strict=True):
-        if param.dtype == torch.bfloat16 and "low" not in state:
+        if keeps_low(param, group) and "low" not in state:
             state["low"] = torch.zeros_like(param, dtype=torch.int16)
     none = params[0].new_zeros(0, dtype=torch.int16)
-    return [state.get("low", none) for state in states], []
+    pairs = zip(params, states, strict=True)
+    return [state["low"] if keeps_low(param, group) else none for param, state in pairs], []

@@ -4,13 +4,15 @@ import copy
 import gc
 import io
 import weakref
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import deepopt
-from tests.optim.contract.helpers import EXPECTED_WARNINGS, every_settled
+from tests.optim.contract.helpers import EXPECTED_WARNINGS, every_class, every_settled
 
 pytestmark = EXPECTED_WARNINGS
 SHAPES = [(20, 24), (20, 24), (24, 20), (3,), (5,)]
@@ -110,6 +112,75 @@ def test_entries_of_the_users_are_carried_saved_and_loaded_untouched(cls, option
     other_generator.set_state(generator.get_state())
     step(optimizer, params, generator, 1), step(resumed, copies, other_generator, 1)
     assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+FOREIGN = {
+    "pair": Pair(1, torch.ones(2, dtype=torch.int8)),
+    "array": np.arange(3),
+    "range": range(4),
+    "size": torch.Size([2, 3]),
+    "meta": torch.ones(2, device="meta"),
+    "sparse": torch.eye(3).to_sparse(),
+    "double": torch.full((3,), 1 / 3, dtype=torch.float64),
+    "text": b"bytes",
+    "set": {1, 2},
+    "nested": {"list": [Pair(torch.Size([1]), None), range(2)]},
+    5: "a key that is no text",
+    "function": torch.square,
+}
+
+
+@every_class
+@pytest.mark.parametrize("when", ["before the first step", "after it"])
+def test_entries_of_any_type_are_loaded_as_they_were_saved(cls, when):
+    params, generator = params_and_grads()
+    optimizer = cls(params)
+    if when == "after it":
+        step(optimizer, params, generator)
+    for param in params:
+        optimizer.state[param].update(FOREIGN)
+    copies = [nn.Parameter(param.detach().clone()) for param in params]
+    resumed = cls(copies)
+    resumed.load_state_dict(optimizer.state_dict())
+    for param, twin in zip(params, copies, strict=True):
+        assert optimizer.state[param].keys() == resumed.state[twin].keys()
+        for key, value in FOREIGN.items():
+            found = resumed.state[twin][key]
+            assert type(found) is type(value)
+            assert repr(found) == repr(value)
+    other = torch.Generator()
+    other.set_state(generator.get_state())
+    step(optimizer, params, generator), step(resumed, copies, other)
+    assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+
+
+@pytest.mark.parametrize("path", ["auto", "elementwise"])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.float32, "exact")],
+)
+@pytest.mark.parametrize("mine", ["a note", torch.ones(7, dtype=torch.int16)], ids=["text", "tensor"])
+def test_an_entry_called_low_is_the_users_where_no_low_bits_are_kept(path, dtype, rounding, mine):
+    def run(own):
+        params, generator = params_and_grads()
+        params = [nn.Parameter(p.detach().to(dtype if p.ndim == 2 else p.dtype)) for p in params]
+        params[0] = nn.Parameter(params[0].detach().bfloat16())  # beside one that may keep them
+        optimizer = deepopt.DeepMomentum(params, rounding=rounding, path=path)
+        for param in params[1:] if own else ():
+            optimizer.state[param]["low"] = mine
+        step(optimizer, params, generator)
+        return optimizer, params
+
+    optimizer, params = run(own=True)
+    assert all(torch.equal(a, b) for a, b in zip(params, run(own=False)[1], strict=True))
+    resumed = deepopt.DeepMomentum(params, rounding=rounding, path=path)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert all(repr(resumed.state[param]["low"]) == repr(mine) for param in params[1:])
 
 
 @every_settled
