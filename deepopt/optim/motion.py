@@ -61,7 +61,8 @@ class Motion:
             weights could not be told from what the parameter holds.
         TypeError: what is no optimizer, or a ``Continuum``.
         RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``, or one that
-            has a ``Motion`` already; a step after :meth:`eval`.
+            has a ``Motion`` already; a step after :meth:`eval`; a memory in the state that does not
+            fit its parameter, of which no parameter has moved.
 
     Source: the look-ahead is EMA-Nesterov of modded-nanogpt's optimizer track.
     """
@@ -97,12 +98,14 @@ class Motion:
 
     def train(self) -> None:
         """Put the parameters ahead of the weights, where gradients are taken."""
+        self._check_memories()
         for group in self.optimizer.param_groups:
             self._place(group, group.get(AHEAD, 0.0))
             group[EVALUATES] = False
 
     def eval(self) -> None:
         """Put the parameters at the average of the weights."""
+        self._check_memories()
         for group in self.optimizer.param_groups:
             self._place(group, -self.average * self.retention / (1 - self.retention))
             group[EVALUATES] = True
@@ -119,6 +122,27 @@ class Motion:
                     raise ValueError(
                         f"Invalid params: one is {param.dtype}; Motion needs float32 or float64 "
                         "parameters: keep them so and compute in a narrower type by autocast"
+                    )
+
+        self._check_memories()
+
+    def _check_memories(self) -> None:
+        """Raise RuntimeError for a memory that does not fit its parameter, before any moves."""
+        for group in self.optimizer.param_groups:
+            for number, param in enumerate(group["params"]):
+                state = self.optimizer.state.get(param, {})
+                if not isinstance(state, dict):
+                    raise RuntimeError(
+                        f"optimizer.state of parameter {_name(group, number)} is {state!r} and no "
+                        "dict: delete it to begin anew"
+                    )
+                memory = state.get(MOTION, param)
+                if not isinstance(memory, Tensor) or _layout(memory) != _layout(param):
+                    found = _layout(memory) if isinstance(memory, Tensor) else repr(memory)
+                    raise RuntimeError(
+                        f"state {MOTION!r} of parameter {_name(group, number)} must be a tensor of "
+                        f"{_layout(param)}, but is {found}: put it back, or delete it to begin at "
+                        "zeros with what the parameter holds as the weights"
                     )
 
     def _steps_ahead(self, group: dict[str, Any]) -> float:
@@ -184,3 +208,12 @@ class Motion:
             group[AHEAD] = self._steps_ahead(group)
             self._place(group, group[AHEAD])
         self._weights = {}
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+
+
+def _name(group: dict[str, Any], number: int) -> str:
+    names = group.get("param_names")
+    return names[number] if names else f"number {number}"

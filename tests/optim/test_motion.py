@@ -208,6 +208,34 @@ def test_training_goes_on_after_a_step_that_raised():
     assert all(param.isfinite().all() for param in parameters(model))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("memory", "found"),
+    [
+        (torch.ones(3, dtype=torch.float64), r"\(3,\), torch\.float64 on cpu"),
+        (torch.ones(24), r"\(24,\), torch\.float32 on cpu"),
+        (torch.ones(24, dtype=torch.float64, device="meta"), "on meta"),
+        (None, "None"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused_before_anything_moves(name, memory, found):
+    model, optimizer, motion = made(OPTIMIZERS[name])
+    train(model, optimizer, 3)
+    kept, before = optimizer.state[model[0].bias]["motion"], parameters(model)
+    optimizer.state[model[0].bias]["motion"] = memory
+    for act in (optimizer.step, motion.eval, motion.train, lambda: optimizer.step(lambda: 1.0)):
+        with pytest.raises(
+            RuntimeError, match=rf"state 'motion' of .*1.* must be .*\(24,\).*{found}"
+        ):
+            act()
+        assert all(map(torch.equal, parameters(model), before))
+    optimizer.state[model[0].bias]["motion"] = kept
+    train(model, optimizer, 2, 3)
+    other, plain, _ = made(OPTIMIZERS[name])
+    train(other, plain, 5)
+    assert all(map(torch.equal, parameters(model), parameters(other)))
+
+
 def test_a_parameter_without_a_gradient_gets_no_memory_and_stays():
     model, optimizer, motion = made()
     model[2].requires_grad_(False)

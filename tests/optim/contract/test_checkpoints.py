@@ -136,7 +136,8 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
     halved = {i: {"step": state["step"]} for i, state in own["state"].items()}
     groups = own["param_groups"]
     fewer = [{**groups[0], "params": [0]}]
-    reasons = "expected step|doesn.t match|different number|of Other|neither state|Invalid|its steps|no dict"
+    reasons = "expected step|doesn.t match|different number|of Other|neither state|Invalid|"
+    reasons += "number of its steps|no dict"
     incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all
     strange = [{**own, "state": adagrad.state_dict()["state"]}, {**own, "state": halved}]
     for given in (
@@ -151,8 +152,8 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
         {**own, "param_groups": [{**groups[0], "lr": -1.0}]},
         {**own, "param_groups": [{**groups[0], "path": "rows"}]},
         *(
-            {**own, "state": {**own["state"], 0: strange}}
-            for strange in (
+            {**own, "state": {**own["state"], 0: state}}
+            for state in (
                 *({**own["state"][0], "step": torch.tensor(step)} for step in (-5.0, [1.0])),
                 *({**own["state"][0], "step": step} for step in ("5", None)),
                 {k: v.tolist() if v.dim() else v for k, v in own["state"][0].items()},

@@ -164,7 +164,9 @@ def test_entries_of_any_type_are_loaded_as_they_were_saved(cls, when):
     ("dtype", "rounding"),
     [(torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.float32, "exact")],
 )
-@pytest.mark.parametrize("mine", ["a note", torch.ones(7, dtype=torch.int16)], ids=["text", "tensor"])
+@pytest.mark.parametrize(
+    "mine", ["a note", torch.ones(7, dtype=torch.int16)], ids=["text", "tensor"]
+)
 def test_an_entry_called_low_is_the_users_where_no_low_bits_are_kept(path, dtype, rounding, mine):
     def run(own):
         params, generator = params_and_grads()
