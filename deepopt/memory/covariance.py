@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from deepopt._arguments import check_fields
 from deepopt.memory.linear import Linear
 from deepopt.ops import frobenius, gram_average, inverse_power, matmul
 
@@ -62,6 +63,7 @@ class Covariance:
     damping: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.power is None:
             object.__setattr__(self, "power", 0.25 if self.sides == "both" else 0.5)
         if not 0.0 < self.power:  # type: ignore[operator]

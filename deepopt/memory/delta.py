@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepopt._arguments import check_fields
 from deepopt.ops import delta_write
 
 
@@ -56,6 +57,7 @@ class Delta:
     nesterov: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.0 <= self.rate <= 1.0:
             raise ValueError(f"Invalid rate: {self.rate}; it must be in [0, 1]")
 

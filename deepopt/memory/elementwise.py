@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deepopt._arguments import check_fields
+
 
 @dataclass(frozen=True)
 class Elementwise:
@@ -58,6 +60,7 @@ class Elementwise:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.value not in ("root", "energy"):
             raise ValueError(f"Invalid value: {self.value!r}; choose 'root' or 'energy'")
         second = self.second_retention
@@ -120,6 +123,7 @@ class OuterProduct:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_eps(self.eps)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deepopt._arguments import check_fields
 from deepopt.memory.linear import Linear
 from deepopt.ops import combine, frobenius
 from deepopt.ops.norms import running_root
@@ -71,6 +72,7 @@ class Horizons:
     phi: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.time_scales or not all(0.0 <= kept < 1.0 for kept in self.time_scales):
             raise ValueError(
                 f"Invalid time_scales: {self.time_scales}; give retentions in [0, 1), at least one"

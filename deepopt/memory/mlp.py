@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepopt._arguments import check_fields
 from deepopt.memory.horizons import check_phi
 from deepopt.memory.linear import Linear
 from deepopt.ops import coordinate_mlp, coordinate_mlp_gradient, root_mean_square
@@ -77,6 +78,7 @@ class MLP:
     phi: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not all(0.0 <= retention < 1.0 for retention in self.time_scales):
             raise ValueError(
                 f"Invalid time_scales: {self.time_scales}; retentions must be in [0, 1)"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from deepopt._arguments import check_fields
 from deepopt.ops import normalized, root_mean_square
 
 Factory = Callable[[int, int], nn.Module]
@@ -111,6 +112,7 @@ class Module:
     time_scales: Sequence[float] = (0.99,)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if isinstance(self.factory, nn.Module) or not callable(self.factory):
             raise TypeError(
                 f"Invalid memory: {self.factory!r} is no factory; give a callable "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepopt._arguments import check_fields
 from deepopt.memory.linear import Linear
 from deepopt.ops import combine, frobenius, multi_scale_write
 
@@ -60,6 +61,7 @@ class MultiScale:
     gate: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not isinstance(self.slow_chunk, int) or self.slow_chunk < 1:
             raise ValueError(
                 f"Invalid slow_chunk: {self.slow_chunk}; it must be a whole number of steps, "

@@ -11,7 +11,6 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from deepopt import routing
+from deepopt._arguments import Typed, check_types, typed
 from deepopt._compat import (
     NoAutocast,
     check_fused,
@@ -46,6 +46,7 @@ from deepopt.optim.engine.buckets import (
     Parts,
     Sorted,
     batched,
+    check_dicts,
     check_kept,
     check_lows,
     check_states,
@@ -77,6 +78,9 @@ class MemoryOptimizer(Optimizer):
     """Dimensions that a path asks of a parameter; at 0, a vector is a matrix of one column."""
     _objects: ClassVar[tuple[str, ...]] = ("memory",)
     """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
+    _typed: ClassVar[Mapping[str, Typed | None]] = typed(torch.optim.AdamW.__init__)
+    """Which arguments are numbers and flags: those of AdamW, and what the annotations of a class's
+    constructor say of its own."""
     _looks_at_inputs: ClassVar[bool] = False
     """Whether :meth:`_gradients` has something to do."""
 
@@ -84,6 +88,8 @@ class MemoryOptimizer(Optimizer):
         super().__init_subclass__(**options)
         if cls.__doc__:
             cls.__doc__ = with_flags(cls.__doc__)
+        if "__init__" in vars(cls):
+            cls._typed = {**cls._typed, **typed(cls.__init__)}
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget()
@@ -103,15 +109,12 @@ class MemoryOptimizer(Optimizer):
     def _check_group(self, group: Group) -> None:
         """Raise ValueError for the first value of ``group`` that is out of range.
 
-        TypeError where it is no number at all, RuntimeError for flags that exclude each other.
+        TypeError where it is no number or flag at all, RuntimeError for flags that exclude each
+        other.
         """
         lr: Any = group["lr"]
         betas: Any = group["betas"]
-        for name in ("lr", "eps", "weight_decay"):
-            if not isinstance(group[name], Real | Tensor):
-                raise TypeError(
-                    f"Invalid {name}: {group[name]!r} is no number; give a number such as 1e-3"
-                )
+        check_types(self._typed, group)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         _check_foreach(group)
@@ -119,10 +122,8 @@ class MemoryOptimizer(Optimizer):
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 <= group["eps"]:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
+        if len(betas) != 2:
             raise ValueError(f"Invalid betas: {betas}; two values are needed")
-        if not all(isinstance(beta, Real | Tensor) for beta in betas):
-            raise TypeError(f"Invalid betas: {betas}; give two numbers")
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
@@ -263,10 +264,12 @@ class MemoryOptimizer(Optimizer):
             # All that can be wrong with a parameter or a gradient shows before any parameter moves.
             buckets: list[Bucket] = []
             for group in self.param_groups:
+                self._check_values(group)
                 grads: list[Tensor | None] = list(map(GRAD, group["params"]))
                 if scale is not None:
                     grads = _unscaled(group["params"], grads, scale)
                 if self._looks_at_inputs and group["path"] != "elementwise":
+                    self._sorted(group)  # refuses what does not fit before it is routed there
                     grads = self._gradients(grads, group)
                 buckets += self._buckets(group, grads)
             self._step_buckets(buckets, self.state, found_inf)
@@ -276,19 +279,27 @@ class MemoryOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(self.defaults["fused"])
 
-    def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
-        """The parameters of a group that have gradients, by what is stepped in one call."""
+    def _check_values(self, group: Group) -> None:
+        """Check a group again where the user has changed a value of it."""
         values, known = list(group.values()), self._kept_values.get(id(group), [])
         if len(values) != len(known) or not all(map(operator.is_, values, known)):
             # Only what every optimizer has: the parts check their own arguments when they are made.
             MemoryOptimizer._check_group(self, group)
             self._kept_values[id(group)] = values
+
+    def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
+        """The parameters of a group that have gradients, by what is stepped in one call."""
+        found = self._sorted(group)
+        return sort(group, found, grads, self._parts(group), type(self).__name__)
+
+    def _sorted(self, group: Group) -> Sorted:
+        """The kinds of a group's parameters; raises where its path or split does not fit one."""
         before = self._kept_sorted.get(id(group))
-        found = Sorted.of(group, before)
+        found = Sorted.of(group, self._least_dims, before)
         if found is not before:
             self._forget_groups_that_left()
             self._kept_sorted[id(group)] = found
-        return sort(group, found, grads, self._parts(group), type(self).__name__)
+        return found
 
     def _forget_groups_that_left(self) -> None:
         ids = set(map(id, self.param_groups))
@@ -336,6 +347,7 @@ class MemoryOptimizer(Optimizer):
         made: list[tuple[Tensor, State]] = []
         for bucket in buckets:
             own: list[Any] = list(map(states.get, bucket.params, itertools.repeat({})))
+            check_dicts(bucket, own)
             begun = list(map(operator.contains, own, itertools.repeat("step")))
             if all(begun):
                 check_states(bucket, own, self._keys(bucket))

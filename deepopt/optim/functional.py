@@ -75,7 +75,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         new = {name: param.clone() for name, param in params.items()}
         stepped = make(new)
         states: dict[Tensor, Any] = {
-            param: {key: value.clone() for key, value in state[name].items()}
+            param: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state[name].items()}
             for name, param in new.items()
         }
         group = stepped.param_groups[0]

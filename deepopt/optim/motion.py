@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deepopt._arguments import check_types, typed
 from deepopt.optim.continuum import Continuum
 
 MOTION = "motion"
@@ -59,7 +60,7 @@ class Motion:
     Raises:
         ValueError: an argument out of range, or a parameter narrower than float32, in which the
             weights could not be told from what the parameter holds.
-        TypeError: what is no optimizer, or a ``Continuum``.
+        TypeError: what is no optimizer, or a ``Continuum``; an argument that is no number.
         RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``, or one that
             has a ``Motion`` already; a step after :meth:`eval`; a memory in the state that does not
             fit its parameter, of which no parameter has moved.
@@ -78,6 +79,8 @@ class Motion:
             )
         if hasattr(optimizer, JOINED):
             raise RuntimeError("this optimizer has a Motion already: go on with that one")
+        numbers = {"retention": retention, "ahead": ahead, "average": average}
+        check_types(typed(Motion.__init__), numbers)
         if not 0.0 <= retention < 1.0:
             raise ValueError(f"Invalid retention: {retention}; it must be in [0, 1)")
         if not 0.0 <= ahead < float("inf"):

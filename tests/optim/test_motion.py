@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -279,6 +280,13 @@ def test_a_step_that_a_scaler_skips_leaves_the_memory_alone():
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         made(**options)
+
+
+@pytest.mark.parametrize("name", ["retention", "ahead", "average"])
+@pytest.mark.parametrize("value", ["0.5", None, True, [0.5]])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(TypeError, match=re.escape(f"Invalid {name}: {value!r} is no number")):
+        made(**{name: value})
 
 
 def test_what_it_cannot_serve_is_refused():

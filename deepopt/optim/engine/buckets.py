@@ -125,8 +125,14 @@ class Sorted(NamedTuple):
     """Whether it can be kept: the attributes of a DTensor do not show a new placement."""
 
     @classmethod
-    def of(cls, group: Group, before: "Sorted | None" = None) -> "Sorted":
-        """``before``, if it still holds, else the group sorted anew."""
+    def of(
+        cls, group: Group, least_dims: Mapping[str, int], before: "Sorted | None" = None
+    ) -> "Sorted":
+        """``before``, if it still holds, else the group sorted anew.
+
+        Raises:
+            ValueError: a path, a split or a rounding that does not fit a parameter.
+        """
         params = group["params"]
         arguments = list(map(group.get, SORTED_BY))
         types, shapes = list(map(type, params)), list(map(SHAPE, params))
@@ -145,6 +151,7 @@ class Sorted(NamedTuple):
         ):
             return before
         check_dtypes(group)
+        routing.check_group(group, least_dims)
         members: dict[Kind, list[int]] = {}
         every = zip(params, routing.routes(group), _turns(params, addresses), strict=True)
         for number, each in enumerate(every):
@@ -377,6 +384,18 @@ def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequenc
         return
     for state, part in zip(states, whole.split(list(counts)), strict=True):
         state[key] = part.clone(memory_format=torch.contiguous_format)
+
+
+def check_dicts(bucket: Bucket, states: Sequence[Any]) -> None:
+    """Raise RuntimeError where the user has put something else in the place of a state."""
+    if set(map(type, states)) <= {dict}:
+        return
+    for param, state in zip(bucket.params, states, strict=True):
+        if not isinstance(state, dict):
+            raise RuntimeError(
+                f"optimizer.state of {_who(bucket, param)} is {state!r} and no dict: put it back, "
+                "or delete it to begin anew"
+            )
 
 
 def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tensor]) -> None:

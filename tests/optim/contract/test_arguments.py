@@ -53,6 +53,52 @@ def test_bad_arguments_are_refused_by_name_before_anything_else(cls, arguments, 
         cls([{"params": [nn.Parameter(torch.randn(3))], **arguments}])
 
 
+def options_of(cls):
+    """Every number and flag of a class, by what its default or annotation is."""
+    for name, parameter in inspect.signature(cls).parameters.items():
+        kinds = set(re.findall(r"\w+", str(parameter.annotation).replace("<class 'bool'>", "bool")))
+        if name in ("params", "memory", "feature_map", "optimizer"):
+            continue
+        if "bool" in kinds:
+            yield name, "flag", ("no", 1, 0.0, [True])
+        elif kinds & {"tuple", "Sequence"}:
+            yield name, "numbers", ("x", 3, ("0.9", "0.99", "1"))
+        elif kinds & {"float", "int"}:
+            yield name, "number", ("x", True, [0.1], torch.ones(2) if name != "lr" else 1j)
+
+
+OPTIONS = [
+    (cls, name, of, value)
+    for cls in (entry.cls for entry in REGISTRY.values() if not entry.wraps)
+    for name, of, wrong in options_of(cls)
+    for value in wrong
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "of", "value"), OPTIONS)
+def test_every_number_and_flag_of_another_type_is_refused_by_name(cls, name, of, value):
+    message = re.escape(f"Invalid {name}: {value!r} is no ") + ".*; give "
+    with pytest.raises(TypeError, match=message):
+        cls([nn.Parameter(torch.randn(3))], **{name: value})
+    param = nn.Parameter(torch.randn(20, 24))
+    optimizer = cls([param])
+    param.grad = torch.ones_like(param)
+    optimizer.param_groups[0][name] = value
+    before = param.detach().clone()
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert not optimizer.state
+
+
+def test_the_table_of_numbers_and_flags_has_all_but_names_and_objects():
+    found = {(cls.__name__, name) for cls, name, _, _ in OPTIONS}
+    for cls in {cls for cls, *_ in OPTIONS}:
+        for name, parameter in list(inspect.signature(cls).parameters.items())[1:]:
+            if isinstance(parameter.default, bool | int | float | tuple):
+                assert (cls.__name__, name) in found
+
+
 @every_class
 def test_an_empty_list_and_a_bare_tensor_are_refused_as_torch_refuses_them(cls):
     with pytest.raises(ValueError, match="empty parameter list"):

@@ -327,6 +327,53 @@ def test_a_value_that_becomes_wrong_is_refused_before_anything_moves(cls, option
             assert torch.equal(a, b)
 
 
+def refused_and_nothing_moved(optimizer, params, generator, error, message):
+    before, states = [p.detach().clone() for p in params], values(optimizer, params[1:])
+    with pytest.raises(error, match=message):
+        step(optimizer, params, generator, 1)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    for old, new in zip(states, values(optimizer, params[1:]), strict=True):
+        assert old.keys() == new.keys()
+        for a, b in zip(tensors(old), tensors(new), strict=True):
+            assert torch.equal(a, b)
+
+
+@every_class
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("path", "stack", r"Invalid path: 'stack' for parameter .* of shape \((3,|20, 24)\)"),
+        ("split", 7, r"Invalid split: 7 for parameter .* rows cannot be cut"),
+        ("split", 0, "Invalid split: 0"),
+    ],
+)
+def test_a_path_or_split_that_does_not_fit_in_mid_run_is_refused_before_anything_moves(
+    cls, key, value, message
+):
+    params, generator = params_and_grads()
+    optimizer = cls([{"params": params[:1]}, {"params": params[1:]}], path="auto")
+    step(optimizer, params, generator)
+    group = optimizer.param_groups[1]
+    kept, group[key] = group[key], value
+    refused_and_nothing_moved(optimizer, params, generator, ValueError, message)
+    group[key] = kept
+    step(optimizer, params, generator, 1)
+
+
+@every_class
+@pytest.mark.parametrize("value", [None, [], "step", 1.0])
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_is_put_in_the_place_of_a_state_is_refused_before_anything_moves(cls, value, begun):
+    params, generator = params_and_grads()
+    optimizer = cls(params)
+    step(optimizer, params, generator, 2 * begun)
+    optimizer.state[params[0]] = value
+    message = r"optimizer.state of parameter .* of shape \(20, 24\) is .* and no dict"
+    refused_and_nothing_moved(optimizer, params, generator, RuntimeError, message)
+    del optimizer.state[params[0]]
+    step(optimizer, params, generator, 1)
+
+
 @pytest.mark.parametrize("path", ["auto", "elementwise"])
 def test_parameters_over_one_storage_are_stepped_one_after_the_other(path):
     def run(threads):

@@ -1,0 +1,105 @@
+"""Numbers and flags among arguments: what is neither is refused by name, before it is compared."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
+
+from torch import Tensor
+
+NUMBERS = (float, int, Tensor)
+NONE = type(None)
+
+
+class Typed(NamedTuple):
+    """What an annotation asks of an argument.
+
+    Args:
+        types: that are taken without a further look.
+        of: what the argument is: "flag", "number" or "numbers".
+        default: of the argument.
+    """
+
+    types: frozenset[type]
+    of: str
+    default: Any
+
+
+@functools.cache
+def typed(function: Callable[..., Any]) -> dict[str, Typed | None]:
+    """The arguments of a function by name; None for those that are neither numbers nor flags.
+
+    Annotations that are texts are not looked into.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: _read(p.annotation, p.default) for p in parameters}
+
+
+def _read(annotation: Any, default: Any) -> Typed | None:
+    members = _members(annotation)
+    rest = [member for member in members if member is not NONE]
+    known = {NONE} if len(rest) < len(members) else set()
+    if rest == [bool]:
+        return Typed(frozenset({bool, *known}), "flag", default)
+    if _are_numbers(rest):
+        return Typed(frozenset({float, int, *rest, *known}), "number", default)
+    if len(rest) == 1 and get_origin(rest[0]) in (tuple, Sequence):
+        items = [member for item in get_args(rest[0]) for member in _members(item)]
+        if _are_numbers(items):
+            return Typed(frozenset(known), "numbers", default)
+    return None
+
+
+def _members(annotation: Any) -> Sequence[Any]:
+    """The alternatives of a union."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+
+
+def _are_numbers(members: Sequence[Any]) -> bool:
+    return any(m in (float, int) for m in members) and all(m in NUMBERS for m in members)
+
+
+def check_types(arguments: Mapping[str, Typed | None], given: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first number or flag that is none.
+
+    Args:
+        arguments: of a function, from :func:`typed`.
+        given: values by name; a name that is missing is not checked.
+    """
+    for name, argument in arguments.items():
+        if argument is None or name not in given:
+            continue
+        value = given[name]
+        if type(value) not in argument.types and not _fits(value, argument.of):
+            raise TypeError(f"Invalid {name}: {value!r} {_remedy(argument)}")
+
+
+def check_fields(instance: Any) -> None:
+    """:func:`check_types` for a dataclass, in its ``__post_init__``."""
+    check_types(typed(type(instance).__init__), vars(instance))
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number, or a tensor of one; True and False are none."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _fits(value: Any, of: str) -> bool:
+    if of == "numbers":
+        return isinstance(value, tuple | list) and all(map(is_number, value))
+    return of == "number" and is_number(value)
+
+
+def _remedy(argument: Typed) -> str:
+    known, optional = argument.default, NONE in argument.types
+    such = "" if known in (None, inspect.Parameter.empty) else f" such as {known}"
+    text = {
+        "flag": "is no flag; give True or False",
+        "number": f"is no number; give a number{such}",
+        "numbers": f"is no sequence of numbers; give numbers{such}",
+    }[argument.of]
+    return text + (", or None" if optional else "")
