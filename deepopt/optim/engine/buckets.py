@@ -388,8 +388,6 @@ def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequenc
 
 def check_dicts(bucket: Bucket, states: Sequence[Any]) -> None:
     """Raise RuntimeError where the user has put something else in the place of a state."""
-    if set(map(type, states)) <= {dict}:
-        return
     for param, state in zip(bucket.params, states, strict=True):
         if not isinstance(state, dict):
             raise RuntimeError(
@@ -434,7 +432,8 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         and {CPU, kind.device}.issuperset(map(DEVICE, steps))
     ):
         _refuse_counts(bucket, steps)
-    check_lows(bucket, states)
+    if bucket.group["rounding"] == "exact":
+        check_lows(bucket, states)
     if kind.elementwise:
         shapes, dtypes = bucket.shapes * len(keys), bucket.state_dtypes * len(keys)
     else:
@@ -494,8 +493,6 @@ def _refuse_counts(bucket: Bucket, steps: Sequence[Tensor]) -> None:
 
 def check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
     """Raise RuntimeError for low bits that do not fit; a state may have them before its step."""
-    if bucket.group["rounding"] != "exact":
-        return
     for param, state in zip(bucket.params, states, strict=True):
         if "low" not in state or not keeps_low(param, bucket.group):
             continue
