@@ -1,16 +1,17 @@
 """An optimizer from its name, with timm's rules for weight decay and learning rates by layer."""
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from deepopt._arguments import check_types, typed
 from deepopt.optim.continuum import Continuum
-from deepopt.optim.muon_and_adamw import MuonAndAdamW
+from deepopt.optim.muon_and_adamw import MUON, MuonAndAdamW
 from deepopt.optim.registry import REGISTRY
 from deepopt.routing import Path
 from deepopt.routing.groups import param_groups
@@ -76,7 +77,7 @@ def create_optimizer(
     Raises:
         ValueError: an unknown name; a ``layer_decay`` outside (0, 1], for something other than a
             module, or for a model in which no layers are found; or what the class refuses.
-        TypeError: an option that the class does not have.
+        TypeError: an option that the class does not have, or one that is no number or flag.
     """
     if model_or_params is None and name is None:
         return create_optimizer
@@ -85,11 +86,8 @@ def create_optimizer(
         raise TypeError(f"create_optimizer needs {missing}; choose a name from {_names()}")
     if not isinstance(name, str):
         raise TypeError(f"Invalid name: {name!r}; choose a text from {_names()}")
-    for key, number in (("lr", lr), ("weight_decay", weight_decay)):
-        if number is not None and not isinstance(number, Real | Tensor):
-            raise TypeError(f"Invalid {key}: {number!r} is no number; give a number such as 1e-3")
-    if layer_decay is not None and not isinstance(layer_decay, Real):
-        raise TypeError(f"Invalid layer_decay: {layer_decay!r} is no number, such as 0.75")
+    numbers = {"lr": lr, "weight_decay": weight_decay, "layer_decay": layer_decay}
+    check_types(typed(create_optimizer), {**numbers, "filter_bias_and_bn": filter_bias_and_bn})
     if overrides and "path" in options:
         raise ValueError(
             f"Invalid overrides: {overrides!r} beside path={options['path']!r}, which is for all "
@@ -116,15 +114,14 @@ def create_optimizer(
     for key, value in (("lr", lr), ("weight_decay", weight_decay)):
         if value is not None:
             options[key] = value
+    _check_options(cls, options)
     if not isinstance(model_or_params, nn.Module):
         given = {"layer_decay": layer_decay, "overrides": overrides, "split": split}
         if needless := [key for key, value in given.items() if value is not None]:
-            if needless != ["split"] or not isinstance(split, int):
-                raise ValueError(
-                    f"Invalid {needless[0]}: {given[needless[0]]!r}; it needs the names and layers "
-                    "of a model: give the module itself"
-                )
-            options["split"] = split
+            raise ValueError(
+                f"Invalid {needless[0]}: {given[needless[0]]!r}; it needs the names and layers "
+                "of a model: give the module itself"
+            )
         return cls(model_or_params, **options)
 
     model = model_or_params
@@ -171,6 +168,20 @@ def _resolve(name: str) -> Any:
     if cls is None:
         raise ValueError(f"Invalid name: {name!r}; choose from {_names()}")
     return cls
+
+
+def _check_options(cls: Any, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that the class does not have."""
+    parameters = inspect.signature(cls).parameters
+    taken = parameters.keys() - {"params", "options"}
+    if cls is MuonAndAdamW:
+        taken |= {*MUON, *inspect.signature(torch.optim.AdamW).parameters} - {"params"}
+    for key, value in options.items():
+        if key not in taken:
+            raise TypeError(
+                f"Invalid {key}: {value!r}, which {cls.__name__} does not take; leave it out, or "
+                f"choose from {', '.join(sorted(taken))}"
+            )
 
 
 def _undecayed(model: nn.Module) -> set[str]:

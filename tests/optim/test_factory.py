@@ -194,6 +194,28 @@ def test_numbers_as_text_are_named_whoever_the_optimizer_is_of(name, key):
         deepopt.create_optimizer(Encoder(), name, **{key: "1e-3"})
 
 
+def test_splits_and_overrides_without_a_model_are_refused_by_name_and_remedy():
+    for options in ({"split": 2}, {"split": {"*": 2}}, {"overrides": {"*": "matrix"}}):
+        (key, value), *_ = options.items()
+        for name in ("deep_momentum", "adamw", "continuum"):
+            message = re.escape(f"Invalid {key}: {value!r}; it needs the names")
+            with pytest.raises(ValueError, match=f"{message}.*give the module itself"):
+                deepopt.create_optimizer(Encoder().parameters(), name, **options)
+
+
+@pytest.mark.parametrize("name", [*deepopt.optimizers(), "muon", "adamw", "rprop", "adafactor"])
+def test_an_option_that_a_class_lacks_is_refused_by_name_and_with_those_there_are(name):
+    options = {"weight_decay": 0.1} if name == "rprop" else {"gain": 2.0}
+    (key, value), *_ = options.items()
+    for given in (Encoder(), [{"params": list(Encoder().parameters()), "path": "auto"}]):
+        with pytest.raises(
+            TypeError, match=rf"Invalid {key}: {value}, which \w+ does not take.* lr"
+        ):
+            deepopt.create_optimizer(given, name, **options)
+    with pytest.raises(TypeError, match="Invalid filter_bias_and_bn: 'no' is no flag"):
+        deepopt.create_optimizer(Encoder(), name, filter_bias_and_bn="no")
+
+
 def test_without_arguments_it_is_its_own_factory():
     model = Encoder()
     made = deepopt.create_optimizer()(model, name="deep_momentum", lr=0.25)
