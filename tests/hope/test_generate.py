@@ -263,3 +263,34 @@ def test_other_bad_input_is_named_with_the_remedy(model: Hope, byte_model: Hope)
     torch.nn.init.constant_(model.head.weight, torch.nan)
     with pytest.raises(FloatingPointError, match=r"not finite.*a smaller learning rate"):
         generate(model, prompt, 1)
+
+
+@pytest.mark.parametrize("other", ["m", None, torch.nn.Linear(2, 2), Hope])
+def test_what_is_no_model_is_refused_by_name(other: Any, prompt: Tensor) -> None:
+    said = rf"^model is of type {type(other).__name__}: must be a deepopt.hope.Hope, such as"
+    for call in (generate, stream):
+        with pytest.raises(TypeError, match=said):
+            call(other, prompt, 3)
+    with pytest.raises(TypeError, match=said):
+        complete(other, "text", 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"length": True}, "length=True: must be a whole number"),
+        ({"temperature": False}, "temperature=False: must be a number"),
+        ({"top_p": "0.9"}, "top_p='0.9': must be a number"),
+        ({"stop": 3}, "stop=3: must be tokens"),
+        ({"stop": [1.5]}, r"stop=\[1.5\]: must be tokens"),
+        ({"mask": [[True] * 5] * 2}, "mask is of type list: must be a tensor"),
+        ({"generator": 0}, "generator=0: must be a torch.Generator"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_name(
+    options: dict[str, Any], said: str, model: Hope, prompt: Tensor
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        generate(model, prompt, **{"length": 3, **options})
+    with pytest.raises(TypeError, match="text is of type list: must be text or bytes"):
+        complete(model, [1, 2], 3)

@@ -58,6 +58,11 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
     Raises:
         ValueError, TypeError, FloatingPointError: as `stream` does, and for another vocabulary.
     """
+    _check_model(model)
+    if not isinstance(text, str | bytes):
+        raise TypeError(
+            f"text is of type {type(text).__name__}: must be text or bytes; for tokens call stream"
+        )
     if model.config.vocab_size != 256:
         raise ValueError(
             f"the model has vocab_size={model.config.vocab_size}: text needs one of bytes, 256; "
@@ -175,6 +180,16 @@ def _draw(
     return torch.multinomial(shares, 1, generator=generator)
 
 
+def _check_model(model: Any) -> None:
+    """Raise TypeError for what is no model; one in a wrapper has its configuration."""
+    config = getattr(model, "config", None)
+    if not callable(model) or not isinstance(getattr(config, "vocab_size", None), Integral):
+        raise TypeError(
+            f"model is of type {type(model).__name__}: must be a deepopt.hope.Hope, such as "
+            "Hope(HopeConfig(...)) or Hope.from_pretrained(folder)"
+        )
+
+
 def _check(
     model: Hope,
     prompt: Tensor,
@@ -187,6 +202,7 @@ def _check(
     mask: Tensor | None,
     prefill: int,
 ) -> None:
+    _check_model(model)
     size = model.config.vocab_size
     if not isinstance(prompt, Tensor):
         raise TypeError(
@@ -212,7 +228,9 @@ def _check(
         ("prefill", prefill, Integral),
     )
     for name, given, kind in numbers:
-        if not isinstance(given, kind) and not (given is None and name in ("top_k", "top_p")):
+        if given is None and name in ("top_k", "top_p"):
+            continue
+        if not isinstance(given, kind) or isinstance(given, bool):
             needed = "whole number" if kind is Integral else "number"
             raise TypeError(f"{name}={given!r}: must be a {needed}")
     if length < 0:
@@ -225,10 +243,18 @@ def _check(
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for no limit")
     if isinstance(stop, str):
         raise TypeError(f"stop={stop!r} is text: must be tokens, such as {stop.encode()!r}")
+    if stop is not None and not (
+        isinstance(stop, Sequence) and all(isinstance(token, Integral) for token in stop)
+    ):
+        raise TypeError(f"stop={stop!r}: must be tokens, such as b'\\n' or [10], or None")
     if stop is not None and not (len(stop) and all(0 <= token < size for token in stop)):
         raise ValueError(
             f"stop={stop!r}: must be at least one token, each in 0 ... {size - 1}, or None"
         )
+    if generator is not None and not isinstance(getattr(generator, "device", 0), torch.device):
+        raise TypeError(f"generator={generator!r}: must be a torch.Generator, or None")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask is of type {type(mask).__name__}: must be a tensor (batch, tokens)")
     if generator is not None and generator.device.type != prompt.device.type:
         raise ValueError(
             f"generator lies on {generator.device}, prompt on {prompt.device}: make it by "
