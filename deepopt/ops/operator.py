@@ -16,8 +16,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from threading import get_ident
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -45,8 +45,19 @@ OPERATORS: dict[str, "Operator[Any, Any]"] = _process["_operators"]
 UNAVAILABLE: dict[str, str] = {}
 """Why a backend is not there, as far as it can be told without asking for a GPU: ``why_not``."""
 
-_forced: dict[int, str] = {}
-"""The backend that operators must take, by thread; torch.compile sees through no ``ContextVar``."""
+
+class Forced:
+    """One use of :func:`backend`, which counts until it ends, wherever that happens."""
+
+    def __init__(self, name: str, outer: "Forced | None") -> None:
+        self.name, self.outer = name, outer
+
+
+_forced: ContextVar[Forced | None] = ContextVar("deepopt_backend", default=None)
+"""The innermost use in this thread or task; it may have ended elsewhere."""
+_open: set[Forced] = set()
+"""The uses that have not ended, anywhere. Operators look into the variable only where there are
+any, because torch.compile does not see through it."""
 _environment: str | None = None
 """The backend that ``DEEPOPT_BACKEND`` names."""
 _gpu_asked = False
@@ -89,7 +100,7 @@ class Operator(Generic[P, R]):
         self.find_kernels()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        forced = _forced.get(get_ident(), _environment) if _forced else _environment
+        forced = _wanted() if _open else _environment
         chosen = forced if forced == "reference" else self.backend_for(*args, **kwargs)
         if chosen == "reference":
             return self.reference(*args, **kwargs)
@@ -120,7 +131,7 @@ class Operator(Generic[P, R]):
     def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The backend that a call with these arguments takes."""
         given = (*args, *kwargs.values()) if kwargs else args
-        forced = _forced.get(get_ident(), _environment) if _forced else _environment
+        forced = _wanted() if _open else _environment
         hidden = _transformed() if self._gradient else _recorded(given)
         if forced == "reference" or hidden:
             return "reference"
@@ -144,7 +155,7 @@ class Operator(Generic[P, R]):
         if device == "cuda":
             _find_gpu()
         there = [name for name in PREFERRED.get(device, ()) if name in self.implementations]
-        forced = _forced.get(get_ident(), _environment) if _forced else _environment
+        forced = _wanted() if _open else _environment
         return forced != "reference" and any(forced in (None, name) for name in there)
 
     def find_kernels(self) -> None:
@@ -248,7 +259,9 @@ def operator(
 def backend(name: str) -> Iterator[None]:
     """Run every operator on this backend, as far as it has it and it supports the arguments.
 
-    Elsewhere the reference runs. This is for debugging and comparisons, and holds for all threads.
+    Elsewhere the reference runs. This is for debugging and comparisons. It holds for the thread or
+    the asyncio task that enters it, and for tasks that begin inside. Wherever and in whichever
+    order such contexts end, each leaves what the others ask for.
 
     Args:
         name: "reference", "compiled", "cpu", "cuda" or "triton".
@@ -258,15 +271,28 @@ def backend(name: str) -> Iterator[None]:
         RuntimeError: a backend that is not there, with the reason.
     """
     check_backend(name)
-    before = _forced.get(get_ident())
-    _forced[get_ident()] = name
+    use = Forced(name, _innermost())
+    _open.add(use)
+    _forced.set(use)
     try:
         yield
-    finally:
-        if before is None:
-            del _forced[get_ident()]
-        else:
-            _forced[get_ident()] = before
+    finally:  # perhaps in another thread or task, or after others that began later
+        _open.discard(use)
+        _forced.set(_innermost())
+
+
+def _innermost() -> Forced | None:
+    """The innermost use of :func:`backend` here that has not ended."""
+    use = _forced.get()
+    while use is not None and use not in _open:
+        use = use.outer
+    return use
+
+
+def _wanted() -> str | None:
+    """The backend that operators must take here, if any."""
+    use = _innermost()
+    return _environment if use is None else use.name
 
 
 def check_backend(

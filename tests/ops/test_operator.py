@@ -1,3 +1,4 @@
+import asyncio
 import os
 import subprocess
 import sys
@@ -50,6 +51,66 @@ def test_backends_forced_in_two_threads_leave_each_other_alone_and_no_trace():
     thread.join()
     assert found == {"before": automatic, "inside": "compiled", "after": automatic}
     assert adamw_.backend_for(*arguments()) == automatic
+
+
+def chosen():
+    return adamw_.backend_for(*arguments())
+
+
+def test_backends_forced_in_interleaved_tasks_leave_each_other_alone_and_no_trace():
+    automatic, found = chosen(), []
+
+    async def task(name, ends):
+        with backend(name):
+            for _ in range(ends):  # the first to begin is not the last to end
+                await asyncio.sleep(0)
+                found.append((name, chosen()))
+        found.append((automatic, chosen()))
+
+    async def every():
+        await asyncio.gather(
+            task("reference", 0, 2), task("compiled", 0, 5), task("reference", 0, 3)
+        )
+
+    asyncio.run(every())
+    assert len(found) == 13
+    assert all(wanted == got for wanted, got in found)
+    assert chosen() == automatic
+
+
+@pytest.mark.parametrize("where", ["here", "another thread"])
+def test_a_generator_that_is_closed_anywhere_leaves_no_forced_backend(where):
+    automatic = chosen()
+
+    def forcing():
+        with backend("reference"):
+            yield
+
+    generator = forcing()
+    next(generator)
+    assert chosen() == "reference"
+    if where == "here":
+        generator.close()
+    else:
+        after = []
+        thread = threading.Thread(target=lambda: (generator.close(), after.append(chosen())))
+        thread.start()
+        thread.join()
+        assert after == [automatic]
+    assert chosen() == automatic
+
+
+def test_forced_backends_that_end_out_of_order_leave_no_trace():
+    automatic = chosen()
+    first, second, third = backend("reference"), backend("compiled"), backend("reference")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen() == "compiled"
+    third.__enter__()
+    second.__exit__(None, None, None)
+    assert chosen() == "reference"
+    third.__exit__(None, None, None)
+    assert chosen() == automatic
 
 
 def test_unknown_and_missing_backends_are_refused_with_the_reason():
