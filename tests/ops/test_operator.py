@@ -68,9 +68,8 @@ def test_backends_forced_in_interleaved_tasks_leave_each_other_alone_and_no_trac
         found.append((automatic, chosen()))
 
     async def every():
-        await asyncio.gather(
-            task("reference", 0, 2), task("compiled", 0, 5), task("reference", 0, 3)
-        )
+        asked = ("reference", 2), ("compiled", 5), ("reference", 3)
+        await asyncio.gather(*(task(name, ends) for name, ends in asked))
 
     asyncio.run(every())
     assert len(found) == 13
