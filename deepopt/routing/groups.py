@@ -233,9 +233,10 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
         )
     if bare := [name for _, name, found in routes if found.doubt == "bare"]:
         warnings.warn(
-            f"the module of {_some(bare)} has lost its type, as in an exported program, so that "
-            "embeddings and heads may be taken for matrices. Make the groups from the model before "
-            "its export, or name paths in overrides of deepopt.param_groups",
+            f"the module of {_some(bare)} has lost its type, as in an exported program or a "
+            "scripted model, so that embeddings and heads may be taken for matrices. Make the "
+            "groups from the model before its export or scripting, or name paths in "
+            "overrides of deepopt.param_groups",
             stacklevel=stacklevel,
         )
     if told := _flattened(routes):

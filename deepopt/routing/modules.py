@@ -36,15 +36,46 @@ _HIDDEN = (
 )
 
 
-_BARE = ("Module", "InterpreterModule", "UnflattenedModule")
-"""Classes of the modules of exported programs, which have forgotten what they were."""
+_BARE = (
+    "Module", "InterpreterModule", "UnflattenedModule",  # of exported programs
+    "RecursiveScriptModule", "TracedModule", "TopLevelTracedModule",  # of torch.jit
+)  # fmt: skip
+"""torch's classes of modules that have forgotten what they were."""
 
 
 def module_type(module: nn.Module) -> type[nn.Module]:
     """The class of a module; of a scripted one, that of torch's layer which it was made from."""
     own, original = type(module), getattr(module, "original_name", None)
-    found = getattr(nn, original, own) if isinstance(original, str) else own
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else own
+    if not isinstance(original, str):
+        return own
+    found = getattr(nn, original, None)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    return _type_by_sizes(module) or own
+
+
+def _type_by_sizes(module: nn.Module) -> type[nn.Module] | None:
+    """torch's layer that the class of a scripted module extends, by the sizes that it still has."""
+    weights = dict(module.named_parameters(recurse=False))
+
+    def has(weight: str, *sizes: str) -> bool:
+        shape = tuple(getattr(module, size, None) for size in sizes)
+        return weight in weights and weights[weight].shape == shape
+
+    if has("weight", "num_embeddings", "embedding_dim"):
+        return nn.Embedding
+    if has("weight", "out_features", "in_features"):
+        return nn.Linear
+    if has("weight", "out_features", "in1_features", "in2_features"):
+        return nn.Bilinear
+    if "in_proj_weight" in weights and hasattr(module, "num_heads"):
+        return nn.MultiheadAttention
+    if "weight" in weights and hasattr(module, "in_channels") and hasattr(module, "out_channels"):
+        return {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(weights["weight"].ndim)
+    if "weight_hh" in weights and hasattr(module, "hidden_size"):
+        rows, columns = weights["weight_hh"].shape
+        return {4: nn.LSTMCell, 3: nn.GRUCell, 1: nn.RNNCell}.get(rows // columns)
+    return None
 
 
 def route_model(
@@ -142,10 +173,11 @@ def _route_owned(
     if issubclass(kind, _HIDDEN) or _stores_input_first(module):
         hint = fusion_hint(name, param, split) if issubclass(kind, nn.Linear) else ""
         return unless_small(param, name, Route("matrix", split, words + hint))
-    if param.ndim == 2:
+    bare = kind.__name__ in _BARE and kind.__module__.startswith("torch.")
+    if param.ndim == 2 or bare:  # with its type lost, a tensor of more can be a convolution's
         found = route(param, name, split)
-        bare = kind.__name__ in _BARE and kind.__module__.startswith("torch.")
-        return found._replace(doubt="bare") if bare and found.reason == "by shape" else found
+        doubtful = bare and found.path != "elementwise" and found.reason.startswith("by shape")
+        return found._replace(doubt="bare") if doubtful else found
     if is_named_like_a_table(name):
         return Route("elementwise", 1, "named like a table")
     if math.prod(param.shape[:-2]) == 1:
@@ -172,7 +204,8 @@ def _parts(module: nn.Module, local: str) -> tuple[int, str]:
 
 def _stores_input_first(module: nn.Module) -> bool:
     """Whether it is the Conv1D of Hugging Face's GPT-2, a linear layer; known by its name."""
-    return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    names = {base.__name__ for base in type(module).__mro__}
+    return "Conv1D" in names or getattr(module, "original_name", "") == "Conv1D"
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, str]:
@@ -209,7 +242,10 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
 
 def _weights(module: nn.Module) -> list[Tensor]:
     """What a layer multiplies by: its ``weight``, or failing that its own matrices."""
-    weight = getattr(module, "weight", None)  # a parametrized one is no parameter of its own
+    try:
+        weight = getattr(module, "weight", None)  # a parametrized one is no parameter of its own
+    except Exception:  # a property that refuses: its own matrices are there all the same
+        weight = None
     if isinstance(weight, Tensor):
         return [weight]
     return [param for param in module.parameters(recurse=False) if param.ndim > 1]

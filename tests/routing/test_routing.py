@@ -799,6 +799,78 @@ def test_a_scripted_model_is_routed_as_the_one_that_it_was_made_from():
         assert paths(torch.jit.script(model)) == paths(model)
 
 
+def extended(kind):
+    """A class of a user's that extends one of torch's layers."""
+    return type(f"My{kind.__name__}", (kind,), {})
+
+
+def of_subclasses():
+    embedding, linear = extended(nn.Embedding), extended(nn.Linear)
+    return nn.Sequential(embedding(100, 64), linear(64, 64), linear(64, 100))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_subclass_of_a_layer_is_known_by_its_sizes():
+    others = [
+        extended(nn.Bilinear)(17, 18, 19), extended(nn.Conv1d)(32, 32, 3),
+        extended(nn.Conv2d)(32, 32, 3), extended(nn.ConvTranspose2d)(32, 64, 3),
+        extended(nn.LSTMCell)(32, 32), extended(nn.GRUCell)(32, 32), extended(nn.RNNCell)(32, 32),
+        extended(nn.MultiheadAttention)(32, 4), extended(nn.EmbeddingBag)(64, 32),
+    ]  # fmt: skip
+    for model in (of_subclasses(), *others):
+        scripted = torch.jit.script(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert paths(scripted) == paths(model)
+        found, expected = table(scripted), table(model)
+        assert {n: r.split for n, r in found.items()} == {n: r.split for n, r in expected.items()}
+
+
+class Own(nn.Module):
+    """A layer of which nothing but its name says what it is."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 32, 3, 3)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_scripted_layer_of_an_unknown_type_gives_one_warning_with_the_remedy(shape, traced):
+    model = nn.Sequential(nn.Linear(64, 64), Own(*shape))
+    model = torch.jit.trace(model, torch.zeros(1, 64)) if traced else torch.jit.script(model)
+    with pytest.warns(
+        UserWarning, match=r"1\.kernel has lost its type.*before its .*scripting"
+    ) as told:
+        assert paths(model)["1.kernel"] == "matrix"
+    assert len(told) == 1
+
+
+class Refusing(nn.Linear):
+    """A layer that keeps its weight packed and refuses to show it."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.packed = nn.Parameter(torch.zeros(64, 64))
+
+    @property
+    def weight(self):
+        raise RuntimeError("the weight is packed")
+
+
+def test_a_weight_that_cannot_be_read_is_passed_over():
+    model = nn.Sequential(nn.Embedding(100, 64), Refusing(), nn.Linear(64, 100))
+    assert paths(model) == {
+        "1.packed": "matrix", "0.weight": "elementwise", "2.weight": "elementwise",
+        "2.bias": "elementwise",
+    }  # fmt: skip
+    deepopt.capture_inputs(model).remove()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("unflattened", [False, True])
 def test_an_exported_program_gives_one_warning_that_types_are_lost(unflattened):
