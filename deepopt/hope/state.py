@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -133,37 +134,34 @@ class HopeState(NamedTuple):
                 f"entries is of type {type(entries).__name__}: pass the dict that state_dict() gave"
             )
 
-        def part(i: int, kind: Any, part: str) -> Any:
-            prefix = f"blocks.{i}.{part}".rstrip(".") + "."
-            found = {name: entries.get(prefix + name) for name in kind._fields}
-            missing = [k for k, x in found.items() if x is None and k not in ("s2", "s1")]
-            if missing:
-                raise ValueError(
-                    f"entries lack {prefix}{missing[0]}: pass all that state_dict() gave"
-                )
-            return kind(**found)
+        def entry(name: str) -> Any:
+            if name not in entries:
+                raise ValueError(f"entries lack {name}: pass all that state_dict() gave")
+            return entries[name]
 
-        def entry(i: int, name: str) -> Tensor:
-            if f"blocks.{i}.{name}" not in entries:
-                raise ValueError(f"entries lack blocks.{i}.{name}: pass all that state_dict() gave")
-            return entries[f"blocks.{i}.{name}"]
+        def part(prefix: str, kind: Any) -> Any:
+            absent = () if momentum else ("s2", "s1")
+            return kind(*(None if k in absent else entry(f"{prefix}.{k}") for k in kind._fields))
 
         def block(i: int) -> BlockState:
-            if any(f"blocks.{i}.{name}" in entries for name in ("keys", "values")):
-                found = part(i, AttentionState, "")
-                return found._replace(positions=tuple(found.positions))
+            prefix = f"blocks.{i}"
+            if any(f"{prefix}.{name}" in entries for name in ("keys", "values")):
+                keys, values, positions = part(prefix, AttentionState)
+                return AttentionState(keys, values, tuple(positions))
             return TitansState(
-                part(i, MemoryState, "generators"),
-                part(i, MemoryState, "memory"),
-                part(i, Inputs, "tails"),
-                entry(i, "phase"),
-                tuple(entries[f"blocks.{i}.positions"]),
+                part(f"{prefix}.generators", MemoryState),
+                part(f"{prefix}.memory", MemoryState),
+                part(f"{prefix}.tails", Inputs),
+                entry(f"{prefix}.phase"),
+                tuple(entry(f"{prefix}.positions")),
             )
 
-        count = sum(name.endswith(".positions") for name in entries)
-        if count == 0:
-            raise ValueError("entries have no block's positions: pass what state_dict() gave")
-        return cls(tuple(block(i) for i in range(count)))
+        pattern = re.compile(r"blocks\.(\d+)\.")
+        numbers = [int(found[1]) for name in entries if (found := pattern.match(str(name)))]
+        if not numbers:
+            raise ValueError("entries have no block: pass what state_dict() gave")
+        momentum = any(str(name).endswith((".s2", ".s1")) for name in entries)
+        return cls(tuple(block(i) for i in range(max(numbers) + 1)))
 
 
 detach_state = HopeState.detach

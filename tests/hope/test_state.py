@@ -191,12 +191,18 @@ def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
     moved = state.to(torch.float32)
     assert {tensor.dtype for tensor in tensors(moved)} == {torch.float32}
     assert moved.blocks[0].positions == (12,)
-    entries = state.state_dict()
-    name = next(name for name in entries if name.startswith("blocks.1."))
-    del entries[name]
-    with pytest.raises(ValueError, match=re.escape(f"entries lack {name}")):
-        HopeState.from_state_dict(entries)
-    with pytest.raises(ValueError, match="positions"):
+
+
+def test_a_saved_state_that_lacks_an_entry_is_refused_by_its_name(model: Hope) -> None:
+    entries = model(*texts((12,))).state.state_dict()
+    for name in entries:
+        rest = {key: value for key, value in entries.items() if key != name}
+        with pytest.raises(ValueError, match=re.escape(f"entries lack {name}: pass all")):
+            HopeState.from_state_dict(rest)
+    second = {name: value for name, value in entries.items() if name.startswith("blocks.1.")}
+    with pytest.raises(ValueError, match=r"entries lack blocks\.0\."):
+        HopeState.from_state_dict(second)
+    with pytest.raises(ValueError, match="entries have no block"):
         HopeState.from_state_dict({})
 
 
