@@ -1,8 +1,8 @@
 """Training checkpoints and models on disk: tensors and JSON, nothing that runs code on loading.
 
 A checkpoint is one safetensors file, whose metadata hold the SHA-256 of the file, as it is with
-zeros in the place of the digest. A model is a folder with its weights in model.safetensors and its
-configuration in config.json, laid out as transformers does.
+zeros in the place of the digest. A model is a folder with its weights in model.safetensors, which
+has its digest too, and its configuration in config.json, laid out as transformers does.
 """
 
 import hashlib
@@ -38,11 +38,7 @@ def save(path: Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     packed = json.dumps(_pack(state, "", tensors))
-    metadata = {"format": FORMAT, "sha256": NO_DIGEST.decode(), "state": packed}
-    content = safetensors.torch.save(tensors, metadata)
-    at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
-    digest = _digest(content, at)
-    write_atomically(path, content[:at] + digest + content[at + len(digest) :])
+    write_atomically(path, _signed(tensors, {"format": FORMAT, "state": packed}))
 
 
 def load(path: Path) -> Any:
@@ -53,19 +49,46 @@ def load(path: Path) -> Any:
         ValueError: it is no checkpoint, or not a byte is as it was written.
     """
     content = path.read_bytes()
-    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    if has_digest := DIGEST_KEY in header:
-        at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
-        if content[at : at + len(NO_DIGEST)] != _digest(content, at):
-            raise ValueError(f"{path} is damaged (it differs from its checksum); remove it")
+    if (intact := _is_intact(content)) is False:
+        raise ValueError(f"{path} is damaged (it differs from its checksum); remove it")
     try:
         tensors = safetensors.torch.load(content)
-        metadata = json.loads(header).get("__metadata__", {})
+        metadata = json.loads(_header(content)).get("__metadata__", {})
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint ({error}); remove it") from error
-    if metadata.get("format") != (FORMAT if has_digest else WITHOUT_DIGEST):
+    if metadata.get("format") != (FORMAT if intact else WITHOUT_DIGEST):
         raise ValueError(f"{path} is no checkpoint of this program (no format {FORMAT!r} in it)")
     return _unpack(json.loads(metadata["state"]), tensors)
+
+
+def _signed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The content of a safetensors file that holds its own digest, the same for the same tensors.
+
+    The header is written here: safetensors itself puts metadata in an order that differs from call
+    to call.
+    """
+    content = safetensors.torch.save(tensors, metadata)
+    old = _header(content)
+    entries = json.loads(old)
+    entries["__metadata__"] = {**metadata, "sha256": NO_DIGEST.decode()}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    content = b"".join([len(header).to_bytes(8, "little"), header, content[8 + len(old) :]])
+    at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
+    digest = _digest(content, at)
+    return content[:at] + digest + content[at + len(digest) :]
+
+
+def _is_intact(content: bytes) -> bool | None:
+    """Whether a file is as its digest says; None for a file without one."""
+    if DIGEST_KEY not in _header(content):
+        return None
+    at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
+    return content[at : at + len(NO_DIGEST)] == _digest(content, at)
+
+
+def _header(content: bytes) -> bytes:
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
 
 
 def _digest(content: bytes, at: int) -> bytes:
@@ -91,12 +114,13 @@ def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     text = json.dumps({**about, **config}, indent=2) + "\n"
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
     write_atomically(folder / CONFIG_FILE, text.encode())
-    content = safetensors.torch.save(tensors, {"format": "pt"})
-    write_atomically(folder / WEIGHTS_FILE, content)
+    write_atomically(folder / WEIGHTS_FILE, _signed(tensors, {"format": "pt"}))
 
 
 def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `save_model` wrote: the configuration and the weights by name.
+
+    Weights that others wrote, without a digest, are taken as they are.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
@@ -117,14 +141,17 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
         )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        weights = safetensors.torch.load_file(folder / WEIGHTS_FILE, device)
+        content = (folder / WEIGHTS_FILE).read_bytes()
+        if _is_intact(content) is False:
+            raise ValueError(f"{WEIGHTS_FILE} differs from its checksum")
+        weights = safetensors.torch.load(content)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{folder} is damaged ({error}): write or copy it again") from error
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else config
         raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
     # Copies lie at addresses as torch's own do, on which the rounding of a product can depend.
-    return config, {name: weight.clone() for name, weight in weights.items()}
+    return config, {name: weight.to(device, copy=True) for name, weight in weights.items()}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

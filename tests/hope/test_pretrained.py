@@ -1,5 +1,6 @@
 """Models on disk: safetensors and JSON, never a pickle, bit for bit what was saved."""
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -7,6 +8,8 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from deepopt.hope import Hope, HopeConfig
 from deepopt.hope.trainer import TrainConfig, Trainer, flops_per_token
@@ -69,6 +72,33 @@ def test_pickles_are_refused_and_not_opened(tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         Hope.from_pretrained(tmp_path)
     assert not (tmp_path / "opened").exists()
+
+
+def test_a_model_with_a_flipped_bit_is_refused_with_the_remedy(tmp_path):
+    model = make(layers=1)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    with safe_open(path, "pt") as file:  # as transformers wants it
+        assert file.metadata()["format"] == "pt"
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in (*range(start, len(whole), 97), len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(
+            ValueError, match=r"is damaged \(.*from its checksum\): write or copy it"
+        ):
+            Hope.from_pretrained(tmp_path)
+    for at in range(0, start, 7):  # a flip in what is not read may pass, but no weight is another
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with contextlib.suppress(ValueError):
+            assert same_weights(Hope.from_pretrained(tmp_path), model)
+    save_file(model.state_dict(), path, {"format": "pt"})  # as others write it, without a digest
+    assert same_weights(Hope.from_pretrained(tmp_path), model)
+
+
+def same_weights(a, b):
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
 
 
 def test_what_does_not_fit_is_named(tmp_path):
