@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(addprefix --ignore=,$(INTEGRATION) $(PACKAGES)) $(ARGS)
 
 test-integration: $(STAMP)-trainers
-	$(BIN)/python -m pytest $(INTEGRATION) $(ARGS)
+	$(BIN)/python -m pytest $(INTEGRATION) tests/test_pages.py $(ARGS)
 
 # What users install, built and used outside of the checkout
 test-packages: $(STAMP)
