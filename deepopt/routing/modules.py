@@ -177,7 +177,9 @@ def _route_owned(
     if param.ndim == 2 or bare:  # with its type lost, a tensor of more can be a convolution's
         found = route(param, name, split)
         doubtful = bare and found.path != "elementwise" and found.reason.startswith("by shape")
-        return found._replace(doubt="bare") if doubtful else found
+        if doubtful:
+            return found._replace(doubt="bare", reason=f"{found.reason}; type lost")
+        return found
     if is_named_like_a_table(name):
         return Route("elementwise", 1, "named like a table")
     if math.prod(param.shape[:-2]) == 1:

@@ -848,6 +848,7 @@ def test_a_scripted_layer_of_an_unknown_type_gives_one_warning_with_the_remedy(s
     ) as told:
         assert paths(model)["1.kernel"] == "matrix"
     assert len(told) == 1
+    assert table(model)["1.kernel"].reason.endswith("; type lost")
 
 
 class Refusing(nn.Linear):
