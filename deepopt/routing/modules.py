@@ -176,7 +176,7 @@ def _route_owned(
     bare = kind.__name__ in _BARE and kind.__module__.startswith("torch.")
     if param.ndim == 2 or bare:  # with its type lost, a tensor of more can be a convolution's
         found = route(param, name, split)
-        doubtful = bare and found.path != "elementwise" and found.reason.startswith("by shape")
+        doubtful = bare and found.path == "matrix" and found.reason.startswith("by shape")
         if doubtful:
             return found._replace(doubt="bare", reason=f"{found.reason}; type lost")
         return found
@@ -244,10 +244,18 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
 
 def _weights(module: nn.Module) -> list[Tensor]:
     """What a layer multiplies by: its ``weight``, or failing that its own matrices."""
+    # A parametrized weight is computed, which can change buffers (spectral norm) unless in eval.
+    parts = [m for name, m in module.named_modules() if name.startswith("parametrizations")]
+    computing = [part for part in parts if part.training]
     try:
-        weight = getattr(module, "weight", None)  # a parametrized one is no parameter of its own
+        for each in computing:
+            each.training = False
+        weight = getattr(module, "weight", None)
     except Exception:  # a property that refuses: its own matrices are there all the same
         weight = None
+    finally:
+        for each in computing:
+            each.training = True
     if isinstance(weight, Tensor):
         return [weight]
     return [param for param in module.parameters(recurse=False) if param.ndim > 1]

@@ -872,6 +872,15 @@ def test_a_weight_that_cannot_be_read_is_passed_over():
     deepopt.capture_inputs(model).remove()
 
 
+def test_routing_changes_nothing_of_the_model():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64))
+    model = nn.Sequential(nn.Embedding(100, 64), layer, nn.Linear(64, 100))
+    before = copy.deepcopy(model.state_dict())
+    deepopt.param_groups(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("unflattened", [False, True])
 def test_an_exported_program_gives_one_warning_that_types_are_lost(unflattened):
