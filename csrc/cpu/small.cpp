@@ -272,9 +272,11 @@ class SmallDeltaWrite : Tall {
     gram(keys_, gram_);
     squared(gram_, square_);
     const double root = std::pow(sum_of_squares(square_, square_size()), 0.125);
-    const double bound = std::min(root * scale, double(FLT_MAX));
+    const double whole_bound = root * scale;
+    const double cut = whole_bound > kLargest ? kLargest / whole_bound : 1.0;
+    const double bound = whole_bound * cut;
     const double norm = std::sqrt(0.9 * *old.norm * *old.norm + 0.1 * bound * bound);
-    const double ratio = scale / std::max(std::max(norm, bound), double(FLT_MIN));
+    const double ratio = scale * cut / std::max(std::max(norm, bound), double(FLT_MIN));
     const double erase = rate * ratio * ratio;
     // M Kᵀ K takes two products. One is on the short side: Kᵀ M for wide matrices, Kᵀ K for tall
     // ones.
@@ -283,7 +285,7 @@ class SmallDeltaWrite : Tall {
         add_inner(keys_ + k * width_, momentum_ + k * width_, rows, k == 0, square_);
       });
     }
-    const DeltaShares shares(retention, *old.erasure);
+    const DeltaShares shares(retention, *old.erasure, cut);
     Shares written = shares.written, looked = shares.ahead;
     written.erased *= float(erase * size), looked.erased *= float(erase * size);
     double erased = 0;

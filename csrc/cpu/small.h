@@ -20,6 +20,9 @@ struct Memory {
   T *momentum, *norm, *erasure;
 };
 
+// Upper bound on the size of a gradient: HEADROOM in deepopt/ops/delta_write.py.
+constexpr double kLargest = 3.4028234663852886e38 / 16;
+
 // The factors of the momentum, of what is erased of it, and of the gradient in a sum.
 struct Shares {
   float kept, erased, fresh;
@@ -29,11 +32,12 @@ struct Shares {
 struct DeltaShares {
   Shares written, ahead;
 
-  DeltaShares(double retention, double erasure)
-      : written{float(retention), -1, float(1 - retention)} {
+  // `cut` is the share of the gradient that counts: 1 but for those beyond kLargest.
+  DeltaShares(double retention, double erasure, double cut)
+      : written{float(retention), -1, float((1 - retention) * cut)} {
     const double gain = 1 + erasure / (1 - retention);
     ahead = {float(gain * retention * retention), float(-2 * gain * retention),
-             float(gain * (1 - retention * retention))};
+             float(gain * (1 - retention * retention) * cut)};
   }
 };
 

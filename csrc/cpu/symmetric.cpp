@@ -42,6 +42,7 @@ namespace {
 
 using namespace deepopt::bfloat16;
 using deepopt::small::DeltaShares;
+using deepopt::small::kLargest;
 using deepopt::small::Shares;
 
 // Calls body(first, last) for parts of a batch. Each thread takes the same number of matrices. All
@@ -246,14 +247,15 @@ class BFloat16DeltaWrite {
 
     // Rounded up by as much as the rounding of the Gram matrix may have taken away.
     const double bound = std::pow(square_norm(), 0.125) * (1.0 + 1.0 / 512.0);
-    const double largest = 3.4028234663852886e38;
-    const double current = std::min(bound * grad_norm, largest);
+    const double whole = bound * grad_norm;
+    const double cut = whole > kLargest ? kLargest / whole : 1.0;
+    const double current = whole * cut;
     const double average = std::sqrt(0.9 * old.norm * old.norm + 0.1 * current * current);
     const double divisor = std::max(average, current);
-    const double ratio = divisor > 0.0 ? grad_norm / divisor : divisor;  // NaN stays NaN
+    const double ratio = divisor > 0.0 ? grad_norm * cut / divisor : divisor;  // NaN stays NaN
     const double erase = rate * ratio * ratio;
     const double erased = write(
-        momentum, grad, {retention, old.erasure}, erase * momentum_norm, to, ahead);
+        momentum, grad, {retention, old.erasure, cut}, erase * momentum_norm, to, ahead);
     const double share = erase * erased;
     return {static_cast<float>(average),
             static_cast<float>(old.erasure + 0.1 * (share - old.erasure))};

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepopt.ops.combine import combine
+from deepopt.ops.delta_write import HEADROOM
 from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.triton.scaling import divided, tile_norm
 from deepopt.ops.triton.symmetric import symmetric_product
@@ -26,6 +27,7 @@ def erase_kernel(
     grad_ptr,
     coefficient_ptr,
     retention_ptr,
+    fresh_ptr,
     out_ptr,
     norms_ptr,
     batch,
@@ -45,7 +47,7 @@ def erase_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of retention M - c A B + (1 - retention) G, and the norms of c A B and M in it."""
+    """One tile of retention M - c A B + f G, and the norms of c A B and M in it."""
     high, wide = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     which = (tl.program_id(0) // (high * wide)).to(tl.int64)
     tile = tl.program_id(0) % (high * wide)
@@ -77,7 +79,7 @@ def erase_kernel(
     places = place + (inside_m[:, None] * n + inside_n[None, :])
     there = (rows[:, None] < m) & (columns[None, :] < n)
     norms = norms_ptr + which * 2 * slots + i * wide + j
-    retention = tl.load(retention_ptr)
+    retention, fresh = tl.load(retention_ptr), tl.load(fresh_ptr + which)
     erased = total * tl.load(coefficient_ptr + which)
     tl.store(norms, tile_norm(erased))
     # The barriers keep loads where they are: early ones would hold three tiles in registers.
@@ -90,10 +92,10 @@ def erase_kernel(
     result = retention * momentum - erased
     tl.debug_barrier()
     if EVEN:
-        tl.store(out_ptr + places, result + (1.0 - retention) * tl.load(grad_ptr + places))
+        tl.store(out_ptr + places, result + fresh * tl.load(grad_ptr + places))
     else:
         grad = tl.load(grad_ptr + places, there, 0.0)
-        tl.store(out_ptr + places, result + (1.0 - retention) * grad, there)
+        tl.store(out_ptr + places, result + fresh * grad, there)
 
 
 def erase(
@@ -103,8 +105,9 @@ def erase(
     b: Tensor,
     coefficient: Tensor,
     retention: float | Tensor,
+    cut: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """retention M - c A B + (1 - retention) G, and the Frobenius norms of c A B and of M.
+    """retention M - c A B + (1 - retention) cut G, and the Frobenius norms of c A B and of M.
 
     Each tile of the product stays in registers until M and G have joined it. Norms are summed tile
     by tile, then over the tiles in their order: without atomics, the same bits every time.
@@ -117,6 +120,7 @@ def erase(
         b: shape (B, k, n), likewise; float16, bfloat16 or float32.
         coefficient: c of each matrix, shape (B,), float32.
         retention: one number.
+        cut: the share of G that counts, shape (B,), float32.
 
     Returns:
         The new momentum, and the two norms, shape (B,).
@@ -137,7 +141,7 @@ def erase(
         retention = momentum.new_full((1,), retention)
 
     erase_kernel[(batch * slots,)](
-        a, b, momentum, grad, coefficient, retention, out, norms,
+        a, b, momentum, grad, coefficient, retention, (1 - retention) * cut, out, norms,
         batch, m, n, a.shape[-1], slots, *a.stride(), *b.stride(), **tile.options(),
     )  # fmt: skip
     erased, before = frobenius(norms.reshape(2 * batch, 1, slots)).reshape(batch, 2).unbind(1)
@@ -181,17 +185,22 @@ def delta_write(
     short = keys if wide else keys.mT
     gram = symmetric_product(short, short)
     power = symmetric_product(gram, gram, dtype=torch.float32)
-    norm_now = (torch.linalg.matrix_norm(power).pow(0.25) * scale).clamp_max(info.max)
+    root = torch.linalg.matrix_norm(power).pow(0.25)
+    counted = torch.minimum(scale, info.max / HEADROOM / root)
+    cut, norm_now = counted / scale, root * counted
     norm = running_root(norm, norm_now, 0.1)
-    ratio = (scale / torch.maximum(norm, norm_now).clamp_min(info.tiny)).square()
+    # Keys are up to the root in size. In units of the power of two above it, no product leaves the
+    # range, and none is rounded otherwise.
+    unit = torch.exp2(2.0 * torch.frexp(root.clamp_min(1.0)).exponent)
+    ratio = (counted / torch.maximum(norm, norm_now).clamp_min(info.tiny)).square()
     if wide:
-        a, b = torch.bmm(momentum.to(dtype), keys.mT), keys
+        a, b = torch.bmm(divided(momentum, unit, dtype), keys.mT), keys
     else:
-        a, b = momentum, gram
-    out, erased, before = erase(momentum, grad, a, b, rate * ratio, retention)
-    share = erased / before.clamp_min(info.tiny)
-    # What was erased is retention M + (1 - retention) G less the new momentum.
+        a, b = momentum, gram / unit[:, None, None].to(dtype)
+    out, erased, before = erase(momentum, grad, a, b, rate * ratio * unit, retention, cut)
+    share = (erased / before.clamp_min(info.tiny)).clamp_max(rate)
+    # What was erased is retention M + (1 - retention) cut G less the new momentum.
     gain = 1 + erasure / (1 - retention)
-    shares = (2 * retention * gain, -(retention**2) * gain, (1 - retention) ** 2 * gain)
+    shares = (2 * retention * gain, -(retention**2) * gain, (1 - retention) ** 2 * gain * cut)
     ahead = combine([out, momentum, grad], torch.stack(shares))
     return out, norm, erasure.lerp(share, 0.1), ahead

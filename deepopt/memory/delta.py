@@ -31,7 +31,8 @@ class Delta:
     above by at most a factor :math:`r^{1/8}` (1.8 for rank 100), so that
     :math:`\|K_t\|_2 \le 1` always. A power iteration would be too low just after the gradient has
     turned, and has no direction at a zero one. The Gram matrix of the bound is needed for the erase
-    term anyway.
+    term anyway. Near the end of a float's range, where no entry of M could be held, a gradient
+    counts as one of :math:`\bar\sigma` = 2e37.
 
     Read: Nesterov's look-ahead, what the memory would hold once the same gradient had come again,
 

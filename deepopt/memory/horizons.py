@@ -104,10 +104,13 @@ class Horizons:
         averages = [state[key] for key in self._averages]
         tiny = torch.finfo(grad.dtype).tiny
         size = frobenius(grad)
-        unit = (grad / size.clamp_min(tiny)[:, None, None]).flatten(1)
         sizes = torch.stack([frobenius(average) for average in averages], 1)
+        # Products with huge averages would leave the range before they are divided by the sizes.
+        lift = torch.where(sizes.amax(1) > 2.0**64, 2.0**32, 1.0).to(grad.dtype)
+        unit = (grad / (size.clamp_min(tiny) * lift)[:, None, None]).flatten(1)
         products = torch.stack([torch.linalg.vecdot(unit, x.flatten(1)) for x in averages], 1)
-        cosines = products / sizes.clamp_min(tiny)
+        cosines = products / sizes.clamp_min(tiny) * lift[:, None]
+        cosines = cosines.clamp(-1.0, 1.0)  # norms beyond the range count as its largest number
         state["foresight"] = state["foresight"].lerp(cosines, 1 - EVIDENCE)
         state["grad_size"] = running_root(state["grad_size"], size, 1 - retention)
         state["weights"] = mixing_weights(

@@ -7,6 +7,13 @@ from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import operator
 from deepopt.ops.products import is_small, worth_rounding
 
+HEADROOM = 16.0
+"""What is left of a float's range above the largest size that a gradient counts with.
+
+The momentum's singular values stay below that size, so that none of its entries leaves the range,
+and the look-ahead, which is enlarged, finds room above.
+"""
+
 
 @operator(
     "(Tensor momentum, Tensor grad, Tensor norm, Tensor erasure, float rate, float retention)"
@@ -50,7 +57,8 @@ def delta_write(
     r/R of another one, and one product where m >= n, two where m < n. Kernels multiply in bfloat16
     from a short side of 64 on, in float32 below. Keys and momentum are rounded to bfloat16 as
     operands alone: the momentum itself is not. The norm is rounded up by as much, so that no key
-    exceeds one.
+    exceeds one. A gradient whose size is beyond a sixteenth of the largest float counts as one of
+    that size.
     """
     info = torch.finfo(grad.dtype)
     # Powers of a singular value leave float32's range long before the value does. So keys are
@@ -59,17 +67,20 @@ def delta_write(
     keys = grad / scale[:, None, None]
     wide = grad.shape[-2] < grad.shape[-1]
     gram = keys @ keys.mT if wide else keys.mT @ keys
-    bound = (torch.linalg.matrix_norm(gram @ gram).pow(0.25) * scale).clamp_max(info.max)
+    root = torch.linalg.matrix_norm(gram @ gram).pow(0.25)
+    counted = torch.minimum(scale, info.max / HEADROOM / root)
+    cut, bound = counted / scale, root * counted
     norm = running_root(norm, bound, 0.1)
-    ratio = (scale / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
+    ratio = (counted / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
     # Products of a huge momentum would leave the range before the small ratio brings them back.
     size = frobenius(momentum)
     unit = torch.where(size > 2.0**64, 2.0**-64, 1.0).to(grad.dtype)
     shrunk = unit[:, None, None] * (keys.mT if wide else gram)
     erased = (momentum @ shrunk) @ keys if wide else momentum @ shrunk
     erased = erased * (rate * ratio / unit)[:, None, None]
-    share = frobenius(erased) / size.clamp_min(info.tiny)
-    kept, fresh = retention * momentum - erased, (1 - retention) * grad
+    # At most the rate, which the quotient is not where both norms are at the end of the range.
+    share = (frobenius(erased) / size.clamp_min(info.tiny)).clamp_max(rate)
+    kept, fresh = retention * momentum - erased, ((1 - retention) * cut)[:, None, None] * grad
     gain = (1 + erasure / (1 - retention))[:, None, None]
     ahead = gain * (retention * (kept - erased) + (1 + retention) * fresh)
     return kept + fresh, norm, erasure.lerp(share, 0.1), ahead

@@ -100,12 +100,12 @@ def test_erase_is_as_near_as_its_sums_allow(shape, types):
     momentum, grad = torch.randn(2, batch, m, n)
     a = _strided(torch.randn(batch, m, depth).to(types[0]), "gaps")
     b = _strided(torch.randn(batch, depth, n).to(types[1]), "transposed")
-    factor = torch.rand(batch)
-    found, erased, before = erase(momentum, grad, a, b, factor, 0.9)
-    keep = torch.tensor(0.9).double()
+    factor, cut = torch.rand(2, batch)
+    found, erased, before = erase(momentum, grad, a, b, factor, 0.9, cut)
+    keep, fresh = torch.tensor(0.9).double(), (1 - torch.tensor(0.9)).double() * cut.double()
     wide_a, wide_b = a.to(types[1]).double(), b.double()
     product = factor.double()[:, None, None] * (wide_a @ wide_b)
-    expected = keep * momentum.double() - product + (1 - keep) * grad.double()
+    expected = keep * momentum.double() - product + fresh[:, None, None] * grad.double()
     total = factor.double()[:, None, None] * (wide_a.abs() @ wide_b.abs())
     bound = (depth + 4) * HALF * total
     _within(found, expected, bound + 8 * HALF * (momentum.abs() + grad.abs()))
@@ -174,7 +174,8 @@ def test_roots_are_those_of_eigenvalues(power, rank):
 def test_norms_survive_squares_beyond_float32():
     momentum = torch.randn(2, 40, 40) * torch.tensor([1e-30, 1e30])[:, None, None]
     a, b = momentum, torch.eye(40).expand(2, 40, 40)
-    _, erased, before = erase(momentum, momentum, a, b, torch.ones(2), torch.tensor([0.5]))
+    ones = torch.ones(2)
+    _, erased, before = erase(momentum, momentum, a, b, ones, torch.tensor([0.5]), ones)
     norms = torch.linalg.matrix_norm(momentum.double()).float()
     torch.testing.assert_close(erased, norms)
     torch.testing.assert_close(before, norms)
@@ -207,6 +208,20 @@ def test_delta_write_follows_the_memory(shape, dtype):
     torch.testing.assert_close(found[2].double(), state["erasure"], rtol=slack, atol=0)
     # Twice what is erased, enlarged by at most 1 + 0.1 / 0.1.
     assert (found[3].double() - ahead).abs().max() <= 4 * slack * (largest + grad.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 64), (1, 64, 40)])
+@pytest.mark.parametrize("size", [1e36, 1e37, 1e38])
+def test_delta_write_stays_finite_where_norms_leave_the_range(shape, size):
+    grad = torch.full(shape, size)
+    found = expected = (torch.zeros(shape), *torch.zeros(2, 1), None)
+    for _ in range(4):
+        found = delta_write(found[0], grad, *found[1:3], 0.3, 0.9)
+        expected = deepopt.ops.delta_write.reference(expected[0], grad, *expected[1:3], 0.3, 0.9)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.isfinite().all()
+            # Equal entries are all rounded alike.
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
 
 
 def test_a_gradient_of_zero_erases_nothing():
