@@ -5,6 +5,7 @@ takes the gradient in and which map makes an update of what it recalls. Groups, 
 are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step out.
 """
 
+import inspect
 import itertools
 import math
 import operator
@@ -47,6 +48,7 @@ from deepopt.optim.engine.buckets import (
     Sorted,
     batched,
     check_dicts,
+    check_gradients,
     check_kept,
     check_lows,
     check_states,
@@ -62,6 +64,7 @@ from deepopt.optim.output_map import Identity, OutputMap
 IDENTITY = Identity()
 GRAD = operator.attrgetter("grad")
 NO_ROUNDING: tuple[list[Tensor], list[int]] = ([], [])
+SCHEDULED = frozenset(("lr", "betas", "eps", "weight_decay"))
 OWN_KEYS = ("step", "low")
 """Entries of a state that are neither the memory's nor the output map's."""
 
@@ -84,8 +87,12 @@ class MemoryOptimizer(Optimizer):
     _looks_at_inputs: ClassVar[bool] = False
     """Whether :meth:`_gradients` has something to do."""
 
+    _own_arguments: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that no schedule changes: where one is new, all of the class's checks run again."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls._own_arguments = frozenset(inspect.signature(cls.__init__).parameters) - SCHEDULED
         if cls.__doc__:
             cls.__doc__ = with_flags(cls.__doc__)
         if "__init__" in vars(cls):
@@ -248,7 +255,8 @@ class MemoryOptimizer(Optimizer):
             closure: evaluates the model anew and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a sparse gradient, a DTensor of partial sums, or a state that does not
+            RuntimeError: a gradient that is sparse or of another shape or device, a parameter with
+                several entries in one place, a DTensor of partial sums, or a state that does not
                 fit its parameter; no parameter has moved then, nor where a value of a group was
                 changed to one that the constructor refuses, which raises as it does. What a memory
                 itself raises leaves the matrices of its call as they were; others may have been
@@ -267,10 +275,7 @@ class MemoryOptimizer(Optimizer):
                 grads: list[Tensor | None] = list(map(GRAD, group["params"]))
                 if scale is not None:
                     grads = _unscaled(group["params"], grads, scale)
-                if self._looks_at_inputs and group["path"] != "elementwise":
-                    self._checked(group)  # before these values are used there
-                    grads = self._gradients(grads, group)
-                buckets += self._buckets(group, grads)
+                buckets += self._buckets(group, grads, self._looks_at_inputs)
             self._step_buckets(buckets, self.state, found_inf)
         return loss
 
@@ -278,24 +283,29 @@ class MemoryOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(self.defaults["fused"])
 
-    def _buckets(self, group: Group, grads: Sequence[Tensor | None]) -> list[Bucket]:
+    def _buckets(
+        self, group: Group, grads: list[Tensor | None], look_at_inputs: bool = False
+    ) -> list[Bucket]:
         """The parameters of a group that have gradients, by what is stepped in one call."""
-        found = self._checked(group)
-        return sort(group, found, grads, self._parts(group), type(self).__name__)
-
-    def _checked(self, group: Group) -> Sorted:
-        """The kinds of a group's parameters; raises for what the user has changed to be wrong."""
         values, known = list(group.values()), self._kept_values.get(id(group), [])
-        if len(values) != len(known) or not all(map(operator.is_, values, known)):
-            # Only what every optimizer has: the parts check their own arguments when they are made.
-            MemoryOptimizer._check_group(self, group)
-            self._kept_values[id(group)] = values
+        if len(values) != len(known):
+            self._check_group(group)
+        elif not all(same := list(map(operator.is_, values, known))):
+            new = {key for key, kept in zip(group, same, strict=True) if not kept}
+            if new.isdisjoint(self._own_arguments):
+                MemoryOptimizer._check_group(self, group)
+            else:
+                self._check_group(group)
+        self._kept_values[id(group)] = values
         before = self._kept_sorted.get(id(group))
         found = Sorted.of(group, self._least_dims, before)
         if found is not before:
             self._forget_groups_that_left()
             self._kept_sorted[id(group)] = found
-        return found
+        check_gradients(group, found, grads, type(self).__name__)
+        if look_at_inputs and group["path"] != "elementwise":
+            grads = self._gradients(grads, group)
+        return sort(group, found, grads, self._parts(group))
 
     def _forget_groups_that_left(self) -> None:
         ids = set(map(id, self.param_groups))

@@ -207,6 +207,8 @@ class Continuum(Optimizer):
         Yields:
             The groups whose chunk ends.
         """
+        for group in self.param_groups:
+            _check(group)
         pending, counts, grads = dict(self.pending), [], {}
         due = []
         with undisturbed(torch.is_grad_enabled()):
@@ -244,6 +246,8 @@ class Continuum(Optimizer):
         """
         if partial not in PARTIAL:
             raise ValueError(f"Invalid partial: {partial!r}; choose from {PARTIAL}")
+        for group in self.param_groups:
+            _check(group)
         waiting = [group for group in self.param_groups if group["pending_steps"]]
         if partial == "step" and waiting:
             params = [param for group in self.param_groups for param in group["params"]]

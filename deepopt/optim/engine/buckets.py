@@ -118,6 +118,9 @@ class Sorted(NamedTuple):
     dtypes: list[torch.dtype]
     devices: list[torch.device]
     addresses: list[int] | None
+    strides: list[tuple[int, ...]]
+    self_overlapping: list[int]
+    """The numbers of the parameters with several entries in one place, as ``expand`` makes them."""
     members: dict[Kind, list[int]]
     """The numbers of the parameters of each kind."""
     state_dtypes: list[torch.dtype]
@@ -137,21 +140,23 @@ class Sorted(NamedTuple):
         arguments = list(map(group.get, SORTED_BY))
         types, shapes = list(map(type, params)), list(map(SHAPE, params))
         dtypes, devices = list(map(DTYPE, params)), list(map(DEVICE, params))
-        addresses = _addresses(params)
-        if (
+        addresses, strides = _addresses(params), list(map(Tensor.stride, params))
+        same = (
             before is not None
-            and before.lasting
             and before.addresses == addresses
+            and before.strides == strides
             and before.arguments == arguments
             and before.types == types
             and before.shapes == shapes
             and before.dtypes == dtypes
             and before.devices == devices
             and all(map(operator.is_, before.params, params))
-        ):
+        )
+        if before is not None and same and before.lasting:
             return before
-        check_dtypes(group)
-        routing.check_group(group, least_dims)
+        if not same:
+            check_dtypes(group)
+            routing.check_group(group, least_dims)
         members: dict[Kind, list[int]] = {}
         every = zip(params, routing.routes(group), _turns(params, addresses), strict=True)
         for number, each in enumerate(every):
@@ -164,10 +169,53 @@ class Sorted(NamedTuple):
             dtypes,
             devices,
             addresses,
+            strides,
+            [number for number, param in enumerate(params) if _overlaps_itself(param)],
             members,
             list(map(state_dtype, params)),
             not any(kind.mesh is not None for kind in members),
         )
+
+
+def check_gradients(
+    group: Group, found: Sorted, grads: Sequence[Tensor | None], optimizer: str
+) -> None:
+    """Raise RuntimeError for a gradient, or a parameter that has one, that cannot be stepped.
+
+    Args:
+        group: of an optimizer.
+        found: its parameters by kind.
+        grads: of its parameters; None where one is not stepped.
+        optimizer: the name of its class, for messages.
+    """
+    given: list[Any] = list(grads)
+    shapes, devices = found.shapes, found.devices
+    there = list(map(operator.is_not, grads, itertools.repeat(None)))
+    if not all(there):
+        given, shapes, devices = (
+            list(itertools.compress(every, there)) for every in (given, shapes, devices)
+        )
+    if any(map(IS_SPARSE, given)):
+        raise RuntimeError(f"{optimizer} does not support sparse gradients")
+    if list(map(SHAPE, given)) != shapes or list(map(DEVICE, given)) != devices:
+        _refuse_gradients(group, grads)
+    for number in filter(there.__getitem__, found.self_overlapping):
+        param = group["params"][number]
+        raise RuntimeError(
+            f"{_named(group, param)} cannot be written to: its strides {param.stride()} put "
+            "several entries in one place, as expand and as_strided do; give it memory of its own: "
+            "param.data = param.data.clone(memory_format=torch.contiguous_format)"
+        )
+
+
+def _refuse_gradients(group: Group, grads: Sequence[Tensor | None]) -> None:
+    for param, grad in zip(group["params"], grads, strict=True):
+        if grad is not None and (grad.shape, grad.device) != (param.shape, param.device):
+            raise RuntimeError(
+                f"the gradient of {_named(group, param)} on {param.device} is of shape "
+                f"{tuple(grad.shape)} on {grad.device}: the parameter has been replaced since the "
+                "backward pass; take a new gradient, or set it to None"
+            )
 
 
 def sort(
@@ -175,7 +223,6 @@ def sort(
     found: Sorted,
     grads: Sequence[Tensor | None],
     parts: Parts,
-    optimizer: str,
 ) -> list[Bucket]:
     """The parameters that have gradients, by what is stepped in one call.
 
@@ -184,10 +231,9 @@ def sort(
         found: its parameters by kind.
         grads: what its parameters are stepped with; None where one is not stepped.
         parts: the group's.
-        optimizer: the name of its class, for messages.
 
     Raises:
-        RuntimeError, AssertionError: a gradient or parameter that cannot be stepped.
+        RuntimeError, AssertionError: what a flag of the group excludes.
     """
     buckets: list[Bucket] = []
     for kind, numbers in found.members.items():
@@ -202,8 +248,6 @@ def sort(
             bucket = part_of(bucket, list(itertools.compress(range(len(there)), there)))
             if not bucket.params:
                 continue
-        if any(map(IS_SPARSE, bucket.grads)):
-            raise RuntimeError(f"{optimizer} does not support sparse gradients")
         if group["capturable"] or group["rounding"] != "nearest" or kind.mesh is not None:
             _check(kind, group)
         if kind.mesh is not None:
@@ -327,6 +371,18 @@ def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
         if begin + (reach + 1) * param.element_size() > end:
             end, last = begin + (reach + 1) * param.element_size(), index
     return turns
+
+
+def _overlaps_itself(param: Tensor) -> bool:
+    """Whether entries may lie in one place: a dimension's stride is within the reach of others."""
+    if type(param) not in PLAIN or param.is_contiguous() or not param.numel():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 # -- state ---------------------------------------------------------------------------------------
@@ -505,8 +561,12 @@ def check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
 
 
 def _who(bucket: Bucket, param: Tensor) -> str:
-    names = bucket.group.get("param_names") or []
-    known = [n for p, n in zip(bucket.group["params"], names, strict=False) if p is param]
+    return _named(bucket.group, param)
+
+
+def _named(group: Mapping[str, Any], param: Tensor) -> str:
+    names = group.get("param_names") or []
+    known = [n for p, n in zip(group["params"], names, strict=False) if p is param]
     return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
 
 

@@ -1,8 +1,10 @@
 """``optimizer.state`` is the user's to clear, move, replace and add to, as torch's own is."""
 
+import contextlib
 import copy
 import gc
 import io
+import re
 import weakref
 from typing import Any, NamedTuple
 
@@ -12,7 +14,13 @@ import torch
 from torch import nn
 
 import deepopt
-from tests.optim.contract.helpers import EXPECTED_WARNINGS, every_class, every_settled
+from tests.optim.contract.helpers import (
+    ENTRIES,
+    EXPECTED_WARNINGS,
+    every_class,
+    every_settled,
+    label,
+)
 
 pytestmark = EXPECTED_WARNINGS
 SHAPES = [(20, 24), (20, 24), (24, 20), (3,), (5,)]
@@ -317,9 +325,15 @@ def test_a_value_that_becomes_wrong_is_refused_before_anything_moves(cls, option
     optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **options)
     step(optimizer, params, generator)
     optimizer.param_groups[1][key] = value
+    with unchanged(optimizer, params), pytest.raises((TypeError, ValueError), match="Invalid"):
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def unchanged(optimizer, params):
+    """Inside, parameters are not moved and their state is not written to."""
     before, states = [p.detach().clone() for p in params], values(optimizer, params)
-    with pytest.raises((TypeError, ValueError), match="Invalid"):
-        step(optimizer, params, generator, 1)
+    yield
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     for old, new in zip(states, values(optimizer, params), strict=True):
         assert old.keys() == new.keys()
@@ -328,14 +342,11 @@ def test_a_value_that_becomes_wrong_is_refused_before_anything_moves(cls, option
 
 
 def refused_and_nothing_moved(optimizer, params, generator, error, message):
-    before, states = [p.detach().clone() for p in params], values(optimizer, params[1:])
-    with pytest.raises(error, match=message):
+    """All parameters, and the states of all but the first, which may be no state at all."""
+    first = params[0].detach().clone()
+    with unchanged(optimizer, params[1:]), pytest.raises(error, match=message):
         step(optimizer, params, generator, 1)
-    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
-    for old, new in zip(states, values(optimizer, params[1:]), strict=True):
-        assert old.keys() == new.keys()
-        for a, b in zip(tensors(old), tensors(new), strict=True):
-            assert torch.equal(a, b)
+    assert torch.equal(params[0], first)
 
 
 @every_class
@@ -372,6 +383,91 @@ def test_what_is_put_in_the_place_of_a_state_is_refused_before_anything_moves(cl
     refused_and_nothing_moved(optimizer, params, generator, RuntimeError, message)
     del optimizer.state[params[0]]
     step(optimizer, params, generator, 1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong", "error", "message"),
+    [
+        (cls, wrong, error, message)
+        for cls, inputs in ENTRIES
+        for wrong, error, message in (
+            *inputs.all_errors,
+            *(({"split": n}, ValueError, f"Invalid split: {n}") for n in (7, 0, 2.0)),
+        )
+    ],
+    ids=label,
+)
+def test_what_the_constructor_refuses_is_refused_in_mid_run_too(cls, wrong, error, message):
+    params, generator = params_and_grads()
+    optimizer = cls([{"params": params[1:]}, {"params": params[:1]}])
+    step(optimizer, params, generator)
+    optimizer.param_groups[1].update(wrong)
+    with unchanged(optimizer, params), pytest.raises(error, match=re.escape(message)):
+        optimizer.step()
+
+
+def expanded():
+    return torch.zeros(20, 1).expand(20, 24)
+
+
+def interleaved():
+    return torch.zeros(20 * 24).as_strided((20, 24), (5, 1))
+
+
+@every_settled
+@pytest.mark.parametrize("make", [expanded, interleaved])
+def test_a_parameter_with_several_entries_in_one_place_is_refused_before_anything_moves(
+    cls, options, make
+):
+    plain, odd = nn.Parameter(torch.ones(20, 24)), nn.Parameter(make())
+    optimizer = cls([{"params": [("a", plain)]}, {"params": [("b", odd)]}], **options)
+    plain.grad = odd.grad = torch.ones(20, 24)
+    message = "parameter b of shape .* put several entries in one place.*clone"
+    with unchanged(optimizer, [plain, odd]), pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    odd.data = odd.data.clone(memory_format=torch.contiguous_format)
+    optimizer.step()
+    odd.data = make()  # in mid-run, too
+    with unchanged(optimizer, [plain, odd]), pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    odd.grad = None  # what is not stepped is not written to
+    optimizer.step()
+
+
+def test_a_chunk_that_ends_in_a_refused_step_has_counted_nothing():
+    plain, odd = nn.Parameter(torch.ones(20, 24)), nn.Parameter(torch.zeros(20, 24))
+    inner = deepopt.DeepMomentum([{"params": [plain]}, {"params": [odd]}])
+    optimizer = deepopt.Continuum(inner, chunk=2)
+    plain.grad = odd.grad = torch.ones(20, 24)
+    optimizer.step()
+    odd.data = expanded()
+    with unchanged(inner, [plain, odd]), pytest.raises(RuntimeError, match="several entries"):
+        optimizer.step()
+    assert [group["pending_steps"] for group in optimizer.param_groups] == [1, 1]
+
+
+@every_settled
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        (
+            lambda x: torch.zeros(16, 8),
+            r"of shape \(16, 8\) on cpu is of shape \(16, 8, 3, 3\) on cpu",
+        ),
+        (lambda x: x.flatten(), r"of shape \(1152,\) on cpu is of shape \(16, 8, 3, 3\) on cpu"),
+    ],
+    ids=["cut", "flat"],
+)
+def test_a_gradient_that_no_longer_fits_its_parameter_is_refused_before_anything_moves(
+    cls, options, replaced, message
+):
+    plain, odd = nn.Parameter(torch.ones(20, 24)), nn.Parameter(torch.ones(16, 8, 3, 3))
+    optimizer = cls([{"params": [("a", plain)]}, {"params": [("b", odd)]}], **options)
+    plain.grad, odd.grad = torch.ones(20, 24), torch.ones(16, 8, 3, 3)
+    odd.data = replaced(odd.data)
+    with unchanged(optimizer, [plain]), pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert not optimizer.state.get(odd)
 
 
 @pytest.mark.parametrize("path", ["auto", "elementwise"])
