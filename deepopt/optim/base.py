@@ -38,7 +38,7 @@ from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim import checkpoint
 from deepopt.optim.diagnostics import Diagnosis, watch
 from deepopt.optim.engine import State, adamw_path, sharding
-from deepopt.optim.engine.adamw_path import state_dtype
+from deepopt.optim.engine.adamw_path import dense, state_dtype
 from deepopt.optim.engine.buckets import (
     STEP,
     Batch,
@@ -380,7 +380,8 @@ class MemoryOptimizer(Optimizer):
             for param in params:
                 check_fused(param)
         if kind.elementwise:
-            return [adamw_path.init(param, group) for param in params]
+            likes = map(dense, params) if kind.wrapped else params
+            return [adamw_path.init(like, group) for like in likes]
         device = kind.device if group["capturable"] else "cpu"
         made: list[State] = [
             {"step": torch.zeros((), dtype=scalar_dtype(), device=device)} for _ in params
@@ -393,7 +394,7 @@ class MemoryOptimizer(Optimizer):
                 lambda like: _init(bucket.parts, like),
             )
             return made
-        counts = [len(routing.matrices(param, kind.path, kind.split)) for param in params]
+        counts = [param.numel() // math.prod(kind.sides) for param in params]
         like = torch.empty(sum(counts), *kind.sides, dtype=kind.state_dtype, device=kind.device)
         for key, tensor in _init(bucket.parts, like).items():
             distribute(tensor, made, key, counts)
@@ -512,13 +513,7 @@ class MemoryOptimizer(Optimizer):
         for param, update, kept in zip(
             params, updates, roundings(params, lows, seeds), strict=True
         ):
-            if wrapped:  # its class may store less than its dtype says: let it change itself
-                if found_inf is not None:
-                    skip = found_inf.to(param.device).squeeze() > 0
-                    update, decay = torch.where(skip, 0, update), torch.where(skip, 1, decay)
-                param.mul_(decay).add_((update * -lr).to(param.dtype))
-                continue
-            old = to_fp32(param, state_dtype(param), kept)
+            old = dense(param) if wrapped else to_fp32(param, state_dtype(param), kept)
             if group["differentiable"]:  # autograd keeps factors: not what is written to next
                 old = old.clone()
             new = old * decay - update * lr

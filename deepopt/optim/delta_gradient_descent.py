@@ -12,7 +12,8 @@ from deepopt._compat import is_distributed
 from deepopt.memory import Gradient, Memory
 from deepopt.ops.ridge import ridge, widened
 from deepopt.optim.base import Bucket, Group, MemoryOptimizer, arguments_of
-from deepopt.optim.engine.adamw_path import state_dtype
+from deepopt.optim.engine.adamw_path import dense, state_dtype
+from deepopt.optim.engine.buckets import PLAIN
 from deepopt.optim.layer_inputs import forget_inputs, seen_inputs
 
 RULES = ("implicit", "scalar", "literal")
@@ -175,7 +176,8 @@ def _toward_regression(
     """What ``lr`` multiplies: (W_t - W_{t+1}) / lr."""
     dtype = state_dtype(param)
     shape = (len(inputs), -1, inputs.shape[-1])  # a convolution's groups have inputs of their own
-    rows, weight, descent = (x.to(dtype).reshape(shape) for x in (inputs, param, grad))
+    weights = param if type(param) in PLAIN else dense(param)
+    rows, weight, descent = (x.to(dtype).reshape(shape) for x in (inputs, weights, grad))
     rate = lr.to(param.device).squeeze() if isinstance(lr, Tensor) else lr
     if rule == "implicit":
         # Large inputs make large gradients, most of which the solution takes away again.

@@ -27,6 +27,15 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return param.dtype
 
 
+def dense(param: Tensor) -> Tensor:
+    """The numbers of a parameter of the user's tensor class, as an ordinary tensor of its own.
+
+    Such a class may store less than its dtype says, view itself as itself, and lack operators. It
+    can be copied from and copied into, as loading a checkpoint does.
+    """
+    return torch.empty(param.shape, dtype=state_dtype(param), device=param.device).copy_(param)
+
+
 def init(param: Tensor, group: dict[str, Any]) -> State:
     """The state that AdamW keeps for ``param``, in float32 for narrower parameters."""
     on_device = group["fused"] or group["capturable"]
@@ -54,6 +63,11 @@ def step(bucket: "Bucket", states: list[State], found_inf: Tensor | None = None)
         found_inf = None
     if found_inf is None and _has_kernel(bucket.kind, group):
         _step_by_kernel(params, grads, states, group)
+    elif bucket.kind.wrapped:
+        for param, grad, state in zip(params, grads, states, strict=True):
+            whole = dense(param)
+            _step_by_torch([whole], [grad], [state], group, found_inf)
+            param.copy_(whole)
     else:
         _step_by_torch(params, grads, states, group, found_inf)
 

@@ -176,11 +176,42 @@ class Wrapped(torch.Tensor):
         return cls(result) if function is torch.ops.aten.detach.default else result
 
 
+class Quantized(Wrapped):
+    """A weight in coarse numbers, as a quantized one: views keep its shape, and it lacks ``mul_``.
+
+    Whatever is written to it is rounded to multiples of its step.
+    """
+
+    STEP = 2.0**-24  # so small that a run with ordinary weights is its reference
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        aten, first = torch.ops.aten, args[0]
+        if function in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+            return cls(first.inner)
+        if function is aten._to_copy.default:
+            return cls(first.inner.to(**kwargs))
+        if function is aten.copy_.default:
+            source = args[1].inner if isinstance(args[1], cls) else args[1]
+            if not isinstance(first, cls):
+                return first.copy_(source)
+            first.inner.copy_((source / cls.STEP).round() * cls.STEP)
+            return first
+        if function is aten.add_.Tensor:
+            return first.copy_(first.inner + kwargs.get("alpha", 1) * args[1])
+        if function not in (aten.detach.default, aten.zeros_like.default, aten.empty_like.default):
+            raise NotImplementedError(f"Quantized does not know {function}")
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
 @every_settled
-def test_tensor_subclasses_are_stepped_by_their_own_operators(cls, options):
+@pytest.mark.parametrize("kind", [Wrapped, Quantized])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_tensor_subclasses_are_stepped_by_their_own_operators(cls, options, kind, decay):
     generator = torch.Generator().manual_seed(0)
+    options = {**options, "weight_decay": decay}
     plain = nn.Parameter(torch.randn(20, 24, generator=generator))
-    weight = nn.Parameter(Wrapped(plain.detach().clone()))
+    weight = nn.Parameter(kind(plain.detach().clone()))
     optimizers = cls([plain], **options), cls([weight], **options)
     for _ in range(3):
         plain.grad = torch.randn(20, 24, generator=generator)
