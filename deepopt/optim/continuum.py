@@ -76,7 +76,9 @@ class Continuum(Optimizer):
 
     State per parameter: that of the wrapped optimizer, and 1 float while a chunk of more than one
     step is under way (float32 for narrower parameters), the sum of its gradients in ``pending``;
-    checkpoints have both, so that training goes on bit for bit in mid-chunk.
+    checkpoints have both, so that training goes on bit for bit in mid-chunk. The mean is taken of
+    the sum, which must be finite itself: four gradients of 1e38 are not one of 1e38 in float32, but
+    infinite, as they are where the backward pass accumulates them.
 
     .. note::
         In mid-chunk, ``state_dict`` is the way to save. torch's ``get_optimizer_state_dict`` drops
@@ -242,7 +244,8 @@ class Continuum(Optimizer):
                 groups that wait for nothing rest; "discard" forgets it.
 
         Raises:
-            ValueError: another ``partial``.
+            ValueError: another ``partial``, or a ``chunk``, ``reduce``, ``tokens`` or ``lifetime``
+            that has become wrong.
         """
         if partial not in PARTIAL:
             raise ValueError(f"Invalid partial: {partial!r}; choose from {PARTIAL}")

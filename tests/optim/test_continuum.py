@@ -651,3 +651,16 @@ def test_a_checkpoint_from_before_tokens_were_counted_goes_on_in_the_middle_of_i
     before = model[2].weight.detach().clone()
     run(model, other, 1, 3)
     assert not torch.equal(before, model[2].weight)
+
+
+def test_the_sum_of_a_chunk_must_be_finite_and_then_so_is_its_mean():
+    def step(size):
+        param = torch.nn.Parameter(torch.zeros(8, 8))
+        optimizer = deepopt.Continuum(deepopt.DeepMomentum([param], path="matrix"), chunk=4)
+        for _ in range(4):
+            param.grad = torch.full((8, 8), size)
+            optimizer.step()
+        return param
+
+    assert step(8e37).isfinite().all()
+    assert not step(1e38).isfinite().any()  # as documented
