@@ -100,7 +100,10 @@ class Operator(Generic[P, R]):
         self.find_kernels()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        forced = _wanted() if _open else _environment
+        forced = _environment
+        if _open:  # without a call, for speed, where the use that was entered last still holds
+            use = _forced.get()
+            forced = use.name if use is not None and use in _open else _wanted()
         chosen = forced if forced == "reference" else self.backend_for(*args, **kwargs)
         if chosen == "reference":
             return self.reference(*args, **kwargs)
