@@ -105,8 +105,7 @@ class Turns(nn.Module):
             phase: (batch, heads), after the tokens before.
             lengths: tokens of every sequence, the rest on its right is padding; None for all.
         """
-        exact = torch.promote_types(x.dtype, torch.float32)  # a sum over a whole text
-        amount, gate = self.rates(x).mT.to(exact).chunk(2, 1)
+        amount, gate = self.rates(x).mT.to(phase.dtype).chunk(2, 1)
         # The gate reaches 0 and 1. A token that is not counted turns nothing at all, or the sum
         # would drift where texts are longer than those that were trained on.
         open_ = (1.2 * torch.sigmoid(self.sharpness * gate) - 0.1).clamp(0.0, 1.0)
@@ -114,13 +113,14 @@ class Turns(nn.Module):
         if lengths is not None:
             ends = torch.tensor(lengths, device=x.device)[:, None, None]
             angle = angle * (torch.arange(x.shape[1], device=x.device) < ends)
-        phases = phase.to(exact).unsqueeze(-1) + angle.cumsum(-1)
+        # A sum over a long text leaves no digits of float32 for the angle that counts.
+        phases = phase.double().unsqueeze(-1) + angle.double().cumsum(-1)
         cos, sin = phases.cos().to(query.dtype), phases.sin().to(query.dtype)
         turning, others = query[:, : self.heads], query[:, self.heads :]
         a, b = turning[:, :, 0], turning[:, :, 1]
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], 2)
         turned = torch.cat([turned, turning[:, :, 2:]], 2)
-        # Whole turns change nothing, and in a long text they would cost the angle its digits.
+        # Whole turns change nothing, and would cost the angle digits too.
         after = torch.remainder(phases[..., -1], 2 * math.pi)
         return torch.cat([turned, others], 1), after.to(phase.dtype)
 

@@ -114,6 +114,15 @@ def test_a_phase_counts_down_by_negative_amounts() -> None:
     check_turned(turned, phase, 0.1 * (2 * letters - 1).cumsum(1))
 
 
+def test_a_phase_is_exact_at_the_end_of_a_long_text() -> None:
+    turns = Turns(dim=1, heads=1, sharpness=6.0)
+    turns.rates.weight.data.copy_(torch.tensor([[1.0], [1.0]]))
+    query = torch.tensor([1.0, 0.0, 0.0]).expand(1, 1, 200_000, 3).mT
+    turned, phase = turns(torch.ones(1, 200_000, 1), query, torch.zeros(1, 1))
+    assert turned[0, 0, 0, -1].item() == pytest.approx(math.cos(200_000), abs=1e-6)
+    assert phase.item() == pytest.approx(math.remainder(200_000, 2 * math.pi) % (2 * math.pi))
+
+
 @pytest.mark.parametrize(("heads", "turning"), [(1, 1), (2, 1), (3, 2), (4, 2)])
 def test_half_of_the_heads_turn(heads: int, turning: int) -> None:
     layer = SelfModifyingTitans(HopeConfig(dim=12, heads=heads))
