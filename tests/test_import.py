@@ -26,9 +26,10 @@ def stepped(optimizer, params):
     optimizer.step()
     assert not any(map(torch.equal, before, params))
 def fresh(name="deep_momentum", **options):
-    params = [torch.nn.Parameter(torch.randn(20, 24)), torch.nn.Parameter(torch.randn(7))]
+    shapes = (20, 24), (64, 64), (7,)  # matrices of which kernels take both, or the small one
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     if name == "delta_gradient_descent":
-        params, options = params[:1], {"decay_scale": 0}  # as there are no inputs
+        params, options = params[:2], {"decay_scale": 0}  # as there are no inputs
     return deepopt.optimizers()[name].cls(params, lr=0.1, **options), params
 def every_optimizer_steps():
     for name, entry in deepopt.optimizers().items():

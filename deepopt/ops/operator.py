@@ -207,9 +207,12 @@ class Operator(Generic[P, R]):
         return overload
 
     def _flat(self, args: Sequence[Any]) -> Sequence[Any]:
-        """The arguments as the schema lists them: a packed one spread out."""
+        """The arguments as the schema lists them: a packed one spread out.
+
+        It is known by its fields: its class may be the one from before a reload.
+        """
         *first, last = args
-        if self._packed is None or not isinstance(last, self._packed):
+        if self._packed is None or getattr(last, "_fields", None) != self._packed._fields:
             return args
         return (*first, *tuple(last))
 

@@ -3,11 +3,12 @@ import os
 import subprocess
 import sys
 import threading
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from deepopt.ops import adamw_, backend, polar_express
+from deepopt.ops import ScaleArguments, adamw_, backend, polar_express, scale_update
 from deepopt.ops.operator import BACKENDS, OPERATORS, UNAVAILABLE, operator
 
 
@@ -237,6 +238,18 @@ def test_operators_that_write_take_keywords():
     adamw_(**dict(zip(names, named, strict=True)))
     assert torch.equal(given[0][0], named[0][0])
     assert named[0][0]._version > 0
+
+
+def test_a_packed_argument_from_before_a_reload_is_taken():
+    fields = [(name, Any) for name in ScaleArguments._fields]
+    before = NamedTuple("ScaleArguments", fields)
+    momentum = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(0))
+    given = momentum, momentum, torch.ones(2), 0.9, 0.999, 1.5, 0.2, None, None, None, None
+    expected = scale_update([momentum], ScaleArguments(*given))
+    found = scale_update([momentum], before(*given))
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_report_shows_what_is_forced():
