@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepopt._arguments import check_types, typed
+from deepopt.optim.base import undisturbed
 from deepopt.optim.continuum import Continuum
+from deepopt.optim.engine.buckets import overlaps_itself
 
 MOTION = "motion"
 """The memory in a parameter's state."""
@@ -63,7 +65,8 @@ class Motion:
         TypeError: what is no optimizer, or a ``Continuum``; an argument that is no number.
         RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``, or one that
             has a ``Motion`` already; a step after :meth:`eval`; a memory in the state that does not
-            fit its parameter, of which no parameter has moved.
+            fit its parameter, or a parameter with several entries in one place, of which no
+            parameter has moved.
 
     Source: the look-ahead is EMA-Nesterov of modded-nanogpt's optimizer track.
     """
@@ -102,16 +105,18 @@ class Motion:
     def train(self) -> None:
         """Put the parameters ahead of the weights, where gradients are taken."""
         self._check_memories()
-        for group in self.optimizer.param_groups:
-            self._place(group, group.get(AHEAD, 0.0))
-            group[EVALUATES] = False
+        with undisturbed():
+            for group in self.optimizer.param_groups:
+                self._place(group, group.get(AHEAD, 0.0))
+                group[EVALUATES] = False
 
     def eval(self) -> None:
         """Put the parameters at the average of the weights."""
         self._check_memories()
-        for group in self.optimizer.param_groups:
-            self._place(group, -self.average * self.retention / (1 - self.retention))
-            group[EVALUATES] = True
+        with undisturbed():
+            for group in self.optimizer.param_groups:
+                self._place(group, -self.average * self.retention / (1 - self.retention))
+                group[EVALUATES] = True
 
     def _check(self) -> None:
         for group in self.optimizer.param_groups:
@@ -130,7 +135,10 @@ class Motion:
         self._check_memories()
 
     def _check_memories(self) -> None:
-        """Raise RuntimeError for a memory that does not fit its parameter, before any moves."""
+        """Raise RuntimeError for a memory that does not fit its parameter, before any moves.
+
+        Or for a parameter that has one and cannot be written to.
+        """
         for group in self.optimizer.param_groups:
             for number, param in enumerate(group["params"]):
                 state = self.optimizer.state.get(param, {})
@@ -146,6 +154,13 @@ class Motion:
                         f"state {MOTION!r} of parameter {_name(group, number)} must be a tensor of "
                         f"{_layout(param)}, but is {found}: put it back, or delete it to begin at "
                         "zeros with what the parameter holds as the weights"
+                    )
+                if MOTION in state and overlaps_itself(param):
+                    raise RuntimeError(
+                        f"parameter {_name(group, number)} cannot be moved: its strides "
+                        f"{param.stride()} put several entries in one place, as expand does; give "
+                        "it memory of its own: "
+                        "param.data = param.data.clone(memory_format=torch.contiguous_format)"
                     )
 
     def _steps_ahead(self, group: dict[str, Any]) -> float:
@@ -169,10 +184,11 @@ class Motion:
         """Back to the weights, which are what the optimizer steps; a closure is evaluated ahead."""
         self._check()
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        for group in optimizer.param_groups:
-            self._place(group, 0.0)
         every = [param for group in optimizer.param_groups for param in group["params"]]
-        self._weights = {param: param.detach().clone() for param in every}
+        with undisturbed():
+            for group in optimizer.param_groups:
+                self._place(group, 0.0)
+            self._weights = {param: param.detach().clone() for param in every}
         if closure is None:
             return args, kwargs
 
@@ -182,19 +198,23 @@ class Motion:
             try:
                 return closure()
             finally:
-                for group in optimizer.param_groups:
-                    self._place(group, 0.0)
-                with torch.no_grad():  # to the last bit
-                    torch._foreach_copy_(every, before)
+                with undisturbed(), torch.no_grad():
+                    for group in optimizer.param_groups:
+                        self._place(group, 0.0)
+                    torch._foreach_copy_(every, before)  # to the last bit
 
         others = {key: value for key, value in kwargs.items() if key != "closure"}
         return (optimizer, evaluated, *args[2:]), others
 
-    @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the step into the memory, and go ahead of the new weights."""
         if not self._weights:  # a step within a step, as of a subclass of torch's, has been here
             return
+        with undisturbed(), torch.no_grad():
+            self._remember(optimizer)
+        self._weights = {}
+
+    def _remember(self, optimizer: Optimizer) -> None:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -210,11 +230,11 @@ class Motion:
                 state[MOTION] = new
             group[AHEAD] = self._steps_ahead(group)
             self._place(group, group[AHEAD])
-        self._weights = {}
 
 
 def _layout(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+    packed = "" if tensor.layout == torch.strided else f" as {tensor.layout}"
+    return f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}{packed}"
 
 
 def _name(group: dict[str, Any], number: int) -> str:

@@ -216,6 +216,7 @@ def test_training_goes_on_after_a_step_that_raised():
         (torch.ones(3, dtype=torch.float64), r"\(3,\), torch\.float64 on cpu"),
         (torch.ones(24), r"\(24,\), torch\.float32 on cpu"),
         (torch.ones(24, dtype=torch.float64, device="meta"), "on meta"),
+        (torch.eye(24, dtype=torch.float64)[0].to_sparse(), "on cpu as torch.sparse_coo"),
         (None, "None"),
     ],
 )
@@ -231,6 +232,24 @@ def test_a_memory_that_does_not_fit_is_refused_before_anything_moves(name, memor
             act()
         assert all(map(torch.equal, parameters(model), before))
     optimizer.state[model[0].bias]["motion"] = kept
+    train(model, optimizer, 2, 3)
+    other, plain, _ = made(OPTIMIZERS[name])
+    train(other, plain, 5)
+    assert all(map(torch.equal, parameters(model), parameters(other)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_with_several_entries_in_one_place_is_refused_before_anything_moves(name):
+    model, optimizer, motion = made(OPTIMIZERS[name])
+    train(model, optimizer, 3)
+    weight = model[2].weight
+    kept, weight.data = weight.data, weight.data[:, :1].expand(20, 24)
+    before = parameters(model)
+    for act in (optimizer.step, motion.eval, motion.train, lambda: optimizer.step(lambda: 1.0)):
+        with pytest.raises(RuntimeError, match=r"number 2 cannot be moved: its strides \(24, 0\)"):
+            act()
+        assert all(map(torch.equal, parameters(model), before))
+    weight.data = kept
     train(model, optimizer, 2, 3)
     other, plain, _ = made(OPTIMIZERS[name])
     train(other, plain, 5)

@@ -170,7 +170,7 @@ class Sorted(NamedTuple):
             devices,
             addresses,
             strides,
-            [number for number, param in enumerate(params) if _overlaps_itself(param)],
+            [number for number, param in enumerate(params) if overlaps_itself(param)],
             members,
             list(map(state_dtype, params)),
             not any(kind.mesh is not None for kind in members),
@@ -373,7 +373,7 @@ def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
     return turns
 
 
-def _overlaps_itself(param: Tensor) -> bool:
+def overlaps_itself(param: Tensor) -> bool:
     """Whether entries may lie in one place: a dimension's stride is within the reach of others."""
     if type(param) not in PLAIN or param.is_contiguous() or not param.numel():
         return False

@@ -89,6 +89,30 @@ def test_the_step_is_the_same_in_all_surroundings(cls, options, name):
             assert key == "step" or other.dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_motion_and_continuum_are_the_same_in_all_surroundings(name):
+    def run_both(surroundings):
+        motions = []
+
+        def joined(params):
+            inner = deepopt.DeepMomentum(params, lr=0.1)
+            motions.append(deepopt.Motion(inner))
+            return deepopt.Continuum(inner, chunk=3)  # one ends inside
+
+        optimizer, params = run(joined, {}, surroundings, steps=7)
+        held = [param.detach().clone() for param in params]
+        with surroundings():
+            motions[0].eval()
+        memories = [optimizer.state[param]["motion"] for param in params]
+        return held, params, memories, list(optimizer.pending.values())
+
+    for found, expected in zip(run_both(SURROUNDINGS[name]), run_both(nullcontext), strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            tolerance = 1e-5 if name == "default dtype" else 0.0
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 10)
+            assert not ours.is_inference()
+
+
 @pytest.mark.parametrize("memory", ["linear", "delta", "covariance", "mlp"])
 @pytest.mark.parametrize("name", ["autocast", "default dtype"])
 def test_the_reference_is_the_same_in_them(memory, name):
