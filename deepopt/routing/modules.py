@@ -263,6 +263,11 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def _matching(model: nn.Module, pattern: str, argument: str) -> list[Tensor]:
     """Parameters whose name, with or without its wrappers, is or matches ``pattern``."""
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"Invalid {argument}: the key {pattern!r:.60} is no text; give names or patterns of "
+            "parameters, such as '*.qkv.weight'"
+        )
     chosen: list[Tensor] = [
         param
         for name, param in model.named_parameters(remove_duplicate=False)

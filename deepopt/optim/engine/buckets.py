@@ -526,9 +526,12 @@ def _check_writable(bucket: Bucket, states: Sequence[Any], keys: Iterable[str]) 
     for param, state in zip(bucket.params, states, strict=True):
         for key in (*keys, "step"):
             tensor = state[key]
-            expanded = any(
-                n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-            )
+            if tensor.layout != torch.strided:
+                raise RuntimeError(
+                    f"state {key!r} of {_who(bucket, param)} has become a tensor of layout "
+                    f"{tensor.layout}: put tensor.to_dense() in its place"
+                )
+            expanded = overlaps_itself(tensor)
             if expanded or tensor.is_inference():
                 raise RuntimeError(
                     f"state {key!r} of {_who(bucket, param)} cannot be written to: it has been "
