@@ -212,7 +212,8 @@ class Operator(Generic[P, R]):
         It is known by its fields: its class may be the one from before a reload.
         """
         *first, last = args
-        if self._packed is None or getattr(last, "_fields", None) != self._packed._fields:
+        packed: Any = self._packed
+        if packed is None or getattr(last, "_fields", None) != packed._fields:
             return args
         return (*first, *tuple(last))
 
