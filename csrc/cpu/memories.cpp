@@ -256,7 +256,7 @@ std::vector<Tensor> forward(const Arguments& x, const Shape& s, bool keep) {
     made.push_back(torch::stable::empty_like(*each));
   }
   const int64_t count = keep ? s.segments : 0;
-  made.push_back(torch::stable::empty({s.batch, s.heads, count, s.state()}, x.key.scalar_type()));
+  made.push_back(torch::stable::empty({s.batch, s.heads, count * s.state()}, x.key.scalar_type()));
   std::vector<T*> to;
   for (const Tensor& each : made) to.push_back(each.mutable_data_ptr<T>());
   for_heads<T>(s, x.form(), false, [&](auto& head, int64_t pair) {

@@ -911,7 +911,7 @@ def memories(keep: bool, given: Any) -> list[Tensor]:
     generators = unpacked(end_anchor(set_in[-1][0]), [*given[3:5], *given[7:9]])
     memory = unpacked(end_anchor(set_in[-1][1]), [*given[3:5], *given[7:9]])
     found = unpacked(ends, [*given[3:5], *given[7:9]])
-    starts = states if keep else start.new_empty(*start.shape[:2], 0, start.shape[2])
+    starts = states.flatten(2) if keep else start.new_empty(*start.shape[:2], 0)
     return [out, *found[:2], *generators[:2], *found[2:], *memory[2:], starts]
 
 

@@ -171,9 +171,10 @@ def _ends(given: Arguments) -> list[Tensor]:
     return [given.key, *given[3:11]]
 
 
-def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int, int]:
+def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int]:
+    """One size for segments and weights: it is never 1, of which torch makes a graph of its own."""
     batch, heads, _, hidden, d = given.w2.shape
-    return batch, heads, segments, 2 * d * (4 * hidden + given.memory_w2.shape[-2])
+    return batch, heads, segments * 2 * d * (4 * hidden + given.memory_w2.shape[-2])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -231,7 +232,8 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
     Returns:
         the outputs o_t, then w2, w1, anchor_w2 and anchor_w1 of the generating memories after the
         last token, the same of the memory that answers, and the weights of all five at the start
-        of every segment, (batch, heads, segments or 0, 2 d (4 h + m)): all W2 and then all W1.
+        of every segment, one after the other, (batch, heads, segments 2 d (4 h + m) or 0): of each
+        all W2 and then all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h = m: 70, and 191 for the
     gradient, as `FLOPS` counts them.
@@ -250,7 +252,7 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
         begin += length
     empty = given.key.new_empty(_starts_shape(given, 0))
     ends = [x.clone() for x in (*generators[:4], *memory[:4]) if x is not None]
-    return [torch.cat(outputs, -1), *ends, torch.stack(starts, 2).detach() if keep else empty]
+    return [torch.cat(outputs, -1), *ends, torch.cat(starts, 2).detach() if keep else empty]
 
 
 def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:

@@ -375,4 +375,5 @@ def segment_count(total: int, chunks: tuple[int, int], position: int) -> int:
         """Chunks of a size that start after the first token."""
         return last // size - position // size
 
-    return 1 + starts(a) + starts(b) - starts(math.lcm(a, b))
+    # At least one, which torch does not see in a sum of symbols.
+    return torch.sym_max(1, 1 + starts(a) + starts(b) - starts(math.lcm(a, b)))
