@@ -41,6 +41,8 @@ def self_modifying(
 ) -> tuple[Tensor, MemoryState, MemoryState]:
     """Reads and writes of all memories over some tokens, chunk by chunk: Eq 83 to Eq 91.
 
+    The anchor moves to the running weights at the start of every chunk (Eq 90).
+
     Args:
         inputs: what the memories see, (batch, heads, d, tokens) each.
         generators: state of the four generating memories, in the order of `GENERATORS`.
@@ -78,7 +80,7 @@ def self_modifying(
 
 
 class _Times(NamedTuple):
-    """What is left, at the times t = 0..C of a chunk, of what was there or was written.
+    """Weights, at the times t = 0..C of a chunk, of what was there and of what tokens write.
 
     Attributes:
         kept: weight b_t = alpha_1 ... alpha_t of X_0, (..., C + 1).
@@ -153,7 +155,7 @@ class _Matrix(NamedTuple):
         return self._carried(self.start @ y, y) + self._wrote(self.key.mT @ y)
 
     def _carried(self, seen: Tensor, y: Tensor) -> Tensor:
-        """What of X_{t-1} y_t was there when the chunk began; `seen` is X y_t of that time."""
+        """The part of X_{t-1} y_t from before the chunk; `seen` is X y_t at the chunk's start."""
         times = self.times
         found = times.kept[..., None, :-1] * seen
         if self.initial is not None:
@@ -163,7 +165,7 @@ class _Matrix(NamedTuple):
         return found
 
     def _wrote(self, similarity: Tensor) -> Tensor | float:
-        """What of X_{t-1} y_t earlier tokens of the chunk wrote; similarity is key^T y."""
+        """The part of X_{t-1} y_t from earlier tokens of the chunk; `similarity` is key^T y."""
         found: Tensor | float = 0.0
         if self.written is not None:
             found = self.written @ (self.times.written[..., :-1] * similarity)
@@ -189,7 +191,7 @@ class _Matrix(NamedTuple):
         return end, momentum + (self.gradient * times.momentum[..., None, 1:]) @ self.key.mT
 
     def erased(self, erase: Tensor | None, seen: Tensor) -> _Matrix:
-        """The same with what the tokens erase, e_t X_{t-1} y_t, taken from what they write.
+        """The same, with what the tokens erase, e_t X_{t-1} y_t, subtracted from what they write.
 
         An erased column depends on all that earlier tokens erased: a unit triangular system.
         `seen` holds the columns X y_t of the chunk's start.
@@ -205,7 +207,7 @@ class _Matrix(NamedTuple):
         if self.written is not None:
             right = right + self.written
         system = self.times.written[..., :-1] * similarity * erase
-        exact = torch.promote_types(right.dtype, torch.float32)  # LAPACK knows nothing narrower
+        exact = torch.promote_types(right.dtype, torch.float32)  # LAPACK has no narrower dtypes
         solved = torch.linalg.solve_triangular(
             system.to(exact), right.to(exact), upper=True, left=False, unitriangular=True
         )
