@@ -128,7 +128,7 @@ def _weights(log_b: Tensor, later: Tensor) -> Tensor:
     return (log_b[..., None, :] - log_b[..., 1:, None]).masked_fill(later, -torch.inf).exp()
 
 
-class _Matrix(NamedTuple):
+class _Recurrence(NamedTuple):
     """One kind of matrix X over a chunk.
 
     Attributes:
@@ -190,7 +190,7 @@ class _Matrix(NamedTuple):
         momentum = times.momentum[..., None, :1] * self.momentum
         return end, momentum + (self.gradient * times.momentum[..., None, 1:]) @ self.key.mT
 
-    def erased(self, erase: Tensor | None, seen: Tensor) -> _Matrix:
+    def erased(self, erase: Tensor | None, seen: Tensor) -> _Recurrence:
         """The same, with what the tokens erase, e_t X_{t-1} y_t, subtracted from what they write.
 
         An erased column depends on all that earlier tokens erased: a unit triangular system.
@@ -217,8 +217,8 @@ class _Matrix(NamedTuple):
 class _Chunk(NamedTuple):
     """A stack of G memories over a chunk. W2 stacks their rows; W1 keeps them apart."""
 
-    w2: _Matrix | None
-    w1: _Matrix
+    w2: _Recurrence | None
+    w1: _Recurrence
 
     def after(self, state: MemoryState) -> MemoryState:
         """The state at the end of the chunk; the anchor stays."""
@@ -258,7 +258,7 @@ def _write(
         wanted = tokens.value if linear else tokens.value - tokens.key
         wrote = (tokens.delta.unsqueeze(-2) * wanted).unsqueeze(2)
     plain = exact or state.s1 is None
-    w1 = _Matrix(
+    w1 = _Recurrence(
         state.w1, start1, None if plain else state.s1,
         _Times._make(None if x is None else x.unsqueeze(2) for x in times), surprise.features,
         wrote if plain else None, None if plain else wrote,
@@ -273,7 +273,7 @@ def _write(
     plain = state.s2 is None
     slope = -surprise.slope.flatten(2, 3)
     running = state.w2.flatten(2, 3)
-    w2 = _Matrix(
+    w2 = _Recurrence(
         running, None if start2 is None else start2.flatten(1, 2),
         None if state.s2 is None else state.s2.flatten(2, 3), times, tokens.key,
         slope if plain else None, None if plain else slope,
