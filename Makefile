@@ -40,7 +40,7 @@ test-integration: $(STAMP)-trainers
 test-packages: $(STAMP)
 	$(BIN)/python -m pytest $(PACKAGES) $(ARGS)
 
-# Kernels for the CPU under the address and undefined-behaviour sanitizers
+# Kernels for the CPU under the address and undefined-behavior sanitizers
 test-sanitized: $(STAMP)
 	tests/sanitized/run $(abspath $(BIN))/python
 

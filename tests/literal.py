@@ -8,7 +8,7 @@ import numpy as np
 
 
 class PreconditionedMomentum:
-    """Eqs 46-47: m <- alpha m - eta P g, W <- W + m, for any P that is given."""
+    """Eq 46, Eq 47: m <- alpha m - eta P g, W <- W + m, for any P that is given."""
 
     def __init__(self, W, eta, alpha, P=lambda g: g):
         self.W, self.m = W, np.zeros_like(W)
@@ -24,7 +24,7 @@ class PreconditionedMomentum:
 
 
 class DeltaMomentum(PreconditionedMomentum):
-    """Eqs 48-49 as printed, with the bracket on the right: m <- m (alpha - g'g) - eta P g.
+    """Eq 48, Eq 49 as printed, with the bracket on the right: m <- m (alpha - g'g) - eta P g.
 
     A vector is a column, for which g'g is a number.
     """

@@ -1,4 +1,4 @@
-"""DMGD in NumPy, written from Eqs 50-52 and their settled form, with gradients derived by hand."""
+"""DMGD in NumPy, from Eq 50, Eq 51, Eq 52 and their settled form, with gradients by hand."""
 
 import numpy as np
 

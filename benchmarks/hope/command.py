@@ -6,9 +6,9 @@ reads, continual learning, passkeys, the six tasks of MAD.
 Every model has the same parameters, data and optimizer. Learning rates are swept with one seed, and
 further seeds run at each model's best; then parts of Hope's layer are changed one by one, and the
 default run is repeated with every optimizer. Every finished run is a line of ``hope/TASK.jsonl``,
-with all that its outcome depends on but the code; a run that has a line is not repeated, so that an
-interrupted benchmark goes on, but with ``--fresh``, for when its code has changed. ``hope.md`` is
-made from the lines alone; ``--report`` writes it again and runs nothing.
+with everything that its outcome depends on except the code. A run that has a line is not repeated,
+so that an interrupted benchmark goes on; ``--fresh`` repeats it, for when its code has changed.
+``hope.md`` is made from the lines alone; ``--report`` writes it again and runs nothing.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Results:
     def complete(self, runs: Iterable[Run], jobs: int) -> None:
         """Execute the runs that have no line yet, each on one thread, the first ones first."""
         missing = [run for run in dict.fromkeys(runs) if run not in self.lines]
-        for task in {run.task for run in missing}:  # without what a kill has torn, and old lines
+        for task in {run.task for run in missing}:  # drop a line that a kill has torn, and old ones
             kept = [json.dumps(x) + "\n" for run, x in self.lines.items() if run.task == task]
             write_atomically(self._path(task), "".join(kept).encode())
         for place, run, line in executed(missing, execute, jobs):

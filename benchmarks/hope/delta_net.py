@@ -25,7 +25,7 @@ class GatedDeltaNet(nn.Module):
         heads: number of heads.
         conv_width: tokens seen by the causal depthwise convolutions.
         max_beta: upper end of beta. Beyond 1 eigenvalues can be negative, which tracks states.
-        chunk: tokens that are computed at once; changes no number.
+        chunk: tokens that are computed at once; it changes no number.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class Formal(Task):
 
     Words grow while it is learned, as the texts of recall do: an eighth of the letters, in eight
     times as many words, until the first step of `grows`, and all letters from the last one on. From
-    long words alone modulo 5 is learned as a count up to the trained length.
+    long words alone a model learns modulo 5 as a count that ends at the trained length.
     """
 
     language: str

@@ -6,7 +6,7 @@ Each asks one thing of a layer that language modeling needs:
 - fuzzy recall: the same, of keys and values of one to three tokens;
 - noisy recall: the same, where one pair in five is noise;
 - selective copy: some tokens among many blanks, again in order at the end;
-- compression: the whole text from what the model has at its last token, by a small decoder;
+- compression: the whole text, read by a small decoder from the model's last token;
 - memorization: values that always belong to a key, from the weights alone.
 """
 
@@ -63,7 +63,7 @@ def noisy_recall(batch: int, tokens: int, random: torch.Generator) -> Batch:
 
 
 def fuzzy_recall(batch: int, tokens: int, random: torch.Generator) -> Batch:
-    """Keys and values of one to three tokens; the tokens of a value that was seen are asked."""
+    """Keys and values of one to three tokens; asked are the tokens of values that were seen."""
 
     def motif(of: Tensor) -> list[int]:
         length = int(torch.randint(1, 4, (), generator=random))

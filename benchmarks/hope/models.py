@@ -1,8 +1,8 @@
 """The models that are compared: one name each, one configuration and one number of parameters.
 
 Hope's configuration gives vocabulary, width, layers, heads and convolutions to all of them. The
-baselines have its embedding, norms, head and initialization; their SwiGLU, and Hope-Attention's
-CMS levels, are as wide as makes their parameters as many as Hope's.
+baselines have its embedding, norms, head and initialization; their SwiGLU, and the CMS levels of
+Hope-Attention, are as wide as they must be to have as many parameters as Hope.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def fitted_width(config: HopeConfig, mixer: Mixer) -> int:
-    """The width of the SwiGLU with which a baseline's parameters are nearest to Hope's."""
+    """The width of the SwiGLU that brings a baseline's number of parameters closest to Hope's."""
     with torch.device("meta"):
         target = parameters(Hope(config))
         narrowest = parameters(Baseline(config, mixer, 1))
@@ -135,7 +135,7 @@ BASELINES: dict[str, Mixer] = {
 
 DEFAULTS = HopeConfig()
 ABLATIONS: dict[str, dict[str, Any]] = {
-    # Nothing is erased and eta is nothing, so that all memories stay at their initial weights.
+    # Nothing is erased and eta is zero, so that all memories stay at their initial weights.
     "memories frozen": {"update": "gd", "max_inner_lr": 1e-12},
     "the printed layer (HopeConfig.paper)": {
         field.name: value

@@ -1,8 +1,8 @@
 """Reading a text once, window by window, with weights that may learn from every window read.
 
 A window is predicted first and learned from afterwards. The memories of a Hope carry their state on
-through the whole text. Attention is sure of no more context than it was trained with, so that every
-other model sees the window before and the window itself.
+through the whole text. Attention can only be trusted with as much context as it was trained with,
+so that every other model sees the window before and the window itself.
 """
 
 import math
@@ -26,7 +26,7 @@ WINDOW = 256
 
 
 def saved(mean: Mean) -> float:
-    """The share of what a Transformer++ with AdamW forgets that the levels of Hope do not."""
+    """The share of what a Transformer++ with AdamW forgets that the levels of Hope keep."""
     theirs = mean("Transformer++", "forgotten_all_weights")
     return 1 - mean("Hope", "forgotten_levels") / theirs if theirs else math.nan
 
@@ -45,7 +45,7 @@ def adamw(lr: float) -> MakeOptimizer:
 
 
 def carries(model: nn.Module) -> bool:
-    """Whether the model has a state that a text of any length can be read with."""
+    """Whether the model has a state that carries it through a text of any length."""
     return isinstance(model, Hope) and model.config.mixer == "titans"
 
 

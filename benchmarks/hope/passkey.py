@@ -33,7 +33,7 @@ def texts(count: int, length: int, random: torch.Generator) -> Batch:
         said, asked = SAID % key, ASKED % key
         around = length + 1 - len(said) - len(asked)
         before = round(place * around)
-        # The filler goes on after what is said where it was before.
+        # After the sentence with the key, the filler goes on where it stopped.
         content = filler[start : start + before] + said
         content += filler[start + before : start + around] + asked
         rows.append(list(content))

@@ -13,7 +13,7 @@ DEFAULT = TrainConfig.optimizer
 RATES = (8e-3, 4e-3, 2e-3, 1.6e-2)
 MODELS = (*models.HOPES, *models.BASELINES)
 SGD_RATES = (4e-3, 1.2e-3, 4e-4)
-"""SGD's own best is what other optimizers are held against. On AdamW's scale, as all rates."""
+"""Rates of SGD, whose best is what other optimizers are compared with; on AdamW's scale, as all."""
 
 Lines = Mapping[Run, Line]
 
@@ -66,7 +66,7 @@ class Plan:
 
 
 def value(line: Line, metric: str) -> float:
-    """A metric of a line; the worst there is if its run was not finite."""
+    """A metric of a line; the worst possible value if its run was not finite."""
     task = TASKS[line["task"]]
     if "diverged" in line:
         return math.inf if task.smaller_is_better else 0.0

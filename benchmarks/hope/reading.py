@@ -17,7 +17,7 @@ GOALS = (Goal("bits per byte that adapt is worth", lambda mean: mean("Hope", "wo
 
 @functools.cache
 def files(length: int) -> list[Tensor]:
-    """The first `length` bytes of every held-out file that is as long, but for character tables."""
+    """The first `length` bytes of every held-out file that has as many, except character tables."""
     found, at = [], 0
     for name, size in corpus().held_out.items():
         if size >= length and not name.startswith("encodings/"):
@@ -31,8 +31,8 @@ class Reading(Bytes):
     """The training run of `Bytes`; what is measured is the second half of files it has not seen.
 
     Every file is read on its own, by the weights as they were trained. With `adapt` its levels
-    learn from the file alone while it is read. Every other file decides the rate of that, the rest
-    is what is measured.
+    learn from the file alone while it is read. Every second file helps to choose the rate for that;
+    the others are measured.
     """
 
     length: int = 8192

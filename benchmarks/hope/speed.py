@@ -36,7 +36,7 @@ Line = dict[str, Any]
 
 
 def train_flops(step: Callable[[], Any]) -> int:
-    """FLOPs of a step's products and attention; what the backward computes again counts."""
+    """FLOPs of a step's products and attention; recomputation in the backward pass counts too."""
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         step()
     return int(counter.get_total_flops())

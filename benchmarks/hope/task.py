@@ -33,7 +33,7 @@ class Goal(NamedTuple):
         what: the quantity, for the table.
         value: computes it.
         limit: the bound.
-        at_least: whether the quantity shall be at least the bound, or at most.
+        at_least: whether the bound is a lower one, or else an upper one.
     """
 
     what: str
@@ -50,7 +50,7 @@ class Task(ABC):
         steps: optimizer steps of a run.
         tokens: tokens of a training sequence.
         metric: the metric that decides between learning rates.
-        smaller_is_better: whether that is a loss.
+        smaller_is_better: whether less of that metric is better, as with a loss.
         goals: what the default Hope shall reach.
     """
 
@@ -98,12 +98,12 @@ class Task(ABC):
 
 
 def generator(seed: int | str, step: int) -> torch.Generator:
-    """Random numbers of a step: neighboring seeds and steps have nothing in common."""
+    """Random numbers of a step; those of neighboring seeds and steps are unrelated."""
     return torch.Generator().manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
 
 
 def shrunk(step: int, grows: tuple[int, int, int]) -> int:
-    """How many times as short the texts of a step are, where they double at three steps."""
+    """How many times shorter the texts of a step are, which double at each of three steps."""
     return 8 >> sum(step >= grown for grown in grows)
 
 

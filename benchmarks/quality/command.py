@@ -1,8 +1,8 @@
 """Quality: every optimizer on many small workloads, swapped and tuned.
 
 ``--tier swap`` puts other optimizers in AdamW's place, at AdamW's best of five rates, on Hope and
-on a Transformer. ``rates`` has AdamW and DeepMomentum, with its default memory and another, on
-small workloads at the very same three rates, ``long`` for four times the steps on what can be
+on a Transformer. ``rates`` runs AdamW and DeepMomentum, with its default memory and another, at the
+same three rates on small workloads; ``long`` does so for four times the steps, on what can be
 learned by heart. ``standard`` tunes every optimizer with the same search before it compares;
 ``full`` does so for more optimizers, with more trials and seeds, and also for four times the steps
 and for four batches in a step; ``gpu`` is ``full`` with four times the steps and sixteen batches in
@@ -132,7 +132,7 @@ def plans(
 
 
 def available(every: Sequence[Plan]) -> tuple[list[Plan], dict[str, str]]:
-    """The plans with what is here, and why other workloads and optimizers are skipped."""
+    """The plans without what is missing here, and why workloads and optimizers are skipped."""
     found: list[Plan] = []
     skipped: dict[str, str] = {}
 
@@ -163,7 +163,7 @@ def complete(results: Results, every: Sequence[Plan], jobs: int, fresh: bool) ->
 
 
 def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
-    """The plans of the page: what was asked for, and all else that there are lines of."""
+    """The plans of the page: what was asked for, and everything else that has lines."""
 
     def key(plan: Plan) -> Plan:
         own = dataclasses.replace(plan, contenders=(), seeds=0)
@@ -272,6 +272,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def tunings(lines: Lines) -> list[Tuning]:
-    """The tuned workloads that there are lines of."""
+    """The tuned workloads that have lines."""
     every = with_all_tiers([], lines)
     return [plan for plan in every if isinstance(plan, Tuning) and shown(plan, lines)]

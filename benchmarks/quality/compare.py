@@ -48,7 +48,7 @@ def circumstances_changed(old: Lines, new: Lines, common: Sequence[Run]) -> list
 
 
 def tuned(plans: Sequence[Tuning], lines: Lines) -> list[Run]:
-    """The seeds' runs of every optimizer at its best setting, as far as there are lines."""
+    """The seeds' runs of every optimizer at its best setting, where they have lines."""
     every = [run for plan in plans for c in plan.contenders for run in plan.tuned(c, lines)]
     return [run for run in every if run in lines]
 

@@ -54,7 +54,7 @@ class Contender:
         rate_decays: False where the rate stays at its peak, because the optimizer averages the
             weights instead.
         own_rate: it multiplies its rate by an estimate of its own; the decay stays as it is.
-        motion: ``deepopt.Motion`` is around it, and has the two values of the knob.
+        motion: ``deepopt.Motion`` wraps it, and takes the two values of the knob.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0
     momentum: str = ""
-    # Not in the hash of a configuration, which older lines have without them.
+    # Left out of the hash of a configuration: older lines have it without them.
     rate_decays: bool = field(default=True, repr=False)
     own_rate: bool = field(default=False, repr=False)
     motion: bool = field(default=False, repr=False)
@@ -121,11 +121,11 @@ nothing. AdEMAMix warms its slow momentum up over all steps of the run (``"steps
 
 DEFAULT = "DeepMomentum, delta"
 RIVALS = ("AdamW", "Muon", "NorMuon")
-"""Those that the others are held against, and whose loss is measured at several budgets."""
+"""Those that the others are compared with, and whose loss is measured at several budgets."""
 
 
 def package(contender: str) -> str | None:
-    """The installed package that an optimizer is from, with its version; None for our own.
+    """The package that an optimizer comes from, with its installed version; None for our own.
 
     Raises:
         Unavailable: it is not installed.

@@ -1,11 +1,11 @@
-"""What a model went through while it learned, for the workloads whose data changes on the way."""
+"""The losses of a model while it learned, for workloads whose data changes on the way."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Online(nn.Module):
-    """A model that keeps the loss of every batch it is trained on, before it has learned from it.
+    """A model that keeps its loss on every training batch, from before it learns from it.
 
     Batches are new to the model, so that these losses are those of a held-out part that moves on.
     """

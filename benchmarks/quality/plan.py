@@ -18,9 +18,9 @@ BETAS = (0.9, 0.95)
 WIDENING = 4.0
 WIDENINGS = 2
 NEARBY = 1.5
-"""How many times as high the rate next to the best one is."""
+"""Ratio between the best rate and those tried next to it."""
 FINALISTS = 3
-"""Trials that run in full: at half of the steps a higher rate looks better than it will be."""
+"""Trials that run in full, because at half of the steps a higher rate looks better than it is."""
 BUDGETS = (0.5, 1.5, 2.0)
 """Steps at which the rivals' loss is measured too, in units of the workload's."""
 BUDGET_SEEDS = 3
@@ -91,7 +91,7 @@ class Tuning:
         return self.run(contender, setting, share=0.5)
 
     def swap(self, lines: Lines) -> Setting | None:
-        """The rates and decay of AdamW's best trial before any widening, all else as by default."""
+        """The rates and decay of AdamW's best trial before any widening; defaults for the rest."""
         first = [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
         best = best_of(first, lines)
         if best is None:
@@ -107,7 +107,7 @@ class Tuning:
         return [self.trial(contender, setting) for setting in settings]
 
     def ranges(self, lines: Lines) -> list[tuple[float, float, int, int]]:
-        """Ranges of rates with how many points to skip and to take, widened as far as is known."""
+        """Ranges of rates, widened as far as is known, with how many points to skip and to take."""
         low, high, used = LOWEST, HIGHEST, self.trials
         found = [(low, high, 0, self.trials)]
         more = max(1, self.trials // 2)
@@ -193,14 +193,14 @@ class Tuning:
         return [self.run(rival, setting, s, share) for share in BUDGETS for s in seeds]
 
     def runs(self, contender: str, lines: Lines) -> list[Run]:
-        """All of an optimizer's that can be told by now."""
+        """All runs of an optimizer that are known by now."""
         found = [*self.trials_of(contender, lines), *self.neighbors(contender, lines)]
         found += self.finalists(contender, lines)
         found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
         return list(dict.fromkeys([*found, *self.budgets(contender, lines)]))
 
     def next(self, lines: Lines) -> list[Run]:
-        """The runs that are missing and can be told by now; empty when all are done."""
+        """The missing runs that are known by now; empty when all are done."""
         stages = (
             lambda: self.trials_of("AdamW", lines)[: 1 + self.trials],
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
@@ -294,7 +294,7 @@ class Swap:
         return [self.run(contender, lr, seed) for seed in range(self.seeds)]
 
     def next(self, lines: Lines) -> list[Run]:
-        """The runs that are missing and can be told by now; empty when all are done."""
+        """The missing runs that are known by now; empty when all are done."""
         if missing := [run for run in self.sweep() if run not in lines]:
             return missing
         lr = self.best_rate(lines)

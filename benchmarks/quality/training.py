@@ -143,7 +143,7 @@ def switch(optimizer: Continuum, mode: str) -> None:
 def train(run: Run, model: nn.Module, optimizer: Continuum) -> Line:
     """The curve of the training loss, and seconds of the whole and of the optimizer's steps.
 
-    They are CPU seconds; on another device they are seconds, after it has ended its work.
+    They are CPU seconds; on another device, seconds until it has finished its work.
 
     Raises:
         FloatingPointError: a loss or the norm of a gradient is not finite.
@@ -175,7 +175,7 @@ def train(run: Run, model: nn.Module, optimizer: Continuum) -> Line:
 
 
 def clock(device: str) -> float:
-    """Seconds of this process on the CPU, or on the wall once another device has ended its work."""
+    """Seconds of this process on the CPU, or wall seconds once another device has finished."""
     if device == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()

@@ -51,7 +51,7 @@ def difference(x: Interval) -> str:
 
 
 class Group:
-    """Tuned workloads with as many times their own steps, and their own batch, each.
+    """Tuned workloads that take the same multiple of their own steps and of their own batch.
 
     Args:
         plans: the workloads.
@@ -111,7 +111,7 @@ class Group:
         )
 
     def swaps(self, contender: str) -> dict[str, tuple[Interval, str]]:
-        """The default at AdamW's rates and decay less AdamW at its best, by workload, likewise."""
+        """Likewise the default, at AdamW's rates and decay, less AdamW at its best."""
         plans = [plan for plan in self.plans if contender in plan.contenders]
         swapped = {p.label: losses(p.swapped(contender, self.lines), self.lines) for p in plans}
         return compared({p.label: (swapped[p.label], self.losses(p, "AdamW")) for p in plans})
@@ -296,7 +296,7 @@ def reached(time: float | None, digits: int) -> str:
 
 
 def width(plan: Tuning, contender: str, lines: Lines) -> float | None:
-    """The highest over the lowest rate of the trials within 1 % of the best one."""
+    """Ratio of the highest to the lowest rate among trials within 1 % of the best one."""
     trials = plan.searched(contender, lines)
     best = min((value(lines[run]) for run in trials), default=math.inf)
     if not math.isfinite(best):
@@ -310,7 +310,7 @@ def folds(x: float | None) -> str:
 
 
 def data_ratio(group: Group, plans: tuple[Tuning, ...], contender: str, rival: str) -> str:
-    """D_eff with its interval; where a workload's is at an end of the budgets it is a bound."""
+    """D_eff with its interval; it is a bound if that of a workload is at an end of the budgets."""
     x = group.ratio(plans, contender, rival)
     if x is None:
         return ""

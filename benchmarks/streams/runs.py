@@ -20,11 +20,11 @@ from deepopt.memory.horizons import HAND_MADE
 
 WARMUP_SHARE = 16
 SIZE = 0.2
-"""The update's root mean square, fixed: memories of different horizons then step equally far."""
+"""The update's root mean square. It is fixed, so that memories of all horizons step equally far."""
 REST_BETA = 0.9
-"""AdamW's on heads, embeddings and vectors, whatever the horizon of the matrices' memory."""
+"""AdamW's first beta for heads, embeddings and vectors, whatever memory the matrices have."""
 AFTER = 10
-"""Steps after a switch that count as such."""
+"""Steps that count as those right after a switch."""
 
 MEMORIES: dict[str, Memory | str] = {
     "linear": "linear",

@@ -57,8 +57,8 @@ class Task:
 def english() -> Tensor:
     """The language reference that every Python carries for ``help()``, as bytes.
 
-    Letters are moved on by 13: in plain letters it shares so many words with the sources that there
-    is little to relearn.
+    Letters are moved on by 13, because plain English shares so many words with the sources that
+    there would be little to relearn.
     """
     topics = pydoc_data.topics.topics
     text = codecs.encode("\n".join(topics[name] for name in sorted(topics)), "rot13")

@@ -64,27 +64,21 @@ __global__ void __launch_bounds__(kThreads)
   S* m = reinterpret_cast<S*>(at[2]) + piece.begin;
   S* v = reinterpret_cast<S*>(at[3]) + piece.begin;
   uint16_t* low = reinterpret_cast<uint16_t*>(at[4]) + piece.begin;
-  int done = 0;
-  if (on_16_bytes(p, g, m, v, R == Rounding::exact ? low : nullptr)) {
-    done = piece.count / V * V;
-    for (int i = int(threadIdx.x) * V; i < done; i += kThreads * V) {
-      Pack<P, V> ps = load<V>(p + i);
-      const Pack<G, V> gs = load<V>(g + i);
-      Pack<S, V> ms = load<V>(m + i), vs = load<V>(v + i);
-      Pack<uint16_t, V> lows = load_low<R, V>(low + i);
+  const bool aligned = on_16_bytes(p, g, m, v, R == Rounding::exact ? low : nullptr);
+  in_packs<V>(piece.count, aligned, int(threadIdx.x), kThreads, [&](auto width, int i) {
+    auto ps = load<width.value>(p + i);
+    const auto gs = load<width.value>(g + i);
+    auto ms = load<width.value>(m + i), vs = load<width.value>(v + i);
+    auto lows = load_low<R, width.value>(low + i);
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        entry<R>(rule, ps.x[k], gs.x[k], ms.x[k], vs.x[k], lows.x[k], key, place + i + k);
-      }
-      store(p + i, ps);
-      store(m + i, ms);
-      store(v + i, vs);
-      store_low<R>(low + i, lows);
+    for (int k = 0; k < width.value; ++k) {
+      entry<R>(rule, ps.x[k], gs.x[k], ms.x[k], vs.x[k], lows.x[k], key, place + i + k);
     }
-  }
-  for (int i = done + int(threadIdx.x); i < piece.count; i += kThreads) {
-    entry<R>(rule, p[i], g[i], m[i], v[i], low[R == Rounding::exact ? i : 0], key, place + i);
-  }
+    store(p + i, ps);
+    store(m + i, ms);
+    store(v + i, vs);
+    store_low<R>(low + i, lows);
+  });
 }
 
 template <class P, class G, class S, Rounding R>

@@ -22,24 +22,18 @@ __global__ void __launch_bounds__(kThreads)
   P* p = reinterpret_cast<P*>(at[0]) + piece.begin;
   const S* u = reinterpret_cast<const S*>(at[1]) + piece.begin;
   uint16_t* low = reinterpret_cast<uint16_t*>(at[2]) + piece.begin;
-  int done = 0;
-  if (on_16_bytes(p, u, R == Rounding::exact ? low : nullptr)) {
-    done = piece.count / V * V;
-    for (int i = int(threadIdx.x) * V; i < done; i += kThreads * V) {
-      Pack<P, V> ps = load<V>(p + i);
-      const Pack<S, V> us = load<V>(u + i);
-      Pack<uint16_t, V> lows = load_low<R, V>(low + i);
+  const bool aligned = on_16_bytes(p, u, R == Rounding::exact ? low : nullptr);
+  in_packs<V>(piece.count, aligned, int(threadIdx.x), kThreads, [&](auto width, int i) {
+    auto ps = load<width.value>(p + i);
+    const auto us = load<width.value>(u + i);
+    auto lows = load_low<R, width.value>(low + i);
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        apply_to_entry<R>(rule, ps.x[k], us.x[k], lows.x[k], key, place + i + k);
-      }
-      store(p + i, ps);
-      store_low<R>(low + i, lows);
+    for (int k = 0; k < width.value; ++k) {
+      apply_to_entry<R>(rule, ps.x[k], us.x[k], lows.x[k], key, place + i + k);
     }
-  }
-  for (int i = done + int(threadIdx.x); i < piece.count; i += kThreads) {
-    apply_to_entry<R>(rule, p[i], u[i], low[R == Rounding::exact ? i : 0], key, place + i);
-  }
+    store(p + i, ps);
+    store_low<R>(low + i, lows);
+  });
 }
 
 template <class P, class S, Rounding R>

@@ -62,6 +62,21 @@ DEEPOPT_RULE bool on_16_bytes(const T*... at) {
   return ((reinterpret_cast<uintptr_t>(at) | ...) & 15) == 0;
 }
 
+// One thread's share of `count` entries: V at a time where every tensor is `aligned` to 16 bytes,
+// and what is left one at a time. `use` gets how many it takes, as a type, and the first of them.
+template <int V, class Index, class Use>
+__device__ __forceinline__ void in_packs(Index count, bool aligned, int thread, int threads,
+                                         const Use& use) {
+  Index done = 0;
+  if (aligned) {
+    done = count / V * V;
+    for (Index i = thread * V; i < done; i += threads * V) {
+      use(std::integral_constant<int, V>(), i);
+    }
+  }
+  for (Index i = done + thread; i < count; i += threads) use(std::integral_constant<int, 1>(), i);
+}
+
 // The sum over a warp, in every thread of it. The additions are always paired in the same way.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {

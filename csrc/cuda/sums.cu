@@ -18,16 +18,11 @@ __global__ void __launch_bounds__(kThreads)
   const int count = left < kSummed ? int(left) : int(kSummed);
   const float* from = x + b * entries + begin;
   double sum = 0;
-  int done = 0;
-  if (on_16_bytes(from)) {
-    done = count / 4 * 4;
-    for (int i = int(threadIdx.x) * 4; i < done; i += kThreads * 4) {
-      const auto pack = load<4>(from + i);
+  in_packs<4>(count, on_16_bytes(from), int(threadIdx.x), kThreads, [&](auto width, int i) {
+    const auto pack = load<width.value>(from + i);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sum += product(pack.x[k], pack.x[k]);
-    }
-  }
-  for (int i = done + int(threadIdx.x); i < count; i += kThreads) sum += product(from[i], from[i]);
+    for (int k = 0; k < width.value; ++k) sum += product(pack.x[k], pack.x[k]);
+  });
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
@@ -60,16 +55,11 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = int(threadIdx.x) % kWarp;
   const float *a = x + row * columns, *b = (kTwo ? y : x) + row * columns;
   double sums[3] = {};
-  int64_t done = 0;
-  if (on_16_bytes(a, b)) {
-    done = columns / 4 * 4;
-    for (int64_t i = lane * 4; i < done; i += kWarp * 4) {
-      const auto as = load<4>(a + i), bs = kTwo ? load<4>(b + i) : as;
+  in_packs<4>(columns, on_16_bytes(a, b), lane, kWarp, [&](auto width, int64_t i) {
+    const auto as = load<width.value>(a + i), bs = kTwo ? load<width.value>(b + i) : as;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) add_products<kTwo>(sums, as.x[k], bs.x[k]);
-    }
-  }
-  for (int64_t i = done + lane; i < columns; i += kWarp) add_products<kTwo>(sums, a[i], b[i]);
+    for (int k = 0; k < width.value; ++k) add_products<kTwo>(sums, as.x[k], bs.x[k]);
+  });
 #pragma unroll
   for (int p = 0; p < (kTwo ? 3 : 1); ++p) {
     const double sum = warp_sum(sums[p]);

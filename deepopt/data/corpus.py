@@ -54,7 +54,7 @@ class Corpus:
 def stdlib_corpus() -> Corpus:
     """Return the sources of the running Python's standard library, without its tests.
 
-    About 12 MB of code and English prose under Python's own licence. Patch versions of Python
+    About 12 MB of code and English prose under Python's own license. Patch versions of Python
     differ in it: compare ``sha256`` before comparing results.
     """
     root = Path(sysconfig.get_path("stdlib"))

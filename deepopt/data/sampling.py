@@ -16,7 +16,7 @@ def sample_batch(
     every step of a run has its own, and the same ones whenever it is repeated.
     """
     _check(data, batch_size, seq_len)
-    # A string seeds by its digest, so that neighbouring seeds and steps have nothing in common.
+    # A string seeds by its digest, so that neighboring seeds and steps have nothing in common.
     rng = random.Random(f"{seed}/{step}")
     starts = [rng.randrange(len(data) - seq_len) for _ in range(batch_size)]
     return _windows(data, starts, seq_len)

@@ -10,7 +10,7 @@ from deepopt.hope.state import AttentionState
 
 
 class Attention(nn.Module):
-    """Every token mixes the values of the tokens of its text up to its own.
+    """Mixes, for every token, the values of its text up to and including its own.
 
     Args:
         dim: width of the residual stream.
@@ -42,12 +42,12 @@ class Attention(nn.Module):
         state: AttentionState | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them.
+        """Mix x (batch, tokens, dim); return outputs of the same shape and the state after them.
 
         Args:
             x: inputs.
             state: the state after earlier tokens; None for the start of a text.
-            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+            lengths: tokens of every sequence, without padding on its right; None for no padding.
         """
         batch, tokens = x.shape[:2]
         if state is None:
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         )
         counts = lengths or (tokens,) * batch
         uniform = lengths is None and all(p == state.positions[0] for p in state.positions[1:])
-        # (tokens,) where all texts are as long, otherwise (batch, 1, tokens).
+        # (tokens,) if all texts are equally long so far, otherwise (batch, 1, tokens).
         past = torch.tensor(state.positions[0] if uniform else state.positions, device=x.device)
         position = torch.arange(tokens, device=x.device) + (
             past if uniform else past[:, None, None]
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         cos, sin = rotations(position, q.shape[-1], q)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         positions = tuple(p + n for p, n in zip(state.positions, counts, strict=True))
-        # Whatever autocast makes of keys and values, they are kept as they were before.
+        # Autocast may narrow new keys and values; the state keeps its dtype.
         keys = torch.cat([state.keys, k.to(state.keys.dtype)], 2)
         values = torch.cat([state.values, v.to(state.values.dtype)], 2)
         if not uniform:
@@ -97,7 +97,7 @@ def rotations(position: Tensor, width: int, like: Tensor) -> tuple[Tensor, Tenso
     Args:
         position: integers.
         width: channels of a head; every pair turns at a rate of its own, from 1 down to 1e-4.
-        like: a tensor of the device and dtype to make.
+        like: a tensor with the device and dtype of the result.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     rates = 10_000 ** -torch.linspace(0, 1, width // 2, device=like.device, dtype=dtype)

@@ -1,8 +1,8 @@
 """Training checkpoints and models on disk: tensors and JSON, nothing that runs code on loading.
 
-A checkpoint is one safetensors file, whose metadata hold the SHA-256 of the file, as it is with
-zeros in the place of the digest. A model is a folder with its weights in model.safetensors, which
-has its digest too, and its configuration in config.json, laid out as transformers does.
+A checkpoint is one safetensors file. Its metadata hold the SHA-256 of the file, computed with zeros
+in the place of the digest. A model is a folder: model.safetensors holds the weights, with a digest
+too, and config.json the configuration, in the layout of transformers.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ def save(path: Path, state: Any) -> None:
         state: dicts (of string or int keys), lists, tuples, tensors, numbers, strings and None.
 
     Raises:
-        OSError: the disk is full, or does not take it for another reason.
-        TypeError: there is something else in ``state``.
+        OSError: the file cannot be written, for example because the disk is full.
+        TypeError: ``state`` holds something else.
     """
     tensors: dict[str, Tensor] = {}
     packed = json.dumps(_pack(state, "", tensors))
@@ -46,7 +46,7 @@ def load(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or not a byte is as it was written.
+        ValueError: it is no checkpoint, or a byte of it has changed.
     """
     content = path.read_bytes()
     if (intact := _is_intact(content)) is False:
@@ -62,10 +62,10 @@ def load(path: Path) -> Any:
 
 
 def _signed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a safetensors file that holds its own digest, the same for the same tensors.
+    """The bytes of a safetensors file with its own digest; the same tensors give the same bytes.
 
-    The header is written here: safetensors itself puts metadata in an order that differs from call
-    to call.
+    The header is written here, because safetensors itself orders metadata differently from call to
+    call.
     """
     content = safetensors.torch.save(tensors, metadata)
     old = _header(content)
@@ -80,7 +80,7 @@ def _signed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _is_intact(content: bytes) -> bool | None:
-    """Whether a file is as its digest says; None for a file without one."""
+    """Whether a file matches its digest; None for a file without one."""
     if DIGEST_KEY not in _header(content):
         return None
     at = content.index(DIGEST_KEY) + len(DIGEST_KEY)
@@ -92,7 +92,7 @@ def _header(content: bytes) -> bytes:
 
 
 def _digest(content: bytes, at: int) -> bytes:
-    """The digest of a file in which it stands itself at a place."""
+    """The digest of a file, with zeros where the digest itself stands."""
     around = memoryview(content)
     digest = hashlib.sha256(around[:at])
     digest.update(NO_DIGEST)
@@ -104,7 +104,7 @@ def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     """Write a model's configuration and weights into a folder, which is made.
 
     Raises:
-        OSError: the disk is full, or does not take it for another reason.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = {str(x.dtype).removeprefix("torch.") for x in weights.values()}
@@ -120,11 +120,11 @@ def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
 def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `save_model` wrote: the configuration and the weights by name.
 
-    Weights that others wrote, without a digest, are taken as they are.
+    Weights without a digest, which other programs write, are not checked.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: a file is damaged, the model is another one, or its weights are pickles.
+        ValueError: a file is damaged, the model is of another type, or its weights are pickles.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).is_file():
@@ -150,12 +150,12 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else config
         raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
-    # Copies lie at addresses as torch's own do, on which the rounding of a product can depend.
+    # Copied to memory that torch aligns: the rounding of a product can depend on the address.
     return config, {name: weight.to(device, copy=True) for name, weight in weights.items()}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the content of ``path`` as a whole; whatever goes wrong, the old content stays."""
+    """Replace the content of ``path`` as a whole; if anything goes wrong, the old content stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -171,7 +171,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return ``value`` as JSON that tells containers apart, with its tensors put aside by name."""
     if isinstance(value, Tensor):
-        # A copy of its own: safetensors takes no two tensors that share storage.
+        # Copied, because safetensors refuses tensors that share storage.
         name = f"{len(tensors)}:{name}"  # a path alone is not unique: keys may hold slashes
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {"tensor": name}

@@ -1,9 +1,9 @@
 """Continuum memory system: MLPs that learn at different frequencies (Eq 70 to Eq 74).
 
 A *level* is an MLP with a chunk of C tokens: it learns once per C tokens, from the mean gradient of
-the task's loss over them, and rests in between (Eq 71). `CMS` is the module; `stack_levels` makes
-levels of the MLPs of any trained Transformer (section 7.3). `chunk_groups` tells
-`deepopt.optim.Continuum` the chunks, in training and, by `deepopt.hope.Reader`, while reading.
+the task's loss over them, and rests in between (Eq 71). `CMS` is the module; `stack_levels` turns
+the MLPs of any trained Transformer into levels (section 7.3). `chunk_groups` tells
+`deepopt.optim.Continuum` the chunks, in training and, through `deepopt.hope.Reader`, while reading.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ class CMSLevel(nn.Module):
 
     A nested level (Eq 72) computes with `up + up_change` and `down + down_change`: the next slower
     level learns the initial weights `up` and `down` and the norm, this level the changes, which
-    start from zero again at the end of every chunk of the slower one. The gradient of both is the
-    same, so that the initial weights learn from the loss of the adapted ones: the derivative
+    start from zero again at the end of every chunk of the slower one. Both have the same gradient,
+    so that the initial weights learn from the loss of the adapted ones. This is the derivative
     through the inner loop without its second-order term.
 
     Args:
         dim: width of the residual stream.
         hidden: hidden width.
         chunk: tokens between two updates of the weights.
-        slower: the chunk of the next slower level, of a nested level that has one; None otherwise.
+        slower: the chunk of the next slower level, if this one is nested and has one; otherwise
+            None.
     """
 
     def __init__(self, dim: int, hidden: int, chunk: int, slower: int | None = None) -> None:
@@ -147,7 +148,7 @@ def stack_levels(
 
     Consecutive MLPs take the chunks in turn: with two chunks the first, third, ... MLP is fast, the
     second, fourth, ... slow. Every level starts from the weights that its MLP has (Eq 71 goes on
-    from there), and the model computes what it did: nothing in it changes but the frequencies that
+    from there), and the model computes the same as before. Only the frequencies are new, which
     `chunk_groups` and `deepopt.hope.Reader` read. A model of transformers is saved as before::
 
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -156,7 +157,7 @@ def stack_levels(
         optimizer = Continuum(deepopt.DeepMomentum(groups))
 
     Args:
-        model: any Transformer; a Hope's own levels get other chunks.
+        model: any Transformer. The levels of a Hope get the new chunks.
         chunks: chunks in tokens, fastest first, each a multiple of the one before.
         mlps: names of the modules, in order; None for Hope's levels and for modules named
             `mlp`, `feed_forward` or `ffn`.
@@ -165,8 +166,8 @@ def stack_levels(
         The levels, in the order of the model.
 
     Raises:
-        ValueError: chunks that do not fit, fewer MLPs than chunks, a name that the model has not,
-            or nested levels, whose chunks depend on one another.
+        ValueError: chunks that do not fit, fewer MLPs than chunks, a name that the model does not
+            have, or nested levels, whose chunks depend on one another.
     """
     check_chunks(chunks, "chunks")
     modules = dict(model.named_modules())
@@ -208,9 +209,9 @@ def chunk_groups(
     """Splits parameter groups so that every level learns at the end of its chunk (Eq 71).
 
     `deepopt.optim.Continuum` reads `chunk`, `tokens` and `lifetime` from the groups. A level of C
-    tokens learns once per C tokens on average, from the mean gradient of the steps since, and at
-    every step where a step has C tokens or more. A slower level takes rarer steps, not larger
-    ones::
+    tokens learns once per C tokens on average, from the mean gradient of the steps since its last
+    update. If a step has C tokens or more, it learns at every step. A slower level takes rarer
+    steps, not larger ones::
 
         groups = chunk_groups(model, deepopt.param_groups(model), tokens=batch * seq_len)
         optimizer = Continuum(torch.optim.AdamW(groups))
@@ -218,7 +219,7 @@ def chunk_groups(
     Args:
         model: any module with levels in it.
         groups: parameter groups of `model`, with or without names.
-        tokens: tokens of one training step, those of the whole batch. Where batches differ, set
+        tokens: tokens of one training step, over the whole batch. Where batches differ, set
             `tokens` of the optimizer's groups before each step.
 
     Raises:

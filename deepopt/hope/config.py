@@ -202,7 +202,7 @@ class HopeConfig:
         expansion = self.cms_expansion
         if not isinstance(expansion, int | float) or not 0.0 < expansion < float("inf"):
             raise ValueError(f"cms_expansion={expansion!r}: must be a positive number")
-        # A list, as JSON gives it back, is as good as a tuple.
+        # JSON turns tuples into lists.
         if not isinstance(self.cms_chunks, list | tuple):
             raise ValueError(f"cms_chunks={self.cms_chunks!r}: must be a tuple, one int per level")
         object.__setattr__(self, "cms_chunks", tuple(self.cms_chunks))
@@ -246,7 +246,7 @@ class HopeConfig:
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
         """The layer as it is printed (Eq 83 to Eq 91): no projection but the query's, eta a vector
-        that is the erasure too, gradients in every matrix, retention towards zero, no momentum,
+        and also the erasure, gradients in every matrix, retention towards zero, no momentum,
         queries that do not turn.
 
         Args:

@@ -1,9 +1,9 @@
 """Self-modifying memories as one operator: `deepopt.hope.scan` in a kernel, where there is one.
 
-The kernel goes over heads and chunks with all of a chunk's numbers in the cache, and has its own
-way back: it keeps the weights at the start of every chunk and computes the rest once more
-(docs/hope_chunks.md derives the gradients). It is written for the default form of the layer. All
-other forms, padding, second derivatives and `torch.func` take `deepopt.hope.scan`.
+The kernel goes over heads and chunks with all numbers of a chunk in the cache. It has its own
+backward pass, which keeps the weights at the start of every chunk and recomputes the rest
+(docs/hope_chunks.md derives the gradients). It supports the default form of the layer. All other
+forms, padding, second derivatives and `torch.func` use `deepopt.hope.scan`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Arguments(NamedTuple):
     position: int
 
     def parts(self) -> tuple[Inputs, MemoryState, MemoryState, Initial, Gates, Form]:
-        """The same as `deepopt.hope.scan.self_modifying` takes it."""
+        """The same arguments, as `deepopt.hope.scan.self_modifying` takes them."""
         initial = Initial(
             _weights(self.initial_w2, self.initial_w1),
             _weights(self.memory_initial_w2, self.memory_initial_w1),
@@ -118,7 +118,7 @@ def self_modifying(
     position: int = 0,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState, MemoryState]:
-    """`deepopt.hope.scan.self_modifying`, by the kernel where it is written for the arguments."""
+    """`deepopt.hope.scan.self_modifying`, by the kernel if it supports the arguments."""
     if (
         form.update == "delta"
         and form.objective == "l2"
@@ -202,10 +202,11 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
 
 
 def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | None]:
-    """The gradients for all tensors of what is given, of those that there are, by autograd."""
+    """The gradients for the tensors in `given`, None for those that are None, by autograd."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A tensor may be given twice, as an anchor and as the running weights: each has its own.
+        # A tensor may be given twice, as an anchor and as the running weights. Each use has its own
+        # gradient, so each gets a view of its own.
         inputs = [None if x is None else x.view_as(x) for x in given[:16]]
         inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
         results = memories.reference(False, Arguments._make([*inputs, *given[16:]]))
@@ -227,7 +228,7 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
 
     Args:
         keep: whether the states at the starts of chunks are returned, for the gradient.
-        given: all else.
+        given: all other arguments.
 
     Returns:
         the outputs o_t, then w2, w1, anchor_w2 and anchor_w1 of the generating memories after the
@@ -270,12 +271,12 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
     """The gradients of `memories` for all its tensors, in their order.
 
     Args:
-        grads: gradients of its results but the last one; without entries for none.
+        grads: gradients of its results except the last; an empty tensor means no gradient.
         starts: the last of its results.
         given: what it was given.
 
     Returns:
-        16 tensors. The gradients of initial weights are there, and mean nothing, without any.
+        16 tensors. Without initial weights, their gradients are returned but mean nothing.
     """
     with torch.no_grad():
         detached = [x.detach() if isinstance(x, Tensor) else x for x in given]

@@ -50,7 +50,7 @@ class HopePretrainedConfig(PreTrainedConfig):
         for field in dataclasses.fields(HopeConfig):
             value = others.pop(field.name, field.default)
             setattr(self, field.name, list(value) if isinstance(value, tuple) else value)
-        self.hope()  # what is wrong shows here
+        self.hope()  # raises if an option is wrong
         super().__post_init__(**others)
 
     def hope(self) -> HopeConfig:
@@ -75,7 +75,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _is_stateful = True  # a state cannot be taken back, as assisted decoding would
+    _is_stateful = True  # a state cannot be rolled back, as assisted decoding needs
 
     def __init__(self, config: HopePretrainedConfig) -> None:
         super().__init__(config)
@@ -87,7 +87,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state of an earlier call is what a cache is to others
+        return False  # the state has the part that a cache has in other models
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -118,7 +118,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
                 are those of `input_ids`.
             state: what an earlier call returned; None for the start of a text.
             labels: (batch, tokens), shifted inside as transformers has it, -100 to be ignored.
-            use_cache: whether to return the state; None for where there are no labels.
+            use_cache: whether to return the state; None returns it if there are no labels.
         """
         mask = None
         if attention_mask is not None:
@@ -134,7 +134,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
     ) -> dict[str, Any]:
-        """What the next step of `generate` is called with. Not every release carries a state on."""
+        """Arguments of the next step of `generate`; not every release passes a state on."""
         following: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, **options
         )

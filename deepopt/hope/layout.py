@@ -46,7 +46,7 @@ class Documents(NamedTuple):
         return cls(mask, row, column, tuple(counts.tolist()), source, tuple(last))
 
     def take_apart(self, x: Tensor) -> Tensor:
-        """(batch, tokens) -> (rows, longest row), zero where a row is over."""
+        """(batch, tokens) -> (rows, longest row), zero beyond the end of a row."""
         out = x.new_zeros(len(self.lengths), max(self.lengths))
         return out.index_put((self.row, self.column), x[self.real])
 
@@ -78,14 +78,14 @@ class Grid(NamedTuple):
         cls, positions: tuple[int, ...], lengths: tuple[int, ...], period: int, width: int,
         device: torch.device,
     ) -> Grid:  # fmt: skip
-        """The grid of rows with so many tokens behind them and so many to come.
+        """The grid of rows that have seen `positions` tokens and hold `lengths` more.
 
         Args:
             positions: tokens that every row has seen.
             lengths: tokens that every row holds, at most `width`; the others are padding.
             period: common multiple of the chunks.
             width: tokens of a row, with padding.
-            device: where the tensors shall be.
+            device: the device of the tensors.
         """
         phases = [p % period for p in positions]
         base = min(phases)

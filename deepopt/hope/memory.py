@@ -68,12 +68,12 @@ class Form(NamedTuple):
         per_channel: whether eta weighs every channel of the inner objective by itself.
         memory_chunk: tokens between two anchors of `mem`.
         projection_chunk: tokens between two anchors of the generating memories.
-        generator_floor: what is added to the squared norm by which the features of the generating
-            memories are divided: they are as long as their input, up to 1.
-        memory_floor: the same for `mem`, whose features keep norm 1 down to inputs of 0.01: a state
-            is tracked by the sign of what is left of a column that was erased many times.
-        sharpness: factor of the generated logits of the two erasures. A token is to be written or
-            not: one that is written by half wears away what is stored, tracked states among it.
+        generator_floor: added to the squared norm that divides the features of the generating
+            memories, so that they are as long as their input, up to 1.
+        memory_floor: the same for `mem`. Its features keep norm 1 down to inputs of 0.01, because a
+            state is tracked by the sign of what is left of a column that was erased many times.
+        sharpness: factor of the generated logits of the two erasures. A token should be written
+            fully or not at all: half a write wears away what is stored, tracked states included.
     """
 
     objective: Objective
@@ -106,7 +106,7 @@ class Weights(NamedTuple):
 
 
 class Initial(NamedTuple):
-    """Where retention pulls the weights of all five memories; None for towards zero.
+    """Where retention pulls the weights of all five memories; None means zero.
 
     Attributes:
         generators: the four that generate, in the order of `GENERATORS`.
@@ -144,7 +144,7 @@ class MemoryState(NamedTuple):
         return cls(w2, w1, w2, w1, *zeros)
 
     def anchored(self, valid: Tensor | None = None) -> MemoryState:
-        """The same state with its anchor moved to the running weights.
+        """The same state with its anchor moved to the running weights (Eq 90).
 
         Args:
             valid: (batch,), False for sequences whose anchor stays; None for none.
@@ -242,8 +242,9 @@ def generate(
     """
     seen = torch.stack([inputs.key, inputs.value, inputs.key, inputs.key], 2)
     key, value, eta, alpha = recall(w2, w1, seen, form.generator_floor).unbind(2)
-    # A value meets the memories as an input, M(v_t). Unless it is as short as a key, what M_value
-    # learns comes back longer through v^_t = M(v_t), and the loop runs away from the first weights.
+    # The value is an input of the memories too, as v^_t = M(v_t). If it were longer than a key,
+    # what M_value learns would come back longer through v^_t, and this loop would run away from the
+    # initial weights.
     return Generated(unit(key), unit(value), *rates(eta, alpha, gates, form, valid))
 
 
@@ -252,10 +253,11 @@ def rates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eta, beta, delta and log alpha out of generated channels (batch, heads, d, tokens).
 
-    The channels of M_alpha are shared out: a third each for the retention and for the two
-    erasures. Whatever the weights are, a chunk of C tokens has eta C <= 1, alpha - beta and
-    alpha - delta are at least -1, and so is alpha - 2 eta, for the regression of a linear memory
-    erases a second time: no gradient overshoots and no erasure grows what it erases.
+    The channels of M_alpha are divided: a third each for the retention and for the two erasures.
+    Whatever the weights are, a chunk of C tokens has eta C <= 1, so that no gradient overshoots.
+    And alpha - beta, alpha - delta and alpha - 2 eta are at least -1, so that no erasure enlarges
+    what it erases; the last one counts because the regression of a linear memory erases a second
+    time.
     """
     third = alpha.shape[-2] // 3
     keep, erase, delta = alpha.split([alpha.shape[-2] - 2 * third, third, third], -2)
@@ -269,7 +271,7 @@ def rates(
     if form.max_erase is None:
         beta = eta.mean(-2)
     else:
-        # A gradient on top of the erasure takes its part of the room.
+        # Here the gradient erases too, and takes its part of the bound.
         room = half - eta.amax(-2) / 2 if form.update == "dgd" else half
         beta = form.max_erase * room * _share(erase, gates.erase, gates.erase_range)
     delta = form.max_delta * half * _share(delta, gates.delta, gates.delta_range)
@@ -280,15 +282,16 @@ def rates(
 
 
 def _share(logit: Tensor, bias: Tensor, range_logit: Tensor) -> Tensor:
-    """Share of a range, 0 to 1. It reaches 1: an erasure of exactly 2 is a reflection, which keeps
-    its length, so that a state is tracked over any number of tokens and not only those trained on.
+    """Share of a range, from 0 to 1. It reaches 1, because an erasure of exactly 2 is a reflection.
+    That keeps lengths, so that a state is tracked over any number of tokens, not only those trained
+    on.
     """
     range_ = torch.sigmoid(range_logit)[:, None]
     return (1.1 * range_ * torch.sigmoid(logit + bias[:, None])).clamp(max=1.0)
 
 
 def _pooled(x: Tensor) -> Tensor:
-    """Sum over the n channels divided by sqrt(n): as large as one channel that is random."""
+    """Sum over the n channels divided by sqrt(n): as large as one channel, if they are random."""
     return x.sum(-2) * x.shape[-2] ** -0.5
 
 

@@ -71,7 +71,7 @@ class Hope(nn.Module):
         branches = self.config.layers * (1 + len(self.config.cms_chunks))
         for name, param in self.named_parameters():
             if name.endswith("titans.turns.rates.weight"):
-                param.data.mul_(0.1)  # nearly nothing turns before it has learned to
+                param.data.mul_(0.1)  # at first almost nothing turns
             if name.endswith(("titans.output.weight", "attention.output.weight", "down.weight")):
                 param.data.mul_(1 / math.sqrt(branches))
 
@@ -86,8 +86,8 @@ class Hope(nn.Module):
     ) -> HopeOutput:
         """Predicts every next token.
 
-        Padding and packing change no number: every document has the logits and leaves the state
-        that it has in a call of its own.
+        Padding and packing change no number: every document has the same logits and state as in a
+        call of its own.
 
         Args:
             tokens: (batch, tokens), integers of any type below `vocab_size`; at least one token.
@@ -139,7 +139,7 @@ class Hope(nn.Module):
                 reader = model.adapt(tokens, optimizer=lambda groups: AdamW(groups, lr=1e-3))
                 more = generate(model, reader.last, 200, state=reader.state)
 
-        Every token is predicted before it, or a later one, is learned from.
+        Every token is predicted before the model learns from it or from a later one.
 
         Args:
             stream: (batch, tokens), integers, or pieces of that; how it is cut changes nothing.
@@ -159,17 +159,18 @@ class Hope(nn.Module):
         return adapt(self, stream, levels=levels, optimizer=optimizer, chunk=chunk)
 
     def adaptation(self) -> AbstractContextManager[None]:
-        """A context at whose end all weights are again what they were, bit for bit."""
+        """A context that at its end restores all weights, bit for bit."""
         return adaptation(self)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
         """Write the configuration, config.json, and the weights, model.safetensors.
 
         Args:
-            folder: where to; it is made. `deepopt.hope.huggingface` reads it too.
+            folder: where to write; it is made if it is missing. `deepopt.hope.huggingface` reads it
+                too.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the files cannot be written.
         """
         config = dataclasses.asdict(self.config)
         _checkpoint().save_model(Path(folder), config, self.state_dict())
@@ -183,7 +184,7 @@ class Hope(nn.Module):
         Args:
             folder: where the two files are; left out, the model that comes with the package, a
                 small one of bytes that has read the sources of Python's standard library.
-            device: where the weights shall be; their dtype is that of the file.
+            device: the device of the weights; their dtype is that of the file.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -216,7 +217,7 @@ class Hope(nn.Module):
             raise ValueError(self._out_of_range("tokens", tokens)) from error
         states = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            # torch.func knows no saved tensor hooks, by which torch recomputes.
+            # torch recomputes by saved tensor hooks, which torch.func does not have.
             if self.config.recompute and torch.is_grad_enabled() and not inside_transform():
                 x, after = checkpoint(block, x, before, lengths, use_reentrant=False)
             else:
@@ -227,7 +228,7 @@ class Hope(nn.Module):
     def _each_document(
         self, tokens: Tensor, state: HopeState, documents: Documents
     ) -> tuple[Tensor, HopeState]:
-        """`_hidden` with a row for every document; the state is that after each one's last."""
+        """`_hidden` with a row for every document; the state is that after each text's last one."""
         batch, rows = len(tokens), len(documents.lengths)
         if rows == 0:
             return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state
@@ -302,7 +303,7 @@ class Hope(nn.Module):
 
 
 def _checkpoint() -> Any:
-    """The module that reads and writes files; torch alone runs a model without it."""
+    """The module that reads and writes files. To run a model, torch alone is enough."""
     try:
         from deepopt.hope import checkpoint
     except ImportError as missing:

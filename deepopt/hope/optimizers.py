@@ -18,11 +18,11 @@ RATES = {
     "DeltaGradientDescent": 500.0,
     "DMGD": 0.5,
 }
-"""Learning rates relative to AdamW's: of optimizers whose updates are as large as the gradient, and
-of DMGD, whose updates are as large as AdamW's largest (``docs/results/optimizers.md``)."""
+"""Learning rates relative to AdamW's, for optimizers whose updates are as large as the gradient,
+and for DMGD, whose updates are as large as AdamW's largest (``docs/results/optimizers.md``)."""
 
 KEPT = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
-"""What torch's Muon and the AdamW beside it take of a group."""
+"""The entries of a group that torch's Muon and the AdamW beside it take."""
 
 
 def optimizers_by_name() -> dict[str, type[Optimizer]]:
@@ -59,9 +59,10 @@ def build_optimizers(
 ) -> list[Continuum]:
     """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two.
 
-    ``lr`` is AdamW's. An optimizer of :data:`RATES` takes that multiple of it for what it steps by
-    its own rule, with so much less decay that as much is forgotten per step. A group's rate is its
-    ``initial_lr`` too, as with torch's schedulers. ``tokens`` are those of a step.
+    ``lr`` is AdamW's. An optimizer in :data:`RATES` takes that multiple of it for the parameters
+    that it steps by its own rule, and divides their decay by it, so that as much is forgotten per
+    step. A group's ``initial_lr`` is its rate, as torch's schedulers expect. ``tokens`` is the
+    number of tokens in a step.
     """
     cls = optimizer_class(name)
     groups = chunk_groups(model, deepopt.param_groups(model), tokens)

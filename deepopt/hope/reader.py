@@ -23,14 +23,14 @@ from deepopt.optim.continuum import Continuum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 WINDOW = 256
-"""Tokens of a text that gradients go back at most, and whose activations are kept."""
+"""The most tokens of a text that gradients go back, and whose activations are kept."""
 LR = 1e-3
 """Learning rate of the default optimizer."""
 
 
 @contextmanager
 def adaptation(model: nn.Module) -> Iterator[None]:
-    """What a model learns inside is forgotten at the end, also after an exception::
+    """A context at whose end the model forgets what it learned inside, also after an exception::
 
         with adaptation(model):
             Reader(model).read(tokens)
@@ -49,10 +49,10 @@ def adaptation(model: nn.Module) -> Iterator[None]:
 class Reader:
     """Reads texts once, a piece at a time, and lets levels of the model learn from them.
 
-    How the text is cut into pieces changes no number. The losses of a piece are those of the
-    predictions that were made before any of its tokens was learned from: no token, and no later
-    one, has a part in the weights that predict it. Weights change in place; `adaptation` takes the
-    changes back. Inside a chunk, gradients go back through the state by up to `WINDOW` tokens.
+    How the text is cut into pieces changes no number. The losses are those of predictions that were
+    made first: the weights that predict a token have learned neither from it nor from a later one.
+    Weights change in place; `adaptation` takes the changes back. Inside a chunk, gradients go back
+    through the state by up to `WINDOW` tokens.
 
     Args:
         model: a `Hope`, or a causal language model of transformers whose MLPs `stack_levels` has
@@ -243,7 +243,7 @@ def adapt(
 
 def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Logits and the state after the tokens, of a Hope or of a model of transformers."""
-    for hope in (model, getattr(model, "model", None)):  # the second within transformers
+    for hope in (model, getattr(model, "model", None)):  # or wrapped for transformers
         if hope is not None and hasattr(hope, "initial_state"):
             out = hope(tokens, state=state)
             return out.logits, out.state

@@ -78,11 +78,11 @@ def keep_lines(path: Path, step: int) -> None:
 
 
 def plot(path: Path, runs: Mapping[str, Path]) -> None:
-    """Draw runs by label: bits per byte, and beside it how far a step moves what it moves.
+    """Draw runs by label: bits per byte, and beside it the relative size of updates.
 
-    Training is thin and smoothed, held-out text has dots. On the right are the root mean squares of
-    updates over those of their parameters, of the steps that were watched: the median over the
-    parameters, and a band from the first to the third quartile.
+    The training loss is a thin, smoothed line, that on held-out text has dots. The right plot has
+    the root mean square of every update over that of its parameter, at the steps that were watched:
+    the median over the parameters, and a band from the first to the third quartile.
     """
     lines_of = {label: list(read_metrics(metrics)) for label, metrics in runs.items()}
     watched = any("diagnostics" in line for lines in lines_of.values() for line in lines)

@@ -41,6 +41,8 @@ def self_modifying(
 ) -> tuple[Tensor, MemoryState, MemoryState]:
     """Reads and writes of all memories over some tokens, chunk by chunk: Eq 83 to Eq 91.
 
+    The anchor moves to the running weights at the start of every chunk (Eq 90).
+
     Args:
         inputs: what the memories see, (batch, heads, d, tokens) each.
         generators: state of the four generating memories, in the order of `GENERATORS`.
@@ -78,7 +80,7 @@ def self_modifying(
 
 
 class _Times(NamedTuple):
-    """What is left, at the times t = 0..C of a chunk, of what was there or was written.
+    """Weights, at the times t = 0..C of a chunk, of what was there and of what tokens write.
 
     Attributes:
         kept: weight b_t = alpha_1 ... alpha_t of X_0, (..., C + 1).
@@ -126,7 +128,7 @@ def _weights(log_b: Tensor, later: Tensor) -> Tensor:
     return (log_b[..., None, :] - log_b[..., 1:, None]).masked_fill(later, -torch.inf).exp()
 
 
-class _Matrix(NamedTuple):
+class _Recurrence(NamedTuple):
     """One kind of matrix X over a chunk.
 
     Attributes:
@@ -153,7 +155,7 @@ class _Matrix(NamedTuple):
         return self._carried(self.start @ y, y) + self._wrote(self.key.mT @ y)
 
     def _carried(self, seen: Tensor, y: Tensor) -> Tensor:
-        """What of X_{t-1} y_t was there when the chunk began; `seen` is X y_t of that time."""
+        """The part of X_{t-1} y_t from before the chunk; `seen` is X y_t at the chunk's start."""
         times = self.times
         found = times.kept[..., None, :-1] * seen
         if self.initial is not None:
@@ -163,7 +165,7 @@ class _Matrix(NamedTuple):
         return found
 
     def _wrote(self, similarity: Tensor) -> Tensor | float:
-        """What of X_{t-1} y_t earlier tokens of the chunk wrote; similarity is key^T y."""
+        """The part of X_{t-1} y_t from earlier tokens of the chunk; `similarity` is key^T y."""
         found: Tensor | float = 0.0
         if self.written is not None:
             found = self.written @ (self.times.written[..., :-1] * similarity)
@@ -188,8 +190,8 @@ class _Matrix(NamedTuple):
         momentum = times.momentum[..., None, :1] * self.momentum
         return end, momentum + (self.gradient * times.momentum[..., None, 1:]) @ self.key.mT
 
-    def erased(self, erase: Tensor | None, seen: Tensor) -> _Matrix:
-        """The same with what the tokens erase, e_t X_{t-1} y_t, taken from what they write.
+    def erased(self, erase: Tensor | None, seen: Tensor) -> _Recurrence:
+        """The same, with what the tokens erase, e_t X_{t-1} y_t, subtracted from what they write.
 
         An erased column depends on all that earlier tokens erased: a unit triangular system.
         `seen` holds the columns X y_t of the chunk's start.
@@ -205,7 +207,7 @@ class _Matrix(NamedTuple):
         if self.written is not None:
             right = right + self.written
         system = self.times.written[..., :-1] * similarity * erase
-        exact = torch.promote_types(right.dtype, torch.float32)  # LAPACK knows nothing narrower
+        exact = torch.promote_types(right.dtype, torch.float32)  # LAPACK has no narrower dtypes
         solved = torch.linalg.solve_triangular(
             system.to(exact), right.to(exact), upper=True, left=False, unitriangular=True
         )
@@ -215,8 +217,8 @@ class _Matrix(NamedTuple):
 class _Chunk(NamedTuple):
     """A stack of G memories over a chunk. W2 stacks their rows; W1 keeps them apart."""
 
-    w2: _Matrix | None
-    w1: _Matrix
+    w2: _Recurrence | None
+    w1: _Recurrence
 
     def after(self, state: MemoryState) -> MemoryState:
         """The state at the end of the chunk; the anchor stays."""
@@ -256,7 +258,7 @@ def _write(
         wanted = tokens.value if linear else tokens.value - tokens.key
         wrote = (tokens.delta.unsqueeze(-2) * wanted).unsqueeze(2)
     plain = exact or state.s1 is None
-    w1 = _Matrix(
+    w1 = _Recurrence(
         state.w1, start1, None if plain else state.s1,
         _Times._make(None if x is None else x.unsqueeze(2) for x in times), surprise.features,
         wrote if plain else None, None if plain else wrote,
@@ -271,7 +273,7 @@ def _write(
     plain = state.s2 is None
     slope = -surprise.slope.flatten(2, 3)
     running = state.w2.flatten(2, 3)
-    w2 = _Matrix(
+    w2 = _Recurrence(
         running, None if start2 is None else start2.flatten(1, 2),
         None if state.s2 is None else state.s2.flatten(2, 3), times, tokens.key,
         slope if plain else None, None if plain else slope,

@@ -169,7 +169,7 @@ detach_state = HopeState.detach
 
 
 def _map(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
-    """Nested tuples with every tensor changed; what is no tensor stays."""
+    """Nested tuples with every tensor changed; everything else stays."""
     if isinstance(tree, Tensor):
         return cast(Tree, change(tree))
     if isinstance(tree, tuple):

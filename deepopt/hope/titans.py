@@ -26,8 +26,8 @@ class CausalConv(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        # As torch's convolutions start. From the identity with a little noise, a model needs
-        # hundreds of steps to come to look at earlier tokens.
+        # Initialized as torch's convolutions are. From the identity with a little noise, a model
+        # takes hundreds of steps before it looks at earlier tokens.
         bound = width**-0.5
         self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-bound, bound))
 
@@ -79,8 +79,8 @@ class Turns(nn.Module):
     """Turns the first two channels of some heads' queries by a phase, to which tokens add angles.
 
     The angle is an amount, linear in the token's input, times a gate, a clamped sigmoid of another
-    linear map. What is written into a memory can be erased or fades; a phase is a sum and does
-    neither, so that it counts: modulo n by turns of 2 pi / n.
+    linear map. What is written into a memory fades or is erased. A phase is a sum and does neither,
+    so that it can count: modulo n, by turns of 2 pi / n.
 
     Args:
         dim: width of the inputs.
@@ -97,30 +97,30 @@ class Turns(nn.Module):
     def forward(
         self, x: Tensor, query: Tensor, phase: Tensor, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The queries with those turned, and the phases after the last token.
+        """The queries, with those of the first heads turned, and the phases after the last token.
 
         Args:
             x: inputs (batch, tokens, dim).
             query: (batch, all heads, d, tokens).
             phase: (batch, heads), after the tokens before.
-            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+            lengths: tokens of every sequence, without padding on its right; None for no padding.
         """
         amount, gate = self.rates(x).mT.to(phase.dtype).chunk(2, 1)
-        # The gate reaches 0 and 1. A token that is not counted turns nothing at all, or the sum
-        # would drift where texts are longer than those that were trained on.
+        # The gate reaches 0 and 1. A token that is not counted must turn nothing at all, or the sum
+        # would drift in texts longer than those trained on.
         open_ = (1.2 * torch.sigmoid(self.sharpness * gate) - 0.1).clamp(0.0, 1.0)
         angle = amount * open_
         if lengths is not None:
             ends = torch.tensor(lengths, device=x.device)[:, None, None]
             angle = angle * (torch.arange(x.shape[1], device=x.device) < ends)
-        # A sum over a long text leaves no digits of float32 for the angle that counts.
+        # In float64: a long sum would leave float32 no digits for the angle within a turn.
         phases = phase.double().unsqueeze(-1) + angle.double().cumsum(-1)
         cos, sin = phases.cos().to(query.dtype), phases.sin().to(query.dtype)
         turning, others = query[:, : self.heads], query[:, self.heads :]
         a, b = turning[:, :, 0], turning[:, :, 1]
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], 2)
         turned = torch.cat([turned, turning[:, :, 2:]], 2)
-        # Whole turns change nothing, and would cost the angle digits too.
+        # Whole turns change nothing, and would cost digits of the angle.
         after = torch.remainder(phases[..., -1], 2 * math.pi)
         return torch.cat([turned, others], 1), after.to(phase.dtype)
 
@@ -130,9 +130,9 @@ class SelfModifyingTitans(nn.Module):
 
     See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
     convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
-    on the output, and, with `turns`, queries of half of the heads that turn (`Turns`). The memories
-    refine the projected keys and values, M(z) = z + ...; without `projections` they make them from
-    the layer's input alone, as printed, and the query has the only static projection.
+    on the output, and, with `turns`, a turn of the queries of half of the heads (`Turns`). The
+    memories refine the projected keys and values, M(z) = z + ...; without `projections` they make
+    them from the layer's input alone, as printed, and the query has the only static projection.
 
     Args:
         config: sizes and options of the model.
@@ -149,7 +149,7 @@ class SelfModifyingTitans(nn.Module):
         self.value_conv = CausalConv(dim, config.conv_width) if own else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
-        # The others track states by erasing, which the phases disturb where one head does both.
+        # The other heads track states by erasing, which a phase in the same head would disturb.
         turning = (heads + 1) // 2 if config.turns else 0
         self.turns = Turns(dim, turning, config.form.sharpness) if turning else None
         self.generators = InitialWeights(heads, len(GENERATORS), d, config.projection_width, 1.0)
@@ -196,12 +196,12 @@ class SelfModifyingTitans(nn.Module):
         state: TitansState | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, TitansState]:
-        """Mixes x (batch, tokens, dim); gives the outputs, same shape, and the state after them.
+        """Mix x (batch, tokens, dim); return outputs of the same shape and the state after them.
 
         Args:
             x: inputs.
             state: the state after earlier tokens; None for the start of a text.
-            lengths: tokens of every sequence, the rest on its right is padding; None for all.
+            lengths: tokens of every sequence, without padding on its right; None for no padding.
         """
         config = self.config
         batch, width = x.shape[:2]
@@ -215,7 +215,7 @@ class SelfModifyingTitans(nn.Module):
         period = math.lcm(config.memory_chunk, config.projection_chunk)
         counts = lengths or (width,) * batch
         position, valid, grid = state.positions[0], None, None
-        # Differences, not remainders: a compiled step then holds for every position of a text.
+        # Differences, not remainders, so that one compiled step serves every position of a text.
         if lengths is not None or any((p - position) % period for p in state.positions[1:]):
             grid = Grid.of(state.positions, counts, period, width, x.device)
             position, valid = grid.position, grid.valid

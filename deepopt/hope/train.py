@@ -24,7 +24,7 @@ from deepopt.hope.trainer import TrainConfig, Trainer, TrainResult, plot
 
 DIVERGED = 16.0
 """Bits per byte on held-out text: twice those of a model that has learned nothing."""
-# Ctrl-C, what ends a job on a cluster or in a container, and a terminal that is closed.
+# Sent by Ctrl-C, by schedulers and containers that end a job, and by a terminal that closes.
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
@@ -61,8 +61,8 @@ def configurations(arguments: argparse.Namespace) -> list[TrainConfig]:
     configs = []
     for name in names:
         out = config.out / name.lower()
-        # A memory is for the first of the two that has one; the run's own optimizer, if none has,
-        # says that it has none.
+        # The memory goes to the first of the two that has one. If neither has, the run's own
+        # optimizer refuses it.
         owner = next(filter(has_memory, names), names[0])
         memory = config.memory if name == owner else None
         # A run that had not begun when the comparison was interrupted begins now.
@@ -85,10 +85,11 @@ class Interrupt(threading.Event):
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Turn the first signal into an event, so that no step is cut in two; the second is real."""
+    """Turn the first signal into an event, so that no step is cut in two; the second one acts."""
     stop = Interrupt()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    # What is ignored stays so, as under nohup; but shells ignore Ctrl-C for jobs in the background.
+    # An ignored signal stays ignored, as under nohup. SIGINT is an exception: shells ignore it for
+    # every job in the background.
     for number in [n for n, handler in before.items() if handler is signal.SIG_IGN]:
         if number != signal.SIGINT:
             del before[number]

@@ -50,7 +50,7 @@ OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png",
 MAX_GRAD_NORM = 1.0
 ASIDE = {"out", "data", "eval_every", "eval_windows", "save_every", "device", "resume", "overwrite",
          "quiet", "model"}  # fmt: skip
-"""Fields of `TrainConfig` that decide no weight; the data does, but by its digest."""
+"""Fields of `TrainConfig` that decide no weight. The data does, but by its digest alone."""
 
 
 @documented
@@ -145,7 +145,7 @@ class TrainConfig:
 
     @property
     def command(self) -> str:
-        """The training command with the options of this run, but for where it writes."""
+        """The training command with the options of this run, except where it writes."""
         options = arguments_of(self, leave_out=ASIDE - {"data"})
         options += arguments_of(self.model, leave_out=set())
         return shlex.join(["python", "-m", "deepopt.hope.train", *options])
@@ -182,9 +182,9 @@ class TrainResult:
         val_bits_per_byte: the same in bits.
         parameters: number of the model's parameters.
         state_floats_per_parameter: the optimizer's state in units of a float32 per parameter.
-        model_cpu_seconds: mean over the steps of this process but its first, forward and backward
-            pass.
-        optimizer_cpu_seconds: likewise, the optimizer's step; both are NaN if there was no step.
+        model_cpu_seconds: of the forward and backward pass, the mean over this process's steps
+            except the first.
+        optimizer_cpu_seconds: the same of the optimizer's step; both are NaN if there was no step.
     """
 
     val_loss: float
@@ -212,10 +212,10 @@ def prepare(optimizers: Sequence[Continuum], factor: float) -> None:
 
 @contextmanager
 def clipped(optimizers: Sequence[Continuum], model: nn.Module) -> Iterator[Tensor]:
-    """For the update: inside, the gradients are those that are applied, clipped all together.
+    """A context for the update, in which gradients are those to be applied, clipped all together.
 
-    Where a chunk ends they are the chunk's, so what is clipped is what is applied. Step the wrapped
-    optimizers inside. The value is the norm before clipping.
+    At the end of a chunk they are the chunk's. Step the wrapped optimizers inside. The value is the
+    norm before clipping.
     """
     with ExitStack() as chunks:
         for optimizer in optimizers:
@@ -295,7 +295,7 @@ class Trainer:
             KeyboardInterrupt: it ended because of ``stop``.
             FloatingPointError: a loss, a gradient or a weight is not finite; the last checkpoint
                 with finite weights stays.
-            OSError: the disk did not take an output; the previous checkpoint stays.
+            OSError: an output could not be written; the previous checkpoint stays.
         """
         config = self.config
         config.out.mkdir(parents=True, exist_ok=True)

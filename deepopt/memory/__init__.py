@@ -47,10 +47,10 @@ class Memory(Protocol):
 
     All tensors carry a leading dimension B that stacks independent matrices of one shape, so that
     one call serves every parameter of that shape; row b of a result may depend on row b of the
-    arguments only. ``retention`` is the optimizer's ``betas[0]``, an argument because schedulers
-    change it. Hyper-parameters of the memory's own are attributes and are not checkpointed:
-    a frozen dataclass gives it the ``repr`` by which a checkpoint recognizes it. A memory that
-    looks at values of tensors on the host says so by a class attribute ``capturable = False``.
+    arguments only. ``retention`` is the optimizer's ``betas[0]``. It is an argument because
+    schedulers change it. The memory's own hyper-parameters are attributes. A checkpoint does not
+    hold them; it recognizes a memory by its ``repr``, which a frozen dataclass provides. A memory
+    that reads values of tensors on the host says so with a class attribute, ``capturable = False``.
     A method ``report(state)`` may return tensors by name, which ``optimizer.diagnostics`` averages.
     """
 
@@ -73,17 +73,18 @@ class Memory(Protocol):
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         """The momentum, shape (B, m, n), right after ``write`` of the same ``grad``.
 
-        Its direction is orthogonalized; its norm, if it is in the gradient's units as an average
-        of gradients is, sets the size of the step.
+        The step takes its direction, orthogonalized, and its size from the norm, which should have
+        the gradient's units, as an average of gradients has.
         """
         ...
 
 
 @runtime_checkable
 class OnePass(Protocol):
-    """A memory that writes and reads in one call, in place of two or beside them.
+    """A memory that writes and reads in one call.
 
-    It spares a pass over the matrices, or reads what only the write knows.
+    One call saves a pass over the matrices, or lets the read use what only the write knows. The
+    memory may have ``write`` and ``read`` as well.
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:

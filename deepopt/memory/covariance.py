@@ -17,9 +17,9 @@ LINEAR = Linear()
 class Covariance:
     r"""Momentum, read through powers of the gradient's Gram matrices.
 
-    The paper's Appendix B finds AdaGrad's full-matrix form as the optimal memory that maps
-    gradients to the root of their covariance, and reads H^{-1/2} M. Here the power is free, and
-    the covariance of the flattened gradient is replaced by those of its rows and columns:
+    Appendix B of the paper shows that full-matrix AdaGrad is the optimal memory that maps gradients
+    to the root of their covariance, and that it reads H^{-1/2} M. Here the power is free, and the
+    covariances of the gradient's rows and columns replace that of the flattened gradient:
 
     .. math::
         M_t &= \beta M_{t-1} + (1-\beta) G_t \\
@@ -28,27 +28,27 @@ class Covariance:
         \text{read} &= L_t^{-p}\, \hat M_t \quad (m \le n,\ \texttt{sides="short"}),
         \qquad L_t^{-p}\, \hat M_t\, R_t^{-p} \quad (\texttt{sides="both"})
 
-    with :math:`\hat M_t` the look-ahead of :class:`Linear`, whose norm the result keeps. The powers
-    are computed at the first write and every ``refresh`` writes after it, from eigenvalues damped
-    relative to the largest.
+    Here :math:`\hat M_t` is the look-ahead of :class:`Linear`, and the result is scaled to its
+    norm. The powers are computed at the first write and every ``refresh`` writes after it, from
+    eigenvalues damped relative to the largest.
 
     Args:
-        power: p > 0; None becomes 1/2 for one side and 1/4 for each of both, so that the powers
-            add up to the paper's (default: None).
+        power: p > 0; None means 1/2 on one side, or 1/4 on each of two, so that the powers add up
+            to the paper's 1/2 (default: None).
         sides: "short" uses the Gram matrix of the short side alone, "both" uses two
             (default: "short").
-        retention: rho, of the Gram matrices, in [0, 1) (default: 0.95).
+        retention: rho, the retention of the Gram matrices, in [0, 1) (default: 0.95).
         refresh: writes from one computation of the powers to the next, at least 1 (default: 10).
         damping: smallest eigenvalue that counts, relative to the largest (default: 1e-6).
 
     State: with r and R the short and the long side, 1 + 2r/R floats per parameter for the short
     side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both; 1 per matrix.
 
-    Cost: a symmetric product of r²R FLOPs per write, by ``deepopt.ops.gram_average``; a product of
-    2r²R per read, in the dtype of the state, because bfloat16 would round large directions of the
-    momentum by as much as its small ones have, and the power enlarges those; per refresh
-    ``deepopt.ops.inverse_power``, for one matrix on one CPU core 0.05 s at r = 512, 0.12 s at 768
-    and 3 s at 2048.
+    Cost: per write a symmetric product of r²R FLOPs, ``deepopt.ops.gram_average``; per read a
+    product of 2r²R in the dtype of the state. In bfloat16 the rounding of the momentum's large
+    directions would be as large as its small ones, which the power enlarges. A refresh calls
+    ``deepopt.ops.inverse_power``: on one CPU core 0.05 s for a matrix of r = 512, 0.12 s at 768 and
+    3 s at 2048.
 
     Raises:
         ValueError: an argument outside its range.
@@ -94,8 +94,8 @@ class Covariance:
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         LINEAR.write(state, grad, retention)
-        # Squares leave float32's range where entries do not: Gram matrices are kept relative to
-        # the running largest entry, which forgets as they do.
+        # The square of an entry can overflow where the entry does not. So Gram matrices are kept
+        # relative to the running largest entry, which fades as they do.
         tiny = torch.finfo(grad.dtype).tiny
         largest = torch.maximum(grad.amax((-2, -1)), -grad.amin((-2, -1)))  # abs() would copy
         scale = torch.maximum(state["scale"] * self.retention**0.5, largest)
@@ -121,7 +121,8 @@ class Covariance:
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = LINEAR.read(state, grad, retention)
         before = frobenius(momentum)
-        # A root enlarges: what is huge is made smaller first. Its norm is restored in any case.
+        # The root enlarges, so a huge momentum is scaled down first. Its norm is restored below
+        # anyway.
         unit = torch.where(before > 2.0**64, 2.0**-32, 1.0).to(grad.dtype)[:, None, None]
         for side in self._sides(grad):
             root = unit * state[f"root_{side}"]

@@ -20,29 +20,32 @@ class Delta:
         \quad a_t = 0.9\, a_{t-1} + 0.1\, \bar\sigma^2(G_t) \\
         M_t &= \beta M_{t-1} - \eta\, M_{t-1} K_t^\top K_t + (1-\beta)\, G_t
 
-    one step of inner learning on :math:`\frac{1-\beta}{2}\|M-G\|^2+\frac{\eta}{2}\|MK^\top\|^2`.
-    On a stationary stream its mean is
+    The write is one step of inner learning on
+    :math:`\frac{1-\beta}{2}\|M-G\|^2+\frac{\eta}{2}\|MK^\top\|^2`. On a stationary stream the mean
+    of M is
 
     .. math:: (1-\beta)\,\bar G\,\big[(1-\beta) I + \eta\, E\, K^\top K\big]^{-1},
 
-    a short horizon in the directions that gradients keep coming from, a long one elsewhere.
+    that is, a short horizon in the directions that gradients keep coming from, and a long one
+    elsewhere.
 
     :math:`\bar\sigma(G) = \|G\,G^\top G\,G^\top\|_F^{1/4}` bounds the largest singular value from
     above by at most a factor :math:`r^{1/8}` (1.8 for rank 100), so that
-    :math:`\|K_t\|_2 \le 1` always. A power iteration would be too low just after the gradient has
-    turned, and has no direction at a zero one. The Gram matrix of the bound is needed for the erase
-    term anyway. Near the end of a float's range, where no entry of M could be held, a gradient
-    counts as one of :math:`\bar\sigma` = 2e37.
+    :math:`\|K_t\|_2 \le 1` always. A power iteration would give too low an estimate just after the
+    gradient has turned, and none for a zero gradient. The erase term needs the Gram matrix of the
+    bound anyway. A gradient beyond :math:`\bar\sigma` = 2e37 counts as one of 2e37, because M could
+    not be held in float32 beyond it.
 
-    Read: Nesterov's look-ahead, what the memory would hold once the same gradient had come again,
+    Read: Nesterov's look-ahead, what the memory would hold after the same gradient had come again,
 
     .. math:: g\,\big(\beta (M_t - E_t) + (1-\beta)\, G_t\big), \qquad
         E_t = \eta\, M_{t-1} K_t^\top K_t, \quad g = 1 + \varepsilon_{t-1}/(1-\beta),
 
-    or :math:`g M_t`. The second write is taken to erase :math:`\beta` times what the first one did,
-    which spares its product and leaves the new gradient whole. :math:`\varepsilon` is the running
-    share of the momentum that a write erases: what is erased leaves the average too small, with the
-    retention :math:`\beta - \varepsilon`, and g makes it an average of gradients in size too.
+    or, without look-ahead, :math:`g M_t`. The second write is assumed to erase :math:`\beta` times
+    what the first one erased. This saves a product, and erases nothing of the new gradient.
+    :math:`\varepsilon` is the running share of the momentum that a write erases. M fades by
+    :math:`\beta - \varepsilon`, so that it is smaller than an average of gradients; g restores that
+    size.
 
     Args:
         rate: eta of the erase term, in [0, 1] (default: 0.3).

@@ -1,7 +1,7 @@
 """The paper's delta momentum: as printed, as derived, and solved implicitly (Eq 48, Eq 49).
 
-:class:`deepopt.memory.Delta` is another settlement of the same equations, made for an orthogonal
-read-out: its keys are normalized and its momentum is an average.
+:class:`deepopt.memory.Delta` settles the same equations in another way, for a read-out that is
+orthogonalized: its keys are normalized, and its momentum is an average.
 """
 
 from dataclasses import dataclass
@@ -28,32 +28,32 @@ class DeltaRule(Preconditioned):
         \texttt{derived:}\quad B_t &= B_{t-1}(\alpha I - \eta\, G_t^\top G_t) + P_t G_t \\
         \texttt{literal:}\quad B_t &= B_{t-1}(\alpha I - G_t^\top G_t) + P_t G_t
 
-    ``derived`` is a gradient step and the decay. It grows without bound where
-    :math:`\eta\|G\|_2^2 > 1+\alpha` stays true, and ``literal``, whose erase term the paper prints
-    without its rate, where :math:`\|G\|_2^2 > 1+\alpha` does. ``implicit`` is the proximal step
-    from :math:`\alpha B_{t-1}`: it contracts for every gradient, and for P = I
+    ``derived`` is a gradient step and the decay. It grows without bound while
+    :math:`\eta\|G\|_2^2 > 1+\alpha`. ``literal`` has the erase term as the paper prints it, without
+    its rate, and grows while :math:`\|G\|_2^2 > 1+\alpha`. ``implicit`` is the proximal step from
+    :math:`\alpha B_{t-1}`: it contracts for every gradient, and for P = I
 
     .. math:: \|B_t\|_2 \le \alpha \|B_{t-1}\|_2 + \frac{1}{2\sqrt\eta}
         \le \frac{1}{2\sqrt\eta\,(1-\alpha)}.
 
-    P stands to the left, so it may act before or after the factor on the right. It acts after it,
-    on :math:`G_t (I + \eta\,G_t^\top G_t)^{-1}`: this is what keeps the bound in floating point,
-    and for every P that keeps norms (with a factor :math:`\sqrt{\text{rank}}`).
+    P acts from the left, so it may be applied before or after the factor on the right. It is
+    applied after it, to :math:`G_t (I + \eta\,G_t^\top G_t)^{-1}`. This keeps the bound in floating
+    point, and for every P that keeps norms, up to a factor :math:`\sqrt{\text{rank}}`.
 
     A vector of n is a matrix of one column: :math:`G^\top G` is then the number
-    :math:`\|G\|^2`, "gradient-dependent weight decay" in the paper's words, and the momentum of a
-    steady gradient comes to :math:`P G / (1-\alpha+\eta\|G\|^2)` under all rules (1 in the place of
-    :math:`\eta` under ``literal``), if it comes to rest at all.
+    :math:`\|G\|^2`, "gradient-dependent weight decay" in the paper's words. If the momentum of a
+    steady gradient converges, it converges to :math:`P G / (1-\alpha+\eta\|G\|^2)` under all rules;
+    ``literal`` has 1 in the place of :math:`\eta`.
 
     Args:
         preconditioner: P (default: the identity).
-        rule: of the three above (default: "implicit").
+        rule: one of the three above (default: "implicit").
         rate: eta, at least 0; not used by ``literal`` (default: 1e-2).
 
     State: 1 float per parameter and the preconditioner's.
 
     Cost per m x n matrix, with r and R its short and its long side: 4 r²R FLOPs; ``implicit``
-    8 r²R + r³/3, two of the eight for the triangular systems, in float64 where the device has it.
+    8 r²R + r³/3, of which 2 r²R solve triangular systems, in float64 where the device has it.
     """
 
     rule: Rule = "implicit"

@@ -19,8 +19,8 @@ class Elementwise:
         m^* = \text{argmin}_m\ \sum_{i \le t} \|m \odot g_i - P\|^2
         + \|\sqrt\lambda \odot m\|^2 = \frac{P \odot S}{H + \lambda} \qquad\text{(Eq 102)}
 
-    A write keeps S and H, a read is m*, which is the step. The ridge is :math:`\lambda =
-    \varepsilon P`, since nothing else gives Adam's denominator:
+    A write updates S and H. A read returns m*, which is the step. The ridge is :math:`\lambda =
+    \varepsilon P`, because nothing else gives Adam's denominator:
 
     .. math::
         P = \sqrt H:\quad m^* = \frac{S}{\sqrt H + \varepsilon} \quad\text{(Eq 105)}, \qquad
@@ -37,16 +37,17 @@ class Elementwise:
     What the paper claims holds with these corrections:
 
     - It prints sums, :math:`S + \beta_1 g` and :math:`H + \beta_2 g^2`: nothing is forgotten, and
-      the betas only scale the step, by :math:`\beta_1/\beta_2` (Eq 104 prints :math:`\beta_2`
-      where its :math:`1/\beta_2` is due). It becomes Adam when both sums become bias-corrected
-      averages. Each is then that of a weighted Eq 101; the weights of S and H differ, so that no
-      single weighting of Eq 101 gives both.
-    - AdaGrad steps along the last gradient. A sum of all of them, :math:`\beta_1 = 1`, is not it.
+      the betas only scale the step, by :math:`\beta_1/\beta_2` (Eq 104 prints :math:`\beta_2` where
+      it should print :math:`1/\beta_2`). It becomes Adam when both sums become bias-corrected
+      averages. Each average belongs to a weighted form of Eq 101, but the weights of S and H
+      differ, so that no single weighting gives both.
+    - AdaGrad steps along the last gradient, not along the sum of all, which
+      :math:`\beta_1 = 1` gives.
     - With the section's :math:`g = -\nabla L` the step has to be added, not subtracted.
 
     Args:
         value: P, "root" for the root of H or "energy" for H itself (default: "root").
-        second_retention: of H, in [0, 1), with averages; None for sums (default: 0.999).
+        second_retention: retention of H, in [0, 1), for averages; None for sums (default: 0.999).
         eps: epsilon, at least 0 (default: 1e-8).
 
     State: 2 floats per parameter.
@@ -91,13 +92,13 @@ class Elementwise:
             second = second / (1 - self.second_retention**step)
         if self.value == "energy":
             return first / (1 + self.eps)
-        # Where all gradients were zero, so is the sum of them.
+        # Where all gradients were zero their sum is zero too, and the quotient must not be NaN.
         return first / (second.sqrt() + self.eps).clamp_min(torch.finfo(grad.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class OuterProduct:
-    r"""The same with the outer products of the flattened gradients: full-matrix AdaGrad.
+    r"""The same memory with outer products of the flattened gradients: full-matrix AdaGrad.
 
     .. math::
         H = \sum_i g_i g_i^\top, \quad P = H^{1/2}, \qquad
@@ -106,8 +107,8 @@ class OuterProduct:
 
     The paper prints :math:`\|m g_i - P\|^2`, whose shapes do not agree; m* minimizes
     :math:`\frac12 m^\top (H + \varepsilon P)\, m - m^\top P S`, which is Eq 101 without its
-    constant where H and P are diagonal. Retention as in :class:`Elementwise` with sums: 0 is
-    AdaGrad. ``deepopt.memory.Covariance`` is what can be afforded of it.
+    constant where H and P are diagonal. The retention is as in :class:`Elementwise` with sums: 0 is
+    AdaGrad. ``deepopt.memory.Covariance`` is the form that large matrices can afford.
 
     Args:
         eps: epsilon, at least 0 (default: 1e-8).
@@ -137,7 +138,7 @@ class OuterProduct:
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(state["second"])
-        # Rounding gives the zeros among them either sign; the gradients have no part there.
+        # Rounding gives zero eigenvalues either sign. No gradient has a part in their directions.
         info = torch.finfo(grad.dtype)
         noise = values[:, -1:].clamp_min(info.tiny) * values.shape[-1] * info.eps
         roots = values.clamp_min(0).sqrt() + self.eps

@@ -15,22 +15,23 @@ from deepopt.ops.norms import running_root
 
 LINEAR = Linear()
 EVIDENCE = 0.7
-"""Retention of the cosines: a change is seen within three steps of it."""
+"""Retention of the cosines, by which a change shows within three steps."""
 DOUBT = 0.01
-"""Cosines below this say nothing: where all are, no average foresees more than another."""
+"""Added to every cosine, so that averages count alike where none predicts the gradient."""
 HAND_MADE = ((-2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 1.0),)
-"""The closed form: the short average as soon as the long one foresees half as well."""
+"""A closed form: take the short average as soon as the long one predicts half as well."""
 PHI0: list[list[float]] = json.loads(Path(__file__).with_name("phi0.json").read_text())["phi"]
-"""What ``python -m deepopt.meta`` found for a further time scale of 0.7; the file says how."""
+"""What ``python -m deepopt.meta`` found for one further time scale, 0.7; the file says how."""
 
 
 @dataclass(frozen=True)
 class Horizons:
-    r"""Several linear memories, mixed by an MLP. It does not pay over the best one of them.
+    r"""Several linear memories, mixed by an MLP. It is no better than the best one of them.
 
-    This is the memory called "mlp". It is as good as ``"linear"`` on data that stay the same, and
-    better on streams with the same ``betas``, but not than ``"linear"`` with shorter ones
-    (``docs/results/mlp-memory.md``). The MLP sees how well each memory foresees the gradient.
+    This is the memory called "mlp". It is as good as ``"linear"`` on data that stay the same. On
+    streams it is better than ``"linear"`` with the same ``betas``, but not than ``"linear"`` with
+    shorter ones (``docs/results/mlp-memory.md``). The MLP sees how well each memory predicts the
+    gradient.
 
     The averages have the retentions :math:`\beta_1` (that of :meth:`write`) and :math:`\beta_k`
     for every further time scale, K in all. Before a gradient is written, each is compared with it:
@@ -49,16 +50,16 @@ class Horizons:
     :class:`Linear` with the bias of the first average. Whatever the MLP says, the read lies between
     the averages; a read-out of zeros gives :class:`Linear` exactly.
 
-    φ is in the state, one for every matrix, so that a run goes on with the one that it began with.
-    That of the package was found by ``python -m deepopt.meta``, with a retention of 0.9 beside 0.7.
+    The state of every matrix holds φ, so that a resumed run goes on with the one it began with. The
+    package's φ was found by ``python -m deepopt.meta``, with a retention of 0.9 beside 0.7.
 
     Args:
         time_scales: retentions of the averages besides the momentum's own, each in [0, 1)
             (default: (0.7,)).
         phi: the MLP, one row for every unit: the 2K + 2 weights of the features in the order above,
-            the bias, and the K - 1 weights of the outputs; an empty sequence is the linear memory,
-            ``HAND_MADE`` a closed form for one further time scale, None the package's, for one of
-            0.7 (default: None).
+            the bias, and the K - 1 weights of the outputs; an empty sequence gives the linear
+            memory, ``HAND_MADE`` a closed form for one further time scale, and None the package's
+            MLP for a time scale of 0.7 (default: None).
 
     State: K floats per parameter, 2 by default, and per matrix 2K and the MLP's, 20 by default.
 
@@ -110,7 +111,7 @@ class Horizons:
         unit = (grad / (size.clamp_min(tiny) * lift)[:, None, None]).flatten(1)
         products = torch.stack([torch.linalg.vecdot(unit, x.flatten(1)) for x in averages], 1)
         cosines = products / sizes.clamp_min(tiny) * lift[:, None]
-        cosines = cosines.clamp(-1.0, 1.0)  # norms beyond the range count as its largest number
+        cosines = cosines.clamp(-1.0, 1.0)  # norms that overflow count as the largest float
         state["foresight"] = state["foresight"].lerp(cosines, 1 - EVIDENCE)
         state["grad_size"] = running_root(state["grad_size"], size, 1 - retention)
         state["weights"] = mixing_weights(
@@ -148,7 +149,7 @@ class Horizons:
 
 
 def check_phi(phi: Sequence[Sequence[float]], needed: int, time_scales: Sequence[float]) -> None:
-    """Raise ValueError where a unit has not the numbers that the time scales need."""
+    """Raise ValueError if a unit has not as many numbers as the time scales need."""
     if any(len(unit) != needed for unit in phi):
         raise ValueError(
             f"Invalid phi: units of {[len(unit) for unit in phi]} numbers; "
@@ -162,9 +163,9 @@ def width(scales: int) -> int:
 
 
 def mixing_weights(phi: Tensor, features: Tensor) -> Tensor:
-    """What an MLP ``phi`` of (B, H, 3K + 2) makes of features (B, 2K + 2): shape (B, K - 1).
+    """The weights (B, K - 1) that an MLP ``phi`` (B, H, 3K + 2) gives for features (B, 2K + 2).
 
-    None is negative, and their sum is at most 1.
+    No weight is negative, and their sum is at most 1.
     """
     inputs = features.shape[1]
     drive = (phi[..., :inputs] @ features[..., None])[..., 0] + phi[..., inputs]

@@ -43,13 +43,13 @@ class MLP:
     off by default: single gradients are mostly noise, and a memory that is taught to predict them
     follows the noise.
 
-    All matrices start from the same φ₀: by default one with a read-out of zeros, which without
-    learning online is :class:`Linear`, at one more float per parameter for every further average.
-    What is learned online belongs to one matrix alone, because a parameter's step must not depend
-    on which others are stepped with it. The state holds both.
+    All matrices start from the same φ₀. The default has a read-out of zeros: without learning
+    online it is :class:`Linear`, at one more float per parameter for every further average. Each
+    matrix learns a φ of its own, because a parameter's step must not depend on which others are
+    stepped with it. The state holds φ and φ₀.
 
-    It does not pay: trained over whole runs, φ gains 0.004 nats on a byte model and loses 0.02 on a
-    ViT (``docs/results/mlp-memory.md``). The memory called "mlp" is :class:`Horizons`.
+    It is not worth its cost: trained over whole runs, φ gains 0.004 nats on a byte model and loses
+    0.02 on a ViT (``docs/results/mlp-memory.md``). The memory called "mlp" is :class:`Horizons`.
 
     Args:
         time_scales: retentions of the averages besides the momentum's own, in [0, 1)
@@ -74,7 +74,7 @@ class MLP:
     authority: float = 0.3
     inner_lr: float = 0.0
     inner_retention: float = 0.99
-    # Not in the name that a checkpoint has of its memory: the state has φ itself.
+    # Left out of the repr by which a checkpoint recognizes the memory: the state holds φ itself.
     phi: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class MLP:
         return ["momentum", *(f"average_{index}" for index, _ in enumerate(self.time_scales))]
 
     def _keys(self, state: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The averages, and what each is multiplied with to be a key, shape (B, F)."""
+        """The averages, and the factors (B, F) that make keys of them."""
         averages = [state[key] for key in self._averages]
         tiny = torch.finfo(averages[0].dtype).tiny
         sizes = torch.stack([root_mean_square(x) for x in averages], 1)
@@ -138,7 +138,7 @@ class MLP:
 
 
 def untrained_weights(features: int, units: int = 8) -> Tensor:
-    """A read-out of zeros behind units whose drive has a root mean square of about 1."""
+    """Units whose input has a root mean square of about 1, with a read-out of zeros."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     drawn = torch.randn(units, features, generator=generator, dtype=torch.float32, device="cpu")
     return torch.cat([drawn / features**0.5, torch.zeros_like(drawn[:, :1])], 1)

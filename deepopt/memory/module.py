@@ -21,7 +21,7 @@ GRANULARITIES = ("coordinate", "row")
 OBJECTIVES = ("l2", "dot", "literal")
 
 ENTRIES_AT_ONCE = 2**22
-"""Matrices are trained together up to this many entries, which bounds the scratch memory."""
+"""Upper bound on the entries that are trained together, which limits the scratch memory."""
 
 
 class TanhMLP(nn.Module):
@@ -61,7 +61,7 @@ class Module:
             - \eta\, \nabla_\theta L\big(m_{\theta_{t-1}};\, u\big) \\
         \text{read} &= -\,s_t\, m_{\theta_t}(u)
 
-    with the memory updated first and read at the same gradient, as printed. Forms:
+    The memory is updated first and read at the same gradient, as printed. It has two forms:
 
     - ``"row"``: m maps every row of u to a row, :math:`s_t` is the root mean square of
       :math:`G_t`. A row recalls what rows like it were taught, in this step and in those before.
@@ -84,8 +84,8 @@ class Module:
             decays to zero, and nothing is added to the module's output (default: "l2").
         inner_lr: η, of the inner learning; :math:`(1-\beta)/\eta` is the ridge that holds θ at θ₀
             (default: 1).
-        inner_steps: gradient steps of inner learning per gradient, the first with the retention
-            (default: 1).
+        inner_steps: gradient steps of inner learning per gradient; only the first applies the
+            retention (default: 1).
         feature_map: None, coefficients (c₁, c₃, c₅, ...) of an odd polynomial of the entries of u,
             or a callable of (B, m, n); the keys are what it returns (default: None).
         preconditioner: P of the "l2" objective, a callable of (B, m, n); None is the identity
@@ -208,7 +208,7 @@ class Module:
         return 1 + len(tuple(self._retentions(0.0))), 1
 
     def _retentions(self, retention: float | Tensor) -> Sequence[float | Tensor]:
-        """The retentions of the averages of the gradient that are kept."""
+        """The retentions of the averages that the state keeps."""
         averages = self.granularity == "coordinate" and not self._literal
         return (retention, *self.time_scales) if averages else ()
 
@@ -258,14 +258,14 @@ class Module:
 
 
 def _make(factory: Factory, inputs: int, outputs: int, device: torch.device) -> nn.Module:
-    """The module, the same at every call, checked."""
+    """Make the module, the same at every call, and check it."""
     meta, dtype = device.type == "meta", torch.get_default_dtype()
     with (
         torch.random.fork_rng(devices=[]),
         torch.device("meta" if meta else "cpu"),
         ExitStack() as at_end,
     ):
-        if dtype != torch.float32:  # random numbers of another dtype are others
+        if dtype != torch.float32:  # another dtype would draw other numbers
             torch.set_default_dtype(torch.float32)
             at_end.callback(torch.set_default_dtype, dtype)
         torch.default_generator.manual_seed(0)

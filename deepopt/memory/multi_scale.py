@@ -44,7 +44,7 @@ class MultiScale:
         slow_chunk: f, writes per chunk, at least 1 (default: 10).
         beta3: largest retention of the slow momentum per chunk, in [0, 1) (default: 0.99).
         alpha: weight of the slow momentum beside the fast one's 1 (default: 0.5).
-        ramp: writes until the weight is alpha; in the first chunk it is 0 in any case
+        ramp: writes until the weight reaches alpha; in the first chunk it is always 0
             (default: 500).
         gate: multiply the weight by the ratio above (default: False).
 
@@ -121,7 +121,7 @@ class MultiScale:
 
 
 class FastOfMultiScale(MultiScale):
-    """The same memory, which reads out its fast momentum alone, in the pass that writes both."""
+    """The same memory, but it reads the fast momentum alone, in the pass that writes both."""
 
     def write_and_read(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor

@@ -1,8 +1,8 @@
 """Preconditioners: the P of P g, which is written into a momentum in the gradient's place (Eq 47).
 
-The paper's P is a matrix of rows x rows: it acts from the left. No choice of it is given. The
-built-in ones are inverse roots of the running Gram matrix of the gradient's rows, L = E G Gᵀ, in
-the manner of the paper's Appendix B. They turn a gradient and keep its Frobenius norm, so that a
+In the paper P is a rows x rows matrix, which acts from the left; the paper gives no choice of it.
+The built-in ones are inverse roots of the running Gram matrix of the gradient's rows, L = E G Gᵀ,
+in the manner of the paper's Appendix B. They turn a gradient and keep its Frobenius norm, so that a
 learning rate that suits the plain gradient suits the preconditioned one.
 """
 
@@ -55,8 +55,8 @@ class Diagonal:
         P X = \frac{\|X\|_F}{\|D X\|_F} D X, \quad
         D = \text{diag}\big(\ell_t / \max_i \ell_{t,i} + 10^{-6}\big)^{-1/2}
 
-    A bias correction would be a factor common to all rows, and there is none. The rows of a vector
-    are its entries.
+    There is no bias correction: it would be a factor common to all rows, which cancels. The rows of
+    a vector are its entries.
 
     Args:
         retention: rho, in [0, 1) (default: 0.999).
@@ -84,15 +84,15 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class LeftGram:
-    r"""The whole of L: the covariance memory of the gradient's rows, read at one matrix.
+    r"""The whole of L, held by the covariance memory of the gradient's rows.
 
     .. math::
         L_t = \rho L_{t-1} + (1-\rho)\, G_t G_t^\top, \qquad
         P X = \frac{\|X\|_F}{\|L_t^{-1/2} X\|_F} L_t^{-1/2} X
 
-    with eigenvalues damped by 1e-6 of the largest, and the root computed anew every ten writes. A
-    matrix of more rows than columns has the :class:`Diagonal` of L: all of L would be larger than
-    the matrix itself.
+    Eigenvalues are damped by 1e-6 of the largest, and the root is computed anew every ten writes. A
+    matrix with more rows than columns gets the :class:`Diagonal` of L, because the whole of L would
+    be larger than the matrix.
 
     Args:
         retention: rho, in [0, 1) (default: 0.999).
@@ -100,7 +100,7 @@ class LeftGram:
     State: 2m/n floats per parameter of an m x n matrix with m <= n and 1 per matrix, else 1/n.
     """
 
-    capturable: ClassVar[bool] = False  # as Covariance's
+    capturable: ClassVar[bool] = False  # as in Covariance
 
     retention: float = 0.999
 
@@ -119,7 +119,7 @@ class LeftGram:
         if isinstance(kept, Diagonal):
             kept.write(state, grad)
             return
-        # With nothing retained of its momentum, the memory's momentum is the matrix at hand.
+        # At a retention of 0, the memory's momentum is the matrix that it is given.
         written = state | {"momentum": grad}
         kept.write(written, grad, 0.0)
         del written["momentum"]
@@ -162,13 +162,13 @@ def resolve(preconditioner: Any, retention: float, capturable: bool = False) -> 
 
     Args:
         preconditioner: one of ``BUILT_IN``, or a function of matrices (B, m, n).
-        retention: of its statistics.
-        capturable: it must not decide anything on the host (default: False).
+        retention: the retention of its statistics.
+        capturable: refuse one that decides anything on the host (default: False).
 
     Raises:
         ValueError: an unknown name.
         TypeError: something else that cannot be called.
-        RuntimeError: one that decides on the host, where that must not be.
+        RuntimeError: one that decides on the host, although ``capturable`` is set.
     """
     if isinstance(preconditioner, str) and preconditioner not in BUILT_IN:
         names = ", ".join(map(repr, BUILT_IN))

@@ -1,9 +1,9 @@
 """Train the MLP of a memory: ``python -m deepopt.meta --out runs/meta``.
 
-``log.jsonl`` in that folder has every generation, and a search that is interrupted goes on from
-it. At the end ``phi.json`` has the φ that was found, with what made it, its losses on tasks that
-the search has not seen, and ``progress.png`` the way there. Use it as
-``DeepMomentum(memory=Horizons(time_scales, phi))``, and what ``--memory mlp`` finds as
+``log.jsonl`` in that folder holds every generation, and an interrupted search goes on from it. At
+the end ``phi.json`` holds the φ that was found, what made it, and its losses on tasks that the
+search has not seen; ``progress.png`` shows the way there. Use the φ as
+``DeepMomentum(memory=Horizons(time_scales, phi))``; one found with ``--memory mlp`` as
 ``MLP(time_scales, phi=phi)``.
 """
 

@@ -20,14 +20,14 @@ from deepopt.meta.training import train
 BETAS = (0.5, 0.7, 0.9)
 RATES = (0.01, 0.03)
 LARGEST = 0.5
-"""What one task counts at most, in nats of the loss' logarithm, either way."""
+"""Bound on what one task counts, either way, in the logarithm of the loss."""
 VALIDATION = 1_000_000
 """The first seed of the tasks that evolution never sees."""
 SIGMA = 0.2
-"""Candidates start close to one another: further away the weights of :class:`Horizons` are clipped,
-mostly."""
+"""First spread of the candidates. It is small, because further away most weights of
+:class:`Horizons` are clipped."""
 INNER_LR = 0.1
-"""At which "mlp online" learns from every gradient."""
+"""The inner learning rate of "mlp online"."""
 Line = dict[str, Any]
 Scales = tuple[float, ...]
 
@@ -44,9 +44,9 @@ class Searched(NamedTuple):
     """A memory whose MLP can be searched for.
 
     Attributes:
-        memory: makes it, of further time scales and the rows of φ.
+        memory: makes it from further time scales and the rows of φ.
         start: where the search starts, for so many averages and units.
-        units: of the MLP, if nothing else is said.
+        units: the MLP's default number of units.
     """
 
     memory: Callable[[Scales, list[list[float]]], Memory]
@@ -92,7 +92,7 @@ class Log:
     """A file of JSON lines that a run adds to, and goes on from.
 
     Args:
-        path: of the file; what an interruption has torn off its last line is dropped.
+        path: the file. A last line that an interruption has torn is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,9 +125,9 @@ class Evolution:
         units: of the MLP; None for as many as the memory has by default.
         population: candidates of a generation, trained side by side.
         pool: tasks to draw from.
-        tasks: drawn for a generation, all candidates on the same ones.
+        tasks: tasks of a generation, the same for all candidates.
         steps: the range of the length of a run.
-        kinds: of the tasks to learn from; validation has all.
+        kinds: kinds of tasks to learn from; validation takes all.
         seed: of the search.
     """
 
@@ -181,7 +181,7 @@ class Evolution:
         return torch.tensor(search.mean, dtype=torch.float64).view_as(self.start())
 
     def _check(self, log: Log) -> None:
-        """Raise ValueError where the log is that of another search."""
+        """Raise ValueError if the log is that of another search."""
         own = json.loads(json.dumps({"is": "evolution", **dataclasses.asdict(self)}))
         if not log.lines:
             log.add(own)

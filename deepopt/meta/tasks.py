@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One training run, all but its optimizer.
+    """One training run, without its optimizer.
 
     Args:
         kind: "regression" and "classification" learn random networks, "language" a Markov chain

@@ -2,6 +2,7 @@
 
 import deepopt.hope.fused  # noqa: F401 - an operator that lies with its reference
 from deepopt._output import outlive_readers
+from deepopt._table import in_columns
 from deepopt.ops import operator as choice
 from deepopt.ops.operator import BACKENDS, OPERATORS, PREFERRED, why_not
 from deepopt.ops.products import multiplies_bfloat16
@@ -13,14 +14,12 @@ IN_BFLOAT16 = ("delta_write", "gram_average", "newton_schulz")
 
 def report() -> str:
     """The backends with their state, and for every operator the backend of each device."""
-    lines = ["backend    available"]
+    backends = [("backend", "available", "")]
     for name in BACKENDS:
-        state = "no" if why_not(name) else "yes"
-        note = why_not(name) or NOTES.get(name, "")
-        lines.append(f"{name:<10} {state:<10} {note}".rstrip())
-    width = max(map(len, OPERATORS))
+        reason = why_not(name)
+        backends.append((name, "no" if reason else "yes", reason or NOTES.get(name, "")))
     devices = list(PREFERRED)
-    lines += ["", "  ".join([f"{'operator':<{width}}", *(f"on {d:<9}" for d in devices)]).rstrip()]
+    operators = [("operator", *(f"on {device}" for device in devices))]
     for name, operator in sorted(OPERATORS.items()):
         used = []
         for device in devices:
@@ -28,7 +27,8 @@ def report() -> str:
             if choice._environment is not None:
                 there = [b for b in (*there, "compiled") if b == choice._environment]
             used.append(next((b for b in there if not why_not(b)), "reference"))
-        lines.append("  ".join([f"{name:<{width}}", *(f"{u:<12}" for u in used)]).rstrip())
+        operators.append((name, *used))
+    lines = [in_columns(backends), "", in_columns(operators)]
     if not why_not("cpu") and not multiplies_bfloat16():
         names = ", ".join(IN_BFLOAT16)
         lines += ["", f"on cpu, {names}: all but small matrices need AVX512-BF16, without AMX"]

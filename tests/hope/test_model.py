@@ -309,7 +309,7 @@ def test_recomputing_activations_changes_no_number() -> None:
 
 
 def test_the_printed_form_has_the_papers_parts() -> None:
-    """Eqs 83-91: one static projection, vectors for eta, erased by eta, pulled to zero."""
+    """Eq 83 to Eq 91: one static projection, vectors for eta, erased by eta, pulled to zero."""
     config = HopeConfig.paper(dim=8, heads=2)
     assert (config.update, config.objective, config.retention) == ("dgd", "l2", "zero")
     assert (config.max_erase, config.per_channel, config.momentum) == (None, True, False)

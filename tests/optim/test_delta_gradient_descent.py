@@ -146,7 +146,7 @@ def test_the_printed_rule_diverges_on_long_inputs():
 
 @pytest.mark.parametrize(("alpha", "lr"), [(1.0, 0.2), (0.9, 0.4)])
 def test_with_a_decay_it_is_the_linear_memory_of_hope(alpha, lr):
-    """Eqs 88 and 93: a key is erased and regressed on, Mk -> (alpha - 2 eta) Mk + eta v."""
+    """Eq 88, Eq 93: a key is erased and regressed on, Mk -> (alpha - 2 eta) Mk + eta v."""
     module, value = layer(), torch.randn(1, 3, dtype=torch.float64)
     key = F.normalize(torch.randn(1, 5, dtype=torch.float64))
     before, eta = module.weight.detach().clone(), lr / (1 + lr)

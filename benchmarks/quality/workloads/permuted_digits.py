@@ -1,4 +1,4 @@
-"""W6: digits whose pixels change their places after every pass, which nothing announces.
+"""W6: digits whose pixels change their places after every pass, without announcement.
 
 Rates fall to zero over a run, as in every workload, and the last tasks with them: their loss tells
 optimizers apart, and is no measure of how much of the ability to learn a run has used up.

@@ -68,7 +68,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def metrics(model: nn.Module) -> dict[str, float]:
-    """What each expected loss exceeds its optimum by, in units of that of the zero matrix."""
+    """By how much each expected loss exceeds its optimum, in units of the zero matrix's."""
     sought = problem()
 
     def excess(weight: Tensor, bias: Tensor) -> float:

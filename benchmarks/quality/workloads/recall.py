@@ -22,8 +22,8 @@ PAIRS = (4, 8, 16, 32)
 class Embedding(nn.Module):
     """The token and, by a convolution, the one before it: a value is stored beside its key.
 
-    Without it one attention layer has to find this out before another one can recall, for which no
-    run of a minute is long enough.
+    Without it one attention layer must learn this before another one can recall, and a run of a
+    minute is too short for that.
     """
 
     def __init__(self) -> None:

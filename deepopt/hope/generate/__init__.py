@@ -20,7 +20,7 @@ from deepopt.hope.model import Hope
 from deepopt.hope.state import HopeState
 
 ENDED = -1
-"""Stands where a text has ended and others of its batch go on; it is no token."""
+"""Takes the place of tokens after the end of a text, while others of its batch go on."""
 
 
 def generate(model: Hope, prompt: Tensor, length: int, **options: Any) -> Tensor:
@@ -33,8 +33,8 @@ def generate(model: Hope, prompt: Tensor, length: int, **options: Any) -> Tensor
         **options: those of `stream`.
 
     Returns:
-        (batch, tokens + added). Fewer than `length` are added where every text has ended before;
-        after the end of a text stands `ENDED`, -1.
+        (batch, tokens + added). Fewer than `length` are added if all texts end earlier. After the
+        end of a text follows `ENDED`, -1.
 
     Raises:
         ValueError, TypeError, FloatingPointError: as `stream` does.
@@ -53,7 +53,7 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
         **options: those of `stream` but `mask`.
 
     Yields:
-        whole characters, whose join is the continuation; bytes that are no UTF-8 become U+FFFD.
+        whole characters; joined, they are the continuation. Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
         ValueError, TypeError, FloatingPointError: as `stream` does, and for another vocabulary.
@@ -106,10 +106,10 @@ def stream(
         length: number of tokens to add, at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens alone; None for all.
-        top_p: draw among the likeliest tokens that together have this probability, at temperature
-            and among the k; None for all.
-        stop: tokens that end a text where they follow one another in what is added, such as
-            b"\\n\\n"; they belong to it. None for texts of `length` tokens.
+        top_p: draw among the likeliest tokens that together have this probability, after
+            temperature and top_k; None for all.
+        stop: a sequence of tokens, such as b"\\n\\n", that ends a text once it has been added, and
+            stays in it; None for texts of `length` tokens.
         generator: source of randomness, on the model's device; None for torch's global one.
         mask: (batch, tokens) bool, False where a prompt is padded, on its left; None for prompts of
             one length.
@@ -181,7 +181,7 @@ def _draw(
 
 
 def _check_model(model: Any) -> None:
-    """Raise TypeError for what is no model; one in a wrapper has its configuration."""
+    """Raise TypeError for anything but a model. It may be wrapped, if it has a configuration."""
     config = getattr(model, "config", None)
     if not callable(model) or not isinstance(getattr(config, "vocab_size", None), Integral):
         raise TypeError(
