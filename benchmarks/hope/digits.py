@@ -39,14 +39,22 @@ def texts(part: datasets.Part, classes: range) -> Batch:
     return Batch(text, targets)
 
 
+def levels_and_head(model: nn.Module) -> set[nn.Parameter]:
+    return online.level_parameters(model) | set(model.head.parameters())
+
+
 @dataclass(frozen=True)
 class Digits(Task):
-    """Six digits are trained as all tasks are; the others are seen once, two by two."""
+    """Six digits are trained as all tasks are; the others are seen once, two by two.
+
+    They come `seen` images at a time.
+    """
 
     steps: int = 200
     tokens: int = 65
     batch: int = 32
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    seen: int = 4
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     sizes: HopeConfig = SIZES
     metric: str = "known"
     goals: tuple[Goal, ...] = (online.SAVED,)
@@ -63,11 +71,12 @@ class Digits(Task):
     def about(self) -> str:
         return (
             "scikit-learn's digits as texts of 64 pixels. Six digits are trained; then 6 and 7, "
-            f"then 8 and 9 are seen once, in batches of {self.batch}, each predicted before it is "
+            f"then 8 and 9 are seen once, in batches of {self.seen}, each predicted before it is "
             "learned from. *Known*: share of right answers among the six before; *later*: among "
             "the four after; *forgotten*: what the six have lost then. *Levels* and *all weights* "
-            "are as in the task continual. Each way of learning has the rate, out of "
-            f"{', '.join(f'{lr:g}' for lr in self.rates)}, that predicts the later digits best "
+            "are as in the task continual, but that the head learns with the levels: before a "
+            "digit is seen, its row there is that of any other token. Each way has the rate, out "
+            f"of {', '.join(f'{lr:g}' for lr in self.rates)}, that predicts the later digits best "
             "while they come."
         )
 
@@ -80,7 +89,7 @@ class Digits(Task):
         before = self._right(model, KNOWN)
         found = {"known": before}
         ways = {
-            "levels": (online.level_parameters, online.deep_momentum),
+            "levels": (levels_and_head, online.deep_momentum),
             "all_weights": (online.all_parameters, online.adamw),
         }
         for name, (chosen, optimizer) in ways.items():
@@ -93,12 +102,12 @@ class Digits(Task):
 
     @property
     def batches(self) -> str:
-        return f"{self.batch} x {self.tokens}, rates {self.rates}"
+        return f"{self.batch} x {self.tokens}, then {self.seen} x {self.tokens}, rates {self.rates}"
 
     def _stream(self) -> Iterator[Batch]:
         for classes in LATER:
             whole = texts(datasets.digits().train, classes)
-            for parts in zip(*(x.split(self.batch) for x in whole), strict=True):
+            for parts in zip(*(x.split(self.seen) for x in whole), strict=True):
                 yield Batch(*parts)
 
     def _learn(
@@ -108,7 +117,7 @@ class Digits(Task):
         optimizer: online.MakeOptimizer,
     ) -> Learned:
         with adaptation(model):
-            stepped = online.optimizer_of(model, chosen(model), optimizer, self.batch * self.tokens)
+            stepped = online.optimizer_of(model, chosen(model), optimizer, self.seen * self.tokens)
             answers = []
             for batch in self._stream():
                 logits = model(batch.tokens).logits[:, -1]

@@ -423,7 +423,7 @@ def test_later_digits_come_two_by_two_and_are_learned(monkeypatch):
     part = datasets.Part(images, torch.arange(10).repeat_interleave(12))
     monkeypatch.setattr(datasets, "digits", lambda: datasets.Dataset(part, part, ""))
     sizes = dataclasses.replace(TINY, layers=2, vocab_size=28)
-    task = digits.Digits(batch=6, rates=(0.0, 1e-2), sizes=sizes)
+    task = digits.Digits(seen=6, rates=(0.0, 1e-2), sizes=sizes)
     assert not task.unavailable
     shown = [sorted(set((b.targets[:, -1] - digits.ASK - 1).tolist())) for b in task._stream()]
     assert shown == [[6]] * 2 + [[7]] * 2 + [[8]] * 2 + [[9]] * 2
@@ -433,6 +433,7 @@ def test_later_digits_come_two_by_two_and_are_learned(monkeypatch):
     found = task.metrics(model)
     assert found["rate_all_weights"] == 1e-2
     assert found["later_all_weights"] > 0
+    assert found["later_levels"] > 0  # with a frozen head, no digit could be told from another
     assert found["known"] == 0  # its head is zero
     assert found["forgotten_all_weights"] <= 0
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
