@@ -34,13 +34,16 @@ class CausalConv(nn.Module):
     def forward(
         self, x: Tensor, tail: Tensor, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        padded = torch.cat([tail, x], -1)
-        if x.shape[-1] == 1:  # a call of the convolution costs as much as a layer's memories
-            out = (padded * self.weight[:, 0]).sum(-1, keepdim=True)
-        else:
-            out = F.conv1d(padded, self.weight, groups=x.shape[1])
+        padded, tokens = torch.cat([tail, x], -1), x.shape[-1]
+        weight = self.weight[:, 0].to(padded.dtype)
+        if tokens == 1:
+            out = (padded * weight).sum(-1, keepdim=True)
+        else:  # as fast as torch's convolution, which inductor compiles for one length alone
+            out = padded[..., :tokens] * weight[:, :1]
+            for i in range(1, weight.shape[1]):
+                out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])
         if lengths is None:
-            return out, padded[..., x.shape[-1] :]
+            return out, padded[..., tokens:]
         width = tail.shape[-1]
         ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
         return out, torch.stack(ends)
