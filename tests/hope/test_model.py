@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -211,6 +212,11 @@ def test_tokens_outside_of_the_vocabulary_are_named(token: int) -> None:
         model(tokens, wrong)
 
 
+PRINTED: dict[str, Any] = {
+    field.name: getattr(HopeConfig.paper(), field.name)
+    for field in dataclasses.fields(HopeConfig)
+    if getattr(HopeConfig.paper(), field.name) != getattr(HopeConfig(), field.name)
+}
 OPTIONS: list[dict[str, Any]] = [
     {}, {"update": "dgd"}, {"update": "gd"}, {"objective": "dot"}, {"memory_hidden": 0},
     {"memory_hidden": 9}, {"momentum": True}, {"retention": "zero"}, {"per_channel": True},
@@ -219,6 +225,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"cms_variant": "nested"}, {"cms_variant": "independent"}, {"cms_expansion": 0.7},
     {"mixer": "attention"}, {"mixer": "attention", "cms_variant": "nested"},
     {"mixer": "attention", "cms_variant": "independent", "recompute": True},
+    {"turns": False}, PRINTED,
 ]  # fmt: skip
 
 
