@@ -20,6 +20,8 @@ def corpus() -> Corpus:
 
 SIZES = HopeConfig()
 BITS = "bits_per_byte"
+FROZEN = "memories frozen"
+"""The changed part of Hope that a goal is held against, with as many seeds as Hope itself."""
 GOALS = (
     Goal(
         "bits per byte / gated DeltaNet's",
@@ -29,7 +31,7 @@ GOALS = (
     ),
     Goal(
         "bits per byte that learning memories are worth",
-        lambda mean: mean("Hope, memories frozen", BITS) - mean("Hope", BITS),
+        lambda mean: mean(f"Hope, {FROZEN}", BITS) - mean("Hope", BITS),
         0.15,
     ),
     Goal(

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.hope.bytes import FROZEN
 from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import MODELS, RATES, Plan
 from benchmarks.hope.report import cell, report
@@ -124,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
         if "ablations" in arguments.parts:
             changed = arguments.ablations
             complete([plan.hope(t, part, results.lines) for t in tasks for part in changed])
+            if FROZEN in changed and "bytes" in tasks:
+                complete(plan.repeats(plan.hope("bytes", FROZEN, results.lines)))
         if "optimizers" in arguments.parts:
             complete(plan.optimizers())
     if not results.lines:

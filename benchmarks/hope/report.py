@@ -48,8 +48,8 @@ def mean(plan: Plan, task: str, lines: Lines, model: str, metric: str) -> float:
     if model in plan.compared:
         found = seeds_of(plan, task, model, lines)
     else:
-        run = plan.hope(task, model.removeprefix("Hope, "), lines)
-        found = [lines[run]] if run in lines else []
+        runs = plan.repeats(plan.hope(task, model.removeprefix("Hope, "), lines))
+        found = [lines[run] for run in runs if run in lines]
     return statistics.fmean(value(line, metric) for line in found) if found else math.nan
 
 

@@ -136,6 +136,7 @@ def test_goals_best_rates_means_and_ranges_are_computed_from_the_lines():
         ("gated DeltaNet", 4e-3, 1): (2.2, 2.0, 2.0),
         ("gated DeltaNet", 2e-3, 0): (2.1, 2.0, 2.0),
         ("Hope, memories frozen", 2e-3, 0): (1.95, 1.9, 1.9),
+        ("Hope, memories frozen", 2e-3, 1): (1.93, 1.9, 1.9),
     }
     known = {}
     for (model, lr, seed), found in values.items():
@@ -157,7 +158,7 @@ def test_goals_best_rates_means_and_ranges_are_computed_from_the_lines():
     assert (
         f"| bytes | bits per byte / gated DeltaNet's | {1.75 / 2.1:.4f} | <= 0.99 | met |" in page
     )
-    assert "learning memories are worth | 0.2000 | >= 0.15 | met |" in page
+    assert "learning memories are worth | 0.1900 | >= 0.15 | met |" in page
     assert "carried on less resets | -0.1000 | <= 0 | met |" in page
     assert "| recall | accuracy | not run | >= 0.99 | not run |" in page
     assert "| memories frozen | 1,000 | 1.9500 | not run |" in page
