@@ -40,7 +40,7 @@ def texts(part: datasets.Part, classes: range) -> Batch:
 
 
 def levels_and_head(model: nn.Module) -> set[nn.Parameter]:
-    return online.level_parameters(model) | set(model.head.parameters())
+    return online.level_parameters(model) | set(model.get_submodule("head").parameters())
 
 
 @dataclass(frozen=True)
