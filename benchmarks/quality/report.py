@@ -53,7 +53,8 @@ def page(
         "95 % intervals.",
         f"Python {any_line['python']}, torch {any_line['torch']}.",
         "## Goals",
-        "Of DeepMomentum as it is by default. A goal is not run while a workload of it is missing.",
+        "They are for DeepMomentum as it is by default. A goal is not run while a workload of it "
+        "is missing.",
         markdown(goals(tuned, rates, swaps, lines)),
     ]
     if swaps:

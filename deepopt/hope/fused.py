@@ -233,8 +233,8 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
     Returns:
         the outputs o_t, then w2, w1, anchor_w2 and anchor_w1 of the generating memories after the
         last token, the same of the memory that answers, and the weights of all five at the start
-        of every segment, one after the other, (batch, heads, segments 2 d (4 h + m) or 0): of each
-        all W2 and then all W1.
+        of every segment, one after the other, (batch, heads, segments 2 d (4 h + m) or 0). In a
+        segment all W2 come first, then all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h = m: 70, and 191 for the
     gradient, as `FLOPS` counts them.

@@ -182,8 +182,8 @@ class TrainResult:
         val_bits_per_byte: the same in bits.
         parameters: number of the model's parameters.
         state_floats_per_parameter: the optimizer's state in units of a float32 per parameter.
-        model_cpu_seconds: of the forward and backward pass, the mean over this process's steps
-            except the first.
+        model_cpu_seconds: mean of the forward and backward pass over this process's steps except
+            the first.
         optimizer_cpu_seconds: the same of the optimizer's step; both are NaN if there was no step.
     """
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from deepopt._arguments import check_types, typed
 from deepopt.optim.base import undisturbed
 from deepopt.optim.continuum import Continuum
-from deepopt.optim.engine.buckets import overlaps_itself
+from deepopt.optim.engine.buckets import overlap, overlaps_itself
 
 MOTION = "motion"
 """The memory in a parameter's state."""
@@ -135,9 +135,9 @@ class Motion:
         self._check_memories()
 
     def _check_memories(self) -> None:
-        """Raise RuntimeError for a memory that does not fit its parameter, before any moves.
+        """Raise RuntimeError before any parameter moves.
 
-        Or for a parameter that has one and cannot be written to.
+        It names a memory that does not fit its parameter, or a parameter that cannot be written to.
         """
         for group in self.optimizer.param_groups:
             for number, param in enumerate(group["params"]):
@@ -157,10 +157,7 @@ class Motion:
                     )
                 if MOTION in state and overlaps_itself(param):
                     raise RuntimeError(
-                        f"parameter {_name(group, number)} cannot be moved: its strides "
-                        f"{param.stride()} put several entries in one place, as expand does; give "
-                        "it memory of its own: "
-                        "param.data = param.data.clone(memory_format=torch.contiguous_format)"
+                        f"parameter {_name(group, number)} cannot be moved: {overlap(param)}"
                     )
 
     def _steps_ahead(self, group: dict[str, Any]) -> float:

@@ -201,11 +201,7 @@ def check_gradients(
         _refuse_gradients(group, grads)
     for number in filter(there.__getitem__, found.self_overlapping):
         param = group["params"][number]
-        raise RuntimeError(
-            f"{_named(group, param)} cannot be written to: its strides {param.stride()} put "
-            "several entries in one place, as expand and as_strided do; give it memory of its own: "
-            "param.data = param.data.clone(memory_format=torch.contiguous_format)"
-        )
+        raise RuntimeError(f"{_named(group, param)} cannot be written to: {overlap(param)}")
 
 
 def _refuse_gradients(group: Group, grads: Sequence[Tensor | None]) -> None:
@@ -383,6 +379,15 @@ def overlaps_itself(param: Tensor) -> bool:
             return True
         reach += (size - 1) * stride
     return False
+
+
+def overlap(param: Tensor) -> str:
+    """What is wrong with a parameter that overlaps itself, and the remedy."""
+    return (
+        f"its strides {param.stride()} put several entries in one place, as expand and as_strided "
+        "do; give it memory of its own: "
+        "param.data = param.data.clone(memory_format=torch.contiguous_format)"
+    )
 
 
 # -- state ---------------------------------------------------------------------------------------
