@@ -120,6 +120,13 @@ KERNELS: tuple[Kernel, ...] = (
         one(24),
     ),
     Kernel(
+        "horizons_write of 2",
+        lambda t: ops.horizons_write(
+            [t["m"], t["v"]], t["g"], t["pairs"], t["one"], t["phi"], t["step"], [0.9, 0.7]
+        ),
+        lambda b, m, n: [Phase("measure", b * m * n * 12.0), Phase("write", b * m * n * 24.0)],
+    ),
+    Kernel(
         "coordinate_mlp",
         lambda t: ops.coordinate_mlp(t["m"], t["one"], [t["m"], t["g"]], t["pairs"], t["weights"]),
         one(16, work.coordinate_mlp_flops(2, work.TANH_OPERATIONS)),
@@ -172,6 +179,7 @@ def inputs(shape: tuple[int, int, int], device: torch.device, seed: int) -> dict
     found["two"] = drawn(2, b)
     found["rows"] = torch.ones(b, m, device=device)
     found["pairs"], found["weights"] = drawn(b, 2).abs(), drawn(b, work.HIDDEN, 3)
+    found["phi"] = drawn(b, 2, 8)
     found["host"] = torch.tensor(7.0)
     return found
 

@@ -15,7 +15,7 @@ from torch import nn
 import deepopt
 from benchmarks.streams.tasks import TASKS, Task
 from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
-from deepopt.memory import Covariance, Horizons, Memory
+from deepopt.memory import AnyMemory, Covariance, Horizons
 from deepopt.memory.horizons import HAND_MADE
 
 WARMUP_SHARE = 16
@@ -26,7 +26,7 @@ REST_BETA = 0.9
 AFTER = 10
 """Steps that count as those right after a switch."""
 
-MEMORIES: dict[str, Memory | str] = {
+MEMORIES: dict[str, AnyMemory | str] = {
     "linear": "linear",
     "covariance": Covariance(power=0.4),
     "delta": "delta",
@@ -37,7 +37,7 @@ FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
 """What ``python -m deepopt.meta`` found, in folders by the retention of the short average."""
 
 
-def memory(name: str) -> Memory | str:
+def memory(name: str) -> AnyMemory | str:
     if not name.startswith("trained "):
         return MEMORIES[name]
     found = json.loads((FOUND / name.removeprefix("trained ") / "phi.json").read_text())

@@ -12,4 +12,7 @@ Tensor combine(std::vector<Tensor> tensors, Tensor coefficients);
 void combine_into(const Tensor& result, const std::vector<Tensor>& tensors,
                   const Tensor& coefficients);
 
+// The three products of two rows of entries, summed up in double: x x, x y and y y.
+void products(const float* x, const float* y, int64_t count, double* sums);
+
 }  // namespace deepopt

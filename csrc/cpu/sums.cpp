@@ -43,7 +43,9 @@ DEEPOPT_CLONES double squares(const float* x, int64_t count) {
   return total(sums, rest);
 }
 
-// The three products of two rows: x x, with the bits of squares(x), then x y and y y.
+}  // namespace
+
+// With the bits of squares(x) in the first of the sums.
 DEEPOPT_CLONES void products(const float* x, const float* y, int64_t count, double* out) {
   Lanes xx[4] = {}, xy[4] = {}, yy[4] = {};
   int64_t i = 0;
@@ -67,6 +69,8 @@ DEEPOPT_CLONES void products(const float* x, const float* y, int64_t count, doub
   out[1] = total(xy, rest[1]);
   out[2] = total(yy, rest[2]);
 }
+
+namespace {
 
 constexpr int64_t kColumns = 512;  // columns whose sums stay in the nearest cache
 constexpr int64_t kDeep = 8;       // entries of each column that are added in registers

@@ -2,6 +2,7 @@
 // unless a kind says otherwise.
 #pragma once
 #include "../rules/coordinate_mlp.h"
+#include "../rules/horizons.h"
 #include "../rules/multi_scale.h"
 #include "../rules/scale_update.h"
 #include "tables.h"
@@ -47,6 +48,9 @@ void row_products(float* result, const float* x, const float* y, bool two, bool 
 void scale_update(const ScaleUpdate& rule, void* stream);
 
 void multi_scale_write(const MultiScale& rule, void* stream);
+
+// partial: batch x parts_of(entries, kSummed) x sums of the rule; shares: batch.
+void horizons_write(const Horizons& rule, double* partial, Horizons::Shares* shares, void* stream);
 
 constexpr int kMlpEntries = 1024;  // of a block: four for each thread
 

@@ -1,6 +1,7 @@
-// deepopt::combine, frobenius, row_products, scale_update, multi_scale_write, coordinate_mlp and
-// its gradient on CUDA.
+// deepopt::combine, frobenius, row_products, scale_update, multi_scale_write, horizons_write,
+// coordinate_mlp and its gradient on CUDA.
 #include "../common/coordinate_mlp_arguments.h"
+#include "../common/horizons_arguments.h"
 #include "../common/matrix_arguments.h"
 #include "../common/multi_scale_arguments.h"
 #include "../common/scale_update_arguments.h"
@@ -89,6 +90,24 @@ std::tuple<Tensor, Tensor, Tensor> on_multi_scale_write(Tensor momentum, Tensor 
   return given.results();
 }
 
+std::vector<Tensor> on_horizons_write(std::vector<Tensor> averages, Tensor grad, Tensor foresight,
+                                      Tensor grad_size, Tensor phi, Tensor step,
+                                      std::vector<double> retentions) {
+  const Device device(grad);
+  const HorizonsArguments given(averages, grad, foresight, grad_size, phi, step, retentions);
+  const Horizons& rule = given.rule;
+  const int64_t parts = rule.batch * parts_of(rule.entries, kSummed);
+  const Tensor partial =
+      torch::stable::new_empty(grad, {parts * rule.sums()}, ScalarType::Double);
+  constexpr int64_t kFloats = sizeof(Horizons::Shares) / sizeof(float);
+  const Tensor shares = torch::stable::new_empty(grad, {rule.batch * kFloats}, ScalarType::Float);
+  horizons_write(rule, partial.mutable_data_ptr<double>(),
+                 reinterpret_cast<Horizons::Shares*>(shares.mutable_data_ptr<float>()),
+                 device.stream());
+  device.check_launch();
+  return given.results();
+}
+
 Tensor on_coordinate_mlp(Tensor base, Tensor reach, std::vector<Tensor> features, Tensor scales,
                          Tensor weights) {
   const Device device(base);
@@ -126,6 +145,7 @@ DEEPOPT_CUDA_LIBRARY {
          &deepopt::boxed<&deepopt::cuda::on_scale_update, std::vector<torch::stable::Tensor>,
                          deepopt::ScaleArguments>);
   m.impl("multi_scale_write", TORCH_BOX(&deepopt::cuda::on_multi_scale_write));
+  m.impl("horizons_write", TORCH_BOX(&deepopt::cuda::on_horizons_write));
   m.impl("coordinate_mlp", TORCH_BOX(&deepopt::cuda::on_coordinate_mlp));
   m.impl("coordinate_mlp_gradient", TORCH_BOX(&deepopt::cuda::on_coordinate_mlp_gradient));
 }

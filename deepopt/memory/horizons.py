@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from deepopt._arguments import check_fields
-from deepopt.memory.linear import Linear
-from deepopt.ops import combine, frobenius
-from deepopt.ops.norms import running_root
+from deepopt.ops import horizons_write
 
-LINEAR = Linear()
-EVIDENCE = 0.7
-"""Retention of the cosines, by which a change shows within three steps."""
-DOUBT = 0.01
-"""Added to every cosine, so that averages count alike where none predicts the gradient."""
 HAND_MADE = ((-2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 1.0),)
 """A closed form: take the short average as soon as the long one predicts half as well."""
 PHI0: list[list[float]] = json.loads(Path(__file__).with_name("phi0.json").read_text())["phi"]
@@ -33,7 +26,7 @@ class Horizons:
     shorter ones (``docs/results/mlp-memory.md``). The MLP sees how well each memory predicts the
     gradient.
 
-    The averages have the retentions :math:`\beta_1` (that of :meth:`write`) and :math:`\beta_k`
+    The averages have the retentions :math:`\beta_1` (that of the write) and :math:`\beta_k`
     for every further time scale, K in all. Before a gradient is written, each is compared with it:
 
     .. math::
@@ -101,43 +94,20 @@ class Horizons:
             "weights": like.new_zeros(len(like), scales - 1),
         }
 
-    def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
-        averages = [state[key] for key in self._averages]
-        tiny = torch.finfo(grad.dtype).tiny
-        size = frobenius(grad)
-        sizes = torch.stack([frobenius(average) for average in averages], 1)
-        # Products with huge averages would leave the range before they are divided by the sizes.
-        lift = torch.where(sizes.amax(1) > 2.0**64, 2.0**32, 1.0).to(grad.dtype)
-        unit = (grad / (size.clamp_min(tiny) * lift)[:, None, None]).flatten(1)
-        products = torch.stack([torch.linalg.vecdot(unit, x.flatten(1)) for x in averages], 1)
-        cosines = products / sizes.clamp_min(tiny) * lift[:, None]
-        cosines = cosines.clamp(-1.0, 1.0)  # norms that overflow count as the largest float
-        state["foresight"] = state["foresight"].lerp(cosines, 1 - EVIDENCE)
-        state["grad_size"] = running_root(state["grad_size"], size, 1 - retention)
-        state["weights"] = mixing_weights(
-            state["phi"], self._features(state, sizes / state["grad_size"].clamp_min(tiny)[:, None])
+    def write_and_read(
+        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+    ) -> Tensor:
+        *averages, state["foresight"], state["grad_size"], state["weights"], read = horizons_write(
+            [state[key] for key in self._averages],
+            grad,
+            state["foresight"],
+            state["grad_size"],
+            state["phi"],
+            state["step"].to(grad, non_blocking=True),
+            [retention, *self.time_scales],
         )
-        for key, kept in zip(self._averages, (retention, *self.time_scales), strict=True):
-            state[key] = state[key].lerp(grad, 1 - kept)
-
-    def _features(self, state: dict[str, Tensor], sizes: Tensor) -> Tensor:
-        """What the MLP sees, shape (B, 2K + 2)."""
-        foresight = state["foresight"]
-        best = foresight.amax(1, keepdim=True)
-        trust = (foresight.clamp_min(0) + DOUBT) / (best.clamp_min(0) + DOUBT)
-        step = state["step"].to(sizes, non_blocking=True)
-        return torch.cat([trust, best, sizes, step.log10()[:, None] / 3], 1)
-
-    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
-        own = LINEAR.read(state, grad, retention)
-        step, weights = state["step"].to(grad, non_blocking=True), state["weights"]
-        shares = [1 - weights.sum(1), torch.zeros_like(step)]
-        for index, kept in enumerate(self.time_scales):
-            share = weights[:, index] * (1 - retention**step) / (1 - kept**step)
-            shares.append(share * kept)
-            shares[1] = shares[1] + share * (1 - kept)
-        averages = [state[key] for key in self._averages[1:]]
-        return combine([own, grad, *averages], torch.stack(shares))
+        state.update(zip(self._averages, averages, strict=True))
+        return read
 
     def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weight of every further average."""
@@ -160,14 +130,3 @@ def check_phi(phi: Sequence[Sequence[float]], needed: int, time_scales: Sequence
 def width(scales: int) -> int:
     """Numbers of a unit: its weights of 2K + 2 features, its bias, its weights of K - 1 outputs."""
     return 3 * scales + 2
-
-
-def mixing_weights(phi: Tensor, features: Tensor) -> Tensor:
-    """The weights (B, K - 1) that an MLP ``phi`` (B, H, 3K + 2) gives for features (B, 2K + 2).
-
-    No weight is negative, and their sum is at most 1.
-    """
-    inputs = features.shape[1]
-    drive = (phi[..., :inputs] @ features[..., None])[..., 0] + phi[..., inputs]
-    value = (phi[..., inputs + 1 :].mT @ drive.relu()[..., None])[..., 0].clamp(0.0, 1.0)
-    return value / value.sum(1, keepdim=True).clamp_min(1.0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepopt.memory import MLP, Horizons, Linear, Memory
+from deepopt.memory import MLP, AnyMemory, Horizons, Linear
 from deepopt.memory.horizons import width
 from deepopt.memory.mlp import untrained_weights
 from deepopt.meta.tasks import KINDS, Task, draw
@@ -49,7 +49,7 @@ class Searched(NamedTuple):
         units: the MLP's default number of units.
     """
 
-    memory: Callable[[Scales, list[list[float]]], Memory]
+    memory: Callable[[Scales, list[list[float]]], AnyMemory]
     start: Callable[[int, int], Tensor]
     units: int
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deepopt.memory import Memory
+from deepopt.memory import AnyMemory
 from deepopt.meta.tasks import Task
 from deepopt.optim import DeepMomentum
 
@@ -18,7 +18,7 @@ WORST = 1e3
 
 
 def train(
-    task: Task, memory: Memory, lr: float, beta: float = 0.9, phis: Tensor | None = None
+    task: Task, memory: AnyMemory, lr: float, beta: float = 0.9, phis: Tensor | None = None
 ) -> Tensor:
     """The log of the loss that every candidate reaches, shape (P,).
 

@@ -13,6 +13,7 @@ from deepopt.ops.coordinate_mlp import (
 )
 from deepopt.ops.delta_write import delta_write
 from deepopt.ops.gram_average import gram_average
+from deepopt.ops.horizons_write import horizons_write
 from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.matmul import matmul
 from deepopt.ops.multi_scale_write import multi_scale_write
@@ -44,6 +45,7 @@ __all__ = [
     "delta_write",
     "frobenius",
     "gram_average",
+    "horizons_write",
     "inverse_power",
     "matmul",
     "multi_scale_write",

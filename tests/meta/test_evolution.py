@@ -49,7 +49,7 @@ def test_a_generation_goes_round_the_pool_before_a_task_comes_again():
 
 
 def test_the_start_is_the_mean_of_the_averages():
-    from deepopt.memory.horizons import mixing_weights
+    from deepopt.ops.horizons_write import mixing_weights
 
     for scales, share in (((0.7,), 1 / 2), ((0.5, 0.97), 1 / 3)):
         search = Evolution(time_scales=scales)

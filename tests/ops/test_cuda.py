@@ -13,6 +13,7 @@ from deepopt.ops import (
     backend,
     combine,
     frobenius,
+    horizons_write,
     multi_scale_write,
     scale_update,
 )
@@ -56,6 +57,10 @@ def test_operators_do_not_wait_for_the_device():
             numbers = (step + 1, 0.9, 0.99, 1.5, None)
             scale_update([matrices], ScaleArguments(matrices, matrices, *numbers, *states))
         multi_scale_write(matrices, matrices, matrices, ones, 0.9, 3, 0.99)
+        phi = torch.ones(1, 2, 8, device=CUDA)
+        horizons_write(
+            [matrices, matrices], matrices, ones.expand(1, 2), ones, phi, ones, [0.9, 0.7]
+        )
 
 
 def test_a_replayed_graph_goes_on_counting():

@@ -19,6 +19,8 @@ ARCHITECTURES = ("80", "90", "100")
 MOST_REGISTERS = 64
 # The MLP is limited by arithmetic, for which 768 threads do; held to 64, its gradient spills.
 MOST_REGISTERS_OF_THE_MLP = 80
+# One thread for each matrix, with arrays whose length is known when it runs.
+ON_THE_STACK = "mix_horizons"
 
 # Loads and stores of 16 bytes that a kernel needs for one turn of its loop.
 VECTORS = {
@@ -35,6 +37,8 @@ VECTORS = {
     "combine_straightILi0ELi4E": (1, 1),
     "multi_scale_wordsILi4E": (3, 3),
     "sum_squares": (1, 0),
+    "sum_products": (2, 0),
+    "horizons_wordsILi4E": (2, 2),
     "products_of_rowsILb0E": (1, 0),
     "products_of_rowsILb1E": (2, 0),
 }
@@ -89,7 +93,8 @@ def test_kernels_keep_everything_in_registers(compiled):
                 r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", told
             )
             assert sizes, name
-            assert {number for size in sizes for number in size} == {"0"}, f"{name}: {told}"
+            if ON_THE_STACK not in name:
+                assert {number for size in sizes for number in size} == {"0"}, f"{name}: {told}"
             registers = int(told.rpartition("Used ")[2].split()[0])
             most = MOST_REGISTERS_OF_THE_MLP if "mlp" in name else MOST_REGISTERS
             assert registers <= most, f"{name} takes {registers} registers"

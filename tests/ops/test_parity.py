@@ -381,6 +381,69 @@ def multi_scale_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
     return [fast, 3 * EPS * (slow.abs() + grad.abs()), 2 * fast + 3 * EPS * grad.abs()]
 
 
+def horizons_write_arguments(shape: Shape) -> Arguments:
+    """Two averages or more, an MLP of up to three units, sizes from one end to the other."""
+    (b, m, n), seed, scales = shape.sizes, shape.seed, 1 + shape.terms
+    scale = (1.0, 1e-30, 1e30)[seed % 3]
+    grad = scale * shape.matrices(layout=("rows", shape.layout)[seed % 2])
+    averages = [scale * shape.matrices() + 0.5 * grad for _ in range(scales)]
+    averages[0][1::3] = 0  # as before the first gradient
+    foresight = 2 * shape.positive(b, scales) - 1.2
+    phi = shape.normal(b, seed % 4, 3 * scales + 2)
+    steps = torch.arange(1.0, b + 1) ** (1 + seed % 5)
+    size = scale * (m * n) ** 0.5 * shape.positive(b)
+    retentions = [0.9, 0.7, 0.99, 0.5, 0.0][:scales]
+    return [averages, grad, foresight, size, phi, steps, retentions]
+
+
+def horizons_write_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    """Relative or absolute errors, named as what they are of, through the rule's lines."""
+    averages, grad, foresight, _, phi, steps, retentions = given
+    scales, entries, kernel = len(averages), grad.shape[1:].numel(), backend == "cpu"
+    flat, kept = grad.flatten(1), torch.tensor(retentions, dtype=torch.float64)
+    *_, foresees, running, weights, _ = OPERATORS["horizons_write"].reference(*given)
+
+    def over(a: Tensor, b: Tensor) -> Tensor:  # nothing is wrong with zeros
+        return torch.where(b > 0, a / b.where(b > 0, 1), 0)
+
+    norm = EPS * (1 if kernel else entries / 2 + 4)
+    sizes = torch.stack([x.flatten(1).norm(dim=1) for x in averages], 1)
+    both = flat.norm(dim=1, keepdim=True) * sizes
+    dots = torch.stack([(flat.abs() * x.flatten(1).abs()).sum(1) for x in averages], 1)
+    cosine = 2 * norm + 4 * EPS + over((0 if kernel else EPS * (entries + 4)) * dots, both)
+    foresee = 0.3 * cosine + 2 * EPS * (1 + foresight.abs())
+    root = norm + 6 * EPS
+
+    best = foresees.amax(1, keepdim=True)
+    floor, above = best.clamp_min(0) + 0.01, foresees.clamp_min(0) + 0.01
+    trust, wrong = above / floor, foresee.amax(1, keepdim=True)
+    ratio, time = over(sizes, running[:, None]), steps.log10()[:, None] / 3
+    features = torch.cat([trust, best, ratio, time], 1)
+    off = [(foresee + trust * wrong) / floor + 3 * EPS * trust, wrong]
+    off += [ratio * (norm + root + 2 * EPS), 3 * EPS * (time + 1)]
+    inputs = features.shape[1]
+    into, out = phi[..., :inputs].abs(), phi[..., inputs + 1 :].abs()
+    terms = (into * features.abs()[:, None]).sum(-1) + phi[..., inputs].abs()
+    drive = (into * torch.cat(off, 1)[:, None]).sum(-1) + EPS * (inputs + 1) * terms
+    value = (out * (drive + EPS * (phi.shape[1] + 1) * terms)[..., None]).sum(1)
+    weight = value + weights * value.sum(1, keepdim=True) + 3 * EPS * weights
+
+    power = kept ** steps[:, None]
+    unbias = EPS * (steps[:, None] * power + 2 * power + 1) / (1 - power)
+    gain = (1 - power[:, :1]) / (1 - power[:, 1:])
+    share = gain * (weight + weights * (unbias[:, :1] + unbias[:, 1:] + 3 * EPS))
+    whole = gain * weights
+    fast = [3 * EPS * (x.abs() + grad.abs()) for x in averages]
+    limits = [x.abs() + grad.abs() for x in averages]  # of the new averages
+    in_read = (weight.sum(1) + EPS * scales)[:, None, None] * limits[0] + 3 * fast[0]
+    in_read += ((share * (1 - kept[1:])).sum(1))[:, None, None] * grad.abs()
+    for k in range(1, scales):
+        s, d = whole[:, k - 1, None, None], share[:, k - 1, None, None]
+        in_read += d * limits[k] + s * (fast[k] + EPS * (scales + 4) * limits[k])
+    in_read += EPS * (scales + 2) * (limits[0] + grad.abs())
+    return [*fast, foresee, root * running, weight, in_read]
+
+
 def memory_arguments(shape: Shape) -> Arguments:
     """In mid-chunk, with two sizes of chunks; weights, anchors and initial weights differ."""
     (b, m, n), seed = shape.sizes, shape.seed
@@ -463,6 +526,7 @@ TABLE = {
         orthogonal_update_arguments, orthogonal_update_bounds, empty=False, small=True
     ),
     "multi_scale_write": Case(multi_scale_write_arguments, multi_scale_write_bounds),
+    "horizons_write": Case(horizons_write_arguments, horizons_write_bounds, empty=False),
     "delta_write": Case(delta_write_arguments, delta_write_bounds, empty=False, small=True),
     "apply_update_": Case(apply_update_arguments, apply_update_bounds, written=(0,), lows=2),
     "adamw_": Case(adamw_arguments, adamw_bounds, written=(0, 2, 3), lows=5, on_host=4),

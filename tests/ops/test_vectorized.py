@@ -21,6 +21,8 @@ EXPECTED = {
     "three_floats": ("vfmadd",),
     "of_bf16_next": ("vfmadd",),
     "take_in": ("vfmadd",),
+    "take_first": ("vfmadd",),
+    "take_next": ("vfmadd",),
     "squares": ("vmulpd", "vaddpd"),
     "products": ("vmulpd", "vaddpd"),
     "unit2": ("vfmadd", "vdivps"),
