@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import fig4
+from benchmarks import fig4, mlp_memory
 from benchmarks.hope import command as hope
 from benchmarks.hope import speed as hope_speed
 from benchmarks.quality import command as quality
@@ -11,8 +11,8 @@ from benchmarks.streams import command as streams
 from deepopt._output import outlive_readers
 
 BENCHMARKS = {
-    "fig4": fig4, "hope": hope, "hope-speed": hope_speed, "quality": quality, "speed": speed,
-    "streams": streams,
+    "fig4": fig4, "hope": hope, "hope-speed": hope_speed, "mlp-memory": mlp_memory,
+    "quality": quality, "speed": speed, "streams": streams,
 }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ struct DEEPOPT_HIDDEN HorizonsArguments {
         "deepopt::horizons_write: tensors must be float32 on one device: the averages and grad of "
         "shape (B, m, n), foresight (B, averages), grad_size and step (B,), phi (B, units, "
         "3 averages + 2)");
-    kept_.push_back(torch::stable::contiguous(tensor));
+    kept_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
     return kept_.back().const_data_ptr<float>();
   }
 

@@ -1,0 +1,176 @@
+"""The gate of the MLP memory, from the lines of ``quality`` and ``streams``, and its read-out.
+
+Nothing is trained here. The page has what ``python -m benchmarks quality`` and ``streams`` have
+measured, held against what the memory must reach to be the default or to be recommended, and what
+the MLPs of ``docs/results/mlp-memory`` answer to the features that they see.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.quality.command import tunings
+from benchmarks.quality.goals import OWN, status
+from benchmarks.quality.intervals import paired
+from benchmarks.quality.pictures import png
+from benchmarks.quality.plan import Tuning
+from benchmarks.quality.results import Results
+from benchmarks.quality.tuned import MISSING, Group, data_ratio, difference, groups
+from benchmarks.streams import command as streams
+from benchmarks.streams.tasks import TASKS
+from benchmarks.tables import markdown
+from deepopt.hope.checkpoint import write_atomically
+from deepopt.memory.horizons import HAND_MADE
+from deepopt.ops.horizons_write import DOUBT, mixing_weights
+
+MLP, LINEAR = "DeepMomentum, mlp", "NorMuon"
+"""The contender, and the linear memory at its best: searched with and without norms of rows."""
+STREAM = ("mlp", 0.9)
+SEEDS = 5
+LONG = 0.9
+"""Retention of the long average in every search."""
+STEP = 150
+"""Steps that a memory has seen when its answers are shown."""
+BEST = (0.02, 0.1, 0.3, 0.6, 0.9)
+SHARE = (1.0, 0.75, 0.5, 0.25)
+
+
+def gate(group: Group, lines: streams.Lines) -> list[list[str]]:
+    """The rows of a table: what is held against what, what was measured, and the bound."""
+    plans = tuple(plan for plan in group.plans if group.ended(plan, MLP, LINEAR))
+    rows = [["", "measured", "asked for", ""]]
+    for plan in plans:
+        rows.append(ratio(f"D_eff against {LINEAR}, {plan.workload}", group, (plan,), 0.99))
+    rows.append(ratio(f"the same, mean of {len(plans)} workloads", group, plans, 1.03))
+    for task in TASKS:
+        if task != "code":  # whose data stay the same
+            rows.append(on_stream(task, lines))
+    return rows
+
+
+def ratio(text: str, group: Group, plans: tuple[Tuning, ...], goal: float) -> list[str]:
+    found = group.ratio(plans, MLP, LINEAR) if plans else None
+    if found is None:
+        return [text, "", f">= {goal}", MISSING]
+    measured = data_ratio(group, plans, MLP, LINEAR)
+    return [text, measured, f">= {goal}", status(found.mean >= goal)]
+
+
+def on_stream(task: str, lines: streams.Lines) -> list[str]:
+    """The online loss less that of the best linear memory, seed by seed."""
+    text = f"online loss less the best linear memory's, {task}"
+    ours = streams.finished(task, STREAM, SEEDS, lines)
+    linear = [x for c in streams.LINEAR if (x := streams.finished(task, c, SEEDS, lines))]
+    if not ours or not linear:
+        return [text, "", "< 0", MISSING]
+    losses = [[streams.loss(line) for line in found] for found in linear]
+    interval = paired([streams.loss(line) for line in ours], min(losses, key=statistics.fmean))
+    return [text, difference(interval), "< 0", status(interval.mean < 0)]
+
+
+def read_outs(folder: Path) -> dict[str, tuple[float, Tensor]]:
+    """By name the short average's retention and the MLP of every read-out with one."""
+    found = {"by hand, .7": (0.7, torch.tensor(HAND_MADE, dtype=torch.float64))}
+    for path in sorted(folder.glob("*/phi.json"), reverse=True):
+        line = json.loads(path.read_text())
+        if line.get("memory") == "horizons":
+            (short,) = line["time_scales"]
+            name = f"trained, {short:g}".replace("0.", ".")
+            found[name] = (short, torch.tensor(line["phi"], dtype=torch.float64))
+    return found
+
+
+def norms(short: float, best: Tensor) -> Tensor:
+    """The norms of the long and the short average, as shares of a single gradient's, shape (…, 2).
+
+    The gradient is steady under noise, and the short average's cosine with it is ``best``.
+    """
+    kept = torch.tensor([LONG, short], dtype=best.dtype)
+    noise = (1 - kept) / (1 + kept)  # what an average has left of a single gradient's square
+    # cos = a / r and r^2 = a + (1 - a) noise, with a the steady part of the gradient's square.
+    square, slope = best**2, 1 - noise[1]
+    steady = (square * slope + (square**2 * slope**2 + 4 * square * noise[1]).sqrt()) / 2
+    return (steady[..., None] + (1 - steady[..., None]) * noise).sqrt()
+
+
+def weight(phi: Tensor, short: float, best: Tensor, share: Tensor) -> Tensor:
+    """The short average's weight where its cosine is the best one, and the long one's a share."""
+    cosines = torch.stack([share * best, best], -1)
+    trust = (cosines + DOUBT) / (best + DOUBT)[..., None]
+    time = torch.full_like(best, math.log10(STEP) / 3)
+    features = torch.cat([trust, best[..., None], norms(short, best), time[..., None]], -1)
+    flat = features.reshape(-1, features.shape[-1])
+    return mixing_weights(phi.expand(len(flat), *phi.shape), flat)[:, 0].view(best.shape)
+
+
+def answers(phi: Tensor, short: float) -> str:
+    """A table of the weights, by both cosines."""
+    table = [["c₁ / max c", *(f"{best:g}" for best in BEST)]]
+    for share in SHARE:
+        best = torch.tensor(BEST, dtype=torch.float64)
+        found = weight(phi, short, best, torch.full_like(best, share))
+        table.append([f"{share:g}", *(f"{x:.2f}" for x in found.tolist())])
+    return markdown(table)
+
+
+def picture(found: Mapping[str, tuple[float, Tensor]]) -> bytes:
+    """The weights as a map over both cosines, for every read-out."""
+    axis = torch.linspace(0.005, 0.995, 100, dtype=torch.float64)
+    share, best = torch.meshgrid(axis, axis, indexing="ij")
+    figure = Figure(figsize=(3.6 * len(found), 3.8), layout="constrained")
+    places = figure.subplots(1, len(found), sharey=True)
+    for place, (name, (short, phi)) in zip(places, found.items(), strict=True):
+        values = weight(phi, short, best, share).numpy()
+        shown = place.imshow(values, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=1)
+        place.set_title(name)
+        place.set_xlabel("max c, the best running cosine")
+    places[0].set_ylabel("c₁ / max c, the long average's share")
+    figure.colorbar(shown, ax=places, label="weight of the short average")
+    return png(figure, 110)
+
+
+def page(table: str, found: Mapping[str, tuple[float, Tensor]]) -> str:
+    parts = [
+        "# The MLP memory's gate and read-out",
+        "Regenerated by `python -m benchmarks mlp-memory`, from the lines of "
+        "[`quality.md`](../quality.md) and [`streams.md`](../streams.md). "
+        "[The whole story](../mlp-memory.md) has the attempts.",
+        "## Gate",
+        f"All are tuned by the same search, and have {SEEDS} paired seeds. {LINEAR} is the linear "
+        "memory at its best. Brackets are 95 % intervals.",
+        table,
+        "## What was learned",
+        f"The weight of the short average beside the long one's, of retention {LONG:g}, after "
+        f"{STEP} steps: by the best of both running cosines with the gradient, which is the short "
+        "average's, and by the long one's share of it. The norms are those of averages of a steady "
+        "gradient under noise.",
+        "![the weight over both cosines](readout.png)",
+    ]
+    for name, (short, phi) in found.items():
+        parts += [f"### {name[0].upper()}{name[1:]}", answers(phi, short)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks mlp-memory", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
+    out = parser.parse_args(argv).out
+    folder = out / "mlp-memory"
+    found = read_outs(folder)
+    if len(found) < 2:
+        parser.error(f"--out {out}: there is no phi.json in {folder}; run deepopt.meta first")
+    lines = Results(out / "quality", of_any_circumstances=True).lines
+    group = groups(tunings(lines), lines).get(OWN, Group((), lines))
+    table = markdown(gate(group, streams.read(out / "streams.jsonl")))
+    write_atomically(folder / "readout.png", picture(found))
+    write_atomically(folder / "gate.md", page(table, found).encode())
+    print(f"written: {folder / 'gate.md'}", file=sys.stderr)
+    return 0
