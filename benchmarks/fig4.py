@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.tables import markdown
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 from deepopt.memory.delta_rule import DeltaRule
 from deepopt.memory.preconditioned import Preconditioned
 

@@ -27,7 +27,7 @@ from benchmarks.quality.tuned import MISSING, Group, data_ratio, difference, gro
 from benchmarks.streams import command as streams
 from benchmarks.streams.tasks import TASKS
 from benchmarks.tables import markdown
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 from deepopt.memory.horizons import HAND_MADE
 from deepopt.ops.horizons_write import DOUBT, mixing_weights
 

@@ -25,7 +25,7 @@ from benchmarks.hope.plan import MODELS, RATES, Plan
 from benchmarks.hope.report import cell, report
 from benchmarks.hope.training import TASKS, Line, Run, execute, setting
 from benchmarks.runs import executed
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 from deepopt.hope.report import read_metrics
 
 PARTS = ("models", "ablations", "optimizers")

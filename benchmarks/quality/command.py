@@ -35,7 +35,7 @@ from benchmarks.quality.training import Lines
 from benchmarks.quality.tuned import groups, picture_files
 from benchmarks.quality.workload import Unavailable, built_in, find
 from benchmarks.quality.workloads import LOCKED
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 
 MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
 MAIN = ("AdamW", "Muon", "NorMuon", *MEMORIES)

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.quality.training import Line, Run, circumstances, execute, value
 from benchmarks.quality.workload import Unavailable
 from benchmarks.runs import executed
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 from deepopt.hope.report import read_metrics
 
 

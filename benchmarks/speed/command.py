@@ -27,7 +27,7 @@ import torch
 from benchmarks.speed import catalog
 from benchmarks.speed.case import Case, Conditions, Line, Run, Setting
 from benchmarks.speed.report import judged, plot, report
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 from deepopt.hope.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

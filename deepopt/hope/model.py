@@ -173,7 +173,7 @@ class Hope(nn.Module):
             OSError: the files cannot be written.
         """
         config = dataclasses.asdict(self.config)
-        _checkpoint().save_model(Path(folder), config, self.state_dict())
+        _files().save_model(Path(folder), config, self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -190,7 +190,7 @@ class Hope(nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or its weights are not those of the configuration.
         """
-        config, weights = _checkpoint().load_model(Path(folder), device)
+        config, weights = _files().load_model(Path(folder), device)
         names = [field.name for field in dataclasses.fields(HopeConfig)]
         with torch.device("meta"):
             model = cls(HopeConfig(**{name: config[name] for name in names if name in config}))
@@ -302,12 +302,12 @@ class Hope(nn.Module):
         )
 
 
-def _checkpoint() -> Any:
+def _files() -> Any:
     """The module that reads and writes files. To run a model, torch alone is enough."""
     try:
-        from deepopt.hope import checkpoint
+        from deepopt.hope import files
     except ImportError as missing:
         raise ImportError(
             f"models on disk need {missing.name}: pip install safetensors"
         ) from missing
-    return checkpoint
+    return files

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from deepopt.hope.checkpoint import write_atomically
+from deepopt.hope.files import write_atomically
 
 SECONDS_BETWEEN_LINES = 10
 

@@ -37,7 +37,7 @@ from deepopt.optim import Continuum
 from deepopt.optim.base import MemoryOptimizer
 
 try:
-    from deepopt.hope import checkpoint
+    from deepopt.hope import files
     from deepopt.hope.report import Progress, keep_lines, plot
 except ImportError as missing:
     raise ImportError(
@@ -342,11 +342,9 @@ class Trainer:
             val_loss = self.evaluate()
         if isinstance(self.model, Hope):
             self.model.save_pretrained(config.out)
-            checkpoint.write_atomically(
-                self._path("samples.txt"), self.samples(self.model).encode()
-            )
+            files.write_atomically(self._path("samples.txt"), self.samples(self.model).encode())
             account = json.dumps(self.account(val_loss), indent=2) + "\n"
-            checkpoint.write_atomically(self._path("training.json"), account.encode())
+            files.write_atomically(self._path("training.json"), account.encode())
         plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
         return self._result(val_loss)
 
@@ -463,13 +461,13 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng_state": torch.get_rng_state(),
         }
-        checkpoint.save(self._path("checkpoint.safetensors"), state)
+        files.save(self._path("checkpoint.safetensors"), state)
 
     def _load(self) -> None:
         path = self._path("checkpoint.safetensors")
         if not path.exists():
             raise ValueError(f"out={self.config.out} holds no checkpoint; start without --resume")
-        state = checkpoint.load(path)
+        state = files.load(path)
         theirs = state["trajectory"]
         if self.config.warmup is None:  # it stays as it was where the run is extended
             self.trajectory["warmup"] = theirs["warmup"]

@@ -57,7 +57,7 @@ from deepopt.optim.engine.buckets import (
     sort,
     stacked,
 )
-from deepopt.optim.engine.rounding import check_dtypes, check_rounding, lows_and_seeds
+from deepopt.optim.engine.low_bits import check_dtypes, check_rounding, lows_and_seeds
 from deepopt.optim.flags import with_flags
 from deepopt.optim.output_map import Identity, OutputMap
 

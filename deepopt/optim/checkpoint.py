@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepopt import routing
 from deepopt.optim.engine import sharding
-from deepopt.optim.engine.rounding import keeps_low
+from deepopt.optim.engine.low_bits import keeps_low
 
 if TYPE_CHECKING:
     from deepopt.optim.base import Group, MemoryOptimizer

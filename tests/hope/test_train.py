@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from deepopt.hope import HopeConfig, checkpoint, report
+from deepopt.hope import HopeConfig, files, report
 from deepopt.hope import trainer as training
 from deepopt.hope.train import Interrupt, argument_parser, configurations, interrupts, main
 from deepopt.hope.trainer import TrainConfig, Trainer, train
@@ -97,13 +97,13 @@ def assert_same(a, b):
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    assert_same(*(checkpoint.load(out / "checkpoint.safetensors") for out in (a, b)))
+    assert_same(*(files.load(out / "checkpoint.safetensors") for out in (a, b)))
     assert metrics(a) == metrics(b)
     assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
 
 
 def saved_step(out: Path) -> int:
-    return checkpoint.load(out / "checkpoint.safetensors")["step"]
+    return files.load(out / "checkpoint.safetensors")["step"]
 
 
 # -- a run -------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_stopped_run_goes_on_bit_for_bit(config, tmp_path, name):
     with pytest.raises(KeyboardInterrupt):
         Trainer(broken).run(StopAfter(7))
     assert saved_step(broken.out) == 7
-    saved = checkpoint.load(broken.out / "checkpoint.safetensors")
+    saved = files.load(broken.out / "checkpoint.safetensors")
     assert any("pending_grad" in s for o in saved["optimizers"] for s in o["state"].values())
     torch.manual_seed(123)
     train(dataclasses.replace(broken, resume=True))
@@ -502,7 +502,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(config, monkeypatch, cap
     monkeypatch.setattr(training.Hope, "forward", diverging)
     assert main(arguments(config)) == 1
     assert f"the loss is {value} at step 8" in capsys.readouterr().err
-    state = checkpoint.load(config.out / "checkpoint.safetensors")
+    state = files.load(config.out / "checkpoint.safetensors")
     assert state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
@@ -533,7 +533,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(
     code = main(arguments(config, "--eval-every=100"))
     assert code == 1
     assert re.search(r"the \D+ is (nan|-?inf) at step", capsys.readouterr().err)
-    state = checkpoint.load(config.out / "checkpoint.safetensors")
+    state = files.load(config.out / "checkpoint.safetensors")
     assert state["step"] == (5 if step == 10 else 10)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
@@ -630,13 +630,13 @@ def test_checkpoint_keeps_types_and_shared_storage(tmp_path):
         "narrow": [whole.bfloat16(), torch.zeros((), dtype=torch.int64), torch.zeros(0, 3)],
         "plain": (None, True, 1, 0.1, float("inf"), "text", [], {}, ()),
     }
-    checkpoint.save(tmp_path / "c", state)
-    assert_same(checkpoint.load(tmp_path / "c"), state)
+    files.save(tmp_path / "c", state)
+    assert_same(files.load(tmp_path / "c"), state)
 
 
 def test_a_checkpoint_with_any_byte_changed_or_missing_is_refused(tmp_path):
     path = tmp_path / "c"
-    checkpoint.save(path, {"a": torch.arange(3.0), "text": '"sha256":"', "b": {0: (1, None)}})
+    files.save(path, {"a": torch.arange(3.0), "text": '"sha256":"', "b": {0: (1, None)}})
     whole = path.read_bytes()
     damaged = [whole[:end] for end in range(len(whole))] + [whole + b" "]
     for at, byte in enumerate(whole):
@@ -645,9 +645,9 @@ def test_a_checkpoint_with_any_byte_changed_or_missing_is_refused(tmp_path):
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"damaged|no checkpoint"):
-            checkpoint.load(path)
+            files.load(path)
     path.write_bytes(whole)
-    assert checkpoint.load(path)["a"].tolist() == [0, 1, 2]
+    assert files.load(path)["a"].tolist() == [0, 1, 2]
 
 
 def test_a_damaged_checkpoint_does_not_resume(config, capsys):
@@ -663,17 +663,17 @@ def test_a_damaged_checkpoint_does_not_resume(config, capsys):
 
 def test_a_checkpoint_from_before_the_checksum_loads(tmp_path):
     path = tmp_path / "c"
-    checkpoint.save(path, {"a": torch.arange(3.0)})
+    files.save(path, {"a": torch.arange(3.0)})
     with safetensors.safe_open(path, "pt") as file:
         old = {"format": "deepopt.hope.checkpoint/1", "state": file.metadata()["state"]}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     path.write_bytes(safetensors.torch.save(tensors, old))
-    assert_same(checkpoint.load(path), {"a": torch.arange(3.0)})
+    assert_same(files.load(path), {"a": torch.arange(3.0)})
 
 
 def test_checkpoint_refuses_what_is_not_data(tmp_path):
     with pytest.raises(TypeError, match="cannot hold /a/0, a object"):
-        checkpoint.save(tmp_path / "c", {"a": [object()]})
+        files.save(tmp_path / "c", {"a": [object()]})
     assert not (tmp_path / "c").exists()
 
 

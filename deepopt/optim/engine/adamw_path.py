@@ -10,7 +10,7 @@ from deepopt._compat import adam, scalar_dtype
 from deepopt.ops import adamw_
 from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 from deepopt.optim.engine import State
-from deepopt.optim.engine.rounding import lows_and_seeds
+from deepopt.optim.engine.low_bits import lows_and_seeds
 
 if TYPE_CHECKING:
     from deepopt.optim.engine.buckets import Bucket, Kind

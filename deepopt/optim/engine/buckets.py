@@ -22,7 +22,7 @@ from deepopt._compat import capturable_devices, is_distributed
 from deepopt.memory import AnyMemory
 from deepopt.optim.engine import State, sharding
 from deepopt.optim.engine.adamw_path import state_dtype
-from deepopt.optim.engine.rounding import check_dtypes, keeps_low
+from deepopt.optim.engine.low_bits import check_dtypes, keeps_low
 from deepopt.optim.output_map import OutputMap
 
 Group: TypeAlias = dict[str, Any]

@@ -8,7 +8,7 @@ import torch
 
 import deepopt
 from deepopt.ops import backend
-from deepopt.optim.engine.rounding import lows_and_seeds
+from deepopt.optim.engine.low_bits import lows_and_seeds
 
 CLASSES = [deepopt.DeepMomentum, deepopt.M3, deepopt.DMGD, deepopt.DeltaMomentum]
 SHAPES = [(24, 32), (7,), (3, 5)]
