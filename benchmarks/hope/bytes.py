@@ -21,7 +21,6 @@ def corpus() -> Corpus:
 SIZES = HopeConfig()
 BITS = "bits_per_byte"
 FROZEN = "memories frozen"
-"""The changed part of Hope that a goal is held against, with as many seeds as Hope itself."""
 GOALS = (
     Goal(
         "bits per byte / gated DeltaNet's",
@@ -61,6 +60,7 @@ class Bytes(Task):
     metric: str = BITS
     smaller_is_better: bool = True
     goals: tuple[Goal, ...] = GOALS
+    beside: tuple[str, ...] = (FROZEN,)
 
     @property
     def about(self) -> str:

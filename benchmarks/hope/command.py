@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.hope.bytes import FROZEN
 from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import MODELS, RATES, Plan
 from benchmarks.hope.report import cell, report
@@ -123,10 +122,7 @@ def main(argv: Sequence[str]) -> int:
             best = [plan.best(*pair, results.lines) for pair in pairs]
             complete([run for first in best if first for run in plan.repeats(first)])
         if "ablations" in arguments.parts:
-            changed = arguments.ablations
-            complete([plan.hope(t, part, results.lines) for t in tasks for part in changed])
-            if FROZEN in changed and "bytes" in tasks:
-                complete(plan.repeats(plan.hope("bytes", FROZEN, results.lines)))
+            complete(plan.ablations(tasks, arguments.ablations, results.lines))
         if "optimizers" in arguments.parts:
             complete(plan.optimizers())
     if not results.lines:

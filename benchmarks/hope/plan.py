@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.hope import models
+from benchmarks.hope.formal import LANGUAGES
 from benchmarks.hope.training import TASKS, Line, Run
 from deepopt.hope.optimizers import optimizers_by_name
 from deepopt.hope.trainer import TrainConfig
@@ -12,6 +13,8 @@ from deepopt.hope.trainer import TrainConfig
 DEFAULT = TrainConfig.optimizer
 RATES = (8e-3, 4e-3, 2e-3, 1.6e-2)
 MODELS = (*models.HOPES, *models.BASELINES)
+ABLATED = ("bytes", "recall", *LANGUAGES)
+"""Tasks on which the parts of Hope's layer are changed: what the layer can do."""
 SGD_RATES = (4e-3, 1.2e-3, 4e-4)
 """Rates of SGD, whose best is what other optimizers are compared with; on AdamW's scale, as all."""
 
@@ -56,6 +59,14 @@ class Plan:
         best = self.best(task, "Hope", lines)
         name = f"Hope, {part}" if part else "Hope"
         return self.run(task, name, best.lr if best else self.rates[0])
+
+    def ablations(self, tasks: Sequence[str], parts: Sequence[str], lines: Lines) -> list[Run]:
+        """Hope with each of the parts changed, those that a goal looks at with every seed."""
+        chosen = [(task, part) for task in tasks if task in ABLATED for part in parts]
+        runs = [self.hope(*pair, lines) for pair in chosen]
+        beside = [run for run, (task, part) in zip(runs, chosen, strict=True)
+                  if part in TASKS[task].beside]  # fmt: skip
+        return [*runs, *(again for run in beside for again in self.repeats(run))]
 
     def optimizers(self) -> list[Run]:
         """The default training run with every optimizer of the package, and three of torch's."""

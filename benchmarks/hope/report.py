@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from benchmarks.hope.models import ABLATIONS, NAMES
-from benchmarks.hope.plan import DEFAULT, Lines, Plan, badness, value
+from benchmarks.hope.plan import ABLATED, DEFAULT, Lines, Plan, badness, value
 from benchmarks.hope.training import TASKS, WARMUP, WEIGHT_DECAY, Line, Run, setting
 from benchmarks.tables import markdown
 
@@ -121,11 +121,11 @@ def at_an_end(plan: Plan, task: str, lines: Lines) -> list[str]:
 
 
 def parts(plan: Plan, lines: Lines) -> str:
-    """Hope with one part of its layer changed, on every task."""
-    head = ["Hope", "parameters", *plan.tasks]
-    table = [head]
+    """Hope with one part of its layer changed."""
+    tasks = [task for task in plan.tasks if task in ABLATED]
+    table = [["Hope", "parameters", *tasks]]
     for part in ("", *ABLATIONS):
-        runs = [plan.hope(task, part, lines) for task in plan.tasks]
+        runs = [plan.hope(task, part, lines) for task in tasks]
         cells = [cell(run, lines) for run in runs]
         table.append([part or "as it is", size(runs, lines), *cells])
     return markdown(table)

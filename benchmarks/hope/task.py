@@ -52,6 +52,7 @@ class Task(ABC):
         metric: the metric that decides between learning rates.
         smaller_is_better: whether less of that metric is better, as with a loss.
         goals: what the default Hope shall reach.
+        beside: the changed parts of Hope that a goal compares it with, over as many seeds.
     """
 
     sizes: HopeConfig
@@ -60,6 +61,7 @@ class Task(ABC):
     metric: str
     smaller_is_better: bool = False
     goals: tuple[Goal, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def unavailable(self) -> str:
