@@ -47,6 +47,15 @@ def test_every_link_to_a_file_leads_to_one_and_to_what_it_names(page):
             assert name in defined(path), f"{path} has no {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_test_that_a_page_names_exists(page):
+    for file, name in re.findall(r"\b(test_\w+\.py)(?:::(\w+))?", page.read_text()):
+        found = list((ROOT / "tests").rglob(file))
+        assert found or "NAME" in file, f"there is no {file}"
+        if name:
+            assert any(name in defined(path) for path in found), f"{file} has no {name}"
+
+
 def test_the_map_of_the_paper_links_to_code_in_every_row_that_is_implemented():
     text = (DOCS / "paper.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| (Eq|Alg)", line)]
