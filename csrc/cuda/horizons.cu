@@ -37,18 +37,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread for each matrix: the MLP has a few units, and parts are few.
+// A block for each matrix: its warps add up the parts, and one thread runs the MLP, which has a few
+// units.
 __global__ void __launch_bounds__(kThreads)
     mix_horizons(Horizons::Shares* shares, const double* partial,
                  const __grid_constant__ Horizons rule) {
-  const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (b >= rule.batch) return;
-  const int64_t parts = parts_of(rule.entries, kSummed);
-  double sum[Horizons::kMostSums] = {};
-  for (int64_t c = b * parts; c < (b + 1) * parts; ++c) {
-    for (int s = 0; s < rule.sums(); ++s) sum[s] += partial[c * rule.sums() + s];
+  __shared__ double sum[Horizons::kMostSums];
+  const int64_t b = blockIdx.x, parts = parts_of(rule.entries, kSummed);
+  const double* part = partial + b * parts * rule.sums();
+  const int lane = int(threadIdx.x) % kWarp;
+  for (int s = int(threadIdx.x) / kWarp; s < rule.sums(); s += kThreads / kWarp) {
+    double own = 0;
+    for (int64_t c = lane; c < parts; c += kWarp) own += part[c * rule.sums() + s];
+    own = warp_sum(own);
+    if (lane == 0) sum[s] = own;
   }
-  shares[b] = rule.mix(b, sum);
+  __syncthreads();
+  if (threadIdx.x == 0) shares[b] = rule.mix(b, sum);
 }
 
 // A block takes kChunkEntries of one matrix, in words of V.
@@ -86,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
 void horizons_write(const Horizons& rule, double* partial, Horizons::Shares* shares, void* stream) {
   const int64_t parts = parts_of(rule.entries, kSummed);
   launch(sum_products, rule.batch * parts, kThreads, stream, partial, rule);
-  launch(mix_horizons, parts_of(rule.batch, kThreads), kThreads, stream, shares, partial, rule);
+  launch(mix_horizons, rule.batch, kThreads, stream, shares, partial, rule);
   bool by_four = rule.entries % 4 == 0 && on_16_bytes(rule.grad, rule.read);
   for (int k = 0; k < rule.scales; ++k) {
     by_four = by_four && on_16_bytes(rule.averages[k], rule.new_averages[k]);

@@ -19,7 +19,7 @@ ARCHITECTURES = ("80", "90", "100")
 MOST_REGISTERS = 64
 # The MLP is limited by arithmetic, for which 768 threads do; held to 64, its gradient spills.
 MOST_REGISTERS_OF_THE_MLP = 80
-# One thread for each matrix, with arrays whose length is known when it runs.
+# One thread of a block runs the MLP, with arrays whose length is known when it runs.
 ON_THE_STACK = "mix_horizons"
 
 # Loads and stores of 16 bytes that a kernel needs for one turn of its loop.
