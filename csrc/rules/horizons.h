@@ -1,5 +1,5 @@
 // The memory of several horizons: K averages, mixed by an MLP that sees how well each of them
-// predicts the gradient (deepopt/ops/horizons_write.py has the equations).
+// predicts the gradient (deepopt/memory/horizons.py has the equations).
 #pragma once
 #include "sums.h"
 
@@ -36,7 +36,8 @@ struct Horizons {
 
   // Writes what there is once per matrix. The arithmetic is in double and rounded at its end.
   DEEPOPT_RULE Shares mix(int64_t b, const double* sum) const {
-    constexpr double kEvidence = 0.7, kDoubt = 0.01, kTiny = FLT_MIN;
+    constexpr double kEvidence = 0.7, kDoubt = 0.01;  // in deepopt/ops/horizons_write.py, too
+    constexpr double kTiny = FLT_MIN;
     const int K = scales;
     const double size = norm_of(sum[0]), first = retentions[0], t = step[b];
     double foresee[kMostScales], sizes[kMostScales], best = 0;
