@@ -4,11 +4,12 @@ What the layer can do: bytes, formal languages, recall. What the model is for: l
 reads, continual learning, passkeys, the six tasks of MAD.
 
 Every model has the same parameters, data and optimizer. Learning rates are swept with one seed, and
-further seeds run at each model's best; then parts of Hope's layer are changed one by one, and the
-default run is repeated with every optimizer. Every finished run is a line of ``hope/TASK.jsonl``,
-with everything that its outcome depends on except the code. A run that has a line is not repeated,
-so that an interrupted benchmark goes on; ``--fresh`` repeats it, for when its code has changed.
-``hope.md`` is made from the lines alone; ``--report`` writes it again and runs nothing.
+further seeds run at each model's best; then parts of Hope's layer are changed one by one, on bytes,
+languages and recall, and the default run is repeated with every optimizer. Every finished run is a
+line of ``hope/TASK.jsonl``, with everything that its outcome depends on except the code. A run that
+has a line is not repeated, so that an interrupted benchmark goes on; ``--fresh`` repeats it, for
+when its code has changed. ``hope.md`` is made from the lines alone; ``--report`` writes it again
+and runs nothing.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.hope.models import ABLATIONS, NAMES
-from benchmarks.hope.plan import MODELS, RATES, Plan
+from benchmarks.hope.plan import ABLATED, MODELS, RATES, Plan
 from benchmarks.hope.report import cell, report
 from benchmarks.hope.training import TASKS, Line, Run, execute, setting
 from benchmarks.runs import executed
@@ -95,6 +96,11 @@ def main(argv: Sequence[str]) -> int:
     for name in ("seeds", "steps", "jobs"):
         if (count := getattr(arguments, name)) is not None and count < 1:
             parser.error(f"--{name} {count}: must be at least 1")
+    if arguments.parts == ["ablations"] and not set(arguments.tasks) & set(ABLATED):
+        parser.error(
+            f"--tasks {' '.join(arguments.tasks)}: parts of the layer are changed on "
+            f"{', '.join(ABLATED)}; give one of these"
+        )
 
     tasks, compared = arguments.tasks, arguments.models
     if not arguments.report:

@@ -65,6 +65,27 @@ def test_the_command_runs_every_task_and_goes_on_where_it_stopped(tmp_path, caps
     assert (tmp_path / "hope.md").read_text() == page
 
 
+def test_parts_of_the_layer_are_changed_on_what_it_can_do_and_with_every_seed_for_a_goal():
+    plan, parts = Plan(rates=(4e-3,), seeds=2), ("memories frozen", "no convolutions")
+    runs = dict.fromkeys(plan.ablations(["bytes", "parity", "reading"], parts, {}))
+    assert [(run.task, run.model, run.seed) for run in runs] == [
+        ("bytes", "Hope, memories frozen", 0),
+        ("bytes", "Hope, no convolutions", 0),
+        ("parity", "Hope, memories frozen", 0),
+        ("parity", "Hope, no convolutions", 0),
+        ("bytes", "Hope, memories frozen", 1),
+    ]
+
+
+def test_tasks_on_which_no_part_is_changed_are_refused_where_nothing_else_is_asked_for(
+    tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), "--tasks", "reading", "--parts", "ablations"])
+    assert "--tasks reading: parts of the layer are changed on bytes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_fresh_repeats_the_runs_asked_for_and_keeps_the_others(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--tasks", "parity", "--steps", "2", "--parts", "models"]
     arguments += ["--rates", "0.004", "--seeds", "1"]
