@@ -77,11 +77,11 @@ def on_stream(task: str, lines: streams.Lines) -> list[str]:
 
 
 def read_outs(folder: Path) -> dict[str, tuple[float, Tensor]]:
-    """By name the short average's retention and the MLP of every read-out with one."""
+    """By name the retention of the short average and the MLP, where there is one such average."""
     found = {"by hand, .7": (0.7, torch.tensor(HAND_MADE, dtype=torch.float64))}
     for path in sorted(folder.glob("*/phi.json"), reverse=True):
         line = json.loads(path.read_text())
-        if line.get("memory") == "horizons":
+        if line.get("memory") == "horizons" and len(line["time_scales"]) == 1:
             (short,) = line["time_scales"]
             name = f"trained, {short:g}".replace("0.", ".")
             found[name] = (short, torch.tensor(line["phi"], dtype=torch.float64))

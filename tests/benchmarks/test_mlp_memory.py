@@ -1,5 +1,6 @@
 """The page about the MLP memory: every number of it is computed from lines and from read-outs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_norms_are_those_that_averages_of_a_steady_gradient_under_noise_have():
         long, short = 0.9 * long + 0.1 * grad, 0.7 * short + 0.3 * grad
     torch.testing.assert_close(torch.stack(sizes).mean(0), expected, atol=0.01, rtol=0)
     torch.testing.assert_close(torch.stack(cosines).mean(), best, atol=0.01, rtol=0)
+
+
+def test_a_search_with_two_short_averages_is_left_out(tmp_path):
+    found = {"memory": "horizons", "time_scales": [0.5, 0.7], "phi": [[0.0] * 11]}
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both/phi.json").write_text(json.dumps(found))
+    assert list(read_outs(tmp_path)) == ["by hand, .7"]
 
 
 def test_every_search_for_horizons_is_shown():
