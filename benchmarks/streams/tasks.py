@@ -161,17 +161,19 @@ TASKS = {
         "(`pydoc_data.topics`, letters moved on by 13), by turns.",
     ),
     "regimes": Task(
-        regimes, regressor, squared_error, 50, 600, 0.004, (0.008, 0.016, 0.032),
+        regimes, regressor, squared_error, 50, 600, 0.004,
+        (0.008, 0.016, 0.032, 0.064),
         "Regression on three random networks by turns, with noise of variance 0.09.",
     ),
     "bursts": Task(
-        bursts, classifier, class_cross_entropy, 50, 600, 0.004, (0.004, 0.008, 0.016),
+        bursts, classifier, class_cross_entropy, 50, 600, 0.004, (0.004, 0.008, 0.016, 0.032),
         "Ten classes that a random network tells apart; every other period three labels in four "
         "are random.",
     ),
     "digits": Task(
         digit_classes, digits_mlp.model, class_cross_entropy, 50, 1000, 0.004,
-        (0.004, 0.008, 0.016), "scikit-learn's digits with noise of variance 0.09, two classes of "
+        (0.001, 0.002, 0.004, 0.008, 0.016),
+        "scikit-learn's digits with noise of variance 0.09, two classes of "
         "the ten at a time.",
     ),
     "code": Task(
