@@ -144,8 +144,8 @@ def page(table: str, found: Mapping[str, tuple[float, Tensor]]) -> str:
         "[`quality.md`](../quality.md) and [`streams.md`](../streams.md). "
         "[The whole story](../mlp-memory.md) has the attempts.",
         "## Gate",
-        "For D_eff all are tuned by the same search; on a stream each runs at its best of three "
-        f"rates. All have {SEEDS} paired seeds. {LINEAR} is the linear memory at its best. "
+        "For D_eff all are tuned by the same search; on a stream each runs at its best rate of "
+        f"those in the table there. All have {SEEDS} paired seeds. {LINEAR} is the linear memory at its best. "
         "Brackets are 95 % intervals.",
         table,
         "## What was learned",

@@ -22,7 +22,7 @@ class Horizons:
     r"""Several linear memories, mixed by an MLP. It is no better than the best one of them.
 
     This is the memory called "mlp". It is as good as ``"linear"`` on data that stay the same. On
-    streams it is better than ``"linear"`` with the same ``betas``, but not than ``"linear"`` with
+    most streams it is better than ``"linear"`` with the same ``betas``, but on none than with
     shorter ones (``docs/results/mlp-memory.md``). The MLP sees how well each memory predicts the
     gradient.
 
