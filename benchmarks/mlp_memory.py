@@ -145,8 +145,8 @@ def page(table: str, found: Mapping[str, tuple[float, Tensor]]) -> str:
         "[The whole story](../mlp-memory.md) has the attempts.",
         "## Gate",
         "For D_eff all are tuned by the same search; on a stream each runs at its best rate of "
-        f"those in the table there. All have {SEEDS} paired seeds. {LINEAR} is the linear memory at its best. "
-        "Brackets are 95 % intervals.",
+        f"those in the table there. All have {SEEDS} paired seeds. {LINEAR} is the linear memory "
+        "at its best. Brackets are 95 % intervals.",
         table,
         "## What was learned",
         f"The weight of the short average beside the long one's, of retention {LONG:g}, after "
