@@ -8,7 +8,6 @@ the MLPs of ``docs/results/mlp-memory`` answer to the features that they see.
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.quality.command import tunings
 from benchmarks.quality.goals import OWN, status
-from benchmarks.quality.intervals import paired
 from benchmarks.quality.pictures import png
 from benchmarks.quality.plan import Tuning
 from benchmarks.quality.results import Results
@@ -50,10 +48,7 @@ def gate(group: Group, lines: streams.Lines) -> list[list[str]]:
     for plan in plans:
         rows.append(ratio(f"D_eff against {LINEAR}, {plan.workload}", group, (plan,), 0.99))
     rows.append(ratio(f"the same, mean of {len(plans)} workloads", group, plans, 1.03))
-    for task in TASKS:
-        if task != "code":  # whose data stay the same
-            rows.append(on_stream(task, lines))
-    return rows
+    return [*rows, *(on_stream(name, lines) for name, task in TASKS.items() if task.period)]
 
 
 def ratio(text: str, group: Group, plans: tuple[Tuning, ...], goal: float) -> list[str]:
@@ -67,12 +62,9 @@ def ratio(text: str, group: Group, plans: tuple[Tuning, ...], goal: float) -> li
 def on_stream(task: str, lines: streams.Lines) -> list[str]:
     """The online loss less that of the best linear memory, seed by seed."""
     text = f"online loss less the best linear memory's, {task}"
-    ours = streams.finished(task, STREAM, SEEDS, lines)
-    linear = [x for c in streams.LINEAR if (x := streams.finished(task, c, SEEDS, lines))]
-    if not ours or not linear:
+    interval = streams.against_linear(task, STREAM, SEEDS, lines)
+    if interval is None:
         return [text, "", "< 0", MISSING]
-    losses = [[streams.loss(line) for line in found] for found in linear]
-    interval = paired([streams.loss(line) for line in ours], min(losses, key=statistics.fmean))
     return [text, difference(interval), "< 0", status(interval.mean < 0)]
 
 

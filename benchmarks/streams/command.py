@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.intervals import paired, verdict
+from benchmarks.quality.intervals import Interval, paired, verdict
 from benchmarks.quality.tuned import difference
 from benchmarks.quality.workload import Unavailable
 from benchmarks.runs import executed
@@ -90,18 +90,26 @@ def report(lines: Lines, seeds: int, command: str) -> str:
 def row(lines: Lines, task: str, contender: Contender, seeds: int) -> list[str]:
     """The sweep of an optimizer, and its best rate beside that of the best linear memory."""
     cells = [cell([lines[run]] if run in lines else []) for run in sweep(task, contender)]
-    ours = finished(task, contender, seeds, lines)
-    linear = [found for x in LINEAR if (found := finished(task, x, seeds, lines))]
     name, beta = contender
-    if not ours:
-        return [name, f"{beta:g}", *cells, "–", "", ""]
-    cells.append(cell(ours))
-    if not linear or name == "linear":
+    cells.append(cell(finished(task, contender, seeds, lines)))
+    interval = against_linear(task, contender, seeds, lines) if name != "linear" else None
+    if interval is None:
         return [name, f"{beta:g}", *cells, "", ""]
-    theirs = min(linear, key=lambda found: statistics.fmean(map(loss, found)))
-    interval = paired(list(map(loss, ours)), list(map(loss, theirs)))
     word = verdict(interval.mean, interval.p)
     return [name, f"{beta:g}", *cells, difference(interval), word]
+
+
+def against_linear(task: str, contender: Contender, seeds: int, lines: Lines) -> Interval | None:
+    """Its losses less those of the best linear memory, seed by seed; None while a run is missing.
+
+    Each is at its best rate, and the best linear memory is that with the lowest mean.
+    """
+    ours = finished(task, contender, seeds, lines)
+    linear = [found for x in LINEAR if (found := finished(task, x, seeds, lines))]
+    if not ours or not linear:
+        return None
+    theirs = min(linear, key=lambda found: statistics.fmean(map(loss, found)))
+    return paired(list(map(loss, ours)), list(map(loss, theirs)))
 
 
 def finished(task: str, contender: Contender, seeds: int, lines: Lines) -> list[dict[str, Any]]:

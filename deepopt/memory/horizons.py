@@ -22,9 +22,9 @@ class Horizons:
     r"""Several linear memories, mixed by an MLP. It is no better than the best one of them.
 
     This is the memory called "mlp". It is as good as ``"linear"`` on data that stay the same. On
-    most streams it is better than ``"linear"`` with the same ``betas``, but on none than with
-    shorter ones (``docs/results/mlp-memory.md``). The MLP sees how well each memory predicts the
-    gradient.
+    most streams it is better than ``"linear"`` with the same ``betas``; on all of them ``"linear"``
+    with a shorter average is better still (``docs/results/mlp-memory.md``). The MLP sees how well
+    each memory predicts the gradient.
 
     The averages have the retentions :math:`\beta_1` (that of the write) and :math:`\beta_k`
     for every further time scale, K in all. Before a gradient is written, each is compared with it:

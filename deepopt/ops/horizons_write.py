@@ -17,27 +17,17 @@ MOST_SCALES = 8
 """Averages that the kernels take: kMostScales in csrc/rules/horizons.h."""
 
 
-def _supports(
-    averages: Sequence[Tensor],
-    grad: Tensor,
-    foresight: Tensor,
-    grad_size: Tensor,
-    phi: Tensor,
-    step: Tensor,
-    retentions: Sequence[float | Tensor],
-) -> bool:
-    tensors = (*averages, grad, foresight, grad_size, phi, step)
-    return (
-        len(averages) <= MOST_SCALES
-        and all(tensor.dtype == torch.float32 for tensor in tensors)
-        and all(isinstance(kept, int | float) for kept in retentions)
-    )
-
-
 @operator(
     "(Tensor[] averages, Tensor grad, Tensor foresight, Tensor grad_size, Tensor phi, Tensor step, "
     "float[] retentions) -> Tensor[]",
-    supports=_supports,
+    supports=lambda averages, grad, foresight, grad_size, phi, step, retentions: (
+        len(averages) <= MOST_SCALES
+        and all(
+            tensor.dtype == torch.float32
+            for tensor in (*averages, grad, foresight, grad_size, phi, step)
+        )
+        and all(isinstance(kept, int | float) for kept in retentions)
+    ),
 )
 def horizons_write(
     averages: Sequence[Tensor],
