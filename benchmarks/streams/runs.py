@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,14 @@ SIZE = 0.2
 """The update's root mean square. It is fixed, so that memories of all horizons step equally far."""
 REST_BETA = 0.9
 """AdamW's first beta for heads, embeddings and vectors, whatever memory the matrices have."""
+SLOW = 4
+"""Steps of a chunk of the slower level, where there are two."""
 AFTER = 10
-"""Steps that count as those right after a switch."""
+"""Steps that count as those right after a switch, and as those right before one."""
+RELEARNED = 5
+"""Losses whose mean says whether a regime is relearned."""
+CLOSE = 1.1
+"""A regime is relearned at so many times the loss that it was left with."""
 
 MEMORIES: dict[str, AnyMemory | str] = {
     "linear": "linear",
@@ -48,7 +54,7 @@ def memory(name: str) -> AnyMemory | str:
 class Run:
     """What tells one run from another.
 
-    The optimizer is a name in ``MEMORIES``, "trained 0.5", "M3", "AdamW" or the like.
+    The optimizer is a name in ``MEMORIES``, "trained 0.5", "M3", "Continuum", "AdamW" or the like.
     """
 
     task: str
@@ -73,7 +79,20 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW([{key: group[key] for key in known} for group in groups])
     if run.optimizer == "M3":
         return deepopt.M3(groups, update_rms=SIZE)
+    if run.optimizer == "Continuum":
+        slow = [part for group in groups for part in by_frequency(group)]
+        return deepopt.Continuum(deepopt.DeepMomentum(slow, memory="linear", update_rms=SIZE))
     return deepopt.DeepMomentum(groups, memory=memory(run.optimizer), update_rms=SIZE)
+
+
+def by_frequency(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of matrices as two: those nearer to the input learn at every fourth step."""
+    if group["path"] == "elementwise":
+        return [group]
+    middle = len(group["params"]) // 2
+    parts = [(SLOW, slice(middle)), (1, slice(middle, None))]
+    listed = [key for key, value in group.items() if isinstance(value, list)]
+    return [{**group, "chunk": c, **{key: group[key][part] for key in listed}} for c, part in parts]
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -89,13 +108,38 @@ def execute(run: Run) -> dict[str, Any]:
     if task.held_out:
         return {**line, "loss": round(task.held_out(model.eval()), 5)}
     half = range(task.steps // 2, task.steps)
-    return {
-        **line,
-        "loss": round(statistics.fmean(losses[step] for step in half), 5),
-        "after_switch": round(
-            statistics.fmean(losses[step] for step in half if step % task.period < AFTER), 5
-        ),
+    measured = {
+        "loss": statistics.fmean(losses[step] for step in half),
+        "after_switch": statistics.fmean(losses[x] for x in half if x % task.period < AFTER),
+        **returned(task, losses),
     }
+    return {**line, **{name: round(value, 5) for name, value in measured.items()}}
+
+
+def returned(task: Task, losses: Sequence[float]) -> dict[str, float]:
+    """How much is lost between two visits of a regime, over the second half's returns.
+
+    ``forgotten`` is the loss on the first batch less that on the last ten of the visit before.
+    ``relearned`` counts steps from there on until the mean of five losses is within a tenth of what
+    it was; a regime that is not relearned while its visit lasts counts with the whole visit.
+    """
+    forgotten, relearned = [], []
+    for back in range(0, task.steps, task.period):
+        left = back - task.period * (task.regimes - 1)
+        if back < task.steps // 2 or left <= 0:
+            continue
+        before = statistics.fmean(losses[max(0, left - AFTER) : left])
+        visit = losses[back : back + task.period]
+        again = (
+            x
+            for x in range(len(visit) - RELEARNED + 1)
+            if statistics.fmean(visit[x : x + RELEARNED]) <= CLOSE * before
+        )
+        forgotten.append(visit[0] - before)
+        relearned.append(next(again, len(visit)))
+    if not forgotten:
+        return {}
+    return {"forgotten": statistics.fmean(forgotten), "relearned": statistics.fmean(relearned)}
 
 
 def train(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> list[float]:

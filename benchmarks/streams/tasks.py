@@ -17,6 +17,8 @@ from benchmarks.quality.workloads import digits_mlp
 from benchmarks.transformer import Transformer, TransformerConfig
 from deepopt.data import sample_batch
 
+PERIOD = 50
+"""Steps of a regime before the next one."""
 SIZE, LENGTH = 16, 64
 INPUTS, OUTPUTS, EXAMPLES = 16, 16, 256
 NOISE = 0.3
@@ -34,6 +36,7 @@ class Task:
         model: makes the untrained model.
         loss: of the model on a batch.
         period: steps of a regime before the next one; 0 where there is one alone.
+        regimes: how many take turns.
         steps: optimizer steps of a run.
         aux: the learning rate of embeddings, heads and vectors.
         rates: learning rates of the matrices that every optimizer is tried at.
@@ -46,6 +49,7 @@ class Task:
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
     period: int
+    regimes: int
     steps: int
     aux: float
     rates: tuple[float, ...]
@@ -66,7 +70,7 @@ def english() -> Tensor:
 
 
 def code_and_english(seed: int, step: int) -> tuple[Tensor, Tensor]:
-    if step // 50 % 2:
+    if step // PERIOD % 2:
         return sample_batch(english(), SIZE, LENGTH, seed, step)
     return code_batch(SIZE, LENGTH, seed, step)
 
@@ -104,7 +108,7 @@ def teachers(seed: int) -> list[tuple[Tensor, Tensor]]:
 def regimes(seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Noisy answers of one teacher, and of the next one from the next period on."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    first, second = teachers(seed)[step // 50 % 3]
+    first, second = teachers(seed)[step // PERIOD % 3]
     x = torch.randn(EXAMPLES, INPUTS, generator=generator)
     y = torch.tanh(2 * x @ first) @ second
     return x, y + NOISE * torch.randn(EXAMPLES, OUTPUTS, generator=generator)
@@ -122,7 +126,7 @@ def bursts(seed: int, step: int) -> tuple[Tensor, Tensor]:
     first, second = teachers(seed)[0]
     x = torch.randn(EXAMPLES, INPUTS, generator=generator)
     labels = (torch.tanh(2 * x @ first) @ second)[:, :CLASSES].argmax(-1)
-    wrong = torch.rand(EXAMPLES, generator=generator) < WRONG * (step // 50 % 2)
+    wrong = torch.rand(EXAMPLES, generator=generator) < WRONG * (step // PERIOD % 2)
     other = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
     return x, torch.where(wrong, other, labels)
 
@@ -130,7 +134,7 @@ def bursts(seed: int, step: int) -> tuple[Tensor, Tensor]:
 def digit_classes(seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Two of the ten digits at a time, with noise, so that no two batches are alike."""
     known = datasets.digits().train
-    pair = step // 50 % 5
+    pair = step // PERIOD % 5
     rows = torch.nonzero(known.targets // 2 == pair).flatten()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     rows = rows[torch.randint(len(rows), (64,), generator=generator)]
@@ -156,28 +160,30 @@ def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 TASKS = {
     "text": Task(
-        code_and_english, LanguageModel, cross_entropy, 50, 800, 0.008, (0.006, 0.012, 0.024),
+        code_and_english, LanguageModel, cross_entropy, PERIOD, 2, 800, 0.008,
+        (0.006, 0.012, 0.024, 0.048),
         "Bytes of the standard library's sources, and of the language reference in English "
         "(`pydoc_data.topics`, letters moved on by 13), by turns.",
     ),
     "regimes": Task(
-        regimes, regressor, squared_error, 50, 600, 0.004,
-        (0.008, 0.016, 0.032, 0.064),
+        regimes, regressor, squared_error, PERIOD, 3, 600, 0.004,
+        (0.008, 0.016, 0.032, 0.064, 0.128, 0.256),
         "Regression on three random networks by turns, with noise of variance 0.09.",
     ),
     "bursts": Task(
-        bursts, classifier, class_cross_entropy, 50, 600, 0.004, (0.004, 0.008, 0.016, 0.032),
+        bursts, classifier, class_cross_entropy, PERIOD, 2, 600, 0.004,
+        (0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256),
         "Ten classes that a random network tells apart; every other period three labels in four "
         "are random.",
     ),
     "digits": Task(
-        digit_classes, digits_mlp.model, class_cross_entropy, 50, 1000, 0.004,
+        digit_classes, digits_mlp.model, class_cross_entropy, PERIOD, 5, 1000, 0.004,
         (0.001, 0.002, 0.004, 0.008, 0.016),
         "scikit-learn's digits with noise of variance 0.09, two classes of "
         "the ten at a time.",
     ),
     "code": Task(
-        functools.partial(code_batch, SIZE, LENGTH), LanguageModel, cross_entropy, 0, 600, 0.008,
+        functools.partial(code_batch, SIZE, LENGTH), LanguageModel, cross_entropy, 0, 1, 600, 0.008,
         (0.012, 0.024, 0.048), "Bytes of the standard library's sources alone, the rate decaying.",
         held_out=lambda model: held_out(model, LENGTH)["val_loss"],
     ),

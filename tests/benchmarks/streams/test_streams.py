@@ -13,7 +13,7 @@ from benchmarks.streams.tasks import TASKS
 
 @pytest.fixture
 def short(monkeypatch):
-    """The regression alone, of two short regimes."""
+    """The regression alone, with a short period."""
     task = dataclasses.replace(TASKS["regimes"], steps=16, period=8, rates=(0.01,))
     monkeypatch.setitem(TASKS, "regimes", task)
     monkeypatch.setattr(
@@ -94,6 +94,26 @@ def test_a_run_has_the_online_loss_and_that_after_a_switch():
     assert line["loss"] == pytest.approx(sum(losses[8:]) / 8, abs=1e-5)
     assert line["after_switch"] == line["loss"]  # all eight are within ten steps
     assert losses[0] == task.loss(task.model(), task.data(0, 0)).item() or losses[-1] < losses[0]
+
+
+def test_what_is_forgotten_is_the_first_loss_after_a_return_less_the_last_ones_before_it():
+    task = dataclasses.replace(TASKS["regimes"], regimes=2, period=20, steps=120)
+    visit = [2.0 - 0.1 * x for x in range(10)] + [1.0] * 10  # the last ten have a mean of one
+    found = runs.returned(task, visit * 6)
+    # The mean of 1.3, 1.2, 1.1, 1, 1, from the seventh loss on, is still above 1.1.
+    assert found == {"forgotten": pytest.approx(1.0), "relearned": 8.0}
+    other = [5.0] * 20  # of which nothing is forgotten; it comes twice in the second half
+    assert runs.returned(task, [*visit, *other] * 3)["forgotten"] == pytest.approx(1 / 3)
+
+
+def test_a_regime_that_is_not_relearned_counts_with_its_whole_visit():
+    task = dataclasses.replace(TASKS["regimes"], regimes=1, period=20, steps=40)
+    assert runs.returned(task, [1.0] * 20 + [2.0] * 20) == {"forgotten": 1.0, "relearned": 20}
+
+
+def test_a_regime_that_has_not_come_back_has_nothing_forgotten():
+    task = dataclasses.replace(TASKS["regimes"], regimes=5, period=20, steps=100)
+    assert runs.returned(task, [1.0] * 100) == {}
 
 
 @pytest.mark.usefixtures("short")
