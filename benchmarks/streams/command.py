@@ -53,7 +53,7 @@ def best(task: str, contender: Contender, lines: Lines) -> Run | None:
     runs = sweep(task, contender)
     if any(run not in lines for run in runs):
         return None
-    return min(runs, key=lambda run: loss(lines[run]))
+    return min(runs, key=lambda run: value(lines[run]))
 
 
 def repeats(task: str, contender: Contender, seeds: int, lines: Lines) -> list[Run]:
@@ -62,8 +62,9 @@ def repeats(task: str, contender: Contender, seeds: int, lines: Lines) -> list[R
     return [Run(task, *contender, found.lr, seed) for seed in range(seeds)] if found else []
 
 
-def loss(line: Mapping[str, Any]) -> float:
-    return float(line.get("loss", math.inf))
+def value(line: Mapping[str, Any], metric: str = "loss") -> float:
+    """A metric of a line; infinite where the run diverged."""
+    return float(line.get(metric, math.inf))
 
 
 def read(path: Path) -> dict[Run, dict[str, Any]]:
@@ -104,11 +105,7 @@ def row(lines: Lines, task: str, contender: Contender, seeds: int) -> list[str]:
     cells = [cell([lines[run]] if run in lines else []) for run in sweep(task, contender)]
     name, beta = contender
     cells.append(cell(finished(task, contender, seeds, lines)))
-    interval = against_linear(task, contender, seeds, lines) if name != "linear" else None
-    if interval is None:
-        return [name, f"{beta:g}", *cells, "", ""]
-    word = verdict(interval.mean, interval.p)
-    return [name, f"{beta:g}", *cells, difference(interval), word]
+    return [name, f"{beta:g}", *cells, *compared(lines, task, contender, seeds)]
 
 
 def returns(lines: Lines, task: str, seeds: int) -> list[list[str]]:
@@ -118,22 +115,27 @@ def returns(lines: Lines, task: str, seeds: int) -> list[list[str]]:
     for name, beta in CONTENDERS:
         cells: list[str] = []
         for metric in RETURNS:
-            found = finished(task, (name, beta), seeds, lines)
-            shown = all(metric in line for line in found) and found
-            mean = f"{statistics.fmean(x[metric] for x in found):.4g}" if shown else "–"
-            interval = against_linear(task, (name, beta), seeds, lines, metric)
-            if interval is None or name == "linear":
-                cells += [mean, "", ""]
-            else:
-                cells += [mean, difference(interval), verdict(interval.mean, interval.p)]
+            mean = mean_of(metric, finished(task, (name, beta), seeds, lines))
+            cells.append("–" if mean is None else f"{mean:.4g}")
+            cells += compared(lines, task, (name, beta), seeds, metric)
         table.append([name, f"{beta:g}", *cells])
     return table
+
+
+def compared(
+    lines: Lines, task: str, contender: Contender, seeds: int, metric: str = "loss"
+) -> list[str]:
+    """Two cells: how far an optimizer is from the best linear memory, and the verdict."""
+    interval = against_linear(task, contender, seeds, lines, metric)
+    if interval is None or contender in LINEAR:
+        return ["", ""]
+    return [difference(interval), verdict(interval.mean, interval.p)]
 
 
 def best_linear(task: str, seeds: int, lines: Lines) -> list[dict[str, Any]]:
     """The lines of the linear memory with the lowest mean loss; none while there is none."""
     linear = [found for x in LINEAR if (found := finished(task, x, seeds, lines))]
-    return min(linear, key=lambda found: statistics.fmean(map(loss, found)), default=[])
+    return min(linear, key=lambda found: statistics.fmean(map(value, found)), default=[])
 
 
 def against_linear(
@@ -143,16 +145,17 @@ def against_linear(
 
     Each is at its best rate by its online loss.
     """
-    both = finished(task, contender, seeds, lines), best_linear(task, seeds, lines)
-    if not all(both):
+    ours, theirs = finished(task, contender, seeds, lines), best_linear(task, seeds, lines)
+    if mean_of(metric, ours) is None or mean_of(metric, theirs) is None:
         return None
-    if metric == "loss":
-        ours, theirs = (list(map(loss, found)) for found in both)
-    elif all(metric in line for found in both for line in found):
-        ours, theirs = ([line[metric] for line in found] for found in both)
-    else:
+    return paired([value(line, metric) for line in ours], [value(line, metric) for line in theirs])
+
+
+def mean_of(metric: str, found: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean of a metric; None where there is no line, or one that lacks it."""
+    if not found or any(metric not in line and "diverged" not in line for line in found):
         return None
-    return paired(ours, theirs)
+    return statistics.fmean(value(line, metric) for line in found)
 
 
 def finished(task: str, contender: Contender, seeds: int, lines: Lines) -> list[dict[str, Any]]:
@@ -167,7 +170,7 @@ def cell(found: Sequence[Mapping[str, Any]]) -> str:
         return "–"
     if any("diverged" in line for line in found):
         return "diverged"
-    text = f"{statistics.fmean(map(loss, found)):.4f}"
+    text = f"{statistics.fmean(map(value, found)):.4f}"
     if "after_switch" in found[0]:
         text += f" ({statistics.fmean(line['after_switch'] for line in found):.4f})"
     return text

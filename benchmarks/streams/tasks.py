@@ -161,7 +161,7 @@ def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 TASKS = {
     "text": Task(
         code_and_english, LanguageModel, cross_entropy, PERIOD, 2, 800, 0.008,
-        (0.006, 0.012, 0.024, 0.048),
+        (0.006, 0.012, 0.024),
         "Bytes of the standard library's sources, and of the language reference in English "
         "(`pydoc_data.topics`, letters moved on by 13), by turns.",
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.mlp_memory import SEEDS, STREAM, norms, on_stream, read_outs, weight
+from benchmarks.mlp_memory import SEEDS, STREAM, forgotten, norms, on_stream, read_outs, weight
 from benchmarks.mlp_memory import main as write_page
 from benchmarks.streams.command import LINEAR, sweep
 from benchmarks.streams.runs import Run
@@ -45,6 +45,23 @@ def test_a_stream_is_held_against_the_linear_memory_with_the_lowest_mean(ours, s
     assert row[-1] == status
     del lines[Run("regimes", *STREAM, sweep("regimes", STREAM)[0].lr, 1)]
     assert on_stream("regimes", lines)[-1] == "not run"
+
+
+@pytest.mark.parametrize(("ours", "status"), [(0.7, "met"), (0.9, "NOT met")])
+def test_what_is_forgotten_is_held_against_the_linear_memory_with_the_lowest_loss(ours, status):
+    lines = {}
+    for contender, found in {
+        STREAM: (3.0, ours),
+        LINEAR[0]: (1.0, 1.0),
+        LINEAR[1]: (2.0, 9.0),
+    }.items():
+        for run in sweep("regimes", contender):
+            for seed in range(SEEDS):
+                key = Run(run.task, run.optimizer, run.beta, run.lr, seed)
+                lines[key] = {"loss": found[0] + run.lr, "forgotten": found[1]}
+    assert forgotten("regimes", lines)[1:] == [f"{ours:.2f}", "<= 0.8", status]
+    del lines[Run("regimes", *STREAM, sweep("regimes", STREAM)[0].lr, 1)]["forgotten"]
+    assert forgotten("regimes", lines)[-1] == "not run"
 
 
 def test_the_closed_form_answers_as_it_is_written():
