@@ -1,7 +1,7 @@
 // The arguments and results of deepopt::horizons_write, for the launchers on the CPU and on CUDA.
 #pragma once
 #include "../rules/horizons.h"
-#include "multi_tensor.h"
+#include "float_arrays.h"
 
 namespace deepopt {
 
@@ -11,7 +11,10 @@ struct DEEPOPT_HIDDEN HorizonsArguments {
   HorizonsArguments(const std::vector<Tensor>& averages, const Tensor& grad,
                     const Tensor& foresight, const Tensor& grad_size, const Tensor& phi,
                     const Tensor& step, const std::vector<double>& retentions)
-      : like_(grad) {
+      : arrays_(grad,
+                "deepopt::horizons_write: tensors must be float32 on one device: the averages and "
+                "grad of shape (B, m, n), foresight (B, averages), grad_size and step (B,), phi "
+                "(B, units, 3 averages + 2)") {
     const auto scales = int64_t(averages.size());
     STD_TORCH_CHECK(scales > 0 && scales <= Horizons::kMostScales,
                     "deepopt::horizons_write: there must be 1 to 8 averages");
@@ -23,47 +26,27 @@ struct DEEPOPT_HIDDEN HorizonsArguments {
     const int64_t b = grad.size(0), m = grad.size(1), n = grad.size(2), units = phi.size(1);
     rule.scales = int(scales), rule.units = int(units);
     rule.batch = b, rule.entries = m * n;
-    rule.grad = read(grad, {b, m, n});
-    rule.foresight = read(foresight, {b, scales});
-    rule.grad_size = read(grad_size, {b});
-    rule.phi = read(phi, {b, units, 3 * scales + 2});
-    rule.step = read(step, {b});
+    rule.grad = arrays_.read(grad, {b, m, n});
+    rule.foresight = arrays_.read(foresight, {b, scales});
+    rule.grad_size = arrays_.read(grad_size, {b});
+    rule.phi = arrays_.read(phi, {b, units, 3 * scales + 2});
+    rule.step = arrays_.read(step, {b});
     for (int k = 0; k < rule.scales; ++k) {
       rule.retentions[k] = retentions[k];
-      rule.averages[k] = read(averages[k], {b, m, n});
+      rule.averages[k] = arrays_.read(averages[k], {b, m, n});
     }
-    for (int k = 0; k < rule.scales; ++k) rule.new_averages[k] = make({b, m, n});
-    rule.new_foresight = make({b, scales});
-    rule.new_grad_size = make({b});
-    rule.weights = make({b, scales - 1});
-    rule.read = make({b, m, n});
+    for (int k = 0; k < rule.scales; ++k) rule.new_averages[k] = arrays_.make({b, m, n});
+    rule.new_foresight = arrays_.make({b, scales});
+    rule.new_grad_size = arrays_.make({b});
+    rule.weights = arrays_.make({b, scales - 1});
+    rule.read = arrays_.make({b, m, n});
   }
 
   // In the order in which the operator returns them.
-  const std::vector<Tensor>& results() const { return made_; }
+  const std::vector<Tensor>& results() const { return arrays_.results(); }
 
  private:
-  using Sizes = std::initializer_list<int64_t>;
-
-  Tensor like_;
-  std::vector<Tensor> kept_, made_;
-
-  const float* read(const Tensor& tensor, Sizes sizes) {
-    const auto own = tensor.sizes();
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == ScalarType::Float && tensor.device() == like_.device() &&
-            std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()),
-        "deepopt::horizons_write: tensors must be float32 on one device: the averages and grad of "
-        "shape (B, m, n), foresight (B, averages), grad_size and step (B,), phi (B, units, "
-        "3 averages + 2)");
-    kept_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return kept_.back().const_data_ptr<float>();
-  }
-
-  float* make(Sizes sizes) {
-    made_.push_back(torch::stable::new_empty(like_, sizes, ScalarType::Float));
-    return made_.back().mutable_data_ptr<float>();
-  }
+  FloatArrays arrays_;
 };
 
 }  // namespace deepopt

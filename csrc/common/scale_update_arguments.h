@@ -5,7 +5,7 @@
 
 #include "../rules/scale_update.h"
 #include "boxed.h"
-#include "multi_tensor.h"
+#include "float_arrays.h"
 
 namespace deepopt {
 
@@ -25,13 +25,14 @@ struct DEEPOPT_HIDDEN ScaleArguments {
 // The rule with all of its arrays but those that a launcher measures: products and norms.
 struct DEEPOPT_HIDDEN ScaleUpdateTensors {
   ScaleUpdate rule{};
-  Tensor factors;              // one for each update and matrix, or for each of its rows
-  std::vector<Tensor> states;  // the new ones
+  Tensor factors;  // one for each update and matrix, or for each of its rows
 
   ScaleUpdateTensors(const std::vector<Tensor>& updates, const ScaleArguments& given)
-      : like_(updates.empty() ? Tensor() : updates[0]) {
+      : arrays_(updates.empty() ? Tensor() : updates[0],
+                "deepopt::scale_update: weight and state must be float32, of the updates' matrices "
+                "and rows, and on their device") {
     STD_TORCH_CHECK(
-        updates.size() == (given.weight ? 2 : 1) && like_.dim() == 3,
+        updates.size() == (given.weight ? 2 : 1) && updates[0].dim() == 3,
         "deepopt::scale_update: give one update of shape (B, m, n), or two and the weight "
         "of the second");
     STD_TORCH_CHECK(
@@ -39,55 +40,43 @@ struct DEEPOPT_HIDDEN ScaleUpdateTensors {
             given.row_moment.has_value() == given.row_weight.has_value(),
         "deepopt::scale_update: give either grad_norm or update_rms, and row_moment and "
         "row_weight together");
-    const int64_t batch = like_.size(0), rows = like_.size(1), count = int64_t(updates.size());
-    rule.batch = batch, rule.rows = rows, rule.columns = like_.size(2);
+    const Tensor& like = updates[0];
+    const int64_t batch = like.size(0), rows = like.size(1), count = int64_t(updates.size());
+    rule.batch = batch, rule.rows = rows, rule.columns = like.size(2);
     rule.beta1 = given.beta1, rule.beta2 = given.beta2, rule.rms_cap = given.rms_cap;
     if (given.weight) rule.weight = read(*given.weight);
     if (given.grad_norm) {
       rule.grad_norm = read(*given.grad_norm);
-      rule.new_grad_norm = state({batch});
+      rule.new_grad_norm = arrays_.make({batch});
     } else {
       rule.update_rms = *given.update_rms;
     }
     if (given.row_moment) {
       rule.row_moment = read(*given.row_moment, rows);
       rule.row_weight = read(*given.row_weight, rows);
-      rule.new_row_moment = state({batch, rows});
-      rule.new_row_weight = state({batch, rows});
-      factors = made({count, batch, rows});
+      rule.new_row_moment = arrays_.make({batch, rows});
+      rule.new_row_weight = arrays_.make({batch, rows});
+      factors = torch::stable::new_empty(like, {count, batch, rows}, ScalarType::Float);
     } else {
-      factors = made({count, batch});
+      factors = torch::stable::new_empty(like, {count, batch}, ScalarType::Float);
     }
     rule.factors = factors.mutable_data_ptr<float>();
   }
 
-  // The address of so many numbers for each matrix, which stay alive for as long as this struct.
+  // The address of so many numbers for each matrix.
   const float* read(const Tensor& tensor, int64_t each = 1) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float &&
-                        tensor.numel() == rule.batch * each && tensor.device() == like_.device(),
-                    "deepopt::scale_update: weight and state must be float32, of the updates' "
-                    "matrices and rows, and on their device");
-    kept_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return kept_.back().const_data_ptr<float>();
+    return arrays_.read_count(tensor, rule.batch * each);
   }
 
+  // The update and the new states.
   std::vector<Tensor> results(Tensor update) const {
     std::vector<Tensor> all{std::move(update)};
-    all.insert(all.end(), states.begin(), states.end());
+    all.insert(all.end(), arrays_.results().begin(), arrays_.results().end());
     return all;
   }
 
  private:
-  Tensor like_;
-  std::vector<Tensor> kept_;
-
-  Tensor made(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, like_.device());
-  }
-  float* state(std::initializer_list<int64_t> sizes) {
-    states.push_back(made(sizes));
-    return states.back().mutable_data_ptr<float>();
-  }
+  FloatArrays arrays_;
 };
 
 }  // namespace deepopt

@@ -144,8 +144,8 @@ Tensor coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor> fe
                                Tensor scales, Tensor weights, Tensor target, Tensor unit) {
   CoordinateMlpArguments given(base, reach, features, scales, weights);
   const CoordinateMlp& mlp = given.mlp;
-  const float* aim = given.read(target, mlp.batch * mlp.entries);
-  const float* units = given.read(unit, mlp.batch);
+  const float* aim = given.arrays.read_count(target, mlp.batch * mlp.entries);
+  const float* units = given.arrays.read_count(unit, mlp.batch);
   const int width = mlp.count + 1;
   const int64_t numbers = mlp.units * width, each = chunks_of(mlp.entries);
   std::vector<double> partial(mlp.batch * each * numbers);

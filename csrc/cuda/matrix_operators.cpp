@@ -123,8 +123,8 @@ Tensor on_coordinate_mlp_gradient(Tensor base, Tensor reach, std::vector<Tensor>
   const Device device(base);
   CoordinateMlpArguments given(base, reach, features, scales, weights);
   const CoordinateMlp& mlp = given.mlp;
-  const float* aim = given.read(target, mlp.batch * mlp.entries);
-  const float* units = given.read(unit, mlp.batch);
+  const float* aim = given.arrays.read_count(target, mlp.batch * mlp.entries);
+  const float* units = given.arrays.read_count(unit, mlp.batch);
   const Tensor gradient = torch::stable::new_empty(weights, weights.sizes(), ScalarType::Float);
   const Tensor partial = torch::stable::new_empty(
       weights, {weights.numel() * parts_of(mlp.entries, kMlpEntries)}, ScalarType::Double);
