@@ -103,4 +103,5 @@ def test_a_search_with_two_short_averages_is_left_out(tmp_path):
 
 
 def test_every_search_for_horizons_is_shown():
-    assert list(read_outs(RESULTS / "mlp-memory")) == ["by hand, .7", "trained, .7", "trained, .5"]
+    names = ["by hand, .7", "trained, .7", "trained, .5", "trained, 0"]
+    assert list(read_outs(RESULTS / "mlp-memory")) == names
