@@ -82,7 +82,7 @@ def report(lines: Lines, seeds: int, command: str) -> str:
         "constant rate. All matrices are stepped by 0.2 in root mean square, but AdamW's. "
         "*Continuum* is the linear memory with two frequencies: the matrices of the first half of "
         f"the model learn at every {SLOW}th step. Lower is better; a dash is a run that was not "
-        "made. Rates are tried with seed 0; the last columns "
+        "made, or made before this was measured. Rates are tried with seed 0; the last columns "
         f"have means over {seeds} seeds at the best rate, and how far they are from those of the "
         "best linear memory, seed by seed, with Student's 95 % interval.",
         "Where a regime comes back, *forgotten* is the loss on its first batch less that on the "

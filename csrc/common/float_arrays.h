@@ -1,4 +1,4 @@
-// The arrays of a rule: addresses of tensors, which stay alive for as long as this struct.
+// The arrays of a rule: addresses of tensors, which stay alive for as long as this object.
 #pragma once
 #include "multi_tensor.h"
 
@@ -17,7 +17,7 @@ class DEEPOPT_HIDDEN FloatArrays {
     return keep(tensor, std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()));
   }
 
-  // The same of any sizes, with so many numbers.
+  // The same for a tensor with this many numbers, of any shape.
   const float* read_count(const Tensor& tensor, int64_t count) {
     return keep(tensor, tensor.numel() == count);
   }

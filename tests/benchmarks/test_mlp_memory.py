@@ -61,7 +61,7 @@ def test_less_is_forgotten_than_by_the_best_linear_memory_only_at_no_larger_a_lo
             for seed in range(SEEDS):
                 key = Run(run.task, run.optimizer, run.beta, run.lr, seed)
                 lines[key] = {"loss": found[0] + run.lr, "forgotten": found[1]}
-    assert forgotten("regimes", lines)[1:] == [f"{ours:.2f}", "<= 0.8", status]
+    assert forgotten("regimes", lines)[1::2] == [f"{ours:.2f}", status]
     del lines[Run("regimes", *STREAM, sweep("regimes", STREAM)[0].lr, 1)]["forgotten"]
     assert forgotten("regimes", lines)[-1] == "not run"
 

@@ -31,6 +31,7 @@ def available(name):
 
 
 def test_text_switches_between_sources_and_english_every_fifty_steps():
+    assert TASKS["text"].regimes == 2
     english = {0: False, 49: False, 50: True, 99: True, 100: False}
     for step, expected in english.items():
         tokens, _ = TASKS["text"].data(0, step)
@@ -48,6 +49,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(name):
 
 
 def test_regimes_recur():
+    assert TASKS["regimes"].regimes == 3
     first, again = tasks.teachers(0)[0 // 50 % 3], tasks.teachers(0)[150 // 50 % 3]
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], tasks.teachers(0)[1][0])
@@ -60,6 +62,7 @@ def test_labels_are_wrong_in_every_other_period_alone():
         answers = (torch.tanh(2 * x @ first) @ second)[:, : tasks.CLASSES].argmax(-1)
         return (answers == labels).float().mean().item()
 
+    assert TASKS["bursts"].regimes == 2
     assert [known(step) for step in (0, 49, 100)] == [1.0, 1.0, 1.0]
     # A quarter is right, and a tenth of the others by chance.
     assert known(50) == pytest.approx(0.25 + 0.075, abs=0.1)
@@ -68,6 +71,7 @@ def test_labels_are_wrong_in_every_other_period_alone():
 
 def test_digits_come_two_classes_at_a_time_and_all_recur():
     data = available("digits")
+    assert TASKS["digits"].regimes == 5
     seen = [set(data(0, step)[1].tolist()) for step in range(0, 300, 50)]
     assert seen == [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {0, 1}]
 
@@ -100,7 +104,7 @@ def test_what_is_forgotten_is_the_first_loss_after_a_return_less_the_last_ones_b
     task = dataclasses.replace(TASKS["regimes"], regimes=2, period=20, steps=120)
     visit = [2.0 - 0.1 * x for x in range(10)] + [1.0] * 10  # the last ten have a mean of one
     found = runs.returned(task, visit * 6)
-    # The mean of 1.3, 1.2, 1.1, 1, 1, from the seventh loss on, is still above 1.1.
+    # The mean of 1.3, 1.2, 1.1, 1, 1, from step 7 on, is still above 1.1.
     assert found == {"forgotten": pytest.approx(1.0), "relearned": 8.0}
     other = [5.0] * 20  # of which nothing is forgotten; it comes twice in the second half
     assert runs.returned(task, [*visit, *other] * 3)["forgotten"] == pytest.approx(1 / 3)
