@@ -170,10 +170,8 @@ def cell(found: Sequence[Mapping[str, Any]]) -> str:
         return "–"
     if any("diverged" in line for line in found):
         return "diverged"
-    text = f"{statistics.fmean(map(value, found)):.4f}"
-    if "after_switch" in found[0]:
-        text += f" ({statistics.fmean(line['after_switch'] for line in found):.4f})"
-    return text
+    text, after = f"{mean_of('loss', found):.4f}", mean_of("after_switch", found)
+    return text if after is None else f"{text} ({after:.4f})"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -80,8 +80,8 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     if run.optimizer == "M3":
         return deepopt.M3(groups, update_rms=SIZE)
     if run.optimizer == "Continuum":
-        slow = [part for group in groups for part in by_frequency(group)]
-        return deepopt.Continuum(deepopt.DeepMomentum(slow, memory="linear", update_rms=SIZE))
+        levels = [part for group in groups for part in by_frequency(group)]
+        return deepopt.Continuum(deepopt.DeepMomentum(levels, memory="linear", update_rms=SIZE))
     return deepopt.DeepMomentum(groups, memory=memory(run.optimizer), update_rms=SIZE)
 
 

@@ -106,7 +106,7 @@ def test_what_is_forgotten_is_the_first_loss_after_a_return_less_the_last_ones_b
     found = runs.returned(task, visit * 6)
     # The mean of 1.3, 1.2, 1.1, 1, 1, from step 7 on, is still above 1.1.
     assert found == {"forgotten": pytest.approx(1.0), "relearned": 8.0}
-    other = [5.0] * 20  # of which nothing is forgotten; it comes twice in the second half
+    other = [5.0] * 20  # nothing of it is forgotten; it comes twice in the second half
     assert runs.returned(task, [*visit, *other] * 3)["forgotten"] == pytest.approx(1 / 3)
 
 
