@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import deepopt
+from benchmarks.streams.oracle import Oracle
 from benchmarks.streams.tasks import TASKS, Task
 from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
 from deepopt.memory import AnyMemory, Covariance, Horizons
@@ -39,22 +40,18 @@ MEMORIES: dict[str, AnyMemory | str] = {
     "mlp": "mlp",
     "closed form": Horizons(phi=HAND_MADE),
 }
+ORACLES = ("told the regime", "told the regime and step")
+"""Memories that know what others have to see in the gradients, on streams alone."""
 FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
 """What ``python -m deepopt.meta`` found, in folders by the retention of the short average."""
-
-
-def memory(name: str) -> AnyMemory | str:
-    if not name.startswith("trained "):
-        return MEMORIES[name]
-    found = json.loads((FOUND / name.removeprefix("trained ") / "phi.json").read_text())
-    return Horizons(tuple(found["time_scales"]), found["phi"])
 
 
 @dataclass(frozen=True)
 class Run:
     """What tells one run from another.
 
-    The optimizer is a name in ``MEMORIES``, "trained 0.5", "M3", "Continuum", "AdamW" or the like.
+    The optimizer is a name in ``MEMORIES`` or ``ORACLES``, "trained 0.5" or the like, "M3",
+    "Continuum" or "AdamW".
     """
 
     task: str
@@ -66,6 +63,16 @@ class Run:
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> "Run":
         return cls(**{field.name: line[field.name] for field in dataclasses.fields(cls)})
+
+
+def memory(run: Run) -> AnyMemory | str:
+    name, task = run.optimizer, TASKS[run.task]
+    if name in ORACLES:
+        return Oracle(task.period, task.regimes, by_step=name == ORACLES[1])
+    if not name.startswith("trained "):
+        return MEMORIES[name]
+    found = json.loads((FOUND / name.removeprefix("trained ") / "phi.json").read_text())
+    return Horizons(tuple(found["time_scales"]), found["phi"])
 
 
 def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
@@ -82,7 +89,7 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     if run.optimizer == "Continuum":
         levels = [part for group in groups for part in by_frequency(group)]
         return deepopt.Continuum(deepopt.DeepMomentum(levels, memory="linear", update_rms=SIZE))
-    return deepopt.DeepMomentum(groups, memory=memory(run.optimizer), update_rms=SIZE)
+    return deepopt.DeepMomentum(groups, memory=memory(run), update_rms=SIZE)
 
 
 def by_frequency(group: dict[str, Any]) -> list[dict[str, Any]]:
