@@ -28,14 +28,13 @@ from deepopt.hope.report import read_metrics
 LINEAR = tuple(("linear", beta) for beta in (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.0))
 CONTENDERS = (
     *LINEAR,
-    *(("covariance", beta) for beta in (0.9, 0.8)),
+    *itertools.product(["covariance"], (0.9, 0.8, 0.5, 0.0)),
     ("mlp", 0.9),
     ("closed form", 0.9),
     ("trained 0.5", 0.9),
-    ("delta", 0.9),
-    ("M3", 0.9),
+    *itertools.product(["delta", "M3"], (0.9, 0.5, 0.0)),
     ("Continuum", 0.0),
-    ("AdamW", 0.9),
+    *itertools.product(["AdamW"], (0.9, 0.5, 0.0)),
     *itertools.product(ORACLES, (0.9, 0.8, 0.5)),
 )
 RETURNS = ("forgotten", "relearned")
