@@ -215,7 +215,7 @@ class Module:
     def _keys(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the module is evaluated at, what is added to it, and the unit of both."""
+        """The module's inputs, what is added to its outputs, and s_t, the unit of both."""
         base = torch.zeros_like(grad)
         if self._literal:
             features, scale = [grad], grad.new_ones(len(grad), 1, 1)
@@ -257,15 +257,20 @@ class Module:
         return loss
 
 
+_MAKE_LOCK = Lock()
+"""Held while a module is made: the generator and the default dtype belong to the process."""
+
+
 def _make(factory: Factory, inputs: int, outputs: int, device: torch.device) -> nn.Module:
     """Make the module, the same at every call, and check it."""
     meta, dtype = device.type == "meta", torch.get_default_dtype()
     with (
+        _MAKE_LOCK,
         torch.random.fork_rng(devices=[]),
         torch.device("meta" if meta else "cpu"),
         ExitStack() as at_end,
     ):
-        if dtype != torch.float32:  # another dtype would draw other numbers
+        if dtype != torch.float32:  # the generator draws different numbers for other dtypes
             torch.set_default_dtype(torch.float32)
             at_end.callback(torch.set_default_dtype, dtype)
         torch.default_generator.manual_seed(0)
@@ -285,23 +290,19 @@ def _make(factory: Factory, inputs: int, outputs: int, device: torch.device) -> 
         if not any(weight.requires_grad for weight in weights):
             raise ValueError(f"Invalid memory: {type(module).__name__} has no parameters to train")
         with torch.no_grad():
-            found = module(torch.zeros(2, inputs, dtype=weights[0].dtype))
-    if not isinstance(found, Tensor) or found.shape != (2, outputs):
+            result = module(torch.zeros(2, inputs, dtype=weights[0].dtype))
+    if not isinstance(result, Tensor) or result.shape != (2, outputs):
         raise ValueError(
             f"Invalid memory: {type(module).__name__} must map (2, {inputs}) to (2, {outputs}), "
-            f"but returned {tuple(found.shape) if isinstance(found, Tensor) else found!r}"
+            f"but returned {tuple(result.shape) if isinstance(result, Tensor) else result!r}"
         )
     return module
 
 
-_MAKING = Lock()
-"""The generator and the default dtype belong to the process: one thread at a time changes them."""
-
-
 @functools.lru_cache(maxsize=256)
 def _skeleton(factory: Factory, inputs: int, outputs: int, thread: int) -> nn.Module:
-    """The module without its weights, to be called with those of the state.
+    """The module on the meta device, to be called with the weights of the state.
 
-    One for each thread: ``functional_call`` puts weights into the module while it is called.
+    Each thread has its own, because ``functional_call`` swaps the weights in during the call.
     """
     return _make(factory, inputs, outputs, torch.device("meta"))
