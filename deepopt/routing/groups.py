@@ -20,9 +20,9 @@ from deepopt.routing.rules import (
 )
 
 FEWEST_FLOATS = 10_000
-"""With fewer floats in matrices a model is a toy, and its routing not worth a warning."""
+"""A model with fewer floats in matrices is a toy, whose routing is not worth a warning."""
 LONGEST_VECTOR = 2**16
-"""Norms and biases are shorter: a longer vector is likely to be a flattened matrix."""
+"""Norms and biases are shorter: a longer vector is probably a flattened matrix."""
 MOST_TABLES = 4
 """Parameters with the shape of a known embedding are treated as embeddings, up to this many."""
 
@@ -92,7 +92,7 @@ def _grouped(routes: Sequence[tuple[str, Tensor, Route]]) -> list[dict[str, Any]
 
 def labels(group: Mapping[str, Any]) -> list[str]:
     """The decision as plain data, one word per parameter: "matrix", "matrix/3", "elementwise"."""
-    return [found.label for _, _, found in routed(group)]
+    return [route.label for _, _, route in routed(group)]
 
 
 # -- a table ---------------------------------------------------------------------------------
@@ -212,16 +212,16 @@ def _total(rows: Sequence[Row]) -> str:
 
 def warn_of_groups(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
     """:func:`warn_of_doubts` about an optimizer's groups, but for those of :func:`param_groups`."""
-    own = (group for group in groups if "reasons" not in group)
-    warn_of_doubts([row for group in own for row in routed(group)], stacklevel + 1)
+    hand_made = (group for group in groups if "reasons" not in group)
+    warn_of_doubts([row for group in hand_made for row in routed(group)], stacklevel + 1)
 
 
 def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int) -> None:
-    """Warn once each of embeddings taken for matrices, lost module types, flattened parameters,
-    and of a model that is mostly element-wise.
+    """Warn of embeddings on the matrix path, lost module types, flattened parameters, and models
+    that are mostly element-wise, once each.
 
-    Frozen parameters do not count, nor do up to four that are element-wise for their aspect: they
-    are most likely the tables that they are taken for.
+    Frozen parameters do not count. Up to ``MOST_TABLES`` parameters that are element-wise because
+    of their aspect ratio do not count either: most likely they are tables indeed.
     """
     routes = [row for row in routes if row[0].requires_grad]
     if embeddings := [name for _, name, found in routes if found.doubt == "embedding"]:
@@ -239,9 +239,9 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
             "overrides of deepopt.param_groups",
             stacklevel=stacklevel,
         )
-    if told := _flattened(routes):
+    if which := _flattened(routes):
         warnings.warn(
-            f"{told} take the element-wise path, which is AdamW: FSDP1 (FullyShardedDataParallel) "
+            f"{which} take the element-wise path, which is AdamW: FSDP1 (FullyShardedDataParallel) "
             "and ZeRO-3 make flat vectors of matrices. Shard the model by FSDP2, "
             "torch.distributed.fsdp.fully_shard, which keeps their shapes",
             stacklevel=stacklevel,
@@ -262,9 +262,9 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
 
 
 def _flattened(routes: Sequence[tuple[Tensor, str, Route]]) -> str:
-    """Which matrices seem to have been made vectors of, in words; "" for none."""
-    rows = [row for row in routes if row[2].reason != "path of the group"]  # that is asked for
-    # torch marks what lies in a flat vector of FSDP1; a name can show it where the mark is lost.
+    """The subject of a warning about matrices that were flattened to vectors; "" for none."""
+    rows = [row for row in routes if row[2].reason != "path of the group"]  # the user chose it
+    # torch marks what lies in a flat vector of FSDP1. If the mark is lost, the name can show it.
     flat = [row for row in rows if getattr(row[0], "_fsdp_flattened", False)]
     flat = flat or [row for row in rows if "_fsdp_wrapped_module" in row[1]]
     if flat and all(param.ndim < 2 for param, _, _ in flat):

@@ -40,22 +40,22 @@ _BARE = (
     "Module", "InterpreterModule", "UnflattenedModule",  # of exported programs
     "RecursiveScriptModule", "TracedModule", "TopLevelTracedModule",  # of torch.jit
 )  # fmt: skip
-"""torch's classes of modules that have forgotten what they were."""
+"""torch's classes that replace the type of a module, so that it can no longer be told."""
 
 
 def module_type(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; of a scripted one, that of torch's layer which it was made from."""
-    own, original = type(module), getattr(module, "original_name", None)
+    """The class of a module; for a scripted module, that of the torch layer it was made from."""
+    cls, original = type(module), getattr(module, "original_name", None)  # set by torch.jit
     if not isinstance(original, str):
-        return own
-    found = getattr(nn, original, None)
-    if isinstance(found, type) and issubclass(found, nn.Module):
-        return found
-    return _type_by_sizes(module) or own
+        return cls
+    layer = getattr(nn, original, None)
+    if isinstance(layer, type) and issubclass(layer, nn.Module):
+        return layer
+    return _type_by_sizes(module) or cls
 
 
 def _type_by_sizes(module: nn.Module) -> type[nn.Module] | None:
-    """torch's layer that the class of a scripted module extends, by the sizes that it still has."""
+    """The torch layer that a scripted subclass extends, known by the size attributes it kept."""
     weights = dict(module.named_parameters(recurse=False))
 
     def has(weight: str, *sizes: str) -> bool:
@@ -87,8 +87,8 @@ def route_model(
     for argument, value, example in (("overrides", overrides, "'matrix'"), ("split", splits, "3")):
         if not isinstance(value, Mapping):
             raise TypeError(
-                f"Invalid {argument}: {value!r} is no dict; give one by names or patterns of "
-                f"parameters, such as {{'*.qkv.weight': {example}}}"
+                f"Invalid {argument}: {value!r} is not a dict; give one whose keys are names or "
+                f"patterns of parameters, such as {{'*.qkv.weight': {example}}}"
             )
     for name, param in model.named_parameters():
         check_initialized(param, name)
@@ -125,18 +125,18 @@ def route_model(
         chosen = _matching(model, pattern, "overrides")
         if path not in PATHS[1:]:
             raise ValueError(f"Invalid overrides: {pattern!r}: {path!r} is none of {PATHS[1:]}")
-        for each in chosen:
+        for target in chosen:
             if path == "elementwise":
-                routes[each] = Route(path, 1, f"override {pattern!r}")
+                routes[target] = Route(path, 1, f"override {pattern!r}")
                 continue
-            if path == "stack" and each.ndim < 3:
+            if path == "stack" and target.ndim < 3:
                 raise ValueError(
-                    f"Invalid overrides: {pattern!r}: a stack has three dimensions or more, and "
-                    f"not the shape {tuple(each.shape)}; use 'matrix'"
+                    f"Invalid overrides: {pattern!r}: a stack needs three dimensions or more, but "
+                    f"the shape is {tuple(target.shape)}; use 'matrix'"
                 )
-            check_rows(each, pattern, path, parts[each])
-            doubt = "embedding" if each in embeddings else ""
-            routes[each] = Route(path, parts[each], f"override {pattern!r}", doubt)
+            check_rows(target, pattern, path, parts[target])
+            doubt = "embedding" if target in embeddings else ""
+            routes[target] = Route(path, parts[target], f"override {pattern!r}", doubt)
     return [(name, param, routes[param]) for name, param in model.named_parameters()]
 
 
@@ -166,15 +166,15 @@ def _route_owned(
         return Route("elementwise", 1, heads[module])
     if _stores_input_first(module) and split > 1:
         raise ValueError(
-            f"Invalid split: {split} for parameter {name}: a Conv1D is stored as in x out, so that "
-            "its parts lie side by side and not one below the other; leave it whole, or make it an "
+            f"Invalid split: {split} for parameter {name}: a Conv1D is stored as in x out, so its "
+            "parts lie side by side and not one below the other; leave it whole, or make it an "
             "nn.Linear"
         )
     if issubclass(kind, _HIDDEN) or _stores_input_first(module):
         hint = fusion_hint(name, param, split) if issubclass(kind, nn.Linear) else ""
         return unless_small(param, name, Route("matrix", split, words + hint))
     bare = kind.__name__ in _BARE and kind.__module__.startswith("torch.")
-    if param.ndim == 2 or bare:  # with its type lost, a tensor of more can be a convolution's
+    if param.ndim == 2 or bare:  # if the type is lost, more dimensions may be a convolution's
         found = route(param, name, split)
         doubtful = bare and found.path == "matrix" and found.reason.startswith("by shape")
         if doubtful:
@@ -244,18 +244,19 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
 
 def _weights(module: nn.Module) -> list[Tensor]:
     """What a layer multiplies by: its ``weight``, or failing that its own matrices."""
-    # A parametrized weight is computed, which can change buffers (spectral norm) unless in eval.
+    # Reading a parametrized weight computes it. In training mode this can change buffers, as that
+    # of spectral norm does.
     parts = [m for name, m in module.named_modules() if name.startswith("parametrizations")]
-    computing = [part for part in parts if part.training]
+    in_training = [part for part in parts if part.training]
     try:
-        for each in computing:
-            each.training = False
+        for part in in_training:
+            part.training = False
         weight = getattr(module, "weight", None)
-    except Exception:  # a property that refuses: its own matrices are there all the same
+    except Exception:  # a property that raises
         weight = None
     finally:
-        for each in computing:
-            each.training = True
+        for part in in_training:
+            part.training = True
     if isinstance(weight, Tensor):
         return [weight]
     return [param for param in module.parameters(recurse=False) if param.ndim > 1]
@@ -265,8 +266,8 @@ def _matching(model: nn.Module, pattern: str, argument: str) -> list[Tensor]:
     """Parameters whose name, with or without its wrappers, is or matches ``pattern``."""
     if not isinstance(pattern, str):
         raise TypeError(
-            f"Invalid {argument}: the key {pattern!r:.60} is no text; give names or patterns of "
-            "parameters, such as '*.qkv.weight'"
+            f"Invalid {argument}: the key {pattern!r:.60} is not a string; give names or patterns "
+            "of parameters, such as '*.qkv.weight'"
         )
     chosen: list[Tensor] = [
         param

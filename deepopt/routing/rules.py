@@ -25,7 +25,7 @@ PATHS: tuple[str, ...] = ("auto", "matrix", "stack", "elementwise")
 SMALLEST_SIDE = 16
 """Below it a matrix is too small for an orthogonal update to differ usefully from Adam's."""
 WIDEST_ASPECT = 16
-"""Above it a matrix of unknown use is taken for a table (vocabulary x width)."""
+"""With a larger aspect ratio, a matrix of unknown use is taken for a table (vocabulary x width)."""
 
 _TABLES = re.compile(r"(^|[._])(embed\w*|emb|wte|wpe|pos|positions?|positional|table)([._]|$)")
 _HEADS = re.compile(
@@ -50,9 +50,9 @@ class Route(NamedTuple):
         path: its path.
         split: number of matrices that each of its matrices is cut into.
         reason: in a few words.
-        doubt: "embedding" for an embedding whose rows are taken for a matrix's, "small" and "wide"
-            for a matrix that its shape alone sends to the element-wise path, "bare" for a matrix
-            whose module has lost its type, or "".
+        doubt: what a warning may be about: "embedding" for an embedding on the matrix path, "small"
+            and "wide" for a matrix on the element-wise path because of its shape alone, "bare" for
+            a matrix whose module has lost its type, or "".
     """
 
     path: Path
@@ -86,7 +86,7 @@ def route(param: Tensor, name: str = "", split: int = 1) -> Route:
     return _route_shape(param.shape, param.is_complex(), name, split)
 
 
-@functools.lru_cache(2**16)  # an optimizer asks at every step
+@functools.lru_cache(2**16)  # functional() makes an optimizer, which asks, at every step
 def _route_shape(shape: torch.Size, is_complex: bool, name: str, split: int) -> Route:
     param = torch.empty(shape, device="meta", dtype=torch.cfloat if is_complex else torch.float)
     if vector := no_matrix(param):
@@ -129,7 +129,7 @@ def unless_small(param: Tensor, name: str, wanted: Route) -> Route:
 
 
 def fusion_hint(name: str, param: Tensor, split: int) -> str:
-    """A question, not a rule: names do not tell how a fused matrix lies in memory."""
+    """A hint for the reason: the name suggests a fused matrix, but not how it lies in memory."""
     for parts, names in _FUSED.items():
         if split == 1 and param.ndim == 2 and len(param) % parts == 0 and names.search(name):
             return f"; fused? see split={parts}"
@@ -162,7 +162,7 @@ def unwrapped(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """``name`` unwrapped; that of a LoRA factor is that of the weight it adapts."""
+    """``name`` unwrapped; for a LoRA factor, the name of the weight that it adapts."""
     return _LORA.sub("", unwrapped(name))
 
 
@@ -177,9 +177,7 @@ def routed(group: Mapping[str, Any]) -> Iterator[Routed]:
     """Every parameter of an optimizer's group with its name (or "") and its route."""
     params, path, split = group["params"], group["path"], group.get("split", 1)
     reasons = group.get("reasons")
-    if reasons is None or len(reasons) != len(
-        params
-    ):  # the group was not made by param_groups, or was changed
+    if reasons is None or len(reasons) != len(params):  # not made by param_groups, or changed since
         reasons = [""] * len(params)
     names = _names(group)
     for param, name, reason in zip(params, names, reasons, strict=True):
@@ -199,13 +197,14 @@ def routes(group: Mapping[str, Any]) -> list[Route]:
     path, split = group["path"], group.get("split", 1)
     if path != "auto":
         return [Route(path, 1 if path == "elementwise" else split)] * len(group["params"])
-    return [found for _, _, found in routed(group)]
+    return [route for _, _, route in routed(group)]
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, empty where it has none for each."""
+    """The names of a group's parameters; empty strings unless there is one for each."""
     names = group.get("param_names") or []
-    unnamed = len(names) != len(group["params"])  # ZeroRedundancyOptimizer deals out params alone
+    # ZeroRedundancyOptimizer gives each rank a part of "params", but all of "param_names".
+    unnamed = len(names) != len(group["params"])
     return [""] * len(group["params"]) if unnamed else list(names)
 
 
@@ -214,7 +213,7 @@ def check_group(group: Mapping[str, Any], least_dims: Mapping[str, int]) -> None
 
     Args:
         group: of an optimizer.
-        least_dims: dimensions that the paths ask of a parameter.
+        least_dims: the fewest dimensions of a parameter, for each path that needs any.
     """
     check_split(group.get("split", 1))
     for param, name in zip(group["params"], _names(group), strict=True):

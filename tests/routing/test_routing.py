@@ -942,10 +942,10 @@ def test_a_model_flattened_by_fsdp1_gives_one_warning_also_where_matrices_are_le
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": 2}, r"Invalid split: 2 is no dict.*'\*.qkv.weight': 3"),
-        ({"overrides": "matrix"}, r"Invalid overrides: 'matrix' is no dict"),
-        ({"overrides": {0: "matrix"}}, r"Invalid overrides: the key 0 is no text; give names"),
-        ({"split": {None: 3}}, r"Invalid split: the key None is no text; give names"),
+        ({"split": 2}, r"Invalid split: 2 is not a dict.*'\*.qkv.weight': 3"),
+        ({"overrides": "matrix"}, r"Invalid overrides: 'matrix' is not a dict"),
+        ({"overrides": {0: "matrix"}}, r"Invalid overrides: the key 0 is not a string; give names"),
+        ({"split": {None: 3}}, r"Invalid split: the key None is not a string; give names"),
     ],
 )
 def test_what_is_no_dict_of_names_is_refused_by_name(options, message):
