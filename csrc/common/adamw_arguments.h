@@ -33,7 +33,7 @@ struct DEEPOPT_HIDDEN AdamWArguments {
     return found;
   }
 
-  // Everything that can be said before a tensor is looked into.
+  // The checks of everything but shapes and strides, which add_walk() checks.
   void check() const {
     roundings().check();
     const size_t count = params.size();

@@ -8,7 +8,7 @@ class DEEPOPT_HIDDEN FloatArrays {
  public:
   using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-  // All tensors must be on like's device; `wrong` is what is said of one that does not fit.
+  // All tensors must be on like's device; `wrong` is the message for one that does not fit.
   FloatArrays(const Tensor& like, const char* wrong) : like_(like), wrong_(wrong) {}
 
   // The numbers of a float32 tensor of these sizes, one after the other.

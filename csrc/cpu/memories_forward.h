@@ -25,8 +25,8 @@
     transpose(kv_t_, kv_);
   }
 
-  // f = unit(activation(h)) in the place of h, with the slopes of the activation, and the n that f
-  // was multiplied by. For the way back also the slopes of the slopes.
+  // Replaces h by f = unit(activation(h)). Also returns the slopes of the activation, the n that f
+  // was multiplied by and, for the backward pass, the slopes of the slopes.
   template <bool kBend>
   void features(Tile<T> f, Tile<T> slope, Tile<T> bend, T* n, T floor) {
     T* sum = sum_;
@@ -205,7 +205,7 @@
     Tile<T> a, b, mask;   // X q of both, and the decayed similarities of keys and queries
     Tile<T> result;
     Tile<T> scratch, scratch2;  // as large as `written`
-    // These are filled on the way back alone.
+    // These are filled only in the backward pass.
     Tile<T> d_running, d_before, d_initial, d_key, key_t, d_written;
     T* d_rate;
   };

@@ -427,7 +427,7 @@ class Head {
   static void copy(const Tile<T>& to, const Tile<T>& from) {
     std::copy_n(from.at, from.rows * from.row, to.at);
   }
-  // Moves the anchor to the running weights, where a chunk begins.
+  // Moves the anchor to the running weights if a chunk begins with this segment (Eq 90).
   void anchor(const Segment& segment) {
     if (segment.anchors_generators && segment.anchors_memory) {
       anchor_ = running_;

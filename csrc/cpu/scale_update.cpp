@@ -35,7 +35,8 @@ std::vector<Tensor> scale_update(const std::vector<Tensor>& updates, const Scale
   return made.results(combine(updates, made.factors));
 }
 
-// Through the dispatcher, so that a profile of the step shows its matrix products apart.
+// Called through the dispatcher, so that a profile of the step shows its matrix products as an
+// operator of their own.
 Tensor newton_schulz(const Tensor& matrices, const std::vector<std::vector<double>>& coefficients,
                      ScalarType dtype) {
   using torch::stable::detail::from;

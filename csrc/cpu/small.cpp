@@ -218,7 +218,7 @@ class Tall {
   int64_t used_ = 0;
 };
 
-// X <- X R with R = a I + b G + c G² and G = Xᵀ X, step by step.
+// Newton-Schulz (Eq 44, Eq 52): X <- X R with R = a I + b G + c G² and G = Xᵀ X, step by step.
 class SmallNewtonSchulz : Tall {
  public:
   SmallNewtonSchulz(const Shape& shape, const std::vector<std::array<float, 3>>& coefficients)
@@ -261,7 +261,7 @@ class SmallNewtonSchulz : Tall {
   float *gram_ = take_square(), *square_ = take_square(), *factor_ = take_square();
 };
 
-// M <- retention M - rate M Kᵀ K + (1 - retention) G, and the look-ahead.
+// The delta write (Eq 49): M <- retention M - rate M Kᵀ K + (1 - retention) G, and the look-ahead.
 class SmallDeltaWrite : Tall {
  public:
   explicit SmallDeltaWrite(const Shape& shape) : Tall(shape, 2, 2) {}

@@ -66,7 +66,7 @@ double largest(const Coefficients& abc, double upper) {
   return value;
 }
 
-// Newton-Schulz of m x n matrices, with the memory for it.
+// Newton-Schulz (Eq 44, Eq 52) of m x n matrices, with the memory for it.
 //
 // X is M or Mᵀ, with the short side first. A step is X ← R X with R = a I + P and P = b G + c G²,
 // where G = X Xᵀ. The matrix is held twice, as panels of its rows and of its columns: one is
@@ -216,7 +216,8 @@ class BFloat16NewtonSchulz {
   float square_limit_ = INFINITY;
 };
 
-// M ← retention M - rate M Kᵀ K + (1 - retention) G and the look-ahead, with the memory for it.
+// The delta write (Eq 49), with the memory for it:
+// M ← retention M - rate M Kᵀ K + (1 - retention) G, and the look-ahead.
 class BFloat16DeltaWrite {
  public:
   BFloat16DeltaWrite(int64_t rows, int64_t columns)

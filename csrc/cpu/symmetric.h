@@ -541,9 +541,9 @@ inline Tile subtracted(Tile x, const float* a, const float* b) {
 }
 
 // Whether all eigenvalues of the symmetric G, given by its lower triangle of blocks, lie below a
-// limit. That is so where limit I - G has a Cholesky factor: it is factored as Mᵀ M in the place of
-// G, with M of the same shape as the triangle. It goes from the last row of blocks up, so that the
-// rows of every block are read as they lie.
+// limit. They do if limit I - G has a Cholesky factor, an M with Mᵀ M = limit I - G. M overwrites G,
+// whose triangle it fits. It is computed from the last row of blocks up, so that the rows of every
+// block are read as they lie.
 //
 // In float32 the answer is exact for a matrix that differs from G by the rounding of r additions.
 inline bool is_below(float limit, float* blocks, int64_t panels) {

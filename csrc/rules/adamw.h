@@ -10,7 +10,7 @@ namespace deepopt {
 
 template <class T>
 struct AdamW {
-  T sign, decay, first, second_kept, second, eps;  // alike for all tensors
+  T sign, decay, first, second_kept, second, eps;  // the same for all tensors
   T step_size, root_correction;                    // from a tensor's step count
 
   AdamW(double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize)

@@ -34,7 +34,7 @@ struct Horizons {
     float averages[kMostScales];  // the first is not used
   };
 
-  // Writes what there is once per matrix. The arithmetic is in double and rounded at its end.
+  // Writes the numbers of matrix b. They are computed in double and rounded at the end.
   DEEPOPT_RULE Shares mix(int64_t b, const double* sum) const {
     constexpr double kEvidence = 0.7, kDoubt = 0.01;  // in deepopt/ops/horizons_write.py, too
     constexpr double kTiny = FLT_MIN;
@@ -85,14 +85,14 @@ struct Horizons {
     return shares;
   }
 
-  // An entry of the first average takes in that of the gradient; returns what is read of both.
+  // Writes the gradient's entry into the first average's; returns what is read from the two.
   static DEEPOPT_RULE float take_first(float& average, float grad, float retention, float fresh,
                                        float ahead, float share) {
     average = lerp(average, grad, fresh);
     return fma_(share, grad, ahead * lerp(grad, average, retention));
   }
 
-  // The same of a further average; returns what has been read with it.
+  // The same for a further average; returns the sum of what has been read so far.
   static DEEPOPT_RULE float take_next(float& average, float grad, float fresh, float share,
                                       float read) {
     average = lerp(average, grad, fresh);

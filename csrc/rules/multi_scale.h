@@ -1,5 +1,6 @@
-// M3's momenta, entry by entry (Alg. 1 as settled): f is the steps of a chunk, t the one that is
-// taken and k the chunks that ended before it.
+// M3's momenta, entry by entry (Alg. 1, Eq 75, in the form of deepopt/memory/multi_scale.py). f is
+// the number of steps in a chunk, t the step that is taken, k the number of chunks that ended
+// before it.
 //
 //   b3 = min(beta3, k / (k + 4))
 //   M1 <- M1 + (1 - b1) (g - M1),   look-ahead = b1 M1 + (1 - b1) g
@@ -31,7 +32,7 @@ struct MultiScale {
             float((1 - kept) / double(slow_chunk))};
   }
 
-  // Both momenta take the gradient in; the fast one's look-ahead takes the gradient's place.
+  // Writes the gradient into both momenta, and replaces it by the fast one's look-ahead.
   static DEEPOPT_RULE void take_in(const Factors& f, float& momentum, float& slow, float& grad) {
     momentum = lerp(momentum, grad, f.fresh);
     slow = fma_(f.decay, slow, f.share * grad);

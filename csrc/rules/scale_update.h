@@ -49,8 +49,8 @@ struct ScaleUpdate {
     return at_least(ratio, at_most(kLeastSize, kMostEnlarged * ratio));
   }
 
-  // The factor that brings a matrix of this norm to one whose root mean square is 1. What lacks
-  // rank is enlarged by no more than rms_cap on the way.
+  // The factor that gives a semi-orthogonal matrix a root mean square of 1. A matrix of smaller
+  // norm, which lacks rank, is enlarged by up to rms_cap on top.
   DEEPOPT_RULE double enlarge(double norm) const {
     const double side = double(rows < columns ? rows : columns);
     const double other = double(rows < columns ? columns : rows);
@@ -61,7 +61,7 @@ struct ScaleUpdate {
     return at_least(kTiny, new_row_moment[at] / at_least(kTiny, new_row_weight[at]));
   }
 
-  // Takes the mean square of a row into its running mean, and returns that. Zero rows do not count.
+  // Writes a row's mean square into its running mean, and returns that. Zero rows do not count.
   DEEPOPT_RULE double take(int64_t at, double square) const {
     const double moment = row_moment[at], of = row_weight[at];
     const bool seen = square > 0;

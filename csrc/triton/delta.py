@@ -77,7 +77,7 @@ def erase_kernel(
 
     place = which * m * n + (i * BLOCK_M).to(tl.int64) * n + j * BLOCK_N
     places = place + (inside_m[:, None] * n + inside_n[None, :])
-    there = (rows[:, None] < m) & (columns[None, :] < n)
+    in_bounds = (rows[:, None] < m) & (columns[None, :] < n)
     norms = norms_ptr + which * 2 * slots + i * wide + j
     retention, fresh = tl.load(retention_ptr), tl.load(fresh_ptr + which)
     erased = total * tl.load(coefficient_ptr + which)
@@ -87,15 +87,15 @@ def erase_kernel(
     if EVEN:
         momentum = tl.load(momentum_ptr + places)
     else:
-        momentum = tl.load(momentum_ptr + places, there, 0.0)
+        momentum = tl.load(momentum_ptr + places, in_bounds, 0.0)
     tl.store(norms + slots, tile_norm(momentum))
     result = retention * momentum - erased
     tl.debug_barrier()
     if EVEN:
         tl.store(out_ptr + places, result + fresh * tl.load(grad_ptr + places))
     else:
-        grad = tl.load(grad_ptr + places, there, 0.0)
-        tl.store(out_ptr + places, result + fresh * grad, there)
+        grad = tl.load(grad_ptr + places, in_bounds, 0.0)
+        tl.store(out_ptr + places, result + fresh * grad, in_bounds)
 
 
 def erase(

@@ -30,14 +30,14 @@ def product(a, b):
 
 @triton.jit
 def load(ptr, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of `rows` times `columns` numbers, with zeros around."""
+    """A tile that holds `rows` times `columns` numbers, padded with zeros."""
     i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     return tl.load(ptr + i * stride + j, (i < rows) & (j < columns), 0.0)
 
 
 @triton.jit
 def store(ptr, tile, rows, columns, stride):
-    """The other way around."""
+    """Writes the `rows` times `columns` numbers of a tile, without its padding."""
     i, j = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tl.store(ptr + i * stride + j, tile, (i < rows) & (j < columns))
 
@@ -97,7 +97,7 @@ def features_back(d, f, slope, n, d_n):
 
 @triton.jit
 def unit(x):
-    """Columns divided by their norms, and what they were multiplied by."""
+    """Columns divided by their norms, and the reciprocals of the norms."""
     n = 1.0 / tl.sqrt(tl.sum(x * x, 0) + 1e-6)
     return x * n[None, :], n
 
@@ -124,7 +124,10 @@ def anchor_of(
     start, chunk, anchors_ptr, states_ptr, size, slots, position, projection_chunk, memory_chunk,
     period,
 ):  # fmt: skip
-    """Where the state at the start of this chunk lies; before `position` that is the one given."""
+    """Where the state at the start of this chunk lies, which is the anchor (Eq 90).
+
+    If the chunk began before `position`, it is the anchor that the caller gave.
+    """
     begin = start // chunk * chunk
     n = index_of(tl.maximum(begin, position), position, projection_chunk, memory_chunk, period)
     place = states_ptr + (n % slots).to(tl.int64) * size
@@ -190,18 +193,19 @@ def set_rates(eta, alpha, gates_ptr, sharpness, d):
 
 
 @triton.jit
-def times(log_alpha, there, C: tl.constexpr):
+def times(log_alpha, is_token, C: tl.constexpr):
     """b_{t-1}, 1 - b_{t-1}, b_C / b_t, the ratios of decayed similarities, and log b_C."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    log_alpha = tl.where(there, log_alpha, 0.0)
-    # A sum with zeros in it, twice: so that neighbors are the same number.
+    log_alpha = tl.where(is_token, log_alpha, 0.0)
+    # `after` of one token and `before` of the next have the same terms, padded with zeros, so that
+    # both are rounded to the same number.
     after = tl.sum(tl.where(i <= j, log_alpha[:, None], 0.0), 0)
     before = tl.sum(tl.where(i < j, log_alpha[:, None], 0.0), 0)
     sources = tl.sum(tl.where(i >= j, log_alpha[None, :], 0.0), 1)
     log_end = tl.sum(log_alpha, 0)
-    kept = tl.where(there, tl.exp(before), 0.0)
-    pulled = tl.where(there, -expm1(before), 0.0)
-    end = tl.where(there, tl.exp(tl.minimum(log_end - after, 0.0)), 0.0)
+    kept = tl.where(is_token, tl.exp(before), 0.0)
+    pulled = tl.where(is_token, -expm1(before), 0.0)
+    end = tl.where(is_token, tl.exp(tl.minimum(log_end - after, 0.0)), 0.0)
     past = tl.minimum(before[None, :] - sources[:, None], 0.0)
     return kept, pulled, end, tl.where(i < j, tl.exp(past), 0.0), log_end
 
@@ -224,8 +228,8 @@ def surprise(w2, w1, key, value, eta, floor):
 def invert(system, C: tl.constexpr):
     """(I + U)^-1 of what is above the diagonal, from its last row up.
 
-    The powers of U may be too large for the doubling of its series: keys that are alike and erased
-    twice have 3^C there, and an inverse of at most 2.
+    Doubling the series of U would need fewer steps, but its powers may be huge: for equal keys that
+    are erased twice they reach 3^C, where the entries of the inverse are at most 2.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     turned = tl.trans(system)
@@ -240,7 +244,7 @@ def invert(system, C: tl.constexpr):
 
 @triton.jit
 def carried(x, first, y, kept, pulled):
-    """What of X_{t-1} y_t was there when the chunk began."""
+    """The part of X_{t-1} y_t that comes from the weights at the start of the chunk."""
     return kept[None, :] * product(x, y) + pulled[None, :] * product(first, y)
 
 
@@ -332,7 +336,7 @@ def memories_kernel(
         )
         stop = tl.minimum(stop, position + tokens)
         count, at = stop - start, start - position
-        there = tl.arange(0, C) < count
+        is_token = tl.arange(0, C) < count
         running_ptr = states_ptr + (n % slots).to(tl.int64) * size
         next_ptr = states_ptr + ((n + 1) % slots).to(tl.int64) * size
         if n + 1 == segments:
@@ -354,11 +358,11 @@ def memories_kernel(
         sig_eta, keep, sig_erase, sig_delta, log_alpha = set_rates(
             of_eta, of_alpha, gates_ptr, sharpness, d
         )
-        half = tl.where(there, 0.5 + 0.5 * keep, 0.0)
+        half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
         eta = max_eta * half * sig_eta
         erase = max_erase * half * tl.minimum(1.0, most_erase * sig_erase)
         delta = max_delta * half * tl.minimum(1.0, most_delta * sig_delta)
-        kept, pulled, end, decay, log_end = times(log_alpha, there, C)
+        kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
         similarity = decay * product(tl.trans(key), key)
 
         query = load(query_ptr + at, d, count, tokens, D, C)
@@ -525,7 +529,7 @@ def answer_back(
     inverse1 = invert(similarity1 * delta[None, :], C)
     written1 = product(delta[None, :] * wanted, inverse1)
 
-    # And back: W1, then W2, then the gradient at the anchor.
+    # Backward through W1, then W2, then the gradient at the anchor.
     d_next = load_w1(d_running_ptr, 4, m, d, h, m, M, D)
     d_w, d_first, d_f, d_written, d_query_f, d_kept, d_pulled, d_before, d_sources = read_back(
         d_out, w1, first1, f, written1, query_f, kept, pulled, decay
@@ -694,7 +698,7 @@ def memories_gradient_kernel(
         )
         start = tl.maximum(start, position)
         count, at = stop - start, start - position
-        there = tl.arange(0, C) < count
+        is_token = tl.arange(0, C) < count
         running_ptr = states_ptr + n_segment.to(tl.int64) * size
         anchor_ptr = anchor_of(
             start, projection_chunk, anchors_ptr, states_ptr, size, slots, position,
@@ -714,11 +718,11 @@ def memories_gradient_kernel(
         sig_eta, keep, sig_erase, sig_delta, log_alpha = set_rates(
             of_eta, of_alpha, gates_ptr, sharpness, d
         )
-        half = tl.where(there, 0.5 + 0.5 * keep, 0.0)
+        half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
         eta = max_eta * half * sig_eta
         erase = max_erase * half * tl.minimum(1.0, 1.1 * erase_share * sig_erase)
         delta = max_delta * half * tl.minimum(1.0, 1.1 * delta_share * sig_delta)
-        kept, pulled, end, decay, log_end = times(log_alpha, there, C)
+        kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
         similarity = decay * product(tl.trans(key), key)
 
         query = load(query_ptr + at, d, count, tokens, D, C)
@@ -760,10 +764,10 @@ def memories_gradient_kernel(
         d_log_b = tl.sum(tl.where(i > j, d_before[:, None], 0.0), 0)
         d_log_b -= tl.sum(tl.where(i >= j, (end * d_end)[:, None], 0.0), 0)
         d_log_b -= tl.sum(tl.where(i >= j, d_sources[:, None], 0.0), 0)
-        d_log_b = tl.where(there, d_log_b + d_log_end, 0.0)
+        d_log_b = tl.where(is_token, d_log_b + d_log_end, 0.0)
         d_eta, d_erase, d_delta = (
-            tl.where(there, d_eta, 0.0), tl.where(there, d_erase, 0.0),
-            tl.where(there, d_delta, 0.0),
+            tl.where(is_token, d_eta, 0.0), tl.where(is_token, d_erase, 0.0),
+            tl.where(is_token, d_delta, 0.0),
         )  # fmt: skip
         d_half = max_eta * sig_eta * d_eta
         d_eta *= eta * (1.0 - sig_eta)
@@ -823,13 +827,13 @@ def memories_gradient_kernel(
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The w2 and w1 of the generating memories and of the other as one, (..., state)."""
+    """One tensor (..., state) of the w2 and w1 of the generating memories and of the other one."""
     w2, w1, memory_w2, memory_w1 = (x.flatten(-3) for x in tensors)
     return torch.cat([w2, memory_w2, w1, memory_w1], -1)
 
 
 def unpacked(state: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The other way around; `like` has the shapes of the last three dimensions."""
+    """The four tensors of a packed state; `like` has the shapes of their last three dimensions."""
     w2, w1, memory_w2, memory_w1 = (x.shape[-3:] for x in like)
     sizes = [math.prod(shape) for shape in (w2, memory_w2, w1, memory_w1)]
     a, c, b, d = state.split(sizes, -1)

@@ -77,13 +77,13 @@ def symmetric_kernel(
 
     corner = which * size * size + (i * BLOCK_M).to(tl.int64) * size + j * BLOCK_M
     place = inside[:, None] * size + inside[None, :]
-    there = (rows[:, None] < size) & (columns[None, :] < size)
+    in_bounds = (rows[:, None] < size) & (columns[None, :] < size)
     total *= alpha
     if HAS_ADDEND:
         if EVEN:
             total += beta * tl.load(addend_ptr + corner + place).to(tl.float32)
         else:
-            total += beta * tl.load(addend_ptr + corner + place, there, 0.0).to(tl.float32)
+            total += beta * tl.load(addend_ptr + corner + place, in_bounds, 0.0).to(tl.float32)
     total = tl.where(rows[:, None] == columns[None, :], total + shift, total)
     result = total.to(out_ptr.dtype.element_ty)
     if i == j:  # both halves are computed, and may be rounded differently
@@ -99,7 +99,7 @@ def symmetric_kernel(
     if EVEN:
         tl.store(out_ptr + corner + place, result)
     else:
-        tl.store(out_ptr + corner + place, result, there)
+        tl.store(out_ptr + corner + place, result, in_bounds)
 
 
 def symmetric_product(
