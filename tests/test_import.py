@@ -141,7 +141,7 @@ except RuntimeError as error:
     print(error)
 """
     said = run(code, outside)
-    assert "deepopt::plus is there with other arguments" in said
+    assert "deepopt::plus already exists with other arguments" in said
     assert "start Python again" in said
 
 

@@ -1,4 +1,4 @@
-"""``python -m deepopt.ops``: what was built, what is used, and why not."""
+"""``python -m deepopt.ops``: which backends are available, why not, and which are used."""
 
 import deepopt.hope.fused  # noqa: F401 - an operator that lies with its reference
 from deepopt._output import outlive_readers
@@ -23,10 +23,10 @@ def report() -> str:
     for name, operator in sorted(OPERATORS.items()):
         used = []
         for device in devices:
-            there = [b for b in PREFERRED[device] if b in operator.implementations]
+            candidates = [b for b in PREFERRED[device] if b in operator.implementations]
             if choice._environment is not None:
-                there = [b for b in (*there, "compiled") if b == choice._environment]
-            used.append(next((b for b in there if not why_not(b)), "reference"))
+                candidates = [b for b in (*candidates, "compiled") if b == choice._environment]
+            used.append(next((b for b in candidates if not why_not(b)), "reference"))
         operators.append((name, *used))
     lines = [in_columns(backends), "", in_columns(operators)]
     if not why_not("cpu") and not multiplies_bfloat16():

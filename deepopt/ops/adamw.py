@@ -53,8 +53,8 @@ def adamw_(
         maximize: ascend.
     """
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-    kept = roundings(params, lows, seeds)
-    for (param, grad, exp_avg, exp_avg_sq, step), rounding in zip(tensors, kept, strict=True):
+    choices = roundings(params, lows, seeds)
+    for (param, grad, exp_avg, exp_avg_sq, step), rounding in zip(tensors, choices, strict=True):
         step += 1
         t = step.item()
         grad = (-grad if maximize else grad).to(exp_avg.dtype)

@@ -1,4 +1,4 @@
-"""The last step of an update: it reaches the parameters."""
+"""The last part of a step: updates and weight decay are applied to the parameters."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,7 @@ from deepopt.ops.rounding import roundings, store_rounded, to_fp32
 def _supports(
     params: Sequence[Tensor], updates: Sequence[Tensor], *_: object, **__: object
 ) -> bool:
+    # Not strict: the operator checks the lengths itself.
     return all(update.dtype == _computed_in(param) for param, update in zip(params, updates))  # noqa: B905
 
 
@@ -35,23 +36,23 @@ def apply_update_(
     It is computed in float32, for float64 parameters in float64, and rounded once. bfloat16
     parameters are rounded in one of three ways:
 
-    - to the nearest, where ``lows`` and ``seeds`` are empty: steps below 1/256 of a parameter are
+    - to the nearest, if ``lows`` and ``seeds`` are empty: steps below 1/256 of a parameter are
       lost;
     - stochastically, up or down such that the mean is right: this needs no state, and loses nothing
       on average;
-    - exactly: the 16 bits for which the parameter has no room are kept in a state beside it.
+    - exactly: the 16 bits for which the parameter has no room are kept in ``lows``.
 
     Args:
         params: of any strides.
         updates: of their shapes and any strides, for the kernels float32 or, for float64
             parameters, float64.
-        lows: empty, or an int16 tensor for every parameter, zeros at first: with it, a bfloat16
-            parameter, rounded to the nearest with ties away from zero, is an exact float32. The
-            tensors of other parameters are not read.
-        seeds: empty, or a number for every parameter: a bfloat16 parameter is rounded by random
-            bits that depend on the seed and on the entry's place in memory alone. Give another seed
-            for every step; parameters of one seed are rounded by the same bits. The seeds of other
-            parameters are not read.
+        lows: empty, or an int16 tensor for each parameter, zeros at first. A bfloat16 parameter,
+            rounded to the nearest with ties away from zero, and its tensor together are an exact
+            float32. The tensors of parameters of other dtypes are not read.
+        seeds: empty, or a number for each parameter. A bfloat16 parameter is rounded by random bits
+            that depend only on the seed and on the entry's place in memory: equal seeds give equal
+            bits, so give a new seed in each step. The seeds of parameters of other dtypes are not
+            read.
         lr: γ.
         weight_decay: λ, decoupled.
 
@@ -63,8 +64,8 @@ def apply_update_(
             dtype = _computed_in(param)
             param.copy_(param.to(dtype) * (1 - lr * weight_decay) - update.to(dtype) * lr)
         return
-    kept = roundings(params, lows, seeds)
-    for param, update, rounding in zip(params, updates, kept, strict=True):
+    choices = roundings(params, lows, seeds)
+    for param, update, rounding in zip(params, updates, choices, strict=True):
         dtype = _computed_in(param)
         value = to_fp32(param, dtype, rounding) * (1 - lr * weight_decay) - update.to(dtype) * lr
         store_rounded(param, value, rounding)

@@ -8,10 +8,10 @@ from deepopt.ops.operator import operator
 from deepopt.ops.products import is_small, worth_rounding
 
 HEADROOM = 16.0
-"""What is left of a float's range above the largest size that a gradient counts with.
+"""A gradient counts with at most the largest float divided by this.
 
-The momentum's singular values stay below that size, so that none of its entries leaves the range,
-and the look-ahead, which is enlarged, finds room above.
+The momentum's singular values then stay below that bound, and the factor 16 above it leaves room
+for the look-ahead, which is enlarged.
 """
 
 
@@ -32,7 +32,7 @@ def delta_write(
     rate: float,
     retention: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Forget what the keys of a gradient recall from the momentum, and take the gradient in.
+    r"""Erase from the momentum what a gradient's keys recall, and write the gradient (Eq 49).
 
     .. math::
         \bar\sigma &= \|G\,G^\top G\,G^\top\|_F^{1/4}, \qquad
@@ -72,13 +72,13 @@ def delta_write(
     cut, bound = counted / scale, root * counted
     norm = running_root(norm, bound, 0.1)
     ratio = (counted / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
-    # Products of a huge momentum would leave the range before the small ratio brings them back.
+    # Products of a huge momentum would overflow before the small ratio brings them back.
     size = frobenius(momentum)
     unit = torch.where(size > 2.0**64, 2.0**-64, 1.0).to(grad.dtype)
     shrunk = unit[:, None, None] * (keys.mT if wide else gram)
     erased = (momentum @ shrunk) @ keys if wide else momentum @ shrunk
     erased = erased * (rate * ratio / unit)[:, None, None]
-    # At most the rate, which the quotient is not where both norms are at the end of the range.
+    # The share is at most the rate; clamped norms at the end of the range may say otherwise.
     share = (frobenius(erased) / size.clamp_min(info.tiny)).clamp_max(rate)
     kept, fresh = retention * momentum - erased, ((1 - retention) * cut)[:, None, None] * grad
     gain = (1 + erasure / (1 - retention))[:, None, None]

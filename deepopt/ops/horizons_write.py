@@ -10,9 +10,9 @@ from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import operator
 
 EVIDENCE = 0.7
-"""Retention of the cosines, by which a change shows within three steps."""
+"""Retention of the running cosines: short, so that a change shows within three steps."""
 DOUBT = 0.01
-"""Added to every cosine, so that averages count alike where none predicts the gradient."""
+"""Added to the cosines, so that all averages count the same if none predicts the gradient."""
 MOST_SCALES = 8
 """Averages that the kernels take: kMostScales in csrc/rules/horizons.h."""
 
@@ -38,7 +38,7 @@ def horizons_write(
     step: Tensor,
     retentions: Sequence[float | Tensor],
 ) -> list[Tensor]:
-    r"""Take a gradient into K averages, and mix them as an MLP says.
+    r"""Write a gradient into K averages, and mix them with weights that an MLP computes.
 
     The equations are those of :class:`deepopt.memory.Horizons`.
 
@@ -60,25 +60,25 @@ def horizons_write(
     Raises:
         RuntimeError: (from kernels) tensors that do not fit each other.
     """
-    tiny, own = torch.finfo(grad.dtype).tiny, retentions[0]
+    tiny, first_retention = torch.finfo(grad.dtype).tiny, retentions[0]
     size = frobenius(grad)
     sizes = torch.stack([frobenius(average) for average in averages], 1)
-    # Products with huge averages would leave the range before they are divided by the sizes.
+    # Products with huge averages would overflow before they are divided by the sizes.
     lift = torch.where(sizes.amax(1) > 2.0**64, 2.0**32, 1.0).to(grad.dtype)
     unit = (grad / size.clamp_min(tiny)[:, None, None]).flatten(1) / lift[:, None]
     products = torch.stack([torch.linalg.vecdot(unit, x.flatten(1)) for x in averages], 1)
     cosines = products / sizes.clamp_min(tiny) * lift[:, None]
     cosines = cosines.clamp(-1.0, 1.0)  # norms that overflow count as the largest float
     foresight = foresight.lerp(cosines, 1 - EVIDENCE)
-    grad_size = running_root(grad_size, size, 1 - own)
+    grad_size = running_root(grad_size, size, 1 - first_retention)
     features = _features(foresight, sizes / grad_size.clamp_min(tiny)[:, None], step)
     weights = mixing_weights(phi, features)
     averages = [x.lerp(grad, 1 - kept) for x, kept in zip(averages, retentions, strict=True)]
 
-    ahead = grad.lerp(averages[0], own)
+    ahead = grad.lerp(averages[0], first_retention)
     shares = [1 - weights.sum(1), torch.zeros_like(step)]
     for kept, weight in zip(retentions[1:], weights.unbind(1), strict=True):
-        share = weight * (1 - own**step) / (1 - kept**step)
+        share = weight * (1 - first_retention**step) / (1 - kept**step)
         shares.append(share * kept)
         shares[1] = shares[1] + share * (1 - kept)
     read = combine([ahead, grad, *averages[1:]], torch.stack(shares))

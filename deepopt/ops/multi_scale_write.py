@@ -6,7 +6,7 @@ from torch import Tensor
 from deepopt.ops.operator import operator
 
 FARTHEST = 4
-"""The slow momentum's horizon is at most a share 1/FARTHEST of the run so far."""
+"""The slow momentum averages over at most the last 1/FARTHEST of the run so far."""
 
 
 @operator(
@@ -55,9 +55,9 @@ def multi_scale_write(
         RuntimeError: (from kernels) tensors that do not fit each other.
     """
     ended = torch.floor((step - 1) / slow_chunk)
-    kept = (ended / (ended + FARTHEST)).clamp_max(beta3)
-    decay = torch.where((step - 1) % slow_chunk == 0, kept, 1.0)
-    share = (1 - kept) / slow_chunk
+    slow_retention = (ended / (ended + FARTHEST)).clamp_max(beta3)
+    decay = torch.where((step - 1) % slow_chunk == 0, slow_retention, 1.0)
+    share = (1 - slow_retention) / slow_chunk
     momentum = momentum.lerp(grad, 1 - retention)
     slow = decay[:, None, None] * slow + share[:, None, None] * grad
     return momentum, slow, grad.lerp(momentum, retention)

@@ -1,4 +1,4 @@
-"""Norms of matrices and their running means, safe over all of a float's range."""
+"""Norms of matrices and their running means, without overflow or underflow of the squares."""
 
 import torch
 from torch import Tensor
@@ -23,4 +23,5 @@ def running_root(root: Tensor, value: Tensor, share: float | Tensor) -> Tensor:
     tiny = torch.finfo(root.dtype).tiny
     larger = torch.maximum(root, value).detach().clamp_min(tiny)
     mean = (root / larger).square().lerp((value / larger).square(), share)
-    return mean.clamp_min(tiny).sqrt() * larger  # the slope of a root is infinite at zero
+    # Clamped, because the derivative of a root is infinite at zero.
+    return mean.clamp_min(tiny).sqrt() * larger

@@ -3,7 +3,7 @@
 ``reference`` is the function itself, and ``compiled`` the same function under ``torch.compile``.
 ``cpu`` and ``cuda`` are kernels of the compiled extensions, ``triton`` is Python code that launches
 Triton kernels. Each call chooses anew: it takes the fastest backend of the device that supports the
-arguments, and the reference where there is none. :func:`backend` and the environment variable
+arguments, or the reference if there is none. :func:`backend` and the environment variable
 ``DEEPOPT_BACKEND`` force a backend, for debugging. ``python -m deepopt.ops`` lists the backends.
 """
 
@@ -32,36 +32,37 @@ BACKENDS = ("reference", "compiled", "cpu", "cuda", "triton")
 PREFERRED: dict[str, Sequence[str]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 """Backends by device type, best first. ``compiled`` runs on request alone, as it compiles first."""
 
-# torch keeps an operator until the process ends. What it needs for that is kept beside it, because
-# this module may be reloaded, or forgotten and imported again, as notebooks and test runners do.
+# torch keeps an operator until the process ends, but this module may be reloaded, or dropped and
+# imported again, as notebooks and test runners do. So these tables live in torch's own namespace,
+# where the new module finds them.
 _process = vars(torch.ops.deepopt)
 if "_library" not in _process:
     _process.update(_library=torch.library.Library("deepopt", "DEF"), _kernels={}, _operators={})
 _LIBRARY: torch.library.Library = _process["_library"]
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = _process["_kernels"]
-"""What torch calls under each name: the kernel in Python, and the one that tells shapes."""
+"""What torch calls under each name: the kernel in Python, and its fake (meta) kernel."""
 
 OPERATORS: dict[str, "Operator[Any, Any]"] = _process["_operators"]
 UNAVAILABLE: dict[str, str] = {}
-"""Why a backend is not there, as far as it can be told without asking for a GPU: ``why_not``."""
+"""Why a backend is not available, as far as that is known without starting CUDA: ``why_not``."""
 
 
-class Forced:
-    """One use of :func:`backend`, which counts until it ends, wherever that happens."""
+class ForcedBackend:
+    """One use of :func:`backend`; it is in force until it ends, in whatever thread that is."""
 
-    def __init__(self, name: str, outer: "Forced | None") -> None:
+    def __init__(self, name: str, outer: "ForcedBackend | None") -> None:
         self.name, self.outer = name, outer
 
 
-_forced: ContextVar[Forced | None] = ContextVar("deepopt_backend", default=None)
-"""The innermost use in this thread or task; it may have ended elsewhere."""
-_open: set[Forced] = set()
-"""The uses that have not ended, anywhere. Operators look into the variable only where there are
-any, because torch.compile does not see through it."""
+_forced: ContextVar[ForcedBackend | None] = ContextVar("deepopt_backend", default=None)
+"""The innermost use in this thread or task. It may have ended in another one: see _open_uses."""
+_open_uses: set[ForcedBackend] = set()
+"""The uses that have not ended, in all threads. Operators read the ContextVar only if there are
+any, because torch.compile cannot trace it."""
 _environment: str | None = None
 """The backend that ``DEEPOPT_BACKEND`` names."""
 _gpu_asked = False
-_told = False
+_warned_of_missing = False
 
 
 class Implementation(NamedTuple):
@@ -91,7 +92,7 @@ class Operator(Generic[P, R]):
         self.reference = reference
         self.name = reference.__name__
         self.implementations: dict[str, Implementation] = {}
-        if self.name in OPERATORS:  # as it was before a reload
+        if self.name in OPERATORS:  # this module is reloaded, and backends have registered already
             self.implementations.update(OPERATORS[self.name].implementations)
         self.supports = supports
         self._schema, self._packed = schema, packed
@@ -101,17 +102,19 @@ class Operator(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         forced = _environment
-        if _open:  # without a call, for speed, where the use that was entered last still holds
+        if _open_uses:  # the common case of _forced_backend, inlined for speed
             use = _forced.get()
-            forced = use.name if use is not None and use in _open else _wanted()
+            forced = use.name if use is not None and use in _open_uses else _forced_backend()
         chosen = forced if forced == "reference" else self.backend_for(*args, **kwargs)
         if chosen == "reference":
             return self.reference(*args, **kwargs)
         if chosen == "compiled":
             return self._compiled(*args, **kwargs)
-        given: Sequence[Any] = args if self._packed is None else self._flat(args)
-        result = self.implementations[chosen].run(*given, **kwargs)
-        if self._mutates:  # autograd must see that the parameters, which come first, have changed
+        flat_args: Sequence[Any] = args if self._packed is None else self._flat(args)
+        result = self.implementations[chosen].run(*flat_args, **kwargs)
+        # Kernels write through raw pointers. Autograd must learn that the parameters, which are the
+        # first argument, have changed.
+        if self._mutates:
             changed: Any = args[0] if args else kwargs[self._first]
             torch.autograd.graph.increment_version(changed)
         return result
@@ -133,33 +136,34 @@ class Operator(Generic[P, R]):
 
     def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The backend that a call with these arguments takes."""
-        given = (*args, *kwargs.values()) if kwargs else args
-        forced = _wanted() if _open else _environment
-        hidden = _transformed() if self._gradient else _recorded(given)
-        if forced == "reference" or hidden:
+        values = (*args, *kwargs.values()) if kwargs else args
+        forced = _forced_backend() if _open_uses else _environment
+        # Derivatives go through the reference, except for operators that bring their own.
+        needs_reference = _inside_func_transform() if self._gradient else _needs_autograd(values)
+        if forced == "reference" or needs_reference:
             return "reference"
         if forced == "compiled":
             return forced
-        device = _device(given)
+        device = _device(values)
         if device == "cuda":
             _find_gpu()
         for name in PREFERRED.get(device, ()):
-            found = self.implementations.get(name)
-            if found is None or forced not in (None, name):
+            implementation = self.implementations.get(name)
+            if implementation is None or forced not in (None, name):
                 continue
-            if found.supports(*args, **kwargs):
+            if implementation.supports(*args, **kwargs):
                 return name
         if device == "cpu" and "cpu" in UNAVAILABLE and forced is None:
-            _tell_what_is_missing()
+            _warn_of_missing()
         return "reference"
 
     def has_backend(self, device: str) -> bool:
         """Whether tensors of this device type take another backend than the reference."""
         if device == "cuda":
             _find_gpu()
-        there = [name for name in PREFERRED.get(device, ()) if name in self.implementations]
-        forced = _wanted() if _open else _environment
-        return forced != "reference" and any(forced in (None, name) for name in there)
+        available = [name for name in PREFERRED.get(device, ()) if name in self.implementations]
+        forced = _forced_backend() if _open_uses else _environment
+        return forced != "reference" and any(forced in (None, name) for name in available)
 
     def find_kernels(self) -> None:
         """Register the kernels that the loaded extensions have for this operator."""
@@ -169,19 +173,19 @@ class Operator(Generic[P, R]):
 
     def _defined(self, name: str, kernel: Callable[P, R]) -> Any:
         """The torch operator of this name, with this operator's schema."""
-        known = name in _KERNELS
-        if not known:
+        defined = name in _KERNELS
+        if not defined:
             _LIBRARY.define(name + self._schema)
         overload = getattr(torch.ops.deepopt, name).default
-        if known and overload._schema != torch._C.parse_schema(f"deepopt::{name}{self._schema}"):
+        if defined and overload._schema != torch._C.parse_schema(f"deepopt::{name}{self._schema}"):
             raise RuntimeError(
-                f"the operator deepopt::{name} is there with other arguments, and torch keeps them "
-                f"until the process ends: start Python again (there {overload._schema}, "
-                f"here {name}{self._schema})"
+                f"the operator deepopt::{name} already exists with other arguments, and torch "
+                "keeps an operator until the process ends: start Python again (existing: "
+                f"{overload._schema}, new: {name}{self._schema})"
             )
         arguments = overload._schema.arguments
         self._mutates = any(a.alias_info and a.alias_info.is_write for a in arguments)
-        self._first = arguments[0].name  # kept: torch makes all of a schema anew when asked
+        self._first = arguments[0].name  # cached: torch rebuilds a schema's objects at each access
         run: Callable[..., Any] = self._taking_flat(kernel, len(arguments))
         fake: Callable[..., Any] = self._taking_flat(self._fake, len(arguments))
         if self._mutates:  # and returns nothing
@@ -189,7 +193,8 @@ class Operator(Generic[P, R]):
         else:
             run, fake = _contiguous(run), _contiguous(fake)
         _KERNELS[name] = run, fake
-        if not known:  # by way of the table, where a later import puts its own
+        # torch gets functions that look the kernels up, so that a later import can replace them.
+        if not defined:
 
             def run_kernel(*args: Any, **kwargs: Any) -> Any:
                 return _KERNELS[name][0](*args, **kwargs)
@@ -207,9 +212,10 @@ class Operator(Generic[P, R]):
         return overload
 
     def _flat(self, args: Sequence[Any]) -> Sequence[Any]:
-        """The arguments as the schema lists them: a packed one spread out.
+        """The arguments as the schema lists them: the packed one is spread out.
 
-        It is known by its fields: its class may be the one from before a reload.
+        The packed argument is recognized by its fields, because its class may date from before a
+        reload.
         """
         *first, last = args
         packed: Any = self._packed
@@ -244,13 +250,13 @@ def operator(
             "(Tensor a) -> Tensor".
         supports: whether the kernels of the extensions take the arguments (default: always).
         packed: type of the function's last argument, a ``NamedTuple`` whose fields are the last
-            arguments of the schema: what is long is then spelled once, and passed on as one
-            (default: no argument is packed).
-        fake: gives results of the right shapes and no meaning, for tracing (default: the
-            reference, which is traced).
-        gradient: what to save and the way back, as ``torch.library.register_autograd`` takes them.
-            With it, a backend runs where autograd records, too (default: there the reference
-            runs, and autograd sees its operations).
+            arguments of the schema, so that long signatures are written once (default: no
+            argument is packed).
+        fake: the fake kernel, which returns results of the right shapes for tracing (default: the
+            reference).
+        gradient: ``setup_context`` and ``backward``, as ``torch.library.register_autograd`` takes
+            them. With it, backends also run when autograd records (default: the reference runs
+            then, and autograd sees its operations).
     """
 
     def define(reference: Callable[P, R]) -> Operator[P, R]:
@@ -264,48 +270,48 @@ def operator(
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every operator on this backend, as far as it has it and it supports the arguments.
+    """Run all operators on this backend, or on the reference if it does not support a call.
 
-    Elsewhere the reference runs. This is for debugging and comparisons. It holds for the thread or
-    the asyncio task that enters it, and for tasks that begin inside. Wherever and in whichever
-    order such contexts end, each leaves what the others ask for.
+    This is for debugging and comparisons. It holds for the thread or the asyncio task that enters
+    it, and for tasks that begin inside. Such contexts may end in any order and in other threads:
+    those that are still open stay in force.
 
     Args:
         name: "reference", "compiled", "cpu", "cuda" or "triton".
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend that is not there, with the reason.
+        RuntimeError: the backend is not available; the message says why.
     """
     check_backend(name)
-    use = Forced(name, _innermost())
-    _open.add(use)
+    use = ForcedBackend(name, _innermost_use())
+    _open_uses.add(use)
     _forced.set(use)
     try:
         yield
     finally:  # perhaps in another thread or task, or after others that began later
-        _open.discard(use)
-        _forced.set(_innermost())
+        _open_uses.discard(use)
+        _forced.set(_innermost_use())
 
 
-def _innermost() -> Forced | None:
+def _innermost_use() -> ForcedBackend | None:
     """The innermost use of :func:`backend` here that has not ended."""
     use = _forced.get()
-    while use is not None and use not in _open:
+    while use is not None and use not in _open_uses:
         use = use.outer
     return use
 
 
-def _wanted() -> str | None:
+def _forced_backend() -> str | None:
     """The backend that operators must take here, if any."""
-    use = _innermost()
+    use = _innermost_use()
     return _environment if use is None else use.name
 
 
 def check_backend(
     name: str, argument: str = "backend", why: Callable[[str], str | None] | None = None
 ) -> None:
-    """Raise unless ``name`` is a backend that is there, as far as ``why`` (why_not) can tell."""
+    """Raise unless ``name`` is an available backend, as far as ``why`` (default: why_not) knows."""
     if name not in BACKENDS:
         raise ValueError(f"Invalid {argument}: {name!r}; choose from {', '.join(BACKENDS)}")
     if reason := (why or why_not)(name):
@@ -316,7 +322,7 @@ def check_backend(
 
 
 def why_not(name: str) -> str | None:
-    """Why a backend is not there; None where it is. It asks for a GPU where that matters."""
+    """Why a backend is not available; None if it is. For a GPU's backends this starts CUDA."""
     if name in PREFERRED["cuda"] and name not in UNAVAILABLE:
         _find_gpu()
     return UNAVAILABLE.get(name)
@@ -324,9 +330,10 @@ def why_not(name: str) -> str | None:
 
 @constant_to_compile
 def _find_gpu() -> None:
-    """Take up what needs a GPU: once, at first need, because the question starts CUDA.
+    """Register the backends that need a GPU, when one is first needed and not on import.
 
-    A process that is forked later could not use it then, nor choose its devices.
+    To ask for a GPU starts CUDA. A process that is forked after that can neither use CUDA nor
+    choose its devices.
     """
     global _gpu_asked
     if _gpu_asked:
@@ -343,12 +350,12 @@ def _find_gpu() -> None:
 
 
 @constant_to_compile
-def _tell_what_is_missing() -> None:
+def _warn_of_missing() -> None:
     """Warn once where this machine could have the kernels that this installation lacks."""
-    global _told
-    if _told or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    global _warned_of_missing
+    if _warned_of_missing or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return
-    _told = True
+    _warned_of_missing = True
     warnings.warn(
         f"deepopt runs without its kernels for the CPU, which makes its steps slower: "
         f"{UNAVAILABLE['cpu']}. Install torch 2.10 or later and a C++ compiler, and then deepopt "
@@ -360,7 +367,7 @@ def _tell_what_is_missing() -> None:
 
 
 def _load_extensions() -> None:
-    """Load the compiled extensions that are there, and obey ``DEEPOPT_BACKEND``."""
+    """Load the compiled extensions that were built, and obey ``DEEPOPT_BACKEND``."""
     global _environment
     package = Path(__file__).resolve().parents[1]
     for name in ("cpu", "cuda"):
@@ -370,7 +377,7 @@ def _load_extensions() -> None:
             continue
         try:
             torch.ops.load_library(built[0])
-        except OSError as error:  # it was built for another torch, or for one with CUDA
+        except OSError as error:  # built for another torch, or for one with CUDA
             UNAVAILABLE[name] = f"{built[0].name} does not load: {error}"
     if not (torch.version.cuda or torch.version.hip):
         for name in PREFERRED["cuda"]:
@@ -398,20 +405,21 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _recorded(args: Sequence[Any]) -> bool:
+def _needs_autograd(args: Sequence[Any]) -> bool:
     """Whether autograd, or a transform such as vmap, must see the operations inside."""
-    if _transformed():
+    if _inside_func_transform():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
 
 
-def _transformed() -> bool:
+def _inside_func_transform() -> bool:
     """Whether a ``torch.func`` transform must see the operations inside."""
     return not torch.compiler.is_compiling() and inside_transform()
 
 
 def _device(args: Sequence[Any]) -> str:
-    for arg in args:  # this runs at every call: it stops at the first tensor
+    """The device type of the first tensor."""
+    for arg in args:  # a loop that stops at the first tensor, because it runs at every call
         if isinstance(arg, list | tuple) and arg:
             arg = arg[0]
         if isinstance(arg, Tensor):

@@ -1,4 +1,4 @@
-"""What makes an update of a momentum: Newton-Schulz, and how far the result goes (Eq 52).
+"""From a momentum to an update: Newton-Schulz, and the size of the result (Eq 52).
 
 ``orthogonal_update`` is both in one operator, ``scale_update`` is the second half alone.
 """
@@ -34,7 +34,7 @@ class ScaleArguments(NamedTuple):
             ``update_rms`` is given, and then momentum, gradient and step are not read.
         row_moment, row_weight: what :func:`row_gains` keeps, shape (B, m); None leaves the rows as
             they are.
-        weight: factor of a second update in the sum of two, shape (B,); None: there is no second.
+        weight: factor of a second update, shape (B,); None if there is only one.
     """
 
     momentum: Tensor
@@ -59,8 +59,8 @@ SCALE_SCHEMA = (
 
 def _supports(updates: Sequence[Tensor], scale: ScaleArguments) -> bool:
     numbers = not isinstance(scale.beta1, Tensor) and not isinstance(scale.beta2, Tensor)
-    given = [x for x in (*updates, *scale) if isinstance(x, Tensor)]
-    return numbers and all(x.dtype == torch.float32 for x in given)
+    tensors = [x for x in (*updates, *scale) if isinstance(x, Tensor)]
+    return numbers and all(x.dtype == torch.float32 for x in tensors)
 
 
 @operator(f"(Tensor[] updates, {SCALE_SCHEMA}) -> Tensor[]", _supports, packed=ScaleArguments)
@@ -71,8 +71,8 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
     multiplied by a factor for each of them.
 
     Args:
-        updates: one or two, shape (B, m, n). The weighted sum of two takes the place of the first,
-            at the first one's norm.
+        updates: one or two, shape (B, m, n). Of two, the weighted sum is used, scaled to the norm
+            of the first.
         scale: everything else.
 
     Returns:
@@ -105,7 +105,7 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
         weights, beside = torch.stack([weights[0], weight]), weight[:, None]
         mixed, other = (updates[0] * updates[1]).sum(-1), updates[1].square().sum(-1)
         square = square + 2 * beside * mixed + beside.square() * other
-        square = square.clamp_min(0.0)  # a sum of products, which are rounded
+        square = square.clamp_min(0.0)  # rounding of the products can make their sum negative
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
     factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), scale.rms_cap)
@@ -171,12 +171,12 @@ def adam_ratio(
     Returns:
         Shape (B,), between 0 and 1.
     """
-    # No host waits for the copy of a step count to the device.
+    # Computed where the step counts lie, and copied without making the host wait.
     first, second = 1 - betas[0] ** step, 1 - betas[1] ** step
     first = first.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
     second = second.to(grad_norm.device, grad_norm.dtype, non_blocking=True)
     tiny = torch.finfo(grad_norm.dtype).tiny
-    # Norms first: corrected, the largest of them would leave the range.
+    # The bias corrections come last: a corrected norm may exceed the largest float.
     ratio = frobenius(momentum) / grad_norm.clamp_min(tiny) * (second.sqrt() / first)
     return ratio.clamp_max(1.0)
 
@@ -188,13 +188,13 @@ def row_gains(
 
     A row is an output neuron: rows that the orthogonalization leaves long or short step after
     step come to move equally far (NorMuon, arXiv 2510.05491). Zero rows do not count, and each
-    row has a bias correction of its own: a neuron that wakes late, or again, moves like the others
-    and not by the root of its silence further.
+    row has its own bias correction. So a neuron that wakes after many steps without a gradient
+    moves as far as the others, and not several times as far.
 
     Args:
-        square: mean squares of the rows, shape (B, m): all there is to know of the matrices.
-        moment: running sums of mean squares, shape (B, m).
-        weight: of what went into the sums, shape (B, m); their quotient is the mean.
+        square: mean squares of the rows, shape (B, m).
+        moment: running sums of these, shape (B, m).
+        weight: running sums of their weights, shape (B, m); moment / weight is the running mean.
         retention: share of the old moment that is kept, in [0, 1).
 
     Returns:

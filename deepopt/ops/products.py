@@ -1,8 +1,8 @@
 """Which matrices the CPU's matrix kernels take.
 
-From a short side of 64 on they multiply in bfloat16, on processors with AVX512-BF16. Processors
-with AMX, which is faster, are left to torch's own products. Small matrices are multiplied in
-float32, on every processor.
+With a short side of 64 or more they multiply in bfloat16, on processors with AVX512-BF16 but
+without AMX: with AMX, torch's own products are faster. Small matrices are multiplied in float32, on
+every processor.
 """
 
 import torch
@@ -29,7 +29,7 @@ def is_small(matrices: Tensor) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has the kernels in bfloat16: gram_average has no others."""
+    """Whether the bfloat16 kernels run here. gram_average has no other kernel for the CPU."""
     return "cpu" in OPERATORS["gram_average"].implementations
 
 

@@ -1,4 +1,4 @@
-"""Ridge regression, from the rows that it regresses on."""
+"""Products with the inverse (I + rate rowsᵀ rows)⁻¹ of ridge regression, from the rows alone."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, T
 
     With A = I + rate rows rowsᵀ, rows (…)⁻¹ = A⁻¹ rows, and Woodbury's identity makes the other
     product matrix - rate (matrix rowsᵀ) A⁻¹ rows, so that one system serves both. It is solved on
-    the short side, for the rows divided by their norm: a product that is small because the rows are
-    large comes out of the solution as such, and not as the difference of two large ones.
+    the short side, for the rows divided by their norm. If the rows are large, the product is small,
+    and this way it is not computed as the difference of two large numbers.
 
-    Beyond rate ‖rows‖² = 1/(16 s eps), 10¹² for a short side s of 256, rounding would lose what the
-    system adds to its diagonal, so it is held at that. Directions that are 10⁻⁶ of the rows are
-    then resolved too weakly; both factors contract all the same.
+    Beyond rate ‖rows‖² = 1/(16 s eps), which is 10¹² for a short side s of 256, the identity in A
+    would be lost in rounding, so its share is bounded from below. Directions with less than 10⁻⁶ of
+    the rows' size are then damped too much, but both products still contract.
 
     Args:
         matrix: shape (B, m, n).

@@ -19,15 +19,15 @@ def roundings(
     Raises:
         ValueError: both lists are given, or one that is not as long as that of the parameters.
     """
-    given: list[Rounding] = [*lows, *seeds] or [None] * len(params)
-    if (lows and seeds) or len(given) != len(params):
+    chosen: list[Rounding] = [*lows, *seeds] or [None] * len(params)
+    if (lows and seeds) or len(chosen) != len(params):
         raise ValueError(
             f"Invalid lows or seeds: {len(lows)} and {len(seeds)} for {len(params)} parameters; "
-            "one of the two may have one for each"
+            "give one for each parameter in at most one of the two lists"
         )
     return [
-        one if param.dtype == torch.bfloat16 else None
-        for param, one in zip(params, given, strict=True)
+        rounding if param.dtype == torch.bfloat16 else None
+        for param, rounding in zip(params, chosen, strict=True)
     ]
 
 
@@ -39,7 +39,8 @@ def to_fp32(param: Tensor, dtype: torch.dtype, rounding: Rounding) -> Tensor:
     if not isinstance(rounding, Tensor):
         return param.to(dtype)
     high, low = param.view(torch.int16).to(torch.int32) << 16, rounding.to(torch.int32)
-    # Somebody else may have set a parameter to zero: its low bits are stale, and would make it NaN.
+    # No rounding leaves negative low bits beside a zero. So the user, by pruning for example, has
+    # set the parameter to zero: the low bits are stale, and with them the number would be NaN.
     stale = (high & 0x7FFFFFFF == 0) & (low < 0)
     return (high + low.masked_fill(stale, 0)).view(torch.float32)
 
@@ -50,9 +51,9 @@ def store_rounded(param: Tensor, value: Tensor, rounding: Rounding) -> None:
         param.copy_(value)
         return
     bits = value.view(torch.int32)
-    bits = torch.where(value.isnan(), 0x7FC00000, bits)
+    bits = torch.where(value.isnan(), 0x7FC00000, bits)  # one NaN, whose payload cannot overflow
     if isinstance(rounding, Tensor):
-        rounding.copy_(((bits & 0xFFFF) ^ 0x8000) - 0x8000)
+        rounding.copy_(((bits & 0xFFFF) ^ 0x8000) - 0x8000)  # the low 16 bits, as a signed number
         bits = bits + 0x8000
     else:
         bits = torch.where(value.isfinite(), bits + _noise(param, rounding), bits)
