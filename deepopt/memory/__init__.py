@@ -1,7 +1,7 @@
 """Associative memories of the gradient stream: what a momentum is, as pure functions of tensors.
 
-A memory knows no optimizer, no parameter group and no schedule. To try one of your own, write the
-three methods of :class:`Memory`, or the two of :class:`OnePass`, and pass the object to
+A memory knows no optimizer, no parameter group and no schedule. To try your own, write the three
+methods of :class:`Memory`, or the two of :class:`OnePass`, and pass the object to
 ``DeepMomentum(memory=...)``.
 """
 
@@ -122,7 +122,7 @@ def resolve(memory: Any) -> AnyMemory:
         return BUILT_IN[memory]()
     if isinstance(memory, type) or not isinstance(memory, Memory | OnePass):
         raise TypeError(
-            f"Invalid memory: {memory!r} is no Memory object; it needs the methods "
+            f"Invalid memory: {memory!r} is not a Memory object; it needs the methods "
             "init, write and read of deepopt.memory.Memory, or init and write_and_read"
         )
     return memory

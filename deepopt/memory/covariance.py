@@ -54,7 +54,7 @@ class Covariance:
         ValueError: an argument outside its range.
     """
 
-    capturable: ClassVar[bool] = False  # which rows are due is decided on the host
+    capturable: ClassVar[bool] = False  # the host decides which matrices to refresh
 
     power: float | None = None
     sides: Literal["short", "both"] = "short"
@@ -99,17 +99,17 @@ class Covariance:
         tiny = torch.finfo(grad.dtype).tiny
         largest = torch.maximum(grad.amax((-2, -1)), -grad.amin((-2, -1)))  # abs() would copy
         scale = torch.maximum(state["scale"] * self.retention**0.5, largest)
-        kept = self.retention * (state["scale"] / scale.clamp_min(tiny)).square()
+        retained = self.retention * (state["scale"] / scale.clamp_min(tiny)).square()
         state["scale"] = scale
         assert self.power is not None
         steps = state["step"].tolist()
         due = [row for row, step in enumerate(steps) if (step - 1) % self.refresh == 0]
         for side in self._sides(grad):
             gram = state[f"gram_{side}"]
-            gram = gram_average(gram, grad, scale, kept, 1 - self.retention, side == "left")
+            gram = gram_average(gram, grad, scale, retained, 1 - self.retention, side == "left")
             state[f"gram_{side}"] = gram
             if due:
-                # Row by row, since a list of indices would make the host wait for the device.
+                # Matrix by matrix: indexing with a list would make the host wait for the device.
                 fresh = torch.stack([gram[row] for row in due])
                 roots = list(state[f"root_{side}"])
                 for row, root in zip(

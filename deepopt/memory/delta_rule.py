@@ -1,6 +1,6 @@
 """The paper's delta momentum: as printed, as derived, and solved implicitly (Eq 48, Eq 49).
 
-:class:`deepopt.memory.Delta` settles the same equations in another way, for a read-out that is
+:class:`deepopt.memory.Delta` resolves the same equations differently, for a read-out that is
 orthogonalized: its keys are normalized, and its momentum is an average.
 """
 
@@ -18,7 +18,7 @@ RULES: tuple[Rule, ...] = ("implicit", "derived", "literal")
 
 @dataclass(frozen=True)
 class DeltaRule(Preconditioned):
-    r"""Momentum that recalls :math:`-P` for the gradient as a key, and forgets what it recalled.
+    r"""Momentum that maps the gradient as a key to :math:`-P`, and erases what the key recalled.
 
     The inner objective is :math:`\frac12\|m G_t^\top + P_t\|^2`. With :math:`B = -m/\eta`, the
     momentum in units of the step, and the inner learning rate :math:`\eta`:
@@ -43,7 +43,7 @@ class DeltaRule(Preconditioned):
     A vector of n is a matrix of one column: :math:`G^\top G` is then the number
     :math:`\|G\|^2`, "gradient-dependent weight decay" in the paper's words. If the momentum of a
     steady gradient converges, it converges to :math:`P G / (1-\alpha+\eta\|G\|^2)` under all rules;
-    ``literal`` has 1 in the place of :math:`\eta`.
+    ``literal`` has 1 instead of :math:`\eta`.
 
     Args:
         preconditioner: P (default: the identity).
@@ -62,7 +62,7 @@ class DeltaRule(Preconditioned):
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         self.preconditioner.write(state, grad)
         momentum = state["momentum"]
-        if self.rule == "implicit":
+        if self.rule == "implicit":  # both terms of the sum are multiplied by (I + eta GᵀG)^-1
             momentum, grad = ridge(momentum, grad, self.rate)
             momentum = retention * momentum
         else:

@@ -1,4 +1,4 @@
-"""Averages of the gradient over several horizons, and an MLP that says which of them to trust."""
+"""Averages of the gradient over several horizons, and an MLP that computes their weights."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from deepopt._arguments import check_fields
 from deepopt.ops import horizons_write
 
 HAND_MADE = ((-2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 1.0),)
-"""A closed form: take the short average as soon as the long one predicts half as well."""
+"""A φ in closed form: take the short average once the long one predicts half as well."""
 PHI0: list[list[float]] = json.loads(Path(__file__).with_name("phi0.json").read_text())["phi"]
 """What ``python -m deepopt.meta`` found for one further time scale, 0.7; the file says how."""
 

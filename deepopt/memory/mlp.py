@@ -99,9 +99,9 @@ class MLP:
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         if self.inner_lr > 0:
             state["phi"] = self._learned(state, grad)
-        kept = (retention, *self.time_scales)
-        for key, share in zip(self._averages, kept, strict=True):
-            state[key] = state[key].lerp(grad, 1 - share)
+        retentions = (retention, *self.time_scales)
+        for key, kept in zip(self._averages, retentions, strict=True):
+            state[key] = state[key].lerp(grad, 1 - kept)
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         momentum = LINEAR.read(state, grad, retention)
@@ -133,8 +133,8 @@ class MLP:
         slope = coordinate_mlp_gradient(
             momentum, self.authority * size, averages, scales, phi, grad, unit
         )
-        kept = state["phi0"] + self.inner_retention * (phi - state["phi0"])
-        return kept - self.inner_lr * slope
+        faded = state["phi0"] + self.inner_retention * (phi - state["phi0"])
+        return faded - self.inner_lr * slope
 
 
 def untrained_weights(features: int, units: int = 8) -> Tensor:

@@ -104,7 +104,7 @@ class MultiScale:
 
     def weight(self, state: dict[str, Tensor], grad: Tensor) -> Tensor:
         """The slow momentum's weight beside the fast one's 1, shape (B,)."""
-        # Steps of the chunks that had ended before the last write.
+        # Steps in the chunks that were complete before the last write.
         before = state["step"].to(grad, non_blocking=True) - 1
         steps = before - before % self.slow_chunk
         weight = (steps * (self.alpha / max(self.ramp, 1))).clamp_max(self.alpha)
@@ -121,7 +121,10 @@ class MultiScale:
 
 
 class FastOfMultiScale(MultiScale):
-    """The same memory, but it reads the fast momentum alone, in the pass that writes both."""
+    """The same memory, but it reads the fast momentum alone, in the pass that writes both.
+
+    It is for M3 with ``mix="post"``, whose output map mixes in the slow momentum.
+    """
 
     def write_and_read(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor

@@ -14,8 +14,8 @@ IDENTITY = Identity()
 class Preconditioned:
     r"""Sum of preconditioned gradients that fades by the retention.
 
-    Write: one gradient step of rate 1 on :math:`\langle B, P_t G_t\rangle`, taken downwards, and a
-    decay. This is the paper's momentum in units of the step, :math:`B = -m/\eta`,
+    Write: a decay, and one step of gradient ascent on :math:`\langle B, P_t G_t\rangle`, of rate 1.
+    This is the paper's momentum in units of the step, :math:`B = -m/\eta`,
 
     .. math:: B_t = \alpha B_{t-1} + P_t G_t.
 

@@ -1,4 +1,4 @@
-"""Preconditioners: the P of P g, which is written into a momentum in the gradient's place (Eq 47).
+"""Preconditioners: the P of P g, which a momentum is written with instead of g (Eq 47).
 
 In the paper P is a rows x rows matrix, which acts from the left; the paper gives no choice of it.
 The built-in ones are inverse roots of the running Gram matrix of the gradient's rows, L = E G Gᵀ,
@@ -104,32 +104,34 @@ class LeftGram:
 
     retention: float = 0.999
 
-    def _kept(self, like: Tensor) -> "Diagonal | Covariance":
+    def _estimator(self, like: Tensor) -> "Diagonal | Covariance":
+        """What estimates P for matrices of this shape."""
         if like.shape[-2] > like.shape[-1]:
             return Diagonal(self.retention)
         return Covariance(power=0.5, retention=self.retention, damping=DAMPING)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        state = self._kept(like).init(like)
+        state = self._estimator(like).init(like)
         state.pop("momentum", None)
         return state
 
     def write(self, state: dict[str, Tensor], grad: Tensor) -> None:
-        kept = self._kept(grad)
-        if isinstance(kept, Diagonal):
-            kept.write(state, grad)
+        estimator = self._estimator(grad)
+        if isinstance(estimator, Diagonal):
+            estimator.write(state, grad)
             return
-        # At a retention of 0, the memory's momentum is the matrix that it is given.
+        # Covariance also keeps a momentum. At a retention of 0 it is the last matrix, so P times a
+        # matrix is what it reads.
         written = state | {"momentum": grad}
-        kept.write(written, grad, 0.0)
+        estimator.write(written, grad, 0.0)
         del written["momentum"]
         state.update(written)
 
     def read(self, state: dict[str, Tensor], matrices: Tensor) -> Tensor:
-        kept = self._kept(matrices)
-        if isinstance(kept, Diagonal):
-            return kept.read(state, matrices)
-        return kept.read(state | {"momentum": matrices}, matrices, 0.0)
+        estimator = self._estimator(matrices)
+        if isinstance(estimator, Diagonal):
+            return estimator.read(state, matrices)
+        return estimator.read(state | {"momentum": matrices}, matrices, 0.0)
 
 
 @dataclass(frozen=True)
@@ -180,18 +182,18 @@ def resolve(preconditioner: Any, retention: float, capturable: bool = False) -> 
             f"Invalid preconditioner: {preconditioner!r} cannot be called; it must take matrices "
             "(B, m, n) and return P times each"
         )
-    found: Preconditioner
+    resolved: Preconditioner
     if preconditioner == "identity":
-        found = Identity()
+        resolved = Identity()
     elif preconditioner == "diagonal":
-        found = Diagonal(retention)
+        resolved = Diagonal(retention)
     elif preconditioner == "left_gram":
-        found = LeftGram(retention)
+        resolved = LeftGram(retention)
     else:
-        found = Applied(preconditioner)
-    if capturable and not getattr(found, "capturable", True):
+        resolved = Applied(preconditioner)
+    if capturable and not getattr(resolved, "capturable", True):
         raise RuntimeError(
             f"preconditioner={preconditioner!r} does not support capturable=True: it decides on "
             "the host when to refresh; choose another one"
         )
-    return found
+    return resolved

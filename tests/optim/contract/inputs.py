@@ -90,7 +90,7 @@ INPUTS: dict[str, Inputs] = {
         ),
         errors=(
             ({"memory": "quadratic"}, ValueError, "Invalid memory: 'quadratic'"),
-            ({"memory": object()}, TypeError, "is no Memory object"),
+            ({"memory": object()}, TypeError, "is not a Memory object"),
             ({"update_rms": 0.0}, ValueError, "Invalid update_rms: 0.0"),
             ({"rms_cap": 0.5}, ValueError, "Invalid rms_cap: 0.5"),
             ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
