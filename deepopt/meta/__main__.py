@@ -41,27 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="of task to learn from (all)"
     )
-    given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     evolution = Evolution(
-        given.memory,
-        tuple(given.time_scales),
-        given.units,
-        given.population,
-        given.pool,
-        given.tasks,
-        tuple(given.steps),
-        tuple(given.kinds),
-        given.seed,
+        args.memory,
+        tuple(args.time_scales),
+        args.units,
+        args.population,
+        args.pool,
+        args.tasks,
+        tuple(args.steps),
+        tuple(args.kinds),
+        args.seed,
     )
-    log = Log(given.out / "log.jsonl")
-    phi = evolution.run(log, given.generations)
+    log = Log(args.out / "log.jsonl")
+    phi = evolution.run(log, args.generations)
     compared = {"linear": torch.zeros_like(phi), "start": evolution.start(), "trained": phi}
-    table = evolution.validate(list(compared.values()), given.validation, log)
+    table = evolution.validate(list(compared.values()), args.validation, log)
     outcome = {
         "command": "python -m deepopt.meta " + shlex.join(sys.argv[1:] if argv is None else argv),
         **dataclasses.asdict(evolution),
-        "generations": given.generations,
+        "generations": args.generations,
         "tasks_seen": sorted({seed for x in log.of("generation") for seed in x["tasks"]}),
         "log_sha256": hashlib.sha256(log.path.read_bytes()).hexdigest(),
         "validation": {
@@ -70,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "phi": phi.tolist(),
     }
-    (given.out / "phi.json").write_text(json.dumps(outcome, indent=1) + "\n")
-    picture(log, given.out / "progress.png")
+    (args.out / "phi.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    picture(log, args.out / "progress.png")
     for kind, rows in (("streams", table[0::2]), ("steady", table[1::2])):
         means = zip(compared, rows.mean(0).tolist(), strict=True)
         print(f"{kind}: " + ", ".join(f"{name} {x:+.4f}" for name, x in means))
-    print(f"written: {given.out / 'phi.json'} and progress.png", file=sys.stderr)
+    print(f"written: {args.out / 'phi.json'} and progress.png", file=sys.stderr)
     return 0
 
 

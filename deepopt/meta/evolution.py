@@ -20,7 +20,7 @@ from deepopt.meta.training import train
 BETAS = (0.5, 0.7, 0.9)
 RATES = (0.01, 0.03)
 LARGEST = 0.5
-"""Bound on what one task counts, either way, in the logarithm of the loss."""
+"""Log losses relative to the baseline are clamped to this, so that no task outweighs others."""
 VALIDATION = 1_000_000
 """The first seed of the tasks that evolution never sees."""
 SIGMA = 0.2
@@ -65,7 +65,7 @@ SEARCHED = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """The best linear memory on a task, of every beta and rate that were tried.
+    """The best linear memory on a task, over all pairs of ``BETAS`` and ``RATES``.
 
     Args:
         task: the task.
@@ -81,10 +81,10 @@ class Baseline:
 
     @classmethod
     def of(cls, task: Task) -> "Baseline":
-        found = (
+        runs = (
             (train(task, Linear(), lr, beta).item(), lr, beta) for beta in BETAS for lr in RATES
         )
-        loss, lr, beta = min(found)
+        loss, lr, beta = min(runs)
         return cls(task, lr, beta, loss)
 
 
@@ -158,16 +158,16 @@ class Evolution:
             seed=self.seed,
             population_size=self.population,
         )
-        known = log.of("generation")
+        finished = log.of("generation")
         for number in range(generations):
             candidates = [search.ask() for _ in range(self.population)]
-            if number < len(known):
-                values = known[number]["values"]
+            if number < len(finished):
+                values = finished[number]["values"]
             else:
                 chosen = self.chosen(number)
                 phis = torch.stack([torch.from_numpy(x) for x in candidates])
-                found = [self.relative(task, phis, log) for task in chosen]
-                values = torch.stack(found).mean(0).tolist()
+                losses = [self.relative(task, phis, log) for task in chosen]
+                values = torch.stack(losses).mean(0).tolist()
                 log.add(
                     {
                         "is": "generation",
@@ -182,12 +182,12 @@ class Evolution:
 
     def _check(self, log: Log) -> None:
         """Raise ValueError if the log is that of another search."""
-        own = json.loads(json.dumps({"is": "evolution", **dataclasses.asdict(self)}))
+        header = json.loads(json.dumps({"is": "evolution", **dataclasses.asdict(self)}))
         if not log.lines:
-            log.add(own)
-        if log.lines[0] != own:
+            log.add(header)
+        if log.lines[0] != header:
             raise ValueError(
-                f"Invalid log: {log.path} is of {log.lines[0]}, and this search is {own}; give "
+                f"Invalid log: {log.path} is of {log.lines[0]}, and this search is {header}; give "
                 "another folder or the same arguments"
             )
 
@@ -200,14 +200,14 @@ class Evolution:
         return [draw(seed, self.steps, self.kinds) for seed in seeds]
 
     def baseline(self, task: Task, log: Log) -> Baseline:
-        """From the log, or measured and put there."""
-        own = json.loads(json.dumps(dataclasses.asdict(task)))
+        """The task's baseline, read from the log, or measured and added to it."""
+        task_fields = json.loads(json.dumps(dataclasses.asdict(task)))
         for line in log.of("baseline"):
-            if line["task"] == own:
+            if line["task"] == task_fields:
                 return Baseline(task, line["lr"], line["beta"], line["loss"])
-        found = Baseline.of(task)
-        log.add({"is": "baseline", **dataclasses.asdict(found)})
-        return found
+        measured = Baseline.of(task)
+        log.add({"is": "baseline", **dataclasses.asdict(measured)})
+        return measured
 
     def relative(self, task: Task, phis: Tensor, log: Log) -> Tensor:
         """Log loss of every candidate minus that of the best linear memory, shape (P,)."""

@@ -1,6 +1,6 @@
 """Tasks to meta-train on: small networks and synthetic data, steady or switching between regimes.
 
-No data set is among them, so that whatever a trained memory is measured on is new to it.
+No real data set is used, so that any data set on which a trained memory is measured is new to it.
 """
 
 import random
@@ -30,8 +30,8 @@ class Task:
         layers: hidden layers, or blocks of a Transformer.
         batch_size: examples, or sequences of 16 tokens.
         noise: standard deviation of the answers' noise, or the share of random answers.
-        period: steps until the next of three regimes, which recur; 0 for one alone.
-        steps: of training; the rate is constant with regimes, and decays to zero without.
+        period: steps until the next of three regimes, which recur; 0 for a single regime.
+        steps: of training. With regimes the rate stays constant, without it decays to zero.
     """
 
     kind: str
@@ -128,7 +128,7 @@ def _transformer(params: Params, tokens: Tensor) -> Tensor:
 
 
 def draw(seed: int, steps: tuple[int, int] = (100, 200), kinds: Sequence[str] = KINDS) -> Task:
-    """A random task; every other seed gives a stream, and the kinds come by turns.
+    """A random task; even seeds give streams, and the kinds take turns.
 
     Args:
         seed: decides everything.

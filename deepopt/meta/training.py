@@ -10,7 +10,7 @@ from deepopt.meta.tasks import Task
 from deepopt.optim import DeepMomentum
 
 SIZE = 0.2
-"""The update's root mean square, fixed: horizons then decide on directions alone."""
+"""The update's root mean square. It is fixed, so that memories are judged by directions alone."""
 REST_LR = 0.005
 """The learning rate of heads and embeddings, the same for every candidate."""
 WORST = 1e3
@@ -22,15 +22,16 @@ def train(
 ) -> Tensor:
     """The log of the loss that every candidate reaches, shape (P,).
 
-    On a stream it is the mean online loss over the second half, otherwise that of the last tenth,
-    where the rate has decayed; batches are new, so that it is no loss on what was learned already.
+    On a stream it is the mean online loss over the second half of the steps; otherwise over the
+    last tenth, where the rate has decayed. Batches are always new, so this is not the loss on data
+    that was trained on.
 
     Args:
         task: what is learned.
         memory: of the matrices' gradients.
         lr: the matrices' peak learning rate.
         beta: the memory's retention (default: 0.9).
-        phis: the candidates, (P, ...), for the memory's entry "phi"; None for the memory as it is,
+        phis: the candidates, (P, ...), for the state entry "phi"; None for the memory as it is, and
             P = 1 (default: None).
     """
     count = 1 if phis is None else len(phis)
@@ -52,10 +53,10 @@ def train(
     measured = range(task.steps // 2 if task.period else task.steps * 9 // 10, task.steps)
     total = torch.zeros(count)
     for step in range(task.steps):
-        found: tuple[Mapping[str, Tensor], Tensor] = step_of_all(
+        output: tuple[Mapping[str, Tensor], Tensor] = step_of_all(
             {name: param.detach() for name, param in params.items()}, task.batch(step)
         )
-        grads, losses = found
+        grads, losses = output
         if step in measured:
             total += losses.nan_to_num(WORST, WORST).clamp_max(WORST)
         for name, param in params.items():
@@ -63,9 +64,10 @@ def train(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * task.rate(step)
         optimizer.step()
+        # The state exists only now: all candidates take the first step with the memory's own φ.
         if step == 0 and phis is not None:
             state = optimizer.state[params["matrices"]]
-            each = params["matrices"].shape[1]
+            per_candidate = params["matrices"].shape[1]
             for key in {"phi", "phi0"} & state.keys():
-                state[key] = phis.to(state[key]).repeat_interleave(each, 0)
+                state[key] = phis.to(state[key]).repeat_interleave(per_candidate, 0)
     return (total / len(measured)).log()
