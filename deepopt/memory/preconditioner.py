@@ -156,7 +156,12 @@ class Applied:
         return product
 
 
-BUILT_IN = ("identity", "diagonal", "left_gram")
+BUILT_IN: dict[str, Callable[[float], Preconditioner]] = {
+    "identity": lambda retention: Identity(),
+    "diagonal": Diagonal,
+    "left_gram": LeftGram,
+}
+"""Preconditioners by name, made from the retention of their statistics."""
 
 
 def resolve(preconditioner: Any, retention: float, capturable: bool = False) -> Preconditioner:
@@ -172,25 +177,21 @@ def resolve(preconditioner: Any, retention: float, capturable: bool = False) -> 
         TypeError: something else that cannot be called.
         RuntimeError: one that decides on the host, although ``capturable`` is set.
     """
-    if isinstance(preconditioner, str) and preconditioner not in BUILT_IN:
-        names = ", ".join(map(repr, BUILT_IN))
-        raise ValueError(
-            f"Invalid preconditioner: {preconditioner!r}; choose {names} or pass a function"
-        )
-    if not isinstance(preconditioner, str) and not callable(preconditioner):
+    resolved: Preconditioner
+    if isinstance(preconditioner, str):
+        if preconditioner not in BUILT_IN:
+            names = ", ".join(map(repr, BUILT_IN))
+            raise ValueError(
+                f"Invalid preconditioner: {preconditioner!r}; choose {names} or pass a function"
+            )
+        resolved = BUILT_IN[preconditioner](retention)
+    elif callable(preconditioner):
+        resolved = Applied(preconditioner)
+    else:
         raise TypeError(
             f"Invalid preconditioner: {preconditioner!r} cannot be called; it must take matrices "
             "(B, m, n) and return P times each"
         )
-    resolved: Preconditioner
-    if preconditioner == "identity":
-        resolved = Identity()
-    elif preconditioner == "diagonal":
-        resolved = Diagonal(retention)
-    elif preconditioner == "left_gram":
-        resolved = LeftGram(retention)
-    else:
-        resolved = Applied(preconditioner)
     if capturable and not getattr(resolved, "capturable", True):
         raise RuntimeError(
             f"preconditioner={preconditioner!r} does not support capturable=True: it decides on "
