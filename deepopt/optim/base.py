@@ -1,8 +1,12 @@
-"""What torch asks of an optimizer, once for every class of the package.
+"""The base class of every optimizer here: parameter groups, flags and the step.
 
-A class says in :meth:`MemoryOptimizer._memory` and :meth:`MemoryOptimizer._output_map` which memory
-takes the gradient in and which map makes an update of what it recalls. Groups, flags and the step
-are here; ``checkpoint.py`` saves and loads, ``engine/`` carries a batched step out.
+A subclass says in :meth:`MemoryOptimizer._memory` which memory gradients are written into, and in
+:meth:`MemoryOptimizer._output_map` which map turns what the memory recalls into an update.
+``checkpoint.py`` saves and loads; ``engine/`` batches the step.
+
+A gradient on the matrix path goes through these functions, in this order: ``step``, ``_buckets``
+(which parameters are stepped together), ``_step_buckets``, ``_step_matrices``, ``_updates`` (their
+state as one tensor), ``_advance`` (write, read, output map), ``_apply`` (the parameter changes).
 """
 
 import inspect
@@ -45,7 +49,7 @@ from deepopt.optim.engine.buckets import (
     Bucket,
     Group,
     Parts,
-    Sorted,
+    SortedGroup,
     batched,
     check_dicts,
     check_gradients,
@@ -53,8 +57,8 @@ from deepopt.optim.engine.buckets import (
     check_lows,
     check_states,
     distribute,
+    make_buckets,
     part_of,
-    sort,
     stacked,
 )
 from deepopt.optim.engine.low_bits import check_dtypes, check_rounding, lows_and_seeds
@@ -65,41 +69,43 @@ IDENTITY = Identity()
 GRAD = operator.attrgetter("grad")
 NO_ROUNDING: tuple[list[Tensor], list[int]] = ([], [])
 SCHEDULED = frozenset(("lr", "betas", "eps", "weight_decay"))
-OWN_KEYS = ("step", "low")
-"""Entries of a state that are neither the memory's nor the output map's."""
+"""Arguments that schedulers may change before each step."""
+RESERVED_KEYS = ("step", "low")
+"""State entries of the optimizer itself. No memory and no output map may use these names."""
 
 
 class MemoryOptimizer(Optimizer):
     """An optimizer that steps matrices in batches of one shape and the rest by AdamW.
 
-    State of a matrix parameter: ``step``, and the tensors of its memory and its output map with a
-    leading dimension, the number of matrices in the parameter. State of any other: that of AdamW.
-    Entries of the user's beside these are carried along, saved and loaded.
+    The state of a matrix parameter holds ``step``, and the tensors of its memory and its output
+    map. Their leading dimension is the number of matrices in the parameter. The state of any other
+    parameter is AdamW's. Entries that the user adds are kept, saved and loaded.
     """
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 2, "stack": 3}
-    """Dimensions that a path asks of a parameter; at 0, a vector is a matrix of one column."""
+    """Fewest dimensions of a parameter on a path; with 0, a vector is a matrix of one column."""
     _objects: ClassVar[tuple[str, ...]] = ("memory",)
-    """Arguments that can be objects or functions: checkpoints have their descriptions instead."""
+    """Arguments that can be objects or functions: a checkpoint stores their descriptions."""
     _typed: ClassVar[Mapping[str, Typed | None]] = typed(torch.optim.AdamW.__init__)
-    """Which arguments are numbers and flags: those of AdamW, and what the annotations of a class's
-    constructor say of its own."""
-    _looks_at_inputs: ClassVar[bool] = False
-    """Whether :meth:`_gradients` has something to do."""
+    """Which arguments are numbers and flags: those of AdamW, and those that the annotations of a
+    subclass's constructor add."""
+    _transforms_gradients: ClassVar[bool] = False
+    """Whether a step calls :meth:`_transform_gradients`."""
 
-    _own_arguments: ClassVar[frozenset[str]] = frozenset()
-    """Arguments that no schedule changes: where one is new, all of the class's checks run again."""
+    _unscheduled: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that no scheduler changes. When one changes, all checks of the class run again;
+    when a scheduled one changes, only those of the base class do."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._own_arguments = frozenset(inspect.signature(cls.__init__).parameters) - SCHEDULED
+        cls._unscheduled = frozenset(inspect.signature(cls.__init__).parameters) - SCHEDULED
         if cls.__doc__:
             cls.__doc__ = with_flags(cls.__doc__)
         if "__init__" in vars(cls):
             cls._typed = {**cls._typed, **typed(cls.__init__)}
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._forget()
+        self._clear_caches()
         if isinstance(params, torch.nn.Module):
             raise TypeError(
                 f"Invalid params: a model ({type(params).__name__}) and not its parameters; give "
@@ -114,17 +120,22 @@ class MemoryOptimizer(Optimizer):
     # -- for the subclasses ------------------------------------------------------------------
 
     def _check_group(self, group: Group) -> None:
-        """Raise ValueError for the first value of ``group`` that is out of range.
+        """Check the values of ``group``.
 
-        TypeError where it is no number or flag at all, RuntimeError for flags that exclude each
-        other.
+        Raises:
+            ValueError: a value out of range.
+            TypeError: an argument that is not a number or flag at all.
+            RuntimeError: flags that exclude each other.
         """
         lr: Any = group["lr"]
         betas: Any = group["betas"]
         check_types(self._typed, group)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        _check_foreach(group)
+        if isinstance(lr, Tensor) and group["foreach"] and not group["capturable"]:
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True"
+            )
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 <= group["eps"]:
@@ -150,18 +161,18 @@ class MemoryOptimizer(Optimizer):
         raise NotImplementedError
 
     def _output_map(self, group: Group) -> OutputMap:
-        """What makes an update of the momentum that the memory reads out."""
+        """The map from the momentum that the memory reads out to the update."""
         return IDENTITY
 
-    def _gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
-        """What a group's parameters are stepped with, from their unscaled gradients.
+    def _transform_gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
+        """What a group's parameters are stepped with instead of their (unscaled) gradients.
 
-        They must not be written to. A parameter whose gradient is None is not stepped.
+        The gradients must not be written to. A parameter whose entry is None is not stepped.
         """
         return grads
 
     def _describe(self, key: str, value: Any) -> str:
-        """An argument that can be an object, as plain text: what a checkpoint knows it by."""
+        """The text by which a checkpoint recognizes an argument that can be an object."""
         if isinstance(value, str):
             return value
         if hasattr(value, "__qualname__"):  # functions
@@ -173,7 +184,7 @@ class MemoryOptimizer(Optimizer):
     # -- groups ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
-        """torch's, which fills in the defaults, and then the same checks as in the constructor.
+        """torch's method, which fills in the defaults, then the checks of the constructor.
 
         Raises:
             ValueError: a value out of range, or a path or split that does not fit a parameter's
@@ -188,32 +199,34 @@ class MemoryOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._kept_values[id(group)] = list(group.values())
+        self._checked_values[id(group)] = list(group.values())
 
     def __repr__(self) -> str:
-        told = ("    param_names: ", "    reasons: ")  # the routing shows them, shortened
-        lines = [line for line in super().__repr__().splitlines() if not line.startswith(told)]
+        in_routing = ("    param_names: ", "    reasons: ")  # the routing shows them, shortened
+        lines = super().__repr__().splitlines()
+        lines = [line for line in lines if not line.startswith(in_routing)]
         return "\n".join([*lines, "Routing:", *routing.describe(self.param_groups)])
 
     def _parts(self, group: Group) -> Parts:
-        """The group's memory and output map, made anew when one of their arguments is replaced."""
-        parts = self._kept_parts.get(id(group))
-        if parts is None or not parts.hold(group):
-            recorded = _Recorded(group)
-            parts = Parts(self._memory(recorded), self._output_map(recorded), recorded.read, {})
-            self._kept_parts[id(group)] = parts
+        """The group's memory and output map, rebuilt only when one of their arguments changes."""
+        parts = self._parts_cache.get(id(group))
+        if parts is None or not parts.are_current(group):
+            recording = _RecordingGroup(group)
+            parts = Parts(self._memory(recording), self._output_map(recording), recording.read, {})
+            self._parts_cache[id(group)] = parts
         return parts
 
-    def _forget(self) -> None:
+    def _clear_caches(self) -> None:
         """Forget everything that was derived from the groups."""
-        self._kept_parts: dict[int, Parts] = {}
-        self._kept_sorted: dict[int, Sorted] = {}
-        self._kept_values: dict[int, list[Any]] = {}
+        # All are keyed by the id of a group, because a dict has no hash.
+        self._parts_cache: dict[int, Parts] = {}
+        self._sorted_cache: dict[int, SortedGroup] = {}
+        self._checked_values: dict[int, list[Any]] = {}  # which passed _check_group
 
     # -- diagnostics -------------------------------------------------------------------------
 
     def diagnostics(self, spread: bool = False) -> AbstractContextManager[dict[str, Diagnosis]]:
-        """What the steps inside do to every parameter: sizes, directions, what memories erase::
+        """Record what the steps inside do to every parameter: sizes, directions, erasure::
 
             with optimizer.diagnostics() as seen:
                 optimizer.step()
@@ -222,8 +235,8 @@ class MemoryOptimizer(Optimizer):
                     writer.add_scalar(f"{key}/{name}", value, number)
 
         Args:
-            spread: compute singular values of the updates of matrices, too, which takes a
-                decomposition for each (default: False).
+            spread: also compute the singular values of matrix updates, which takes one
+                decomposition per matrix (default: False).
 
         Returns:
             A context manager. Its value is a dict with a row for every parameter that the last
@@ -248,8 +261,11 @@ class MemoryOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
 
-        In a compiled training step it is a graph break and runs eagerly: what it depends on, the
-        learning rate above all, can change without a recompilation.
+        In a compiled training step it is a graph break and runs eagerly. So what it depends on,
+        above all the learning rate, can change without a recompilation.
+
+        When a memory raises, the matrices of its call stay as they were, but others may have been
+        stepped before it. All other errors are raised before any parameter moves.
 
         Args:
             closure: evaluates the model anew and returns the loss, which is returned.
@@ -257,25 +273,25 @@ class MemoryOptimizer(Optimizer):
         Raises:
             RuntimeError: a gradient that is sparse or of another shape or device, a parameter with
                 several entries in one place, a DTensor of partial sums, or a state that does not
-                fit its parameter; no parameter has moved then, nor where a value of a group was
-                changed to one that the constructor refuses, which raises as it does. What a memory
-                itself raises leaves the matrices of its call as they were; others may have been
-                stepped before it.
+                fit its parameter.
+            ValueError, TypeError, RuntimeError: a value of a group was changed to one that the
+                constructor refuses.
             AssertionError: ``capturable=True`` with parameters on a device without graphs.
         """
         graph_capture_health_check(self)
-        loss = None if closure is None else evaluated(closure)
-        with undisturbed(bool(self.defaults["differentiable"])):
-            # A GradScaler that leaves unscaling and skipping to the step sets these around it.
-            scale: Tensor | None = getattr(self, "grad_scale", None)
+        loss = None if closure is None else evaluate_closure(closure)
+        with isolated_from_caller(bool(self.defaults["differentiable"])):
+            # torch's GradScaler sets these attributes for the duration of the step if
+            # _step_supports_amp_scaling says that the step itself unscales and skips.
+            grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
-            # All that can be wrong with a parameter or a gradient shows before any parameter moves.
+            # All groups are checked before any parameter moves.
             buckets: list[Bucket] = []
             for group in self.param_groups:
                 grads: list[Tensor | None] = list(map(GRAD, group["params"]))
-                if scale is not None:
-                    grads = _unscaled(group["params"], grads, scale)
-                buckets += self._buckets(group, grads, self._looks_at_inputs)
+                if grad_scale is not None:
+                    grads = _unscaled(group["params"], grads, grad_scale)
+                buckets += self._buckets(group, grads, self._transforms_gradients)
             self._step_buckets(buckets, self.state, found_inf)
         return loss
 
@@ -284,93 +300,96 @@ class MemoryOptimizer(Optimizer):
         return bool(self.defaults["fused"])
 
     def _buckets(
-        self, group: Group, grads: list[Tensor | None], look_at_inputs: bool = False
+        self, group: Group, grads: list[Tensor | None], transform_gradients: bool = False
     ) -> list[Bucket]:
-        """The parameters of a group that have gradients, by what is stepped in one call."""
-        values, known = list(group.values()), self._kept_values.get(id(group), [])
-        if len(values) != len(known):
+        """The parameters of a group that have gradients, in the buckets of one call each."""
+        # By identity: `==` may raise for a user's objects, or wait for a device.
+        values, checked = list(group.values()), self._checked_values.get(id(group), [])
+        if len(values) != len(checked):
             self._check_group(group)
-        elif not all(same := list(map(operator.is_, values, known))):
-            new = {key for key, kept in zip(group, same, strict=True) if not kept}
-            if new.isdisjoint(self._own_arguments):
+        elif not all(unchanged := list(map(operator.is_, values, checked))):
+            changed = {key for key, same in zip(group, unchanged, strict=True) if not same}
+            if changed.isdisjoint(self._unscheduled):
                 MemoryOptimizer._check_group(self, group)
             else:
                 self._check_group(group)
-        self._kept_values[id(group)] = values
-        before = self._kept_sorted.get(id(group))
-        found = Sorted.of(group, self._least_dims, before)
-        if found is not before:
-            self._forget_groups_that_left()
-            self._kept_sorted[id(group)] = found
-        check_gradients(group, found, grads, type(self).__name__)
-        if look_at_inputs and group["path"] != "elementwise":
-            grads = self._gradients(grads, group)
-        return sort(group, found, grads, self._parts(group))
+        self._checked_values[id(group)] = values
+        cached = self._sorted_cache.get(id(group))
+        sorted_group = SortedGroup.of(group, self._least_dims, cached)
+        if sorted_group is not cached:
+            self._evict_removed_groups()
+            self._sorted_cache[id(group)] = sorted_group
+        check_gradients(group, sorted_group, grads, type(self).__name__)
+        if transform_gradients and group["path"] != "elementwise":
+            grads = self._transform_gradients(grads, group)
+        return make_buckets(group, sorted_group, grads, self._parts(group))
 
-    def _forget_groups_that_left(self) -> None:
+    def _evict_removed_groups(self) -> None:
+        # The id of a removed group may be given to a new one.
         ids = set(map(id, self.param_groups))
-        kinds: tuple[dict[int, Any], ...] = (self._kept_parts, self._kept_sorted, self._kept_values)
-        for kept in kinds:
-            for key in kept.keys() - ids:
-                del kept[key]
+        caches: list[dict[int, Any]] = [self._parts_cache, self._sorted_cache, self._checked_values]
+        for cache in caches:
+            for key in cache.keys() - ids:
+                del cache[key]
 
     def _step_buckets(
         self, buckets: Sequence[Bucket], states: dict[Tensor, Any], found_inf: Tensor | None = None
     ) -> None:
         """Step all parameters in place; where ``found_inf`` is 1 nothing changes."""
-        every = self._states(buckets, states)
+        states_by_bucket = self._states(buckets, states)
         if found_inf is not None and is_distributed(found_inf):
             found_inf = sharding.whole(found_inf)
-        matrices: Batch = []
-        shared: Batch = []
-        for bucket, own in zip(buckets, every, strict=True):
+        local: Batch = []
+        across_ranks: Batch = []
+        for bucket, bucket_states in zip(buckets, states_by_bucket, strict=True):
             kind = bucket.kind
             if kind.elementwise:
-                found = None if found_inf is None else found_inf.to(kind.device)
-                adamw_path.step(bucket, own, found)
-            elif kind.shared:
-                shared.append((bucket, own))
+                skip = None if found_inf is None else found_inf.to(kind.device)
+                adamw_path.step(bucket, bucket_states, skip)
+            elif kind.across_ranks:
+                across_ranks.append((bucket, bucket_states))
             elif kind.mesh is None:
-                matrices.append((bucket, own))
+                local.append((bucket, bucket_states))
             else:
-                matrices.append(sharding.local_pieces(bucket, own))
-        for batch in batched(matrices):
-            found = None if found_inf is None else found_inf.to(batch[0][0].kind.device)
-            self._step_matrices(batch, found)
-        if shared:  # together: what travels for one is computed while the next is on its way
-            self._step_shared(shared, found_inf)
+                local.append(sharding.local_pieces(bucket, bucket_states))
+        for batch in batched(local):
+            skip = None if found_inf is None else found_inf.to(batch[0][0].kind.device)
+            self._step_matrices(batch, skip)
+        if across_ranks:  # in one call, so that one bucket travels while another is computed
+            self._step_across_ranks(across_ranks, found_inf)
 
     # -- state -------------------------------------------------------------------------------
 
     def _states(self, buckets: Sequence[Bucket], states: dict[Tensor, Any]) -> list[list[State]]:
-        """The states of every bucket's parameters, made where there are none yet.
+        """The states of every bucket's parameters; those that are missing are made.
 
         Raises:
-            RuntimeError: a state that the user has changed so that it no longer fits; nothing has
+            RuntimeError: a state that the user has changed so that it no longer fits. No state has
                 been made then.
         """
-        found: list[list[State]] = []
-        made: list[tuple[Tensor, State]] = []
+        states_by_bucket: list[list[State]] = []
+        fresh: list[tuple[Tensor, State]] = []
         for bucket in buckets:
-            own: list[Any] = list(map(states.get, bucket.params, itertools.repeat({})))
-            if not set(map(type, own)) <= {dict}:
-                check_dicts(bucket, own)
-            begun = list(map(operator.contains, own, itertools.repeat("step")))
+            found: list[Any] = list(map(states.get, bucket.params, itertools.repeat({})))
+            if not set(map(type, found)) <= {dict}:
+                check_dicts(bucket, found)
+            # A state without "step" is empty, or holds entries of the user's alone.
+            begun = list(map(operator.contains, found, itertools.repeat("step")))
             if all(begun):
-                check_states(bucket, own, self._keys(bucket))
+                check_states(bucket, found, self._keys(bucket))
             else:
-                old = list(itertools.compress(range(len(own)), begun))
+                old = list(itertools.compress(range(len(found)), begun))
                 if old:
-                    check_states(part_of(bucket, old), [own[i] for i in old], self._keys(bucket))
-                new = [i for i, there in enumerate(begun) if not there]
-                fresh = part_of(bucket, new)
+                    check_states(part_of(bucket, old), [found[i] for i in old], self._keys(bucket))
+                new = [i for i, has_step in enumerate(begun) if not has_step]
+                unstepped = part_of(bucket, new)
                 if bucket.group["rounding"] == "exact":
-                    check_lows(fresh, [own[i] for i in new])
-                made += zip(fresh.params, self._fresh_states(fresh), strict=True)
-            found.append(own)
-        if not made:
-            return found
-        for param, state in made:  # an entry of the user's may be there already
+                    check_lows(unstepped, [found[i] for i in new])
+                fresh += zip(unstepped.params, self._fresh_states(unstepped), strict=True)
+            states_by_bucket.append(found)
+        if not fresh:
+            return states_by_bucket
+        for param, state in fresh:  # the user's entries stay
             states.setdefault(param, {}).update(state)
         return [[states[param] for param in bucket.params] for bucket in buckets]
 
@@ -383,22 +402,22 @@ class MemoryOptimizer(Optimizer):
             likes = map(dense, params) if kind.wrapped else params
             return [adamw_path.init(like, group) for like in likes]
         device = kind.device if group["capturable"] else "cpu"
-        made: list[State] = [
+        states: list[State] = [
             {"step": torch.zeros((), dtype=scalar_dtype(), device=device)} for _ in params
         ]
         if kind.mesh is not None:
             route = routing.Route(kind.path, kind.split)
             sharding.init(
-                sharding.ShardedBucket.of(bucket, made),
+                sharding.ShardedBucket.of(bucket, states),
                 [self._expected_state(param, route, group) for param in params],
                 lambda like: _init(bucket.parts, like),
             )
-            return made
+            return states
         counts = [param.numel() // math.prod(kind.sides) for param in params]
         like = torch.empty(sum(counts), *kind.sides, dtype=kind.state_dtype, device=kind.device)
         for key, tensor in _init(bucket.parts, like).items():
-            distribute(tensor, made, key, counts)
-        return made
+            distribute(tensor, states, key, counts)
+        return states
 
     def _keys(self, bucket: Bucket) -> Mapping[str, Tensor]:
         """The state tensors that ``init`` makes, by name; all others are the user's."""
@@ -406,7 +425,7 @@ class MemoryOptimizer(Optimizer):
             return adamw_path.KEYS
         keys, kind = bucket.parts.keys, bucket.kind
         layout = (*kind.sides, kind.state_dtype)
-        if layout not in keys:  # as after a checkpoint has been loaded
+        if layout not in keys:  # init has not run yet: after a checkpoint, or with new parts
             like = torch.empty(1, *kind.sides, dtype=kind.state_dtype, device="meta")
             _init(bucket.parts, like)
         return keys[layout]
@@ -425,73 +444,77 @@ class MemoryOptimizer(Optimizer):
     # -- matrices ----------------------------------------------------------------------------
 
     def _step_matrices(self, batch: Batch, found_inf: Tensor | None) -> None:
-        """Step buckets one after the other, and apply their updates in one call.
+        """Compute the updates of one bucket after the other, and apply them all in one call.
 
-        A tiny matrix costs what its operators cost to call. So those that can take tensors of any
-        number and shape run once for all of a batch.
+        For a tiny matrix, calling an operator costs more than its arithmetic. So the operators that
+        take any number of tensors of any shapes run once for the whole batch.
         """
-        each: list[Tensor] = []
-        matrices: list[int] = []
-        for bucket, own in batch:
-            size, before = math.prod(bucket.kind.sides), len(each)
-            for grad, state in zip(bucket.grads, own, strict=True):
-                each += [state["step"]] * (grad.numel() // size)
-            matrices.append(len(each) - before)
+        counts: list[Tensor] = []  # the step count of each matrix
+        matrices: list[int] = []  # how many matrices each bucket has
+        for bucket, bucket_states in batch:
+            size, before = math.prod(bucket.kind.sides), len(counts)
+            for grad, state in zip(bucket.grads, bucket_states, strict=True):
+                counts += [state["step"]] * (grad.numel() // size)
+            matrices.append(len(counts) - before)
         params: list[Tensor] = []
         updates: list[Tensor] = []
         states: list[State] = []
         try:
-            steps = (torch.stack(each) + 1).split(matrices) if each else [each] * len(batch)
-            for (bucket, own), step in zip(batch, steps, strict=True):
-                if len(step):  # a rank of expert parallelism may have none
-                    updates += self._updates(bucket, own, step, found_inf)
+            # Memories see the count that includes this gradient; state["step"] itself is counted up
+            # only after the parameters have moved.
+            steps = (torch.stack(counts) + 1).split(matrices) if counts else [counts] * len(batch)
+            for (bucket, bucket_states), step in zip(batch, steps, strict=True):
+                if len(step):  # a rank of expert parallelism may hold no matrix
+                    updates += self._updates(bucket, bucket_states, step, found_inf)
                     params += bucket.params
-                states += own
-        finally:  # where a memory raises, the buckets before it have been stepped
+                states += bucket_states
+        finally:  # when a memory raises, the state of the buckets before it has been written
             if states:
+                # A batch has one group, and is wrapped as a whole or not at all: see batched().
                 kind, group = batch[0][0].kind, batch[0][0].group
                 lows, seeds = NO_ROUNDING
                 if group["rounding"] != "nearest":
                     lows, seeds = lows_and_seeds(params, states, group)
                 if params:
                     self._apply(params, updates, lows, seeds, group, found_inf, kind.wrapped)
-                _count(list(map(STEP, states)), found_inf)
+                _increment_steps(list(map(STEP, states)), found_inf)
 
     def _updates(
         self, bucket: Bucket, states: list[State], step: Tensor, found_inf: Tensor | None
     ) -> list[Tensor]:
-        """The updates of a bucket's parameters, whose new state is written."""
+        """Write a bucket's new state, and return the updates of its parameters."""
         kind, params = bucket.kind, bucket.params
         grads = [grad.reshape(-1, *kind.sides) for grad in bucket.grads]
         counts = list(map(len, grads))
         grad = torch.cat(grads) if len(grads) > 1 else grads[0]
         grad = grad.to(kind.state_dtype)
-        with stacked(states, self._keys(bucket), counts, bucket.group["differentiable"]) as whole:
-            whole["step"] = step
-            update = _advance(bucket, whole, grad, found_inf)
+        with stacked(states, self._keys(bucket), counts, bucket.group["differentiable"]) as state:
+            state["step"] = step
+            update = _advance(bucket, state, grad, found_inf)
         if len(params) == 1:
             return [update.reshape(params[0].shape)]
         parts = zip(update.split(counts), params, strict=True)
         return [part.reshape(param.shape) for part, param in parts]
 
-    def _step_shared(self, shared: Batch, found_inf: Tensor | None) -> None:
-        buckets = [bucket for bucket, _ in shared]
+    def _step_across_ranks(self, batch: Batch, found_inf: Tensor | None) -> None:
+        """Step matrices that have to travel between ranks; ``sharding.py`` says how."""
+        buckets = [bucket for bucket, _ in batch]
 
-        def advance(index: int, whole: State, grad: Tensor) -> Tensor:
-            before = dict(whole)
-            update = _advance(buckets[index], whole, grad, found_inf)
-            check_kept(before, whole)
+        def advance(index: int, state: State, grad: Tensor) -> Tensor:
+            before = dict(state)
+            update = _advance(buckets[index], state, grad, found_inf)
+            check_kept(before, state)
             return update
 
         sharding.step(
-            [sharding.ShardedBucket.of(bucket, own) for bucket, own in shared],
+            [sharding.ShardedBucket.of(bucket, states) for bucket, states in batch],
             advance,
             lambda i, piece, update: self._apply(
                 [piece], [update], [], [], buckets[i].group, found_inf
             ),
         )
-        for _, own in shared:
-            _count([state["step"] for state in own], found_inf)
+        for _, states in batch:
+            _increment_steps([state["step"] for state in states], found_inf)
 
     def _apply(
         self,
@@ -506,46 +529,47 @@ class MemoryOptimizer(Optimizer):
         """Change parameters, or pieces of them, by their updates."""
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+        # The operator takes lr as a number, for which the host would wait for a device, and it
+        # neither skips, nor is differentiable, nor knows a user's tensor class.
         if found_inf is None and on_host and not group["differentiable"] and not wrapped:
             apply_update_(params, updates, lows, seeds, float(lr), float(group["weight_decay"]))
             return
         decay = 1 - lr * group["weight_decay"]
-        for param, update, kept in zip(
+        for param, update, rounding in zip(
             params, updates, roundings(params, lows, seeds), strict=True
         ):
-            old = dense(param) if wrapped else to_fp32(param, state_dtype(param), kept)
-            if group["differentiable"]:  # autograd keeps factors: not what is written to next
+            old = dense(param) if wrapped else to_fp32(param, state_dtype(param), rounding)
+            if group["differentiable"]:  # autograd saves this factor, and param is written below
                 old = old.clone()
             new = old * decay - update * lr
             if found_inf is not None:
                 new = torch.where(found_inf.to(param.device).squeeze() > 0, old, new)
-            store_rounded(param, new, kept)
+            store_rounded(param, new, rounding)
 
     # -- checkpoints -------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._clear_caches()
         checkpoint.describe_when_saved(self)
         for group in self.param_groups:  # flags that an older version did not have
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        for kept in self.state.values():  # older versions of torch had a number here
-            if isinstance(kept, dict) and isinstance(kept.get("step"), int | float):
-                kept["step"] = torch.tensor(float(kept["step"]), dtype=scalar_dtype(), device="cpu")
+        for entry in self.state.values():  # older versions of torch stored the step as a number
+            if isinstance(entry, dict) and isinstance(step := entry.get("step"), int | float):
+                entry["step"] = torch.tensor(float(step), dtype=scalar_dtype(), device="cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, but state keeps its precision and shares no storage with ``state_dict``.
+        """torch's method, but state keeps its precision and shares no storage with ``state_dict``.
 
-        Objects such as memories are not loaded: those the optimizer was made with stay. Entries
-        that the user has put beside an optimizer's own are loaded as they are, on the parameter's
-        device.
+        Objects such as memories are not loaded: the optimizer keeps its own. Entries that the user
+        added to the state are moved to the parameter's device and otherwise loaded unchanged.
 
         Raises:
-            ValueError: the groups, the memory or the state are not those of this optimizer, which
-                is unchanged then.
+            ValueError: the groups, the memory or the state do not belong to this optimizer. It is
+                unchanged then.
         """
-        with undisturbed(), checkpoint.adopting(self, state_dict):
+        with isolated_from_caller(), checkpoint.adopting(self, state_dict):
             super().load_state_dict(state_dict)
 
     def _routed(self) -> Iterator[tuple[Group, Tensor, routing.Route]]:
@@ -555,11 +579,16 @@ class MemoryOptimizer(Optimizer):
 
 
 def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | None) -> Tensor:
-    """The update of matrices (B, m, n), whose new state is assigned."""
+    """Write gradients (B, m, n) into the memory, and map what it reads to their updates.
+
+    New tensors are assigned to the entries of ``state``.
+    """
     before = dict(state)
     if bucket.group["maximize"]:
         grad = -grad
     if found_inf is not None:
+        # The host must not wait to learn whether to skip. So a skipped step is computed with a
+        # gradient of zero, and the old state is put back below.
         skip = found_inf.to(grad.device).squeeze() > 0
         grad = torch.where(skip, torch.zeros_like(grad), grad)
     parts, betas = bucket.parts, bucket.group["betas"]
@@ -571,20 +600,20 @@ def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | Non
         momentum = memory.read(state, grad, betas[0])
     if momentum.shape != grad.shape:
         raise ValueError(
-            f"Invalid memory: {memory} read {tuple(momentum.shape)} for gradients of "
-            f"{tuple(grad.shape)}; it must return one momentum per gradient"
+            f"Invalid memory: {memory} returned a momentum of shape {tuple(momentum.shape)} for "
+            f"gradients of shape {tuple(grad.shape)}; the two must agree"
         )
     update = parts.output_map(momentum, state, grad, betas)
     if unknown := state.keys() - before.keys():
-        raise ValueError(f"state {sorted(unknown)} was not made by init, so it is not kept")
+        raise ValueError(f"state {sorted(unknown)} was not made by init, so it would be lost")
     if found_inf is not None:
         for key in before.keys() - {"step"}:
             state[key] = torch.where(skip, before[key], state[key])
     return update
 
 
-class _Recorded(dict[str, Any]):
-    """A group that records which of its arguments are read."""
+class _RecordingGroup(dict[str, Any]):
+    """A group that records which of its arguments are read, to know what a memory depends on."""
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
@@ -601,14 +630,15 @@ class _Recorded(dict[str, Any]):
 
 def _init(parts: Parts, like: Tensor) -> State:
     """State for matrices ``like``, shape (B, m, n): tensors with leading size B."""
-    whole = dict(parts.memory.init(like))
-    mapped = parts.output_map.init(like)
-    if own := whole.keys() & {*OWN_KEYS, *mapped}:
+    state = dict(parts.memory.init(like))
+    map_state = parts.output_map.init(like)
+    if clashes := state.keys() & {*RESERVED_KEYS, *map_state}:
         raise ValueError(
-            f"Invalid memory: its state must not use the names {own}, which are the optimizer's own"
+            f"Invalid memory: its state must not use the names {clashes}, which belong to the "
+            "optimizer"
         )
-    whole.update(mapped)
-    for key, tensor in whole.items():
+    state.update(map_state)
+    for key, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.shape[:1] != like.shape[:1]:
             raise ValueError(
                 f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
@@ -616,30 +646,31 @@ def _init(parts: Parts, like: Tensor) -> State:
             )
     parts.keys[like.shape[1], like.shape[2], like.dtype] = {
         key: torch.empty(1, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
-        for key, tensor in whole.items()
+        for key, tensor in state.items()
     }
-    return whole
+    return state
 
 
 def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of an optimizer by name, from the ``locals()`` of its constructor."""
+    # `super()` in the constructor puts __class__ among its locals.
     return {n: value for n, value in names.items() if n not in ("self", "params", "__class__")}
 
 
-def evaluated(closure: Callable[[], Any]) -> Any:
-    """The loss of a closure, which computes gradients whatever the grad mode of the step is."""
+def evaluate_closure(closure: Callable[[], Any]) -> Any:
+    """The loss that a closure returns. It computes gradients, in whatever grad mode the step is."""
     with torch.enable_grad():
         return closure()
 
 
-def undisturbed(grad: bool = False) -> ExitStack:
-    """A context in which nothing that the caller has switched on changes what is computed.
+def isolated_from_caller(grad: bool = False) -> ExitStack:
+    """A context in which no mode that the caller has entered changes what is computed.
 
-    Autocast is off, new tensors are ordinary ones in inference mode too, and neither a default
-    device nor another ``TorchFunctionMode`` of the caller's sees the calls.
+    Autocast and inference mode are off, and no ``TorchFunctionMode`` of the caller, such as that of
+    a default device, sees the calls.
 
     Args:
-        grad: whether gradients are recorded inside, where the caller is in inference mode.
+        grad: whether gradients are recorded inside if the caller is in inference mode.
     """
     stack = ExitStack()
     stack.enter_context(NoAutocast())
@@ -654,24 +685,19 @@ def undisturbed(grad: bool = False) -> ExitStack:
 def _unscaled(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], scale: Tensor
 ) -> list[Tensor | None]:
-    """In float32: what loss scaling keeps from underflow must not underflow here."""
+    """Gradients divided by the loss scale, in float32: in float16 they could underflow again."""
     return [
         None if grad is None else grad.to(state_dtype(param)) / scale.to(grad.device)
         for param, grad in zip(params, grads, strict=True)
     ]
 
 
-def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
+def _increment_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """Count the step, unless it was skipped."""
     if found_inf is None:
         torch._foreach_add_(steps, 1.0)
         return
-    # One trip to the host, if the counts are there.
+    # Copied to the counts' device once, not once per count.
     skip = (found_inf.squeeze() > 0).to(steps[0].device, steps[0].dtype)
     for step in steps:
         step += 1 - skip
-
-
-def _check_foreach(group: Mapping[str, Any]) -> None:
-    if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
-        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepopt._compat import disable_dynamo
-from deepopt.optim.base import Group, evaluated, undisturbed
+from deepopt.optim.base import Group, evaluate_closure, isolated_from_caller
 from deepopt.optim.engine.adamw_path import state_dtype
 
 REDUCTIONS = ("mean", "sum")
@@ -70,9 +70,9 @@ class Continuum(Optimizer):
     begun, and ``lived_tokens``, those since the last start from zero. A step in which a
     parameter has no gradient counts as a gradient of zero; if it had none in the whole chunk, it
     has none. Gradients are left as the backward pass made them. ``torch.amp.GradScaler`` unscales
-    before ``step``, and a step that it skips is none of the chunk's. Whoever changes gradients
-    between accumulation and update, as clipping by the norm of what is applied does, uses
-    :meth:`due` in the place of ``step``.
+    before ``step``, and a step that it skips does not count. To change gradients between
+    accumulation and update, for example to clip by the norm of what is applied, use :meth:`due`
+    instead of ``step``.
 
     State per parameter: that of the wrapped optimizer, and 1 float while a chunk of more than one
     step is under way (float32 for narrower parameters), the sum of its gradients in ``pending``;
@@ -108,7 +108,7 @@ class Continuum(Optimizer):
         lifetime: int | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer object")
+            raise TypeError(f"Invalid optimizer: {optimizer!r} is not a torch.optim.Optimizer")
         if any("pending_steps" in group for group in optimizer.param_groups):
             raise TypeError(
                 "Invalid optimizer: it has a Continuum already; give its groups a chunk"
@@ -117,19 +117,24 @@ class Continuum(Optimizer):
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
                 f"Invalid optimizer: {type(optimizer).__name__} evaluates the model by a closure "
-                "at every step, so that it has no gradients to wait for"
+                "at every step, so there are no gradients to accumulate over a chunk"
             )
-        own: Group = {"chunk": chunk, "reduce": reduce, "tokens": tokens, "lifetime": lifetime}
-        own |= {"pending_steps": 0, "pending_tokens": 0, "lived_tokens": 0}
+        defaults: Group = {
+            "chunk": chunk,
+            "reduce": reduce,
+            "tokens": tokens,
+            "lifetime": lifetime,
+        }
+        defaults |= {"pending_steps": 0, "pending_tokens": 0, "lived_tokens": 0}
         for group in ({}, *optimizer.param_groups):
-            _check({**own, **group})
+            _check({**defaults, **group})
         self.optimizer = optimizer
         self.pending: dict[Tensor, Tensor] = {}
-        # Not Optimizer.__init__, which makes groups of its own: only hooks and profiling.
+        # Sets up hooks and profiling. Optimizer.__init__ would also make groups.
         super().__setstate__({})
-        self.defaults.update(own)
+        self.defaults.update(defaults)
         for group in self.param_groups:
-            for key, value in own.items():
+            for key, value in defaults.items():
                 group.setdefault(key, value)
 
     # What torch, schedulers and scalers look at is the wrapped optimizer's.
@@ -188,7 +193,7 @@ class Continuum(Optimizer):
         Args:
             closure: evaluates the model anew and returns the loss, which is returned.
         """
-        loss = None if closure is None else evaluated(closure)
+        loss = None if closure is None else evaluate_closure(closure)
         with self.due() as groups:
             if groups:
                 self.optimizer.step()
@@ -196,7 +201,7 @@ class Continuum(Optimizer):
 
     @contextmanager
     def due(self) -> Iterator[list[Group]]:
-        """``step`` with something before the update, once per step in its place::
+        """Use this instead of ``step``, once per step, to do something before the update::
 
             with optimizer.due():
                 clip_grad_norm_(model.parameters(), 1.0)
@@ -213,7 +218,7 @@ class Continuum(Optimizer):
             _check(group)
         pending, counts, grads = dict(self.pending), [], {}
         due = []
-        with undisturbed(torch.is_grad_enabled()):
+        with isolated_from_caller(torch.is_grad_enabled()):
             for group in self.param_groups:
                 count = group["pending_steps"] + 1
                 tokens = group["pending_tokens"] + group["tokens"]
@@ -255,7 +260,7 @@ class Continuum(Optimizer):
         if partial == "step" and waiting:
             params = [param for group in self.param_groups for param in group["params"]]
             grads: dict[Tensor, Tensor | None] = dict.fromkeys(params)
-            with undisturbed(torch.is_grad_enabled()):
+            with isolated_from_caller(torch.is_grad_enabled()):
                 for group in waiting:
                     for param in group["params"]:
                         total = self.pending.get(param)
@@ -304,15 +309,15 @@ class Continuum(Optimizer):
                 "Invalid state_dict: it needs the keys 'state' and 'param_groups', as "
                 "optimizer.state_dict() has them; is this the model's?"
             )
-        given = dict(state_dict)
+        incoming = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, given)
-            given = given if replaced is None else replaced
-        params, state, pending = self._indexed(given), {}, {}
-        for index, kept in given["state"].items():
-            if isinstance(kept, dict) and PENDING in kept:
-                kept = dict(kept)
-                grad, param = kept.pop(PENDING), params.get(index)
+            replaced = pre_hook(self, incoming)
+            incoming = incoming if replaced is None else replaced
+        params, state, pending = self._indexed(incoming), {}, {}
+        for index, entry in incoming["state"].items():
+            if isinstance(entry, dict) and PENDING in entry:
+                entry = dict(entry)
+                grad, param = entry.pop(PENDING), params.get(index)
                 if param is not None and grad.shape != param.shape:
                     raise ValueError(
                         f"the checkpoint's pending gradient of parameter number {index} has shape "
@@ -320,10 +325,10 @@ class Continuum(Optimizer):
                     )
                 if param is not None:
                     pending[param] = grad.detach().to(param.device, state_dtype(param), copy=True)
-                if not kept:  # its optimizer has not stepped it yet
+                if not entry:  # its optimizer has not stepped it yet
                     continue
-            state[index] = kept
-        groups = [dict(group) for group in given["param_groups"]]
+            state[index] = entry
+        groups = [dict(group) for group in incoming["param_groups"]]
         for number, (mine, group) in enumerate(zip(self.param_groups, groups, strict=False)):
             for key in ("chunk", "reduce", "tokens", "lifetime"):
                 group.setdefault(key, mine[key])
@@ -339,13 +344,13 @@ class Continuum(Optimizer):
                     "flatten_optimizer_state_dict=True drops; save without it or after flush(), or "
                     "set pending_steps to 0 in the checkpoint's group to begin its chunk anew"
                 )
-        self.optimizer.load_state_dict({**given, "state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({**incoming, "state": state, "param_groups": groups})
         self.pending = pending
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _indexed(self, saved: Mapping[str, Any]) -> dict[Any, Tensor]:
-        """Parameters by their index in a state dict: by position, as torch does."""
+        """Parameters by their index in a state dict. As in torch, positions are matched."""
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         return dict(zip(indices, params, strict=False))  # torch itself refuses other lengths
@@ -367,7 +372,7 @@ def _check(group: Group) -> None:
 
 
 def _age(group: Group) -> None:
-    """Count a step's tokens, and start from zero where the lifetime is over."""
+    """Count a step's tokens, and set the parameters to zero when the lifetime is over."""
     lived = group["lived_tokens"] + group["tokens"]
     if lived >= group["lifetime"]:
         with torch.no_grad():
@@ -377,7 +382,11 @@ def _age(group: Group) -> None:
 
 
 def _plus(pending: Tensor | None, param: Tensor, group: Group) -> Tensor | None:
-    """A new tensor, or ``pending`` itself: it is never written into, as ``param.grad`` may be."""
+    """The sum of ``pending`` and ``param.grad``, as a new tensor or ``pending`` itself.
+
+    It shares no memory with ``param.grad``, into which the next backward pass may accumulate.
+    ``pending`` is not written into, so that a step that raises can be tried again.
+    """
     if param.grad is None:
         return pending
     grad = param.grad if group.get("differentiable") else param.grad.detach()
@@ -394,12 +403,12 @@ def _reduced(total: Tensor | None, param: Tensor, group: Group, count: int) -> T
 
 @contextmanager
 def _swapped(grads: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
-    """Other gradients inside, the present ones afterwards."""
-    own = {param: param.grad for param in grads}
+    """A context in which parameters have other gradients; afterwards they have their own again."""
+    originals = {param: param.grad for param in grads}
     try:
         for param, grad in grads.items():
             param.grad = grad
         yield
     finally:
-        for param, grad in own.items():
+        for param, grad in originals.items():
             param.grad = grad

@@ -13,7 +13,7 @@ from deepopt.memory import Gradient, Memory
 from deepopt.ops.ridge import ridge, widened
 from deepopt.optim.base import Bucket, Group, MemoryOptimizer, arguments_of
 from deepopt.optim.engine.adamw_path import dense, state_dtype
-from deepopt.optim.engine.buckets import PLAIN
+from deepopt.optim.engine.buckets import PLAIN, param_label
 from deepopt.optim.layer_inputs import forget_inputs, seen_inputs
 
 RULES = ("implicit", "scalar", "literal")
@@ -94,7 +94,7 @@ class DeltaGradientDescent(MemoryOptimizer):
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _warned = False
 
-    _looks_at_inputs = True
+    _transforms_gradients = True
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class DeltaGradientDescent(MemoryOptimizer):
                 f"Invalid decay_scale: {scale}; it must be a number from 0 on, or None"
             )
 
-    def _gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
+    def _transform_gradients(self, grads: list[Tensor | None], group: Group) -> list[Tensor | None]:
         return [
             self._gradient(param, grad, route.path, group)
             for param, grad, route in zip(
@@ -192,18 +192,15 @@ def _toward_regression(
 
 
 def _advice(param: Tensor, group: Group) -> str:
-    names = group.get("param_names", [])
-    own = [n for p, n in zip(group["params"], names, strict=False) if p is param]
-    name = "".join(own) or "(unnamed)"
     if is_distributed(param):
         remedy = (
-            "those of DTensors (FSDP2, tensor parallelism) cannot be captured: replicate the model "
-            "by DistributedDataParallel"
+            "the inputs of DTensors (FSDP2, tensor parallelism) cannot be captured: replicate the "
+            "model by DistributedDataParallel"
         )
     else:
         remedy = "record them by deepopt.capture_inputs(model) before the forward pass"
     return (
-        f"DeltaGradientDescent has captured no inputs for parameter {name} of shape "
-        f"{tuple(param.shape)}: it is stepped by plain gradient descent, and so is every other "
-        f"without; {remedy}, or give decay_scale=0"
+        f"DeltaGradientDescent has captured no inputs for {param_label(group, param)}: it is "
+        "stepped by plain gradient descent, as are all other parameters without captured inputs; "
+        f"{remedy}, or give decay_scale=0"
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deepopt.optim.base import MemoryOptimizer, undisturbed
+from deepopt.optim.base import MemoryOptimizer, isolated_from_caller
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 States: TypeAlias = dict[str, dict[str, Tensor]]
@@ -61,7 +61,7 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
         stepped = make({name: param.detach() for name, param in params.items()})
         group = stepped.param_groups[0]
         states: dict[Tensor, Any] = {}
-        with undisturbed(grad=True):
+        with isolated_from_caller(grad=True):
             stepped._states(stepped._buckets(group, group["params"]), states)
         return dict(zip(params, (states[param] for param in group["params"]), strict=True))
 
@@ -79,9 +79,9 @@ def functional(optimizer: type[MemoryOptimizer], **options: Any) -> Functional:
             for name, param in new.items()
         }
         group = stepped.param_groups[0]
-        given = [grads.get(name) for name in new]
-        with undisturbed(grad=True):
-            stepped._step_buckets(stepped._buckets(group, given), states)
+        grad_list = [grads.get(name) for name in new]
+        with isolated_from_caller(grad=True):
+            stepped._step_buckets(stepped._buckets(group, grad_list), states)
         return new, {name: states[param] for name, param in new.items()}
 
     return Functional(init, update)

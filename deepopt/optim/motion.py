@@ -8,19 +8,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepopt._arguments import check_types, typed
-from deepopt.optim.base import undisturbed
+from deepopt.optim.base import isolated_from_caller
 from deepopt.optim.continuum import Continuum
 from deepopt.optim.engine.buckets import overlap, overlaps_itself
 
 MOTION = "motion"
 """The memory in a parameter's state."""
 OFFSET, AHEAD, PEAK = "motion_offset", "motion_ahead", "motion_peak"
-"""Numbers of a group: the distance of its parameters from the weights in multiples of the memory,
-now and in training, and the highest learning rate so far."""
+"""Entries of a group. The first two are distances of its parameters from the weights, in multiples
+of the memory: the present one, and the one for training. The third is the highest learning rate so
+far."""
 EVALUATES = "motion_evaluates"
 """Entry of a group: whether ``eval()`` was called last."""
 JOINED = "_has_motion"
-"""Attribute of an optimizer whose steps a ``Motion`` has joined."""
+"""Attribute of an optimizer to which a ``Motion`` is attached."""
 
 
 class Motion:
@@ -94,7 +95,7 @@ class Motion:
         self.ahead, self.average = ahead, average
         self._weights: dict[Tensor, Tensor] = {}
         self._check()
-        setattr(optimizer, JOINED, True)  # copies and pickles have neither this nor the hooks
+        setattr(optimizer, JOINED, True)  # like the hooks, not part of copies and pickles
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -105,7 +106,7 @@ class Motion:
     def train(self) -> None:
         """Put the parameters ahead of the weights, where gradients are taken."""
         self._check_memories()
-        with undisturbed():
+        with isolated_from_caller():
             for group in self.optimizer.param_groups:
                 self._place(group, group.get(AHEAD, 0.0))
                 group[EVALUATES] = False
@@ -113,7 +114,7 @@ class Motion:
     def eval(self) -> None:
         """Put the parameters at the average of the weights."""
         self._check_memories()
-        with undisturbed():
+        with isolated_from_caller():
             for group in self.optimizer.param_groups:
                 self._place(group, -self.average * self.retention / (1 - self.retention))
                 group[EVALUATES] = True
@@ -144,15 +145,15 @@ class Motion:
                 state = self.optimizer.state.get(param, {})
                 if not isinstance(state, dict):
                     raise RuntimeError(
-                        f"optimizer.state of parameter {_name(group, number)} is {state!r} and no "
-                        "dict: delete it to begin anew"
+                        f"optimizer.state of parameter {_name(group, number)} is {state!r} and not "
+                        "a dict: delete it to begin anew"
                     )
                 memory = state.get(MOTION, param)
                 if not isinstance(memory, Tensor) or _layout(memory) != _layout(param):
-                    found = _layout(memory) if isinstance(memory, Tensor) else repr(memory)
+                    actual = _layout(memory) if isinstance(memory, Tensor) else repr(memory)
                     raise RuntimeError(
                         f"state {MOTION!r} of parameter {_name(group, number)} must be a tensor of "
-                        f"{_layout(param)}, but is {found}: put it back, or delete it to begin at "
+                        f"{_layout(param)}, but is {actual}: put it back, or delete it to begin at "
                         "zeros with what the parameter holds as the weights"
                     )
                 if MOTION in state and overlaps_itself(param):
@@ -178,36 +179,40 @@ class Motion:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Back to the weights, which are what the optimizer steps; a closure is evaluated ahead."""
+        """Step pre-hook: put the parameters at the weights, which are what the optimizer steps.
+
+        A closure is wrapped, so that it evaluates the model ahead of the weights.
+        """
         self._check()
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        every = [param for group in optimizer.param_groups for param in group["params"]]
-        with undisturbed():
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        with isolated_from_caller():
             for group in optimizer.param_groups:
                 self._place(group, 0.0)
-            self._weights = {param: param.detach().clone() for param in every}
+            self._weights = {param: param.detach().clone() for param in params}
         if closure is None:
             return args, kwargs
 
         def evaluated() -> Any:
-            before = [param.detach().clone() for param in every]
+            before = [param.detach().clone() for param in params]
             self.train()
             try:
                 return closure()
             finally:
-                with undisturbed(), torch.no_grad():
+                with isolated_from_caller(), torch.no_grad():
                     for group in optimizer.param_groups:
                         self._place(group, 0.0)
-                    torch._foreach_copy_(every, before)  # to the last bit
+                    # Moving ahead and back rounds; the copies restore the weights to the bit.
+                    torch._foreach_copy_(params, before)
 
         others = {key: value for key, value in kwargs.items() if key != "closure"}
         return (optimizer, evaluated, *args[2:]), others
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the step into the memory, and go ahead of the new weights."""
-        if not self._weights:  # a step within a step, as of a subclass of torch's, has been here
+        """Step post-hook: write the step into the memory, and move ahead of the new weights."""
+        if not self._weights:  # done already: a subclass's step calls the step of its base class
             return
-        with undisturbed(), torch.no_grad():
+        with isolated_from_caller(), torch.no_grad():
             self._remember(optimizer)
         self._weights = {}
 

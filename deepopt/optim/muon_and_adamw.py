@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from deepopt.optim.base import evaluated
+from deepopt.optim.base import evaluate_closure
 
 MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
-"""Arguments of Muon alone; all others are AdamW's, and ``lr`` and ``weight_decay`` are both's."""
+"""Arguments of Muon alone. Both take ``lr`` and ``weight_decay``; all others are AdamW's."""
 
 
 class MuonAndAdamW(Optimizer):
@@ -39,7 +39,7 @@ class MuonAndAdamW(Optimizer):
         weight_decay: float = 1e-2,
         **options: Any,
     ) -> None:
-        own = {key: options.pop(key) for key in MUON if key in options}
+        muon_options = {key: options.pop(key) for key in MUON if key in options}
         groups: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
         for group in params:
             for name, part in _parts_of(group):
@@ -49,9 +49,9 @@ class MuonAndAdamW(Optimizer):
                 "Invalid params: muon is Muon for matrices and AdamW for the rest, and one of the "
                 "two has no parameter; make the other one alone"
             )
-        matched = {"adjust_lr_fn": "match_rms_adamw", **own}
+        with_size = {"adjust_lr_fn": "match_rms_adamw", **muon_options}
         self.parts: dict[str, Optimizer] = {
-            "muon": Muon(groups["muon"], float(lr), weight_decay, **matched),
+            "muon": Muon(groups["muon"], float(lr), weight_decay, **with_size),
             "adamw": AdamW(groups["adamw"], lr, weight_decay=weight_decay, **options),
         }
         self.defaults = {"lr": lr, "weight_decay": weight_decay}
@@ -60,7 +60,7 @@ class MuonAndAdamW(Optimizer):
         super().__setstate__({})  # hooks and profiling alone: the parts have checked the groups
 
     def _linked(self) -> Iterator[tuple[str, Optimizer]]:
-        """The two, with the groups and the state that are here: they have none of their own."""
+        """Both optimizers, after they were given the groups and the state that are kept here."""
         for name, part in self.parts.items():
             part.state = self.state
             part.param_groups = [g for g in self.param_groups if _owner(g) == name]
@@ -72,10 +72,10 @@ class MuonAndAdamW(Optimizer):
         Raises:
             ValueError: a group without a path.
         """
-        given = dict(_parts_of(param_group))
+        new = dict(_parts_of(param_group))
         for name, part in self._linked():
-            if name in given:
-                part.add_param_group(given[name])
+            if name in new:
+                part.add_param_group(new[name])
                 self.param_groups.append(part.param_groups[-1])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -84,7 +84,7 @@ class MuonAndAdamW(Optimizer):
         Args:
             closure: evaluates the model anew and returns the loss, which is returned.
         """
-        loss = None if closure is None else evaluated(closure)
+        loss = None if closure is None else evaluate_closure(closure)
         for _, part in self._linked():
             part.step()
         return loss
@@ -98,7 +98,7 @@ class MuonAndAdamW(Optimizer):
         groups = state_dict.get("param_groups", [])
         if list(map(_owner, groups)) != list(map(_owner, self.param_groups)):
             raise ValueError(
-                "Invalid state_dict: its groups are not those of Muon and AdamW that are here; "
+                "Invalid state_dict: its groups of Muon and AdamW are not those of this optimizer; "
                 "make the optimizer that saved it"
             )
         super().load_state_dict(state_dict)

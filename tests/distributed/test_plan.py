@@ -39,7 +39,7 @@ def test_an_owner_is_sent_every_entry_once(layout):
 def test_no_rank_has_more_to_do_than_another_by_more_than_one_matrix(layout, counts):
     ranks = tuple(range(math.prod(layout.mesh)))
     batches = tuple(
-        sharding.Batch(cost, ranks, (sharding.Spread(layout, "matrix"),) * count)
+        sharding.Work(cost, ranks, (sharding.Spread(layout, "matrix"),) * count)
         for cost, count in counts
     )
     load = dict.fromkeys(ranks, 0.0)
@@ -51,7 +51,7 @@ def test_no_rank_has_more_to_do_than_another_by_more_than_one_matrix(layout, cou
 
 def test_few_owners_are_far_apart():
     layout = sharding.Layout((64, 64), (64,), (SHARDS[0],))
-    batch = sharding.Batch(1.0, tuple(range(64)), (sharding.Spread(layout, "matrix"),) * 8)
+    batch = sharding.Work(1.0, tuple(range(64)), (sharding.Spread(layout, "matrix"),) * 8)
     ((*owners,),) = sharding.assign((batch,))
     assert sorted(owner // 8 for (owner,) in owners) == list(range(8))
 
@@ -67,7 +67,7 @@ def plan(ranks: int) -> tuple[str, ...]:
     for count, m, n in MODEL:
         layout = sharding.Layout((m, n), (ranks,), (SHARDS[0],))
         spread = sharding.Spread(layout, "matrix")
-        batches.append(sharding.Batch(min(m, n) ** 2 * max(m, n), positions, (spread,) * count))
+        batches.append(sharding.Work(min(m, n) ** 2 * max(m, n), positions, (spread,) * count))
     flops, traffic, owned = ([0.0] * ranks for _ in range(3))
     for (_, m, n), owners in zip(MODEL, sharding.assign(tuple(batches)), strict=True):
         short, long = sorted((m, n))

@@ -1,4 +1,4 @@
-"""The element-wise path of every optimizer: AdamW, by the kernel if there is one, else torch's."""
+"""The element-wise path of every optimizer: AdamW, by our kernel if there is one, else by torch."""
 
 import operator
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DTYPE = operator.attrgetter("dtype")
 KEYS = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.empty(0, device="meta"))
-"""The tensors of a state, by name; their shapes are those of the parameters."""
+"""The tensors of a state, by name; the values are placeholders, as shapes differ by parameter."""
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -28,10 +28,11 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def dense(param: Tensor) -> Tensor:
-    """The numbers of a parameter of the user's tensor class, as an ordinary tensor of its own.
+    """An ordinary tensor with the numbers of a parameter of a user's tensor class.
 
-    Such a class may store less than its dtype says, view itself as itself, and lack operators. It
-    can be copied from and copied into, as loading a checkpoint does.
+    Such a class may store less than its dtype says (as quantized ones do), return itself from views
+    and lack operators. Only copies from it and into it can be relied on: loading a checkpoint needs
+    them too.
     """
     return torch.empty(param.shape, dtype=state_dtype(param), device=param.device).copy_(param)
 
@@ -48,26 +49,27 @@ def init(param: Tensor, group: dict[str, Any]) -> State:
 
 
 def step(bucket: "Bucket", states: list[State], found_inf: Tensor | None = None) -> None:
-    """One step of AdamW; where ``found_inf`` is 1, nothing changes.
+    """One step of AdamW; if ``found_inf`` is 1, nothing changes.
 
-    With ``foreach`` given torch's implementation runs, bit for bit where the state has the
-    parameter's dtype. Otherwise the kernel runs, for tensors of any strides. It has the bits of
+    If the group sets ``foreach``, torch's implementation runs, with torch's bits if the state has
+    the parameter's dtype. Otherwise the kernel runs, for tensors of any strides. It has the bits of
     torch's fused AdamW, except for the second moments beyond the last whole vector. Narrower
     parameters are stepped in float32 and rounded once.
     """
     params, grads, group = bucket.params, bucket.grads, bucket.group
     fused = bool(group["fused"])
+    # Only torch's fused kernels skip on the device; for all others the host looks at found_inf.
     if found_inf is not None and not (fused and found_inf.device.type != "cpu"):
-        if found_inf.item():  # torch's other implementations leave the skipping to the caller
+        if found_inf.item():
             return
         found_inf = None
     if found_inf is None and _has_kernel(bucket.kind, group):
         _step_by_kernel(params, grads, states, group)
     elif bucket.kind.wrapped:
         for param, grad, state in zip(params, grads, states, strict=True):
-            whole = dense(param)
-            _step_by_torch([whole], [grad], [state], group, found_inf)
-            param.copy_(whole)
+            copy = dense(param)
+            _step_by_torch([copy], [grad], [state], group, found_inf)
+            param.copy_(copy)
     else:
         _step_by_torch(params, grads, states, group, found_inf)
 
@@ -85,14 +87,14 @@ def _has_kernel(kind: "Kind", group: dict[str, Any]) -> bool:
 def _step_by_kernel(
     params: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any]
 ) -> None:
-    if list(map(DTYPE, grads)) != list(map(DTYPE, params)):  # a parameter's grad_dtype may be any
+    if list(map(DTYPE, grads)) != list(map(DTYPE, params)):  # param.grad_dtype allows any
         grads = [
             grad if grad.dtype == param.dtype else grad.to(state_dtype(param))
             for param, grad in zip(params, grads, strict=True)
         ]
     exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in KEYS)
     lists = params, grads, exp_avgs, exp_avg_sqs
-    if any(map(Tensor.is_complex, params)):  # a pair of reals
+    if any(map(Tensor.is_complex, params)):  # stepped as pairs of reals, as torch does
         lists = _as_reals(params), _as_reals(grads), _as_reals(exp_avgs), _as_reals(exp_avg_sqs)
     lows, seeds = lows_and_seeds(params, states, group)
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -116,10 +118,13 @@ def _step_by_torch(
     found_inf: Tensor | None,
 ) -> None:
     fused = bool(group["fused"])
-    kept = roundings(params, *lows_and_seeds(params, states, group))
-    stepped = [to_fp32(p, state_dtype(p), own) for p, own in zip(params, kept, strict=True)]
+    rounding_of = roundings(params, *lows_and_seeds(params, states, group))
+    stepped = [
+        to_fp32(param, state_dtype(param), rounding)
+        for param, rounding in zip(params, rounding_of, strict=True)
+    ]
     grads = list(grads)
-    if fused:  # nothing can be laid out like a tensor with gaps: it is stepped in a dense copy
+    if fused:  # gradient and state cannot be laid out like a tensor with gaps: step a dense copy
         stepped = [
             w if torch.empty_like(w).stride() == w.stride() else w.contiguous() for w in stepped
         ]
@@ -127,7 +132,7 @@ def _step_by_torch(
         if grads[index].dtype != param.dtype:
             grads[index] = grads[index].to(param.dtype)
         if fused:
-            # torch's fused CPU kernel walks through all tensors in the parameter's memory order.
+            # torch's fused CPU kernel ignores strides: it needs all tensors in one memory order.
             if grads[index].stride() != param.stride():
                 grads[index] = torch.empty_like(param).copy_(grads[index])
             for key in KEYS:
@@ -156,6 +161,6 @@ def _step_by_torch(
         eps=group["eps"],
         maximize=group["maximize"],
     )
-    for param, new, own in zip(params, stepped, kept, strict=True):
+    for param, new, rounding in zip(params, stepped, rounding_of, strict=True):
         if new is not param:
-            store_rounded(param, new, own)
+            store_rounded(param, new, rounding)

@@ -1,10 +1,10 @@
-"""What is stepped in one call: which parameters, and their state as one tensor.
+"""Buckets: the parameters that one call steps, and their state stacked into one tensor per key.
 
-torch keeps an optimizer's state per parameter, and there users read it, move it, replace it and
-drop it. A batched step wants it stacked. So a step gathers the state of its matrices into one
-tensor per key and writes the new values back. No state is kept elsewhere: whoever holds the state
-of one parameter holds that and nothing else. State tensors have a leading dimension, the number of
-matrices in their parameter.
+torch keeps an optimizer's state per parameter, and users read, move, replace and drop it there. A
+batched step needs it stacked. So a step gathers the state of its matrices into one tensor per key
+and writes the new values back. No state is kept elsewhere: whoever holds the state of one parameter
+holds that and nothing else. State tensors have a leading dimension, the number of matrices in their
+parameter.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from deepopt.optim.engine.low_bits import check_dtypes, keeps_low
 from deepopt.optim.output_map import OutputMap
 
 Group: TypeAlias = dict[str, Any]
-
+"""One of an optimizer's ``param_groups``."""
 ENTRIES_AT_ONCE = 2**19
 """Upper bound on the matrix entries stepped in one call on the CPU.
 
@@ -37,13 +37,15 @@ memory can cost more than the arithmetic.
 PLAIN = {Tensor, torch.nn.Parameter}
 """Types of parameters that kernels can write to."""
 SORTED_BY = ("path", "split", "param_names", "reasons", "rounding")
-"""Arguments of a group that decide about the kinds of its parameters, or exclude some."""
-IS_SPARSE, STEP = operator.attrgetter("is_sparse"), operator.itemgetter("step")
+"""Arguments of a group on which the kinds of its parameters depend, or that exclude some kinds."""
 CPU = torch.device("cpu")
-COUNTS = {torch.float32, torch.float64}
-"""Dtypes of step counts, by torch's default dtype."""
+STEP_DTYPES = {torch.float32, torch.float64}
+"""Dtypes of step counts: the one that is torch's default dtype when the state is made."""
 NO_DIMS = torch.Size()
+# Getters for map(): a loop in Python over hundreds of small tensors costs as much as their step.
 SHAPE, DTYPE, DEVICE = map(operator.attrgetter, ("shape", "dtype", "device"))
+IS_SPARSE, VERSION = map(operator.attrgetter, ("is_sparse", "_version"))
+STEP = operator.itemgetter("step")
 
 
 class Kind(NamedTuple):
@@ -59,15 +61,18 @@ class Kind(NamedTuple):
     """None on the element-wise path, which mixes dtypes too."""
     state_dtype: torch.dtype | None = None
     wrapped: bool = False
-    """Whether they are of a tensor class of the user's, which knows torch's operators alone."""
+    """Whether they are of a user's tensor class, on which kernels cannot work directly."""
     distributed: bool = False
+    """Whether they are DTensors."""
     mesh: Any = None
-    """The device mesh of DTensors on a path of matrices; None for ordinary tensors."""
-    shared: bool = False
-    """Whether ranks hold pieces of matrices, or the same matrices: they then share the work out."""
+    """The device mesh of DTensors on the matrix or stack path; None for all others."""
+    across_ranks: bool = False
+    """Whether their matrices lie in pieces on several ranks, or are replicated: each matrix is then
+    stepped by one rank, and sent to the others."""
     turn: int = 0
-    """Parameters that overlap in memory are stepped one after the other, each in a turn of its own,
-    so that the result does not depend on which thread comes first."""
+    """0, or a number of its own for each parameter that overlaps another one in memory. Such
+    parameters are stepped one after the other, so that the result does not depend on which thread
+    comes first."""
 
 
 class Parts(NamedTuple):
@@ -77,14 +82,14 @@ class Parts(NamedTuple):
     output_map: OutputMap
     arguments: dict[str, Any]
     keys: dict[tuple[Any, ...], dict[str, Tensor]]
-    """What ``init`` makes of one matrix, on the meta device, by the sides and dtype of the matrix.
-    Other entries of a state are the user's."""
+    """The state tensors that ``init`` makes for one matrix, on the meta device, by the sides and
+    dtype of the matrix. Other entries of a state are the user's."""
 
-    def hold(self, group: Group) -> bool:
-        """Whether every argument is the very object that it was.
+    def are_current(self, group: Group) -> bool:
+        """Whether every argument is still the same object.
 
-        Objects of the user decide what equality means, so identity counts. A tensor or a list can
-        change in place, and never counts as unchanged.
+        Identity counts, because a user's object decides what its equality means. A tensor or a list
+        can change in place, so it never counts as unchanged.
         """
         for name, value in self.arguments.items():
             if group.get(name) is not value or isinstance(value, Tensor | list):
@@ -93,7 +98,7 @@ class Parts(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """What is stepped in one call."""
+    """Parameters of one kind that are stepped in one call; the lists have an entry for each."""
 
     kind: Kind
     group: Group
@@ -108,8 +113,8 @@ Batch: TypeAlias = list[tuple[Bucket, list[State]]]
 """Buckets, each with the states of its parameters."""
 
 
-class Sorted(NamedTuple):
-    """The kinds of a group's parameters, and all that they were derived from."""
+class SortedGroup(NamedTuple):
+    """The kinds of a group's parameters, kept from step to step, and all that they depend on."""
 
     params: list[Tensor]
     arguments: list[Any]
@@ -120,18 +125,18 @@ class Sorted(NamedTuple):
     addresses: list[int] | None
     strides: list[tuple[int, ...]]
     self_overlapping: list[int]
-    """The numbers of the parameters with several entries in one place, as ``expand`` makes them."""
+    """Indices of the parameters with several entries in one place, as ``expand`` makes them."""
     members: dict[Kind, list[int]]
-    """The numbers of the parameters of each kind."""
+    """Indices of the parameters of each kind."""
     state_dtypes: list[torch.dtype]
-    lasting: bool
-    """Whether it can be kept: the attributes of a DTensor do not show a new placement."""
+    reusable: bool
+    """False for DTensors: none of the attributes above shows that one has been redistributed."""
 
     @classmethod
     def of(
-        cls, group: Group, least_dims: Mapping[str, int], before: "Sorted | None" = None
-    ) -> "Sorted":
-        """``before``, if it still holds, else the group sorted anew.
+        cls, group: Group, least_dims: Mapping[str, int], previous: "SortedGroup | None" = None
+    ) -> "SortedGroup":
+        """``previous`` if nothing that it depends on has changed, else the group sorted anew.
 
         Raises:
             ValueError: a path, a split or a rounding that does not fit a parameter.
@@ -141,28 +146,30 @@ class Sorted(NamedTuple):
         types, shapes = list(map(type, params)), list(map(SHAPE, params))
         dtypes, devices = list(map(DTYPE, params)), list(map(DEVICE, params))
         addresses, strides = _addresses(params), list(map(Tensor.stride, params))
+        # map() in the last line stops at the shorter list; equal shapes rule out that there is one.
         same = (
-            before is not None
-            and before.addresses == addresses
-            and before.strides == strides
-            and before.arguments == arguments
-            and before.types == types
-            and before.shapes == shapes
-            and before.dtypes == dtypes
-            and before.devices == devices
-            and all(map(operator.is_, before.params, params))
+            previous is not None
+            and previous.addresses == addresses
+            and previous.strides == strides
+            and previous.arguments == arguments
+            and previous.types == types
+            and previous.shapes == shapes
+            and previous.dtypes == dtypes
+            and previous.devices == devices
+            and all(map(operator.is_, previous.params, params))
         )
-        if before is not None and same and before.lasting:
-            return before
+        if previous is not None and same and previous.reusable:
+            return previous
         if not same:
             check_dtypes(group)
             routing.check_group(group, least_dims)
         members: dict[Kind, list[int]] = {}
-        every = zip(params, routing.routes(group), _turns(params, addresses), strict=True)
-        for number, each in enumerate(every):
-            members.setdefault(_kind(*each), []).append(number)
+        routes, turns = routing.routes(group), _turns(params, addresses)
+        for index, what_decides in enumerate(zip(params, routes, turns, strict=True)):
+            members.setdefault(_kind(*what_decides), []).append(index)
         return cls(
             list(params),
+            # Copies, because a list of names can change in place.
             [list(value) if isinstance(value, list) else value for value in arguments],
             types,
             shapes,
@@ -170,7 +177,7 @@ class Sorted(NamedTuple):
             devices,
             addresses,
             strides,
-            [number for number, param in enumerate(params) if overlaps_itself(param)],
+            [index for index, param in enumerate(params) if overlaps_itself(param)],
             members,
             list(map(state_dtype, params)),
             not any(kind.mesh is not None for kind in members),
@@ -178,95 +185,94 @@ class Sorted(NamedTuple):
 
 
 def check_gradients(
-    group: Group, found: Sorted, grads: Sequence[Tensor | None], optimizer: str
+    group: Group, sorted_group: SortedGroup, grads: Sequence[Tensor | None], optimizer: str
 ) -> None:
     """Raise RuntimeError for a gradient, or a parameter that has one, that cannot be stepped.
 
     Args:
         group: of an optimizer.
-        found: its parameters by kind.
-        grads: of its parameters; None where one is not stepped.
+        sorted_group: its parameters by kind.
+        grads: of its parameters; None for one that is not stepped.
         optimizer: the name of its class, for messages.
     """
-    given: list[Any] = list(grads)
-    shapes, devices = found.shapes, found.devices
-    there = list(map(operator.is_not, grads, itertools.repeat(None)))
-    if not all(there):
-        given, shapes, devices = (
-            list(itertools.compress(every, there)) for every in (given, shapes, devices)
+    present: list[Any] = list(grads)
+    shapes, devices = sorted_group.shapes, sorted_group.devices
+    has_grad = list(map(operator.is_not, grads, itertools.repeat(None)))
+    if not all(has_grad):
+        present, shapes, devices = (
+            list(itertools.compress(values, has_grad)) for values in (present, shapes, devices)
         )
-    if any(map(IS_SPARSE, given)):
+    if any(map(IS_SPARSE, present)):
         raise RuntimeError(f"{optimizer} does not support sparse gradients")
-    if list(map(SHAPE, given)) != shapes or list(map(DEVICE, given)) != devices:
+    if list(map(SHAPE, present)) != shapes or list(map(DEVICE, present)) != devices:
         _refuse_gradients(group, grads)
-    for number in filter(there.__getitem__, found.self_overlapping):
-        param = group["params"][number]
-        raise RuntimeError(f"{_named(group, param)} cannot be written to: {overlap(param)}")
+    for index in filter(has_grad.__getitem__, sorted_group.self_overlapping):
+        param = group["params"][index]
+        raise RuntimeError(f"{param_label(group, param)} cannot be written to: {overlap(param)}")
 
 
 def _refuse_gradients(group: Group, grads: Sequence[Tensor | None]) -> None:
     for param, grad in zip(group["params"], grads, strict=True):
         if grad is not None and (grad.shape, grad.device) != (param.shape, param.device):
             raise RuntimeError(
-                f"the gradient of {_named(group, param)} on {param.device} is of shape "
+                f"the gradient of {param_label(group, param)} on {param.device} has shape "
                 f"{tuple(grad.shape)} on {grad.device}: the parameter has been replaced since the "
-                "backward pass; take a new gradient, or set it to None"
+                "backward pass; compute a new gradient, or set it to None"
             )
 
 
-def sort(
+def make_buckets(
     group: Group,
-    found: Sorted,
+    sorted_group: SortedGroup,
     grads: Sequence[Tensor | None],
     parts: Parts,
 ) -> list[Bucket]:
-    """The parameters that have gradients, by what is stepped in one call.
+    """The parameters of a group that have gradients, in buckets.
 
     Args:
         group: of an optimizer.
-        found: its parameters by kind.
-        grads: what its parameters are stepped with; None where one is not stepped.
+        sorted_group: its parameters by kind.
+        grads: what its parameters are stepped with; None for one that is not stepped.
         parts: the group's.
 
     Raises:
-        RuntimeError, AssertionError: what a flag of the group excludes.
+        RuntimeError, AssertionError: a flag of the group does not support a parameter.
     """
     buckets: list[Bucket] = []
-    for kind, numbers in found.members.items():
-        # No loop in Python: with hundreds of small tensors it would cost as much as their step.
-        params = list(map(group["params"].__getitem__, numbers))
-        shapes = list(map(found.shapes.__getitem__, numbers))
-        dtypes = list(map(found.state_dtypes.__getitem__, numbers))
-        own: list[Any] = list(map(grads.__getitem__, numbers))
-        bucket = Bucket(kind, group, parts, params, own, shapes, dtypes)
-        there = list(map(operator.is_not, own, itertools.repeat(None)))
-        if not all(there):
-            bucket = part_of(bucket, list(itertools.compress(range(len(there)), there)))
+    for kind, indices in sorted_group.members.items():
+        params = list(map(group["params"].__getitem__, indices))
+        shapes = list(map(sorted_group.shapes.__getitem__, indices))
+        dtypes = list(map(sorted_group.state_dtypes.__getitem__, indices))
+        kind_grads: list[Any] = list(map(grads.__getitem__, indices))
+        bucket = Bucket(kind, group, parts, params, kind_grads, shapes, dtypes)
+        has_grad = list(map(operator.is_not, kind_grads, itertools.repeat(None)))
+        if not all(has_grad):
+            bucket = part_of(bucket, list(itertools.compress(range(len(has_grad)), has_grad)))
             if not bucket.params:
                 continue
         if group["capturable"] or group["rounding"] != "nearest" or kind.mesh is not None:
-            _check(kind, group)
+            _check_flags(kind, group)
         if kind.mesh is not None:
             bucket.grads[:] = map(sharding.place, bucket.grads, bucket.params)
         if kind.elementwise or kind.device.type != "cpu" or len(bucket.params) == 1:
             buckets.append(bucket)
-        else:  # on the CPU a few matrices at a time are faster
-            buckets += _cut(bucket)
+        else:  # on the CPU a few matrices at a time are faster: see ENTRIES_AT_ONCE
+            buckets += _split_by_size(bucket)
     return buckets
 
 
-def part_of(bucket: Bucket, numbers: Sequence[int]) -> Bucket:
-    """Some of a bucket's parameters, by their numbers in it."""
+def part_of(bucket: Bucket, indices: Sequence[int]) -> Bucket:
+    """A bucket of some of a bucket's parameters, by their indices in it."""
     return bucket._replace(
-        params=list(map(bucket.params.__getitem__, numbers)),
-        grads=list(map(bucket.grads.__getitem__, numbers)),
-        shapes=list(map(bucket.shapes.__getitem__, numbers)),
-        state_dtypes=list(map(bucket.state_dtypes.__getitem__, numbers)),
+        params=list(map(bucket.params.__getitem__, indices)),
+        grads=list(map(bucket.grads.__getitem__, indices)),
+        shapes=list(map(bucket.shapes.__getitem__, indices)),
+        state_dtypes=list(map(bucket.state_dtypes.__getitem__, indices)),
     )
 
 
-def _cut(bucket: Bucket) -> Iterator[Bucket]:
-    """A bucket in parts of at most ``ENTRIES_AT_ONCE`` entries each, or of one matrix."""
+def _split_by_size(bucket: Bucket) -> Iterator[Bucket]:
+    """A bucket in parts of at most ``ENTRIES_AT_ONCE`` entries, or of one larger parameter."""
     begin, entries = 0, 0
     for index, size in enumerate(map(Tensor.numel, bucket.params)):
         if index > begin and entries + size > ENTRIES_AT_ONCE:
@@ -277,28 +283,28 @@ def _cut(bucket: Bucket) -> Iterator[Bucket]:
 
 
 def batched(buckets: Iterable[tuple[Bucket, list[State]]]) -> list[Batch]:
-    """Buckets of matrices with their states, grouped by whose updates are applied in one call.
+    """Consecutive buckets of matrices, with their states, whose updates are applied in one call.
 
-    An operator costs little more for twenty small matrices than for one. Those of a batch are of
-    one group, and have together at most ``ENTRIES_AT_ONCE`` entries, because their updates are kept
-    until the last one is there. A larger bucket goes alone.
+    An operator costs little more for twenty small matrices than for one. The buckets of a batch are
+    of one group, and have together at most ``ENTRIES_AT_ONCE`` entries, because all their updates
+    are held until the last one is computed. A larger bucket goes alone.
     """
     batches: list[Batch] = []
-    shared: Any = None
+    batch_key: Any = None
     room = 0
-    for bucket, own in buckets:
+    for bucket, states in buckets:
         kind, entries = bucket.kind, sum(map(Tensor.numel, bucket.params))
-        now = id(bucket.group), kind.device, kind.wrapped, kind.turn, own[0]["step"].device
-        if now != shared or entries > room:
+        key = id(bucket.group), kind.device, kind.wrapped, kind.turn, states[0]["step"].device
+        if key != batch_key or entries > room:
             batches.append([])
-            shared, room = now, ENTRIES_AT_ONCE
-        batches[-1].append((bucket, own))
+            batch_key, room = key, ENTRIES_AT_ONCE
+        batches[-1].append((bucket, states))
         room -= entries
     return batches
 
 
-def _check(kind: Kind, group: Mapping[str, Any]) -> None:
-    """Raise for what a flag of the group excludes."""
+def _check_flags(kind: Kind, group: Mapping[str, Any]) -> None:
+    """Raise for a flag of the group that parameters of this kind exclude."""
     if group["capturable"] and kind.device.type not in capturable_devices():
         raise AssertionError(
             "If capturable=True, params and state_steps must be on supported devices: "
@@ -335,12 +341,12 @@ def _kind(param: Tensor, route: routing.Route, turn: int) -> Kind:
     )
     if not distributed:
         return kind
-    shared = not sharding.at_home(sharding.spread(param, path, split))
-    return kind._replace(distributed=True, mesh=sharding.mesh(param), shared=shared)
+    across_ranks = not sharding.is_local(sharding.spread(param, path, split))
+    return kind._replace(distributed=True, mesh=sharding.mesh(param), across_ranks=across_ranks)
 
 
 def _addresses(params: Sequence[Tensor]) -> list[int] | None:
-    """Where the entries begin; None where there are tensors without memory of their own."""
+    """Where the entries of each parameter begin; None if some have no memory of their own."""
     if not set(map(type, params)) <= PLAIN:
         return None
     try:
@@ -350,10 +356,12 @@ def _addresses(params: Sequence[Tensor]) -> list[int] | None:
 
 
 def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
-    """0, or for parameters that overlap in memory with others 1, 2, ..."""
+    """The turn of each parameter: 0, or 1, 2, ... for those that overlap others in memory."""
     turns = [0] * len(params)
     if addresses is None:
         return turns
+    # By address: a parameter overlaps an earlier one if it begins before the farthest end so far.
+    # `last` is the parameter that reaches this end.
     end, last, turn = -math.inf, -1, 0
     for index in sorted(range(len(params)), key=addresses.__getitem__):
         param = params[index]
@@ -370,7 +378,11 @@ def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
 
 
 def overlaps_itself(param: Tensor) -> bool:
-    """Whether entries may lie in one place: a dimension's stride is within the reach of others."""
+    """Whether two entries may lie in one place.
+
+    They do not if, from the smallest stride to the largest, each exceeds the distance that the
+    dimensions before it span.
+    """
     if type(param) not in PLAIN or param.is_contiguous() or not param.numel():
         return False
     reach = 0
@@ -402,8 +414,8 @@ def stacked(
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors under ``keys``, stacked; what is assigned or written to them reaches the states.
 
-    An exception inside leaves the states as they were, unless there is one state alone and its
-    tensors were written into.
+    An exception inside leaves the states as they were, except where a memory writes in place into
+    the tensors of a single state: those are not copies.
 
     Args:
         states: one per parameter.
@@ -416,28 +428,28 @@ def stacked(
         old = {key: states[0][key].contiguous() for key in keys}
     else:
         old = {key: torch.cat([state[key] for state in states]) for key in keys}
-    new, versions = dict(old), list(map(_version, old.values()))
+    new, versions = dict(old), list(map(VERSION, old.values()))
     yield new
     check_kept(old, new)
     for key, version in zip(keys, versions, strict=True):
-        if new[key] is old[key] and _version(new[key]) == version:
+        if new[key] is old[key] and VERSION(new[key]) == version:  # neither assigned nor written to
             continue
         if differentiable:
             distribute(new[key], states, key, counts)
         elif len(states) > 1:
-            own = [state[key] for state in states]
-            torch._foreach_copy_(own, list(new[key].split(list(counts))))
+            targets = [state[key] for state in states]
+            torch._foreach_copy_(targets, list(new[key].split(list(counts))))
         elif new[key] is not states[0][key]:
             states[0][key].copy_(new[key])
 
 
 def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequence[int]) -> None:
-    """Give ``state[key]`` of every state its part of ``whole``, in a storage of its own.
+    """Assign its part of ``whole`` to ``state[key]`` of every state, in a storage of its own.
 
     Args:
-        whole: all parts, one after the other.
-        states: what gets them.
-        key: where.
+        whole: all parts, one after the other along dimension 0.
+        states: one for each part.
+        key: the entry that is assigned.
         counts: rows of each part.
     """
     if len(states) == 1:
@@ -448,23 +460,25 @@ def distribute(whole: Tensor, states: Sequence[State], key: str, counts: Sequenc
 
 
 def check_dicts(bucket: Bucket, states: Sequence[Any]) -> None:
-    """Raise RuntimeError where the user has put something else in the place of a state."""
+    """Raise RuntimeError if the user has replaced a state by something that is not a dict."""
     for param, state in zip(bucket.params, states, strict=True):
         if not isinstance(state, dict):
             raise RuntimeError(
-                f"optimizer.state of {_who(bucket, param)} is {state!r} and no dict: put it back, "
-                "or delete it to begin anew"
+                f"optimizer.state of {param_label(bucket.group, param)} is {state!r} and not a "
+                "dict: put the dict back, or delete the entry to begin anew"
             )
 
 
 def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tensor]) -> None:
-    """Raise RuntimeError where the user has left a state that does not fit its parameter.
+    """Raise RuntimeError if a state does not fit its parameter, because the user changed it.
 
     Args:
         bucket: what is about to be stepped.
         states: of its parameters.
         keys: what ``init`` makes of one matrix; on the element-wise path the names alone count.
     """
+    # One property of all tensors after the other: tensor by tensor, it would cost more than the
+    # steps of small ones.
     kind, params = bucket.kind, bucket.params
     try:
         tensors = [state[key] for key in keys for state in states]
@@ -472,24 +486,23 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         pairs = zip(params, states, strict=True)
         param, lost = next((p, keys.keys() - s) for p, s in pairs if keys.keys() - s)
         raise RuntimeError(
-            f"state {min(lost)!r} of {_who(bucket, param)} is missing: put it back, or delete the "
-            "whole entry of optimizer.state to begin anew"
+            f"state {min(lost)!r} of {param_label(bucket.group, param)} is missing: put it back, "
+            "or delete the whole entry of optimizer.state to begin anew"
         ) from None
     steps = list(map(STEP, states))
-    every = [*tensors, *steps]
-    types = set(map(type, every))
+    state_tensors = [*tensors, *steps]
+    types = set(map(type, state_tensors))
     if not types <= PLAIN and not all(map(issubclass, types, itertools.repeat(Tensor))):
         raise RuntimeError(
-            f"state of {_who(bucket, params[0])} or of one like it has an entry that is no tensor: "
-            "put the tensor back, or delete the whole entry of optimizer.state"
+            f"state of {param_label(bucket.group, params[0])}, or of a parameter in its bucket, "
+            "has an entry that is no tensor: put the tensor back, or delete the whole entry of "
+            "optimizer.state"
         )
-    if any(map(Tensor.is_inference, every)) or not all(map(Tensor.is_contiguous, tensors)):
+    if any(map(Tensor.is_inference, state_tensors)) or not all(map(Tensor.is_contiguous, tensors)):
         _check_writable(bucket, states, keys)
-    # One property of all tensors after the other: tensor by tensor, it would cost more than the
-    # steps of small ones.
     if not (
         {NO_DIMS}.issuperset(map(SHAPE, steps))
-        and COUNTS.issuperset(map(DTYPE, steps))
+        and STEP_DTYPES.issuperset(map(DTYPE, steps))
         and {CPU, kind.device}.issuperset(map(DEVICE, steps))
     ):
         _refuse_counts(bucket, steps)
@@ -499,31 +512,42 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         shapes, dtypes = bucket.shapes * len(keys), bucket.state_dtypes * len(keys)
     else:
         size = kind.sides[0] * kind.sides[1]
-        alike = bucket.shapes.count(bucket.shapes[0]) == len(params)
+        one_shape = bucket.shapes.count(bucket.shapes[0]) == len(params)
         shapes, dtypes = [], []
         for like in keys.values():
             dtypes += [like.dtype] * len(params)
-            for param in params[:1] if alike else params:
+            for param in params[:1] if one_shape else params:
                 shape = torch.Size((param.numel() // size, *like.shape[1:]))
-                shapes += [shape] * (len(params) if alike else 1)
-    if (
+                shapes += [shape] * (len(params) if one_shape else 1)
+    if not (
         list(map(DTYPE, tensors)) == dtypes
         and list(map(SHAPE, tensors)) == shapes
         and {kind.device}.issuperset(map(DEVICE, tensors))
     ):
-        return
+        _refuse_tensors(bucket, tensors, list(keys), shapes, dtypes)
+
+
+def _refuse_tensors(
+    bucket: Bucket,
+    tensors: Sequence[Tensor],
+    keys: Sequence[str],
+    shapes: Sequence[torch.Size],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    kind, params = bucket.kind, bucket.params
     for index, tensor in enumerate(tensors):
-        key, param = list(keys)[index // len(params)], params[index % len(params)]
+        key, param = keys[index // len(params)], params[index % len(params)]
         if tensor.device != kind.device:
             raise RuntimeError(
-                f"state {key!r} of {_who(bucket, param)} lies on {tensor.device}, and the "
-                f"parameter on {kind.device}: bring what was moved away back before the step"
+                f"state {key!r} of {param_label(bucket.group, param)} lies on {tensor.device}, and "
+                f"the parameter on {kind.device}: move the state back before the step"
             )
+        # Under a mesh the shapes are those of pieces, which the exchange itself checks.
         if kind.mesh is None and (tensor.shape, tensor.dtype) != (shapes[index], dtypes[index]):
             raise RuntimeError(
-                f"state {key!r} of {_who(bucket, param)} has become a tensor of "
+                f"state {key!r} of {param_label(bucket.group, param)} has become a tensor of "
                 f"{tuple(tensor.shape)} and {tensor.dtype}, which does not fit: replace a "
-                "state tensor only by one of its own shape and dtype"
+                "state tensor only by one of the same shape and dtype"
             )
 
 
@@ -533,53 +557,58 @@ def _check_writable(bucket: Bucket, states: Sequence[Any], keys: Iterable[str]) 
             tensor = state[key]
             if tensor.layout != torch.strided:
                 raise RuntimeError(
-                    f"state {key!r} of {_who(bucket, param)} has become a tensor of layout "
-                    f"{tensor.layout}: put tensor.to_dense() in its place"
+                    f"state {key!r} of {param_label(bucket.group, param)} has become a tensor of "
+                    f"layout {tensor.layout}: replace it by tensor.to_dense()"
                 )
             expanded = overlaps_itself(tensor)
             if expanded or tensor.is_inference():
                 raise RuntimeError(
-                    f"state {key!r} of {_who(bucket, param)} cannot be written to: it has been "
-                    f"{'expanded' if expanded else 'made in inference mode'}; put a clone, made "
-                    "outside of it, in its place"
+                    f"state {key!r} of {param_label(bucket.group, param)} cannot be written to: it "
+                    f"has been {'expanded' if expanded else 'made in inference mode'}; replace it "
+                    "by a clone that is made outside of inference mode"
                 )
 
 
 def _refuse_counts(bucket: Bucket, steps: Sequence[Tensor]) -> None:
     for param, step in zip(bucket.params, steps, strict=True):
-        if step.dim() or step.dtype not in COUNTS or step.device not in (CPU, bucket.kind.device):
+        if (
+            step.dim()
+            or step.dtype not in STEP_DTYPES
+            or step.device not in (CPU, bucket.kind.device)
+        ):
             raise RuntimeError(
-                f"state 'step' of {_who(bucket, param)} has become a tensor of "
+                f"state 'step' of {param_label(bucket.group, param)} has become a tensor of "
                 f"{tuple(step.shape)} and {step.dtype} on {step.device}: it must be a float32 "
                 "scalar on the CPU or where the parameter is"
             )
 
 
 def check_lows(bucket: Bucket, states: Sequence[Any]) -> None:
-    """Raise RuntimeError for low bits that do not fit; a state may have them before its step."""
+    """Raise RuntimeError for low bits that do not fit their parameter.
+
+    They need not come with a "step": a user may set them before the first step.
+    """
     for param, state in zip(bucket.params, states, strict=True):
         if "low" not in state or not keeps_low(param, bucket.group):
             continue
-        low, wanted = state["low"], (param.shape, torch.int16, param.device)
-        if not isinstance(low, Tensor) or (low.shape, low.dtype, low.device) != wanted:
+        low, expected = state["low"], (param.shape, torch.int16, param.device)
+        if not isinstance(low, Tensor) or (low.shape, low.dtype, low.device) != expected:
             raise RuntimeError(
-                f"state 'low' of {_who(bucket, param)} must be a tensor of {tuple(param.shape)} "
-                f"and torch.int16 on {param.device}: put it back, or delete it to begin at zeros"
+                f"state 'low' of {param_label(bucket.group, param)} must be a tensor of "
+                f"{tuple(param.shape)} and torch.int16 on {param.device}: put it back, or delete "
+                "it to begin at zeros"
             )
 
 
-def _who(bucket: Bucket, param: Tensor) -> str:
-    return _named(bucket.group, param)
-
-
-def _named(group: Mapping[str, Any], param: Tensor) -> str:
+def param_label(group: Mapping[str, Any], param: Tensor) -> str:
+    """How messages name a parameter of a group."""
     names = group.get("param_names") or []
     known = [n for p, n in zip(group["params"], names, strict=False) if p is param]
     return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
 
 
 def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    """Raise ValueError where a state tensor's shape or dtype has changed."""
+    """Raise ValueError if the shape or dtype of a state tensor has changed."""
     for key, before in old.items():
         now = new[key]
         if now is before:
@@ -587,11 +616,8 @@ def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
         if not isinstance(now, Tensor) or (now.shape, now.dtype) != (before.shape, before.dtype):
             raise ValueError(
                 f"state {key!r} was a tensor of {_layout(before)} and cannot become one of "
-                f"{_layout(now)}: keep what init made"
+                f"{_layout(now)}: keep the shape and dtype that init made"
             )
-
-
-_version = operator.attrgetter("_version")
 
 
 def _layout(value: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""How steps reach bfloat16 parameters, for every path: a group's ``rounding``."""
+"""How float32 steps are rounded into bfloat16 parameters, on every path: a group's ``rounding``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ ROUNDINGS = ("nearest", "stochastic", "exact")
 
 
 def check_rounding(group: dict[str, Any]) -> None:
-    """Raise for a rounding that there is not, or that a flag of the group excludes.
+    """Check a group's rounding.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a flag, or DTensor parameters, that it does not support.
+        RuntimeError: a flag that the rounding does not support.
     """
     rounding = group["rounding"]
     if rounding not in ROUNDINGS:
@@ -27,8 +27,8 @@ def check_rounding(group: dict[str, Any]) -> None:
         )
     if rounding == "stochastic" and group["capturable"]:
         raise RuntimeError(
-            "`capturable` does not support rounding='stochastic', whose random bits come from step "
-            "counts on the host; use rounding='exact'"
+            "`capturable` does not support rounding='stochastic', because its random bits come "
+            "from step counts on the host; use rounding='exact'"
         )
 
 
@@ -55,14 +55,15 @@ def lows_and_seeds(
 ) -> tuple[list[Tensor], list[int]]:
     """The low bits and the random seeds with which a group's parameters are rounded in a step.
 
-    Low bits are in ``state["low"]``, made here, for bfloat16 parameters alone. Seeds are of the
-    step count and the parameter's size: the same whatever else is stepped.
+    Low bits are kept in ``state["low"]``, which is made here, for bfloat16 parameters only. A seed
+    depends on the step count and the parameter's size alone, so that a parameter is rounded the
+    same whatever else is stepped.
     """
     if group["rounding"] == "nearest" or all(p.dtype != torch.bfloat16 for p in params):
         return [], []
     if group["rounding"] == "stochastic":
         counts = [int(state["step"]) for state in states]
-        # Python's integers have no end, those of an operator 63 bits.
+        # An operator takes integers of 63 bits.
         return [], [((p.numel() << 32) + t) % 2**63 for p, t in zip(params, counts, strict=True)]
     for param, state in zip(params, states, strict=True):
         if keeps_low(param, group) and "low" not in state:

@@ -52,8 +52,8 @@ class Spread(NamedTuple):
     split: int = 1
 
 
-class Batch(NamedTuple):
-    """Parameters of one mesh whose matrices have the same sides, and what one of them costs."""
+class Work(NamedTuple):
+    """Parameters of one mesh whose matrices have the same sides, and what one matrix costs."""
 
     cost: float
     ranks: tuple[int, ...]
@@ -73,23 +73,24 @@ def coordinates(mesh: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def boxes(layout: Layout) -> tuple[Box, ...]:
     """The piece at every position.
 
-    Mesh dimensions that split the same dimension of the tensor do so from the left to the right,
-    but FSDP over tensor parallelism (a strided shard) splits what the others have left.
+    Mesh dimensions that shard the same dimension of the tensor split it one after the other, from
+    left to right. A strided shard (FSDP over tensor parallelism) comes last: it splits what the
+    others have left.
     """
     order = sorted(
         range(len(layout.mesh)), key=lambda dim: hasattr(layout.placements[dim], "split_factor")
     )
-    found = []
+    pieces = []
     for coordinate in coordinates(layout.mesh):
         box = [(0, size) for size in layout.shape]
         for dim in order:
             if (along := sharded_along(layout.placements[dim])) is not None:
                 start, stop = box[along]
-                size = -(-(stop - start) // layout.mesh[dim])  # as torch.chunk
+                size = -(-(stop - start) // layout.mesh[dim])  # rounded up, as torch.chunk does
                 first = min(start + coordinate[dim] * size, stop)
                 box[along] = (first, min(first + size, stop))
-        found.append(tuple(box))
-    return tuple(found)
+        pieces.append(tuple(box))
+    return tuple(pieces)
 
 
 def sharded_along(placement: Any) -> int | None:
@@ -98,11 +99,11 @@ def sharded_along(placement: Any) -> int | None:
 
 
 def has_to_send(layout: Layout, position: int, owner: int) -> bool:
-    """Whether ``position`` sends its piece to the owner: of several replicas one does, his own."""
+    """Whether ``position`` sends its piece to the owner: of several replicas, the owner's own."""
     all_coordinates = coordinates(layout.mesh)
     return all(
-        mine == his or sharded_along(placement) is not None
-        for mine, his, placement in zip(
+        mine == owners or sharded_along(placement) is not None
+        for mine, owners, placement in zip(
             all_coordinates[position], all_coordinates[owner], layout.placements, strict=True
         )
     )
@@ -114,23 +115,24 @@ def units(spread: Spread) -> tuple[Box, ...]:
     shape = spread.layout.shape
     lead = len(shape) - 2 if spread.path == "stack" else 0
     whole = [(0, size) for size in shape[lead:]]
-    found = []
+    matrices = []
     for indices in itertools.product(*map(range, shape[:lead])):
         for part in range(spread.split):
             box = [*((i, i + 1) for i in indices), *whole]
             if spread.split > 1:
                 rows = shape[lead] // spread.split
                 box[lead] = (part * rows, (part + 1) * rows)
-            found.append(tuple(box))
-    return tuple(found)
+            matrices.append(tuple(box))
+    return tuple(matrices)
 
 
 @functools.lru_cache(maxsize=4096)
 def state_layout(spread: Spread, shape: tuple[int, ...]) -> Layout:
-    """How a state tensor of ``shape``, a row for each matrix of ``spread``, is spread.
+    """How a state tensor of ``shape``, which has a row for each matrix of ``spread``, is placed.
 
-    Where ranks share out the matrices of a stack, state goes with them. Otherwise dimension 1 is
-    spread, over replicas of the parameter too; single numbers per matrix are everybody's.
+    If the matrices of a stack are divided among ranks, their state goes with them. Otherwise
+    dimension 1 is sharded, also over ranks that replicate the parameter, to save memory. A tensor
+    with one number per matrix is replicated.
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -142,8 +144,8 @@ def state_layout(spread: Spread, shape: tuple[int, ...]) -> Layout:
     return Layout(shape, spread.layout.mesh, tuple(shares))
 
 
-def at_home(spread: Spread) -> bool:
-    """Whether every rank has whole matrices, and no other rank has them: nothing has to travel."""
+def is_local(spread: Spread) -> bool:
+    """Whether every rank holds whole matrices that no other rank holds: nothing has to travel."""
     return all(
         size == 1 or _shares_matrices(spread, placement)
         for size, placement in zip(spread.layout.mesh, spread.layout.placements, strict=True)
@@ -156,18 +158,17 @@ def _shares_matrices(spread: Spread, placement: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def assign(batches: tuple[Batch, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For each batch, parameter and matrix the position of its owner.
+def assign(works: tuple[Work, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """For each work, parameter and matrix the position of its owner.
 
-    The most expensive come first, and each goes to the rank with the least to do so far. Where
-    several have equally little, the rank with the smallest number when its binary digits are read
-    backwards takes it: so a few owners lie far apart, on different machines. Ranks that share out a
-    stack's matrices keep them among themselves.
+    The most expensive matrices come first, and each goes to the rank with the smallest load so far.
+    Ties are broken in bit-reversed order of positions, so that a few owners lie far apart, on
+    different machines. Ranks that hold different matrices of a stack keep those they hold.
     """
     load: defaultdict[int, float] = defaultdict(float)
-    owners: list[tuple[tuple[int, ...], ...]] = [()] * len(batches)
-    for index in sorted(range(len(batches)), key=lambda index: -batches[index].cost):
-        cost, ranks, params = batches[index]
+    owners: list[tuple[tuple[int, ...], ...]] = [()] * len(works)
+    for index in sorted(range(len(works)), key=lambda index: -works[index].cost):
+        cost, ranks, params = works[index]
         width = (len(ranks) - 1).bit_length()
         order = sorted(range(len(ranks)), key=lambda position: f"{position:0{width}b}"[::-1])
         chosen = []
@@ -230,9 +231,9 @@ def spread(param: Any, path: routing.Path, split: int = 1) -> Spread:
     expected = extent(boxes(layout)[_position(param.device_mesh)])
     if expected != tuple(local(param).shape):
         raise RuntimeError(
-            f"a parameter of shape {layout.shape} and placements {layout.placements} has here a "
-            f"piece of shape {tuple(local(param).shape)} where {expected} is expected: give its "
-            "group path='elementwise'"
+            f"a parameter of shape {layout.shape} and placements {layout.placements} has a piece "
+            f"of shape {tuple(local(param).shape)} on this rank, where {expected} is expected: "
+            "give its group path='elementwise'"
         )
     return Spread(layout, path, split)
 
@@ -253,7 +254,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def local_pieces(bucket: Any, states: Sequence[State]) -> tuple[Any, list[State]]:
-    """A bucket of matrices that are at home, as this rank's pieces of them, in the same memory."""
+    """A bucket of local matrices as ordinary tensors, which share memory with the DTensors."""
     mine = bucket._replace(
         params=list(map(local, bucket.params)), grads=list(map(local, bucket.grads))
     )
@@ -261,13 +262,13 @@ def local_pieces(bucket: Any, states: Sequence[State]) -> tuple[Any, list[State]
 
 
 def place(value: Any, param: Any, path: routing.Path = "elementwise", split: int = 1) -> Tensor:
-    """A tensor or DTensor of any placing, placed as what goes with ``param``.
+    """A gradient or state tensor, placed as ``param`` needs it.
 
     Args:
-        value: the entries; a tensor that is no DTensor has them all.
-        param: a tensor, for which the result is one, or a DTensor.
-        path: of the matrices whose state it is; a gradient, or state of single entries, is placed
-            as the parameter itself.
+        value: a DTensor of any placement, or a tensor that holds all entries.
+        param: an ordinary tensor, for which the result is one too, or a DTensor.
+        path: "elementwise" for a gradient or for AdamW's state, which are placed like the parameter
+            itself; otherwise the path of the matrices whose state ``value`` is.
         split: of the matrices.
     """
     mesh = getattr(param, "device_mesh", None)
@@ -323,7 +324,7 @@ def _subgroup(ranks: tuple[int, ...], world: Any) -> Any:
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
-# -- there and back --------------------------------------------------------------------------------
+# -- the exchange ----------------------------------------------------------------------------------
 
 
 class ShardedBucket(NamedTuple):
@@ -349,12 +350,12 @@ def init(
     shapes: Sequence[dict[str, Tensor]],
     make: Callable[[Tensor], dict[str, Tensor]],
 ) -> None:
-    """Fill the states, each with what ``make`` gives its owner for whole matrices.
+    """Make the states: owners compute them for whole matrices and send out the pieces.
 
     Args:
-        bucket: gradients are not looked at.
-        shapes: for each parameter its state, on the meta device.
-        make: state for a tensor like a stack of matrices.
+        bucket: its gradients are not used.
+        shapes: the state of each parameter, on the meta device.
+        make: returns the state for a tensor like a stack of matrices.
     """
     for param, spread, state, expected in zip(
         bucket.params, bucket.spreads, bucket.states, shapes, strict=True
@@ -380,13 +381,13 @@ def step(
     advance: Callable[[int, dict[str, Tensor], Tensor], Tensor],
     apply: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Step the parameters, every matrix on one rank.
+    """Step the parameters, each matrix on one rank.
 
     Args:
         buckets: the same, in the same order, on all ranks of a mesh.
-        advance: (number of the bucket, state, gradient) of whole matrices to their update; it
+        advance: from (index of the bucket, state, gradient) of whole matrices to their update; it
             assigns the new state.
-        apply: (number of the bucket, piece of a parameter, its update) changes the parameter.
+        apply: from (index of the bucket, piece of a parameter, its update); it changes the piece.
     """
     rounds = list(_rounds(buckets))
     fetched = 0
@@ -409,16 +410,16 @@ class _Matrix(NamedTuple):
 
 
 def _rounds(buckets: Sequence[ShardedBucket]) -> Iterator["_Round"]:
-    """The matrices of all buckets, as many at a time as an owner can take."""
-    batches = [
-        Batch(
+    """The matrices of all buckets, at most ``ROUND_BYTES`` per owner and round."""
+    works = [
+        Work(
             math.prod(bucket.sides) * min(bucket.sides),
             _ranks(bucket.params[0].device_mesh),
             tuple(bucket.spreads),
         )
         for bucket in buckets
     ]
-    for number, (bucket, owners) in enumerate(zip(buckets, assign(tuple(batches)), strict=True)):
+    for number, (bucket, owners) in enumerate(zip(buckets, assign(tuple(works)), strict=True)):
         at_once = max(1, ROUND_BYTES // (math.prod(bucket.sides) * bucket.dtype.itemsize))
         taken: defaultdict[int, int] = defaultdict(int)
         rounds: defaultdict[int, list[_Matrix]] = defaultdict(list)
@@ -466,7 +467,7 @@ class _Round:
         self.exchange = _Exchange(self.mesh, outgoing, incoming)
 
     def compute(self, advance: Callable[[int, dict[str, Tensor], Tensor], Tensor]) -> None:
-        """Run the update rule on what has come, and send it on."""
+        """Run the update rule on the received matrices, and send the results out."""
         self.exchange.wait()
         if not self.mine:
             self.send({})
@@ -479,7 +480,7 @@ class _Round:
         self.send({**whole, _GRAD: update})
 
     def send(self, new: dict[str, Tensor], with_update: bool = True) -> None:
-        """Send everybody the pieces of the new state, and of the update unless there is none."""
+        """Send all ranks their pieces of the new state and, with ``with_update``, of the update."""
         outgoing: defaultdict[int, list[Tensor]] = defaultdict(list)
         for order, matrix in enumerate(self.mine):
             for key, _, layout, box in self._tensors(matrix, with_update):
@@ -504,7 +505,7 @@ class _Round:
         self.exchange = _Exchange(self.mesh, outgoing, incoming)
 
     def receive(self, apply: Callable[[int, Tensor, Tensor], None] | None = None) -> None:
-        """Put in place what has come back."""
+        """Wait for the pieces of the new state, and apply those of the update."""
         self.exchange.wait()
         for piece, update in self.updates:
             assert apply is not None
@@ -514,7 +515,7 @@ class _Round:
     def _tensors(
         self, matrix: _Matrix, with_grad: bool = True
     ) -> Iterator[tuple[str, Any, Layout, Box]]:
-        """Gradient and state of a matrix: what they are part of, its layout and the part's box."""
+        """For a matrix' gradient and state: key, the tensor it is part of, its layout, its box."""
         spread, state = self.bucket.spreads[matrix.number], self.bucket.states[matrix.number]
         if with_grad:
             grad = self.bucket.grads[matrix.number]
@@ -535,7 +536,7 @@ class _Exchange:
         group, ranks = _process_group(mesh), _ranks(mesh)
         peers = [ranks.index(rank) for rank in dist.get_process_group_ranks(group)]
         self.targets = [target for peer in peers for target in incoming.get(peer, ())]
-        # As bytes: a narrow gradient and wide state go together.
+        # As bytes, so that one exchange carries a bfloat16 gradient and float32 state.
         buffer = torch.empty(0, dtype=torch.uint8, device=mesh.device_type)
         pieces = [piece for peer in peers for piece in outgoing.get(peer, ())]
         self.sent = torch.cat([buffer, *(_bytes(piece).to(buffer.device) for piece in pieces)])
@@ -553,7 +554,7 @@ class _Exchange:
         self.work.wait()
         parts = self.received.split([target.nbytes for target in self.targets])
         for target, part in zip(self.targets, parts, strict=True):
-            if part.storage_offset() % target.element_size():
+            if part.storage_offset() % target.element_size():  # a view needs alignment
                 part = part.clone()
             target.copy_(part.view(target.dtype).view(target.shape))
         del self.sent, self.received, self.targets

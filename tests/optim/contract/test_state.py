@@ -280,7 +280,7 @@ def inferred(tensor):
         ),
         (
             lambda s: s.update(momentum=s["momentum"].to_sparse()),
-            r"'momentum' of .*second.* of layout torch.sparse_coo: put tensor.to_dense\(\)",
+            r"'momentum' of .*second.* of layout torch.sparse_coo: replace it by tensor.to_dense",
         ),
         (
             lambda s: s.update(momentum=inferred(s["momentum"])),
@@ -387,7 +387,7 @@ def test_what_is_put_in_the_place_of_a_state_is_refused_before_anything_moves(cl
     optimizer = cls(params)
     step(optimizer, params, generator, 2 * begun)
     optimizer.state[params[0]] = value
-    message = r"optimizer.state of parameter .* of shape \(20, 24\) is .* and no dict"
+    message = r"optimizer.state of parameter .* of shape \(20, 24\) is .* and not a dict"
     refused_and_nothing_moved(optimizer, params, generator, RuntimeError, message)
     del optimizer.state[params[0]]
     step(optimizer, params, generator, 1)
@@ -460,9 +460,9 @@ def test_a_chunk_that_ends_in_a_refused_step_has_counted_nothing():
     [
         (
             lambda x: torch.zeros(16, 8),
-            r"of shape \(16, 8\) on cpu is of shape \(16, 8, 3, 3\) on cpu",
+            r"of shape \(16, 8\) on cpu has shape \(16, 8, 3, 3\) on cpu",
         ),
-        (lambda x: x.flatten(), r"of shape \(1152,\) on cpu is of shape \(16, 8, 3, 3\) on cpu"),
+        (lambda x: x.flatten(), r"of shape \(1152,\) on cpu has shape \(16, 8, 3, 3\) on cpu"),
     ],
     ids=["cut", "flat"],
 )
