@@ -1,7 +1,7 @@
 """What a checkpoint holds, and what is checked before one is loaded.
 
-A checkpoint is plain data and tensors. Objects such as memories are in it by their description, and
-a checkpoint of another class, other arguments or other shapes is refused before anything changes.
+A checkpoint is plain data and tensors. Objects such as memories are stored as descriptions. A
+checkpoint of another class, other arguments or other shapes is refused before anything changes.
 """
 
 import math
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def describe_when_saved(optimizer: "MemoryOptimizer") -> None:
-    """Let ``state_dict`` return plain data: the first of its hooks, so that the user's see it."""
+    """Register the hook that makes ``state_dict`` plain data. It runs before the user's hooks."""
     if _describe not in optimizer._optimizer_state_dict_post_hooks.values():
         optimizer.register_state_dict_post_hook(_describe, prepend=True)
 
 
 def _describe(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Objects become their descriptions; class and routing go along as a record."""
+    """Replace objects by their descriptions, and record the class and the routing."""
     saved["optimizer"] = type(optimizer).__name__
     saved["routing"] = [routing.labels(group) for group in optimizer.param_groups]
     for group in saved["param_groups"]:
@@ -46,10 +46,11 @@ def _describe(optimizer: Any, saved: dict[str, Any]) -> None:
 
 @contextmanager
 def adopting(optimizer: "MemoryOptimizer", state_dict: Any) -> Iterator[None]:
-    """For torch's ``load_state_dict``: check first, keep the optimizer's objects, copy the state.
+    """A context for torch's ``load_state_dict``, in which hooks of ours do most of the loading.
 
-    The check comes after the user's pre-hooks, and the copies before the user's post-hooks: what
-    these hooks change counts.
+    They check the checkpoint first, keep the optimizer's objects, and copy the state. The check
+    runs after the user's pre-hooks and the copying before the user's post-hooks, so that what those
+    hooks change is what counts.
     """
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
@@ -57,34 +58,36 @@ def adopting(optimizer: "MemoryOptimizer", state_dict: Any) -> Iterator[None]:
             "optimizer.state_dict() has them; is this the model's?"
         )
     incoming: dict[str, Any] = {}
-    objects = [
+    own_objects = [
         {key: group[key] for key in optimizer._objects if key in group}
         for group in optimizer.param_groups
     ]
 
-    def adopt(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        _check_incoming(optimizer, given)
-        incoming.update(given)
-        adopted = [dict(group) for group in given["param_groups"]]
-        for mine, own, group in zip(optimizer.param_groups, objects, adopted, strict=False):
-            group.update(dict.fromkeys(own))  # torch would make deep copies of them
-            group.setdefault("split", mine["split"])  # from before there were splits
-        # torch would rebuild and cast every entry, and fails at some of the user's. It gets the
-        # counts alone, which it puts where the step wants them.
+    def adopt(_: Optimizer, incoming_dict: dict[str, Any]) -> dict[str, Any]:
+        _check_incoming(optimizer, incoming_dict)
+        incoming.update(incoming_dict)
+        adopted = [dict(group) for group in incoming_dict["param_groups"]]
+        for mine, originals, group in zip(
+            optimizer.param_groups, own_objects, adopted, strict=False
+        ):
+            group.update(dict.fromkeys(originals))  # torch would make deep copies of them
+            group.setdefault("split", mine["split"])  # older checkpoints have no split
+        # torch would rebuild and cast all entries, and fails for some of the user's, such as named
+        # tuples. So it gets only the step counts, which it moves to the device they belong on.
         ids = {i for group in adopted for i in group["params"]}
         counts = {
             index: {key: state[key] for key in state.keys() & {"step"}} if index in ids else state
-            for index, state in given["state"].items()
+            for index, state in incoming_dict["state"].items()
         }
-        return {**given, "state": counts, "param_groups": adopted}
+        return {**incoming_dict, "state": counts, "param_groups": adopted}
 
     def restore(_: Optimizer) -> None:
-        for own, group in zip(objects, optimizer.param_groups, strict=True):
-            group.update(own)
+        for originals, group in zip(own_objects, optimizer.param_groups, strict=True):
+            group.update(originals)
         ids = [i for group in incoming["param_groups"] for i in group["params"]]
         for index, (group, param, route) in zip(ids, optimizer._routed(), strict=True):
-            if given := incoming["state"].get(index, {}):
-                _restore(optimizer, optimizer.state[param], given, param, route, group)
+            if saved := incoming["state"].get(index, {}):
+                _restore(optimizer, optimizer.state[param], saved, param, route, group)
 
     hooks = (
         optimizer.register_load_state_dict_pre_hook(adopt),
@@ -100,26 +103,26 @@ def adopting(optimizer: "MemoryOptimizer", state_dict: Any) -> Iterator[None]:
 def _restore(
     optimizer: "MemoryOptimizer",
     state: dict[str, Any],
-    given: Mapping[str, Any],
+    saved: Mapping[str, Any],
     param: Tensor,
     route: routing.Route,
     group: "Group",
 ) -> None:
-    """Fill one parameter's state; torch would have cast all of it to the parameter's dtype."""
-    expected = _expected(optimizer, given, param, route, group)
-    for key, value in given.items():
+    """Fill one parameter's state, in the dtypes of a fresh one; torch would cast to the param's."""
+    expected = _expected(optimizer, saved, param, route, group)
+    for key, value in saved.items():
         if key not in expected:  # the user's
             state[key] = tree_map_only(
                 Tensor,
-                lambda own: _copied(own, param.device),
+                lambda tensor: _copied(tensor, param.device),
                 value,
-                is_leaf=lambda own: isinstance(own, torch.Size),  # it would become a tuple
+                is_leaf=lambda node: isinstance(node, torch.Size),  # it would become a tuple
             )
             continue
         if not isinstance(value, Tensor):
             continue
         dtype, device = expected[key].dtype, param.device
-        if key == "step":  # torch put it where a fused step wants it
+        if key == "step":  # torch has cast it already, as it does for fused and capturable steps
             dtype = state[key].dtype
             fused = group["fused"] and route.path == "elementwise"
             device = param.device if fused or group["capturable"] else torch.device("cpu")
@@ -130,54 +133,54 @@ def _restore(
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device``; what is on the meta device has no data that could be moved."""
+    """A copy on ``device``; a tensor on the meta device has no data to move, and stays there."""
     if "meta" in (tensor.device.type, device.type):
         return tensor.detach().clone()
     return tensor.detach().to(device, copy=True)
 
 
-def _check_incoming(optimizer: "MemoryOptimizer", given: dict[str, Any]) -> None:
-    """Raise ValueError unless ``given`` can be this optimizer's, whole and step by step."""
+def _check_incoming(optimizer: "MemoryOptimizer", incoming: dict[str, Any]) -> None:
+    """Raise ValueError unless this optimizer can adopt all of ``incoming``."""
     cls = type(optimizer).__name__
-    if (saved_by := given.get("optimizer", cls)) != cls:
+    if (saved_by := incoming.get("optimizer", cls)) != cls:
         raise ValueError(
-            f"the checkpoint is of {saved_by}, the optimizer a {cls}: make the optimizer with the "
+            f"the checkpoint is of {saved_by}, the optimizer is of {cls}: make an optimizer of the "
             "checkpoint's class"
         )
-    for mine, theirs in zip(optimizer.param_groups, given["param_groups"], strict=False):
-        if "path" not in theirs and not given["state"]:
+    for mine, theirs in zip(optimizer.param_groups, incoming["param_groups"], strict=False):
+        if "path" not in theirs and not incoming["state"]:
             raise ValueError(
                 f"the checkpoint is not of {cls}: it has neither state nor the arguments of its "
                 "groups; begin with a fresh optimizer"
             )
-        own = {key: mine[key] for key in optimizer._objects if key in mine}
-        for key, value in own.items():
+        own_objects = {key: mine[key] for key in optimizer._objects if key in mine}
+        for key, value in own_objects.items():
             saved = theirs.get(key)
-            here, there = optimizer._describe(key, value), optimizer._describe(key, saved)
-            if saved is not None and here != there:
+            ours, saved_as = optimizer._describe(key, value), optimizer._describe(key, saved)
+            if saved is not None and ours != saved_as:
                 raise ValueError(
-                    f"the checkpoint's {key} is {there}, the optimizer's {here}: make the "
+                    f"the checkpoint's {key} is {saved_as}, the optimizer's is {ours}: make the "
                     "optimizer with the checkpoint's"
                 )
         if len(theirs["params"]) != len(mine["params"]):
-            continue  # torch's own check is next, and has the better words
+            continue  # torch's own check comes next, and has the better message
         names, saved_names = mine.get("param_names"), theirs.get("param_names")
         if names and saved_names and names != saved_names and set(names) == set(saved_names):
             raise ValueError(
-                "the checkpoint has the same parameters in another order, and torch gives them "
-                f"their state by position: begin with {saved_names[0]!r}, as it does"
+                "the checkpoint has the same parameters in another order, and torch assigns state "
+                f"by position: list the parameters in its order, from {saved_names[0]!r} on"
             )
-        group = {**mine, **theirs, "params": mine["params"], **own}
+        group = {**mine, **theirs, "params": mine["params"], **own_objects}
         optimizer._check_group(group)
         routing.check_group(group, optimizer._least_dims)
         for index, (param, name, route) in zip(
             theirs["params"], routing.routed(group), strict=True
         ):
-            state = given["state"].get(index, {})
+            state = incoming["state"].get(index, {})
             if not isinstance(state, Mapping):
                 raise ValueError(
                     f"the checkpoint's state of parameter {name or f'number {index}'} is {state!r} "
-                    "and no dict: leave it out to begin that parameter anew"
+                    "and not a dict: leave it out to begin that parameter anew"
                 )
             if state:
                 _check_state(optimizer, state, param, name or f"number {index}", route, group)
@@ -193,12 +196,12 @@ def _check_state(
 ) -> None:
     expected = _expected(optimizer, state, param, route, group)
     if "step" not in state and not state.keys() & expected.keys():
-        return  # the user's alone: the parameter has not been stepped yet
+        return  # only entries of the user: the parameter has not been stepped yet
     step = state.get("step", 0.0)
-    known = isinstance(step, Real)
+    valid = isinstance(step, Real)
     if isinstance(step, Tensor):
-        known = not step.shape and not step.is_meta
-    if not known or not 0 <= float(step) < math.inf:
+        valid = not step.shape and not step.is_meta
+    if not valid or not 0 <= float(step) < math.inf:
         raise ValueError(
             f"the checkpoint's step of parameter {name} is {step!r}; it must be the number "
             "of its steps"
@@ -220,7 +223,7 @@ def _expected(
     route: routing.Route,
     group: "Group",
 ) -> dict[str, Tensor]:
-    """What the optimizer's own entries look like; low bits are there once they were needed."""
+    """What the optimizer's entries look like; "low" is among them once the parameter has it."""
     expected = optimizer._expected_state(param, route, group)
     if "low" in state and keeps_low(param, group):
         expected["low"] = torch.empty(param.shape, dtype=torch.int16, device="meta")

@@ -48,15 +48,16 @@ class Diagnosis(NamedTuple):
 @contextmanager
 def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diagnosis]]:
     """See :meth:`deepopt.DeepMomentum.diagnostics`."""
-    found: dict[str, Diagnosis] = {}
+    diagnoses: dict[str, Diagnosis] = {}
     before: list[Tensor] = []
 
     def remember(*_: Any) -> None:
         before[:] = [param.detach().clone() for param in _params(optimizer)]
 
     def compare(*_: Any) -> None:
-        # Gradients are read after the step, which leaves them alone: a closure makes them inside.
-        found.clear()
+        # Gradients are read after the step, because a closure computes them inside it. The step
+        # does not change them.
+        diagnoses.clear()
         groups = optimizer.param_groups
         rows = [(index, *row) for index, g in enumerate(groups) for row in routing.routed(g)]
         for number, ((index, param, name, route), old) in enumerate(zip(rows, before, strict=True)):
@@ -65,8 +66,8 @@ def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diag
             sign = 1 if groups[index]["maximize"] else -1
             report = optimizer._report(groups[index], param, route)
             key = name or f"parameter {number}"
-            key = f"{key} of group {index}" if key in found else key
-            found[key] = _diagnose(
+            key = f"{key} of group {index}" if key in diagnoses else key
+            diagnoses[key] = _diagnose(
                 old, param.detach(), sign * param.grad.detach(), route, report, spread
             )
         before.clear()
@@ -76,7 +77,7 @@ def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diag
         optimizer.register_step_post_hook(compare),
     )
     try:
-        yield found
+        yield diagnoses
     finally:
         for hook in hooks:
             hook.remove()
@@ -98,31 +99,33 @@ def _diagnose(
     old, new, descent = (_exact(x) for x in (old, new, descent))
     change = new - old
     parameter, update = _rms(old), _rms(change)
-    # Divided first: squares of small changes leave the range of floats.
-    one, other = _scaled(change), _scaled(descent)
-    norms = (one.norm() * other.norm()).item()
-    values = None
+    # Scaled first, because squares of tiny changes would underflow.
+    unit_change, unit_descent = _scaled(change), _scaled(descent)
+    norms = (unit_change.norm() * unit_descent.norm()).item()
+    condition = None
     if spread and route.path != "elementwise" and change.numel():
         values = torch.linalg.svdvals(routing.matrices(change, route.path, route.split))
-        values = (values[:, 0] / values[:, -1].clamp_min(1e-300)).mean().item()
+        condition = (values[:, 0] / values[:, -1].clamp_min(1e-300)).mean().item()
     return Diagnosis(
         route.path,
         parameter,
         update,
         update / parameter if parameter else float("inf") if update else 0.0,
-        (one * other).sum().item() / norms if update and norms else 0.0,
+        (unit_change * unit_descent).sum().item() / norms if update and norms else 0.0,
         {name: whole(value).double().mean().item() for name, value in report.items()},
-        values,
+        condition,
     )
 
 
 def _exact(tensor: Tensor) -> Tensor:
+    """All entries, in float64 on the host."""
     tensor = whole(tensor)
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor.to("cpu", torch.float64)
 
 
 def _scaled(tensor: Tensor) -> Tensor:
+    """The tensor divided by its largest entry."""
     return tensor / max(tensor.abs().max().item(), 1e-300) if tensor.numel() else tensor
 
 

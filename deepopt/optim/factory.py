@@ -116,11 +116,11 @@ def create_optimizer(
             options[key] = value
     _check_options(cls, options)
     if not isinstance(model_or_params, nn.Module):
-        given = {"layer_decay": layer_decay, "overrides": overrides, "split": split}
-        if needless := [key for key, value in given.items() if value is not None]:
+        for_module = {"layer_decay": layer_decay, "overrides": overrides, "split": split}
+        if needless := [key for key, value in for_module.items() if value is not None]:
             raise ValueError(
-                f"Invalid {needless[0]}: {given[needless[0]]!r}; it needs the names and layers "
-                "of a model: give the module itself"
+                f"Invalid {needless[0]}: {for_module[needless[0]]!r}; it needs the names and "
+                "layers of a model: give the module itself"
             )
         return cls(model_or_params, **options)
 
@@ -136,8 +136,8 @@ def create_optimizer(
         for (param_name, param), reason in zip(group["params"], reasons, strict=True):
             exempt = param_name in undecayed
             place = (index, layers.get(param_name, 0), exempt)
-            own = {"weight_decay": 0.0} if exempt else {}
-            chosen = groups.setdefault(place, {**group, **own, "params": [], "reasons": []})
+            no_decay = {"weight_decay": 0.0} if exempt else {}
+            chosen = groups.setdefault(place, {**group, **no_decay, "params": [], "reasons": []})
             chosen["params"].append((param_name, param))
             chosen["reasons"].append(reason)
     order = sorted(groups)  # the routing's, and within it from the bottom layer to the top
@@ -150,7 +150,7 @@ def create_optimizer(
 
 
 def _torch_classes() -> dict[str, Any]:
-    """torch's own that need no closure and take dense gradients."""
+    """The classes of ``torch.optim`` that need no closure and take dense gradients."""
     classes = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type)}
     for name in ("Optimizer", "LBFGS", "SparseAdam"):
         classes.pop(name)
@@ -208,7 +208,8 @@ def _layers(model: nn.Module) -> dict[str, int]:
     if not any(layers.values()):
         raise ValueError(
             "layer_decay finds no layers: no parameter's name has a number between dots, and "
-            "model.group_matcher tells none apart; give groups with an lr of their own instead"
+            "model.group_matcher does not tell layers apart; give groups that have their own lr "
+            "instead"
         )
     return layers
 
@@ -241,8 +242,8 @@ def _matched(names: list[str], matcher: Any) -> dict[str, int]:
 
     def place(name: str) -> tuple[float, ...]:
         if callable(matcher):
-            found = matcher(name)
-            return tuple(found) if isinstance(found, tuple | list) else (found,)
+            layer_ids = matcher(name)
+            return tuple(layer_ids) if isinstance(layer_ids, tuple | list) else (layer_ids,)
         for regex, order, further in rules:
             if match := regex.match(name):
                 captured = [float(text) for text in match.groups() if text is not None]

@@ -1,6 +1,6 @@
 """The flags that every optimizer of the package has, described once.
 
-The docstring of a class has one line in their place; ``help()`` and the site show the text.
+The docstring of a class has one line, ``[flags]``, where ``help()`` and the site show this text.
 """
 
 import re
@@ -23,5 +23,5 @@ fused: torch's flag for the element-wise path; tensors whose memory order differ
 
 
 def with_flags(docstring: str) -> str:
-    """The docstring with the flags described in their place."""
+    """The docstring with the line ``[flags]`` replaced by the description of the flags."""
     return PLACE.sub(lambda place: textwrap.indent(TEXT, place[1]), docstring)

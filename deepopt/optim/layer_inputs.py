@@ -24,11 +24,12 @@ class _Sample:
     """A bounded sample of a parameter's inputs since the last step.
 
     Attributes:
-        limit: rows that are kept at most.
-        groups: of the convolution.
-        process_group: of the replicas whose rows count too.
+        limit: the most rows that are kept.
+        groups: of the convolution; 1 for a linear layer.
+        process_group: of the replicas whose rows count too; None without replicas.
         rows: (groups, r, n), or None.
-        keys: (r,); of more than ``limit`` rows those with the smallest keys are kept.
+        keys: (r,), one per row. If there are more than ``limit`` rows, those with the smallest keys
+            are kept.
     """
 
     limit: int
@@ -46,8 +47,8 @@ class _Sample:
         self.rows, self.keys = rows, keys
 
 
-# Beside the parameters, not in them: what is here is neither copied nor saved with a model, and
-# goes when its parameter goes.
+# By parameter. Not an attribute of it, so that samples are neither copied nor saved with a model.
+# The keys are weak: a sample goes when its parameter goes.
 _samples: Any = WeakTensorKeyDictionary()
 
 
@@ -128,8 +129,8 @@ def capture_inputs(model: nn.Module, rows: int = 512) -> InputCapture:
     for layer in layers.values():
         if isinstance(weight := layer._parameters.get("weight"), nn.Parameter):
             _samples[weight] = _Sample(rows, _groups(layer), replicas)
-    watch = functools.partial(_watch, rows)
-    return InputCapture([x.register_forward_hook(watch, with_kwargs=True) for x in layers.values()])
+    hook = functools.partial(_after_forward, rows)
+    return InputCapture([x.register_forward_hook(hook, with_kwargs=True) for x in layers.values()])
 
 
 def seen_inputs(param: Tensor) -> Tensor | None:
@@ -151,49 +152,50 @@ def seen_inputs(param: Tensor) -> Tensor | None:
 
 
 def forget_inputs(param: Tensor) -> None:
-    """A step has used them."""
+    """Drop what was recorded for ``param``, because a step has used it."""
     if (sample := _samples.get(param)) is not None:
         sample.rows = sample.keys = None
 
 
 def _average(param: Tensor, sample: _Sample) -> Tensor:
-    """The rows of all replicas, one share of the limit from each, zeros where one has fewer."""
+    """The rows of all replicas: up to an equal share of the limit from each, padded with zeros."""
     world = sample.process_group.size()
     share = -(-sample.limit // world)
     dtype = torch.promote_types(param.dtype, torch.float32)
-    own = param.new_zeros(sample.groups, share, math.prod(param.shape[1:]), dtype=dtype)
+    ours = param.new_zeros(sample.groups, share, math.prod(param.shape[1:]), dtype=dtype)
     rows, keys = sample.rows, sample.keys
     if rows is not None and keys is not None:
         kept = _smallest(keys, min(share, len(keys)))
-        own[:, : len(kept)] = rows[:, kept].to(dtype) / (len(kept) * world) ** 0.5
-    everyone = [torch.empty_like(own) for _ in range(world)]
-    torch.distributed.all_gather(everyone, own, group=sample.process_group)
+        ours[:, : len(kept)] = rows[:, kept].to(dtype) / (len(kept) * world) ** 0.5
+    everyone = [torch.empty_like(ours) for _ in range(world)]
+    torch.distributed.all_gather(everyone, ours, group=sample.process_group)
     return torch.cat(everyone, 1)
 
 
 @disable_dynamo
-def _watch(
+def _after_forward(
     limit: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    # Elsewhere (functional_call, replicas, parametrizations) the weight is no parameter to step.
+    """Forward hook: record the layer's inputs once the backward pass reaches its output."""
+    # Under functional_call, replicas and parametrizations, the weight is not a parameter.
     weight = layer._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return
-    if is_distributed(weight):  # since it was recorded
+    if is_distributed(weight):  # it has become a DTensor since capture_inputs
         return
-    # Subclasses may call their input otherwise, take more beside it, and return more than it.
+    # Subclasses may name their input differently, take more inputs, and return more outputs.
     inputs = _first_tensor(inspect.signature(layer.forward).bind(*args, **kwargs).arguments)
     output = _first_tensor(output)
     if inputs is None or output is None or not output.requires_grad or not output.numel():
         return
     rows, keys = _rows(layer, inputs.detach(), limit)
 
-    def count(_: Tensor) -> None:
-        if weight not in _samples:  # a copy of the model that was recorded
+    def add_rows(_: Tensor) -> None:
+        if weight not in _samples:  # the layer belongs to a copy of the model, which has its hooks
             _samples[weight] = _Sample(limit, _groups(layer))
         _samples[weight].add(rows, keys)
 
-    output.register_hook(count)
+    output.register_hook(add_rows)
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -212,8 +214,8 @@ def _rows(layer: nn.Module, inputs: Tensor, limit: int) -> tuple[Tensor, Tensor]
     else:
         inputs = _patches(layer, inputs)
         lead = inputs.shape[: inputs.ndim // 2]
-    # Multiples of the golden ratio, modulo 1: any stretch of them is spread evenly, and no period
-    # of sequences or images falls in with theirs.
+    # Multiples of the golden ratio modulo 1, as integers. Any stretch of them is spread evenly, and
+    # they resonate with no period of sequences or images.
     keys = torch.arange(math.prod(lead), device=inputs.device) * 2654435769 % 2**32
     picks = _smallest(keys, min(limit, len(keys)))
     chosen = inputs[torch.unravel_index(picks, lead)]

@@ -29,7 +29,7 @@ class Entry:
         update: the rule in a few words.
         state: floats per parameter of an m x n matrix, r = min(m, n), R = max(m, n).
         cost: FLOPs of a step for an m x n matrix beyond a few per parameter.
-        wraps: it takes an optimizer in the place of parameters.
+        wraps: it takes an optimizer instead of parameters.
     """
 
     cls: type[Optimizer]

@@ -165,7 +165,7 @@ def test_overrides_and_splits_are_those_of_param_groups():
     assert by_name(optimizer, "split")["blocks.0.1.weight"] == 2
     with pytest.raises(ValueError, match=r"Invalid overrides: .* give the module itself"):
         deepopt.create_optimizer(model.parameters(), "deep_momentum", overrides={"x": "matrix"})
-    with pytest.raises(TypeError, match="Invalid split: 2 is no dict"):
+    with pytest.raises(TypeError, match="Invalid split: 2 is not a dict"):
         deepopt.create_optimizer(model, "deep_momentum", split=2)
 
 
