@@ -1,4 +1,4 @@
-"""DeepMomentum: AdamW's arguments, and an associative memory for a momentum."""
+"""DeepMomentum: an optimizer with AdamW's arguments, whose momentum is an associative memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,8 +34,8 @@ class DeepMomentum(MemoryOptimizer):
     An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
     AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
     they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay`` carry over.
-    An orthogonal matrix has its size in all directions alike, where AdamW's update has most of it
-    in few: what is small is enlarged to 0.4, but at most threefold, so that it still fades.
+    An orthogonal matrix spreads its size over all directions, where AdamW's update has most of it
+    in a few. So a small size is enlarged to 0.4, but at most threefold, so that it still fades.
 
     Args:
         params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
@@ -50,9 +50,8 @@ class DeepMomentum(MemoryOptimizer):
             ``deepopt.memory.Memory`` or ``OnePass`` (default: "delta").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
-        update_rms: None for the size a_t; a positive number is a fixed one in its place, for
-            example 0.2 as ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` does
-            (default: None).
+        update_rms: None for the size a_t; a positive number is a fixed size instead, such as the
+            0.2 of ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` (default: None).
         rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
             root mean square; 1 never enlarges (default: 1.5).
         ns_steps: steps of Newton-Schulz (default: 5).
@@ -111,11 +110,11 @@ class DeepMomentum(MemoryOptimizer):
                 f"memory {type(memory).__name__} does not support capturable=True: it decides on "
                 "the host when to refresh; choose another memory"
             )
-        self._output_map(group)
+        self._output_map(group)  # raises for arguments out of range
 
     def _describe(self, key: str, value: Any) -> str:
-        known = key == "memory" and isinstance(value, str) and value in memories.BUILT_IN
-        return super()._describe(key, memories.resolve(value) if known else value)
+        built_in = key == "memory" and isinstance(value, str) and value in memories.BUILT_IN
+        return super()._describe(key, memories.resolve(value) if built_in else value)
 
     def _memory(self, group: Group) -> AnyMemory:
         return memories.resolve(group["memory"])

@@ -166,9 +166,9 @@ class DMGD(MemoryOptimizer):
 
 @dataclass(frozen=True)
 class Recalled:
-    """A map of what the memory recalls, which is no average that starts at zero.
+    """A map without bias correction of the momentum, whose retention it takes for 0.
 
-    It needs no bias correction: the momentum's retention counts as 0.
+    A module's recall is no average that starts at zero, so there is no bias to correct.
     """
 
     inner: OutputMap
@@ -182,7 +182,10 @@ class Recalled:
 
 @dataclass(frozen=True)
 class Mapped:
-    """A map without the size; a function is given what the paper calls momentum. State: none."""
+    """A map that does not restore the size of AdamW's update. State: none.
+
+    A function is called with the paper's momentum, which has the opposite sign.
+    """
 
     mapping: str | Callable[[Tensor], Tensor]
 
@@ -207,9 +210,9 @@ class Mapped:
 
 
 class AtItsSize(Mapped):
-    """The same, which keeps the gradient's running norm as :class:`Rms` does, and does not use it.
+    """The same map, but it keeps the running gradient norm of :class:`Rms` without using it.
 
-    Its checkpoints are those of the maps that do.
+    So its checkpoints have the entries of those of the other maps.
     """
 
     def init(self, like: Tensor) -> State:

@@ -84,7 +84,7 @@ class M3(MemoryOptimizer):
             have no part in it (default: False).
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
-        update_rms: None for the size a_t; a positive number is a fixed one in its place
+        update_rms: None for the size a_t; a positive number is a fixed size instead
             (default: None).
         rms_cap: largest factor by which an update that lacks rank is enlarged to the nominal
             root mean square; 1 never enlarges (default: 1.5).
@@ -142,7 +142,8 @@ class M3(MemoryOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        MultiScale(**{name: group[name] for name in MEMORY_OPTIONS})  # the literal form checks none
+        # MultiScale checks its arguments, also for literal=True, whose memory does not.
+        MultiScale(**{name: group[name] for name in MEMORY_OPTIONS})
         if group["mix"] not in MIXES:
             raise ValueError(f"Invalid mix: {group['mix']!r}; choose from {MIXES}")
         if group["literal"] and group["mix"] != "post":
@@ -155,14 +156,14 @@ class M3(MemoryOptimizer):
     def _memory(self, group: Group) -> Memory:
         if group["literal"]:
             return MultiScaleSums(group["betas"][1], group["beta3"])
-        # Mixed after Newton-Schulz, the slow momentum is the output map's to read.
+        # With mix="post" the output map reads the slow momentum, and the memory the fast one alone.
         cls = MultiScale if group["mix"] == "pre" else FastOfMultiScale
         return cls(**{name: group[name] for name in MEMORY_OPTIONS})
 
     def _output_map(self, group: Group) -> OutputMap:
         orthogonal = Orthogonal.of(group)
         if group["mix"] == "pre":
-            return orthogonal  # what is read has the fast momentum's size
+            return orthogonal  # the memory has mixed, at the fast momentum's norm
         slow = SlowUpdate(orthogonal, group["slow_chunk"], group["capturable"])
         if group["literal"]:
             return LiteralMix(slow, group["alpha"], group["eps"])
@@ -171,7 +172,7 @@ class M3(MemoryOptimizer):
 
 @dataclass(frozen=True)
 class SlowUpdate:
-    """O2 of Alg. 1: the slow momentum made orthogonal, anew at the end of every chunk.
+    """O2 of Alg. 1: the slow momentum, orthogonalized at the end of each chunk.
 
     State: 1 float per parameter.
     """
@@ -184,10 +185,13 @@ class SlowUpdate:
         return {"slow_update": torch.zeros_like(like)}
 
     def __call__(self, state: State) -> Tensor:
-        """That of the chunk before; where a chunk ends, state gets its own, for the next step."""
+        """The slow update of the last complete chunk.
+
+        If this step ends a chunk, the new slow update is stored, for use from the next step on.
+        """
         current, ends = state["slow_update"], state["step"] % self.chunk == 0
         orthogonalize = self.orthogonal.orthogonalize
-        if self.capturable:  # a graph cannot depend on which rows are due
+        if self.capturable:  # a CUDA graph cannot depend on which matrices end a chunk
             new = orthogonalize(state["slow"])
             state["slow_update"] = torch.where(ends[:, None, None], new, current)
         elif ends.all():
@@ -201,7 +205,7 @@ class SlowUpdate:
 
 @dataclass(frozen=True)
 class MixedAfter:
-    """Newton-Schulz of the fast momentum, and beside it the slow update at the memory's weight."""
+    """Newton-Schulz of the fast momentum plus the slow update at the memory's weight (Eq 75)."""
 
     slow: SlowUpdate
     memory: Memory
@@ -211,13 +215,13 @@ class MixedAfter:
 
     def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         assert isinstance(self.memory, MultiScale)
-        beside = self.slow(state), self.memory.weight(state, grad)
-        return self.slow.orthogonal(momentum, state, grad, betas, beside)
+        second = self.slow(state), self.memory.weight(state, grad)
+        return self.slow.orthogonal(momentum, state, grad, betas, second)
 
 
 @dataclass(frozen=True)
 class LiteralMix:
-    """The last line of Alg. 1 as printed, over the root of the sum of squares."""
+    """The last line of Alg. 1 as printed: the sum is divided by the root of the sum of squares."""
 
     slow: SlowUpdate
     alpha: float

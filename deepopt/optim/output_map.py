@@ -1,4 +1,4 @@
-"""Output maps: what makes an update of the momentum that a memory reads out (Eq 52)."""
+"""Output maps: from the momentum that a memory reads out to the update (Eq 52)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class OutputMap(Protocol):
     """From a momentum, shape (B, m, n), to the update that the learning rate multiplies.
 
     As with memories, the leading dimension stacks independent matrices, and hyper-parameters are
-    attributes. A map keeps state of its own beside the memory's, under names that differ from it.
+    attributes. A map may keep state; its names must differ from the memory's.
     """
 
     def init(self, like: Tensor) -> State:
@@ -70,12 +70,12 @@ class Orthogonal:
         coefficients: (a, b, c) of every step, or None for the Polar Express ones.
         row_norm: divide rows by their running root mean square.
         update_rms: a fixed root mean square, or None for :func:`deepopt.ops.orthogonal_size`.
-        rms_cap: the most that an update which lacks rank is enlarged by, at least 1.
+        rms_cap: largest factor by which an update that lacks rank is enlarged, at least 1.
 
     State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.
 
     Raises:
-        ValueError: an argument out of range, by the name that optimizers have for it.
+        ValueError: an argument out of range. It is called by its name in an optimizer's group.
     """
 
     steps: int = 5
@@ -84,7 +84,7 @@ class Orthogonal:
     update_rms: float | None = None
     rms_cap: float = 1.5
     _coefficients: Coefficients = field(init=False, repr=False, compare=False)
-    _kept: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _state_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Orthogonal":
@@ -103,16 +103,16 @@ class Orthogonal:
         abc = self.coefficients
         if abc is not None and [isinstance(x, int | float) for x in abc] != [True] * 3:
             raise ValueError(f"Invalid ns_coefficients: {abc}; give three numbers or None")
-        every = polar_express(self.steps) if abc is None else [tuple(abc)] * self.steps
-        kept = ("grad_norm",) if self.update_rms is None else ()
-        object.__setattr__(self, "_coefficients", every)
-        object.__setattr__(
-            self, "_kept", (*kept, "row_moment", "row_weight") if self.row_norm else kept
-        )
+        coefficients = polar_express(self.steps) if abc is None else [tuple(abc)] * self.steps
+        keys: tuple[str, ...] = ("grad_norm",) if self.update_rms is None else ()
+        if self.row_norm:
+            keys = (*keys, "row_moment", "row_weight")
+        object.__setattr__(self, "_coefficients", coefficients)  # the dataclass is frozen
+        object.__setattr__(self, "_state_keys", keys)
 
     def init(self, like: Tensor) -> State:
         sizes = {"grad_norm": like.shape[:1]}
-        return {key: like.new_zeros(sizes.get(key, like.shape[:2])) for key in self._kept}
+        return {key: like.new_zeros(sizes.get(key, like.shape[:2])) for key in self._state_keys}
 
     def orthogonalize(self, momentum: Tensor) -> Tensor:
         """Newton-Schulz alone."""
@@ -124,15 +124,15 @@ class Orthogonal:
         state: State,
         grad: Tensor,
         betas: Betas,
-        beside: tuple[Tensor, Tensor] | None = None,
+        second: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The update; ``beside`` is another one, orthogonal, and its weight, shape (B,).
+        """The update.
 
-        Their weighted sum then takes the place of the momentum's own, at the norm of that.
+        ``second`` is another update, already orthogonal, and its weight, shape (B,). The update is
+        then that of the sum of the two, at the norm of the first.
         """
-        kept = self._kept
-        other, weight = beside or (None, None)
-        # Under another default dtype than the matrices', counts are of that one.
+        second_update, weight = second or (None, None)
+        # Step counts have torch's default dtype, which need not be that of the matrices.
         step = state["step"].float() if momentum.dtype == torch.float32 else state["step"]
         scale = ScaleArguments(
             momentum,
@@ -146,8 +146,10 @@ class Orthogonal:
             row_weight=state["row_weight"] if self.row_norm else None,
             weight=weight,
         )
-        update, *new = orthogonal_update(self._coefficients, products_dtype(momentum), other, scale)
-        state.update(zip(kept, new, strict=True))
+        update, *new = orthogonal_update(
+            self._coefficients, products_dtype(momentum), second_update, scale
+        )
+        state.update(zip(self._state_keys, new, strict=True))
         return update
 
 
@@ -169,7 +171,7 @@ class Rms:
 
 
 def products_dtype(matrices: Tensor) -> torch.dtype:
-    """bfloat16 where it is faster: Newton-Schulz corrects its own rounding."""
+    """bfloat16 where it is faster, since Newton-Schulz corrects rounding as it goes."""
     worthwhile = matrices.dtype == torch.float32 and min(matrices.shape[-2:]) >= SHORTEST
     narrow = worthwhile and multiplies_bfloat16_faster(matrices.device)
     return torch.bfloat16 if narrow else matrices.dtype
