@@ -33,7 +33,7 @@ Scales = tuple[float, ...]
 
 
 def mean_of_averages(scales: int, units: int) -> Tensor:
-    """The plain mean of so many averages, by units that all are active."""
+    """A φ that takes the plain mean of the averages, with all of its units active."""
     phi = torch.zeros(units, width(scales), dtype=torch.float64)
     phi[:, 2 * scales + 2] = 1.0
     phi[0, 2 * scales + 3 :] = 1 / scales
@@ -45,7 +45,7 @@ class Searched(NamedTuple):
 
     Attributes:
         memory: makes it from further time scales and the rows of φ.
-        start: where the search starts, for so many averages and units.
+        start: makes the φ that the search starts from, for given numbers of averages and units.
         units: the MLP's default number of units.
     """
 
@@ -148,7 +148,7 @@ class Evolution:
         return phi.to(torch.float64)
 
     def run(self, log: Log, generations: int) -> Tensor:
-        """The mean of the search after so many generations, those in the log included."""
+        """The mean of the search after ``generations``, which include those in the log."""
         import cmaes
 
         self._check(log)

@@ -12,8 +12,8 @@ from deepopt.ops.operator import operator
 SQUARINGS = 10
 """How often C is squared to estimate its largest eigenvalue.
 
-The estimate is the mean of all eigenvalues, weighted by their powers 2^10 = 1024. It is below the
-largest by less than 1 % up to r = 20,000, and equal to it where it stands alone.
+The estimate is the mean of all eigenvalues, each weighted by its power of 2^10 = 1024. It is below
+the largest by less than 1 % up to r = 20,000, and equal to it if the others are much smaller.
 """
 
 
@@ -31,15 +31,15 @@ def inverse_power(gram: Tensor, power: float, damping: float) -> Tensor:
         power: positive.
         damping: smallest eigenvalue that counts, relative to the largest.
 
-    Cost: an eigendecomposition each, 0.12 s at r = 768 on one CPU core. On CUDA devices, where the
-    host would wait for it, :func:`newton` runs instead where it computes the same.
+    Cost: an eigendecomposition each, 0.12 s at r = 768 on one CPU core. On CUDA devices the host
+    would wait for it, so :func:`newton` runs instead if it supports the arguments.
     """
     wide = _relative(gram)
     values, vectors = torch.linalg.eigh(wide)
     values = values.clamp_min(0)
     largest = values[:, -1:]
     values = torch.where(largest > 0, values / largest + damping, torch.ones_like(values))
-    # The factors are as exact as the result can be: their product needs no wider type than it.
+    # The product needs no wider dtype: its factors are already as exact as the result can be.
     half = (vectors * values.pow(-power / 2)[:, None, :]).to(gram.dtype)
     return half @ half.mT
 
@@ -152,7 +152,7 @@ def newton_coefficients(
 
 
 def _relative(gram: Tensor) -> Tensor:
-    """``gram`` over its norm, in float64 where there is that; zero where it is not finite."""
+    """``gram`` over its norm, in float64 if the device has it; zero if ``gram`` is not finite."""
     finite = gram.isfinite().all(-1).all(-1)[:, None, None]
     wide = torch.where(finite, gram, torch.zeros_like(gram))
     wide = wide if gram.device.type == "mps" else wide.double()

@@ -2,8 +2,8 @@
 
 ``reference`` is the function itself, and ``compiled`` the same function under ``torch.compile``.
 ``cpu`` and ``cuda`` are kernels of the compiled extensions, ``triton`` is Python code that launches
-Triton kernels. Each call chooses anew: it takes the fastest backend of the device that supports the
-arguments, or the reference if there is none. :func:`backend` and the environment variable
+Triton kernels. Each call takes the fastest backend of the device that supports its arguments, or
+the reference if there is none. :func:`backend` and the environment variable
 ``DEEPOPT_BACKEND`` force a backend, for debugging. ``python -m deepopt.ops`` lists the backends.
 """
 

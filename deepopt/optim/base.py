@@ -268,7 +268,7 @@ class MemoryOptimizer(Optimizer):
         stepped before it. All other errors are raised before any parameter moves.
 
         Args:
-            closure: evaluates the model anew and returns the loss, which is returned.
+            closure: reevaluates the model and returns the loss, which ``step`` then returns.
 
         Raises:
             RuntimeError: a gradient that is sparse or of another shape or device, a parameter with

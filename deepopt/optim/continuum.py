@@ -29,10 +29,10 @@ class Continuum(Optimizer):
         \theta_i + u\Big(\frac1C \sum_{t=i-C+1}^{i} \nabla L_t\Big) & i \equiv 0 \pmod C \\
         \theta_i & \text{otherwise}\end{cases}
 
-    with u the update of the wrapped optimizer; without 1/C for ``reduce="sum"``, where with SGD at
-    a constant rate it is Eq 71 as printed, but for the sum's one term too many. All that belongs
-    to an update happens once per chunk: weight decay, step counts, momenta, and the learning rate
-    is that of the chunk's last step. Schedulers go on counting every step::
+    with u the update of the wrapped optimizer. ``reduce="sum"`` leaves out 1/C: with SGD at a
+    constant rate this is Eq 71 as printed, except that the printed sum has one term too many.
+    Weight decay, step counts and momenta also advance once per chunk, and the learning rate is that
+    of the chunk's last step. Schedulers still count every step::
 
         optimizer = Continuum(
             torch.optim.AdamW([
@@ -44,54 +44,54 @@ class Continuum(Optimizer):
         optimizer.step()
         optimizer.zero_grad()
 
-    Where every chunk is 1 this is the wrapped optimizer, bit for bit.
+    If all chunks are 1, this is the wrapped optimizer, bit for bit.
 
-    A chunk may count anything that a step has several of, such as tokens: with ``tokens=2048`` a
-    group with ``chunk=8192`` learns every fourth step. What a step has beyond the end of a chunk
-    belongs to the next one, so that a group learns once per C tokens on average also where C is no
-    multiple of a step's; more often than once per step it cannot learn. A group with a ``lifetime``
-    starts from zero again whenever so many tokens have passed, after its update: its parameters are
-    what is added to weights that learn slower (nested levels, Eq 72).
+    A chunk can also be counted in other units, such as tokens: with ``tokens=2048`` a group with
+    ``chunk=8192`` learns every fourth step. Tokens of a step beyond the end of a chunk belong to
+    the next one. So a group learns once per C tokens on average even if C is no multiple of a
+    step's tokens, but never more than once per step. A group with a ``lifetime`` is reset to zero,
+    after its update, each time that many tokens have passed: its parameters are then an addition to
+    weights that learn more slowly (nested levels, Eq 72).
 
     Args:
-        optimizer: any torch optimizer whose ``step`` does without a closure. It lives on inside:
-            ``param_groups``, ``defaults`` and ``state`` are its own.
-        chunk: C of the groups that bring none, in tokens, which are calls of ``step`` where
+        optimizer: any torch optimizer whose ``step`` does not need a closure. It keeps the
+            ``param_groups``, ``defaults`` and ``state``.
+        chunk: C, for groups that do not have their own. It is counted in tokens, which are steps if
             ``tokens`` is 1 (default: 1).
-        reduce: "mean" or "sum" over the chunk, likewise. With the mean a slow group takes rarer
-            steps, not larger ones, also with an optimizer that is not scale-invariant
-            (default: "mean").
-        tokens: what one step counts for, likewise. Where batches differ, set the groups' ``tokens``
-            before each step (default: 1).
-        lifetime: tokens after which a group's parameters start from zero again, likewise; None for
-            never (default: None).
+        reduce: "mean" or "sum" over the chunk, for groups that do not have their own. With the mean
+            a slow group takes rarer steps but not larger ones, even if the wrapped optimizer is not
+            scale-invariant (default: "mean").
+        tokens: the tokens of one step, for groups that do not have their own. If batches differ,
+            set the groups' ``tokens`` before each step (default: 1).
+        lifetime: tokens after which a group's parameters are reset to zero, for groups that do not
+            have their own; None for never (default: None).
 
-    The groups also have ``pending_steps`` and ``pending_tokens``, those of the chunk that has
-    begun, and ``lived_tokens``, those since the last start from zero. A step in which a
-    parameter has no gradient counts as a gradient of zero; if it had none in the whole chunk, it
-    has none. Gradients are left as the backward pass made them. ``torch.amp.GradScaler`` unscales
+    The groups also have ``pending_steps`` and ``pending_tokens``, counts of the present chunk, and
+    ``lived_tokens``, those since the last reset. In a chunk, a step without a gradient for a
+    parameter counts as a gradient of zero. A parameter without any gradient in the chunk is not
+    stepped. Gradients are left as the backward pass made them. ``torch.amp.GradScaler`` unscales
     before ``step``, and a step that it skips does not count. To change gradients between
     accumulation and update, for example to clip by the norm of what is applied, use :meth:`due`
     instead of ``step``.
 
     State per parameter: that of the wrapped optimizer, and 1 float while a chunk of more than one
-    step is under way (float32 for narrower parameters), the sum of its gradients in ``pending``;
-    checkpoints have both, so that training goes on bit for bit in mid-chunk. The mean is taken of
-    the sum, which must be finite itself: four gradients of 1e38 are not one of 1e38 in float32, but
-    infinite, as they are where the backward pass accumulates them.
+    step is under way (float32 for narrower parameters), the sum of its gradients in ``pending``.
+    Checkpoints hold both, so a run that is resumed in mid-chunk continues bit for bit. The sum must
+    be finite, not only the mean: in float32, four gradients of 1e38 add up to infinity, as they do
+    when the backward pass accumulates them.
 
     .. note::
-        In mid-chunk, ``state_dict`` is the way to save. torch's ``get_optimizer_state_dict`` drops
-        what waits under ``flatten_optimizer_state_dict=True``, which loading refuses: ``flush``
-        first. And where the optimizer has no state yet, it takes a step of its own with gradients
-        of zero and a rate of 0, which counts as one of the chunk here: call it between chunks or
-        after the first update, and of an optimizer that has not been stepped,
-        ``flush("discard")`` after it.
+        Use ``state_dict`` to save in mid-chunk. torch's ``get_optimizer_state_dict`` has two
+        pitfalls. With ``flatten_optimizer_state_dict=True`` it drops the pending gradients, and
+        loading refuses the result: call ``flush`` first. And if the optimizer has no state yet, it
+        takes a step with gradients of zero and a rate of 0, which counts as a step of the chunk:
+        call it between chunks or after the first update; for an optimizer that has not been
+        stepped, call ``flush("discard")`` after it.
 
     Cost: one addition per parameter and step.
 
     Raises:
-        TypeError: ``optimizer`` is none, or its ``step`` needs a closure.
+        TypeError: ``optimizer`` is not one, or its ``step`` needs a closure.
         ValueError: a ``chunk``, ``reduce``, ``tokens`` or ``lifetime`` out of range, named with its
             value.
 
@@ -191,7 +191,7 @@ class Continuum(Optimizer):
         """One step of the groups whose chunk ends; the gradients of the others wait.
 
         Args:
-            closure: evaluates the model anew and returns the loss, which is returned.
+            closure: reevaluates the model and returns the loss, which ``step`` then returns.
         """
         loss = None if closure is None else evaluate_closure(closure)
         with self.due() as groups:
@@ -245,12 +245,12 @@ class Continuum(Optimizer):
         """End all chunks that are under way, at the end of training for example.
 
         Args:
-            partial: "step" updates from what there is, its mean being over the steps so far, and
-                groups that wait for nothing rest; "discard" forgets it.
+            partial: "step" steps the groups whose chunk has begun, with the mean (or sum) over the
+                steps so far; "discard" drops the pending gradients.
 
         Raises:
             ValueError: another ``partial``, or a ``chunk``, ``reduce``, ``tokens`` or ``lifetime``
-            that has become wrong.
+                that was changed to an invalid value.
         """
         if partial not in PARTIAL:
             raise ValueError(f"Invalid partial: {partial!r}; choose from {PARTIAL}")

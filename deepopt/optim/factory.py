@@ -42,13 +42,13 @@ def create_optimizer(
 
     .. math:: \gamma_k = \gamma \cdot \texttt{layer_decay}^k
 
-    as its group's ``lr``, so that schedulers which multiply keep the ratios; one that sets a
-    rate needs a list (``OneCycleLR(max_lr=[g["lr"] for g in optimizer.param_groups])``). Layers are
-    those of ``model.group_matcher`` where there is one, as in timm's models. Elsewhere every number
-    in the parameters' names that is the first of its name counts a layer (``encoder.layer.7``,
-    ``h.7``), in the order of ``model.named_parameters()``; what comes before the first of them
-    (embeddings) is the bottom layer, what comes between them belongs to the one before, and what
-    comes after the last (final norm, head) is the top.
+    which is written into its group's ``lr``. Schedulers that multiply rates keep the ratios. One
+    that sets rates needs a list: ``OneCycleLR(max_lr=[g["lr"] for g in optimizer.param_groups])``.
+    If the model has a ``group_matcher``, as timm's models do, it defines the layers. Otherwise the
+    first number in a parameter's name does (``encoder.layer.7``, ``h.7``), in the order of
+    ``model.named_parameters()``. Parameters before the first numbered one (embeddings) are the
+    bottom layer, those after the last (final norm, head) are the top, and others without a number
+    belong to the layer before them.
 
     Args:
         model_or_params: a module, or parameters, named parameters or parameter groups.

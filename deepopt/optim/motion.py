@@ -168,7 +168,7 @@ class Motion:
 
     @torch.no_grad()
     def _place(self, group: dict[str, Any], offset: float) -> None:
-        """Move a group's parameters to so many times the memory from the weights."""
+        """Move a group's parameters to the weights plus ``offset`` times the memory."""
         states = self.optimizer.state
         moved = [param for param in group["params"] if MOTION in states.get(param, ())]
         memories = [states[param][MOTION] for param in moved]

@@ -82,7 +82,7 @@ class MuonAndAdamW(Optimizer):
         """One step of both.
 
         Args:
-            closure: evaluates the model anew and returns the loss, which is returned.
+            closure: reevaluates the model and returns the loss, which ``step`` then returns.
         """
         loss = None if closure is None else evaluate_closure(closure)
         for _, part in self._linked():
@@ -98,7 +98,7 @@ class MuonAndAdamW(Optimizer):
         groups = state_dict.get("param_groups", [])
         if list(map(_owner, groups)) != list(map(_owner, self.param_groups)):
             raise ValueError(
-                "Invalid state_dict: its groups of Muon and AdamW are not those of this optimizer; "
+                "Invalid state_dict: its groups are not those of Muon and AdamW in this optimizer; "
                 "make the optimizer that saved it"
             )
         super().load_state_dict(state_dict)

@@ -62,7 +62,7 @@ class Route(NamedTuple):
 
     @property
     def label(self) -> str:
-        """``path``, and ``/split`` where there is one: "matrix/3"."""
+        """The path, followed by the split if the parameter is split: "matrix/3"."""
         return f"{self.path}/{self.split}" if self.split > 1 else self.path
 
 
