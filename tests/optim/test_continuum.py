@@ -505,7 +505,7 @@ def test_bad_arguments_are_refused_by_name_before_anything_else(arguments, error
 
 def test_what_is_no_optimizer_or_needs_a_closure_is_refused():
     param = nn.Parameter(torch.zeros(2))
-    with pytest.raises(TypeError, match=r"is no torch\.optim\.Optimizer object"):
+    with pytest.raises(TypeError, match=r"is not a torch.optim.Optimizer"):
         Continuum([param])
     with pytest.raises(TypeError, match="it has a Continuum already"):
         Continuum(Continuum(torch.optim.SGD([param]), 2), 3)
