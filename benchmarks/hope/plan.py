@@ -15,7 +15,7 @@ RATES = (8e-3, 4e-3, 2e-3, 1.6e-2)
 MODELS = (*models.HOPES, *models.BASELINES)
 ABLATED = ("bytes", "recall", *LANGUAGES)
 """Tasks on which the parts of Hope's layer are changed: what the layer can do."""
-SGD_RATES = (4e-3, 1.2e-3, 4e-4)
+SGD_RATES = (1.2e-2, 4e-3, 1.2e-3, 4e-4)
 """Rates of SGD, whose best is what other optimizers are compared with; on AdamW's scale, as all."""
 
 Lines = Mapping[Run, Line]

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import sysconfig
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from deepopt._warnings import warn
 
 HELD_OUT_SHARE = 0.05
 # Installed packages, and sources that are mostly tables of test data.
@@ -106,7 +107,7 @@ def _from_files(name: str, root: Path, paths: Iterable[Path]) -> Corpus:
             found[path.relative_to(root).as_posix()] = content
     texts = {key: found[key] for key in sorted(found)}
     if left_out:
-        warnings.warn(f"data: {left_out} files with NUL bytes left out of {name}", stacklevel=3)
+        warn(f"data: {left_out} files with NUL bytes left out of {name}")
 
     size = sum(map(len, texts.values()))
     held_out = {

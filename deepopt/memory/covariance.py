@@ -1,5 +1,6 @@
 """A linear memory read through the memory of the gradient's covariance (Eq 106 to Eq 111)."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -66,14 +67,16 @@ class Covariance:
         check_fields(self)
         if self.power is None:
             object.__setattr__(self, "power", 0.25 if self.sides == "both" else 0.5)
-        if not 0.0 < self.power:  # type: ignore[operator]
-            raise ValueError(f"Invalid power: {self.power}; it must be positive")
+        if not 0.0 < self.power < math.inf:  # type: ignore[operator]
+            raise ValueError(f"Invalid power: {self.power}; it must be positive and finite")
         if self.sides not in ("short", "both"):
             raise ValueError(f"Invalid sides: {self.sides!r}; choose 'short' or 'both'")
         if not 0.0 <= self.retention < 1.0:
             raise ValueError(f"Invalid retention: {self.retention}; it must be in [0, 1)")
-        if not self.refresh >= 1:
-            raise ValueError(f"Invalid refresh: {self.refresh}; it must be at least 1")
+        if not isinstance(self.refresh, int) or self.refresh < 1:
+            raise ValueError(
+                f"Invalid refresh: {self.refresh}; it must be a whole number of writes, at least 1"
+            )
         if not 0.0 < self.damping < 1.0:
             raise ValueError(f"Invalid damping: {self.damping}; it must be in (0, 1)")
 

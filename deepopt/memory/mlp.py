@@ -1,5 +1,6 @@
 """The MLP memory: averages of the gradient at several time scales, read out by a small MLP."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -86,9 +87,16 @@ class MLP:
         for name in ("authority", "inner_retention"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)}; it must be in [0, 1]")
-        if not 0.0 <= self.inner_lr:
-            raise ValueError(f"Invalid inner_lr: {self.inner_lr}; it must not be negative")
-        check_phi(self.phi or (), len(self.time_scales) + 2, self.time_scales)
+        if not 0.0 <= self.inner_lr < math.inf:
+            raise ValueError(
+                f"Invalid inner_lr: {self.inner_lr}; it must be finite and not negative"
+            )
+        if self.phi is not None:
+            if not len(self.phi):
+                raise ValueError(
+                    "Invalid phi: it has no units; give at least one, or None for the default"
+                )
+            check_phi(self.phi, len(self.time_scales) + 2, self.time_scales)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         phi = self._initial_weights.to(like)

@@ -1,6 +1,7 @@
 """Any ``nn.Module`` as a memory: gradients train its weights, the state (Eq 50, Eq 51, Eq 52)."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -126,8 +127,10 @@ class Module:
             raise ValueError(
                 f"Invalid objective: {self.objective!r}; choose from {OBJECTIVES} or a callable"
             )
-        if not 0.0 <= self.inner_lr:
-            raise ValueError(f"Invalid inner_lr: {self.inner_lr}; it must not be negative")
+        if not 0.0 <= self.inner_lr < math.inf:
+            raise ValueError(
+                f"Invalid inner_lr: {self.inner_lr}; it must be finite and not negative"
+            )
         if not isinstance(self.inner_steps, int) or self.inner_steps < 1:
             raise ValueError(
                 f"Invalid inner_steps: {self.inner_steps}; it must be a whole number of at least 1"

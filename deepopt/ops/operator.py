@@ -13,7 +13,6 @@ import importlib.util
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deepopt._compat import constant_to_compile, has_kernel, inside_transform
+from deepopt._warnings import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -356,13 +356,12 @@ def _warn_of_missing() -> None:
     if _warned_of_missing or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return
     _warned_of_missing = True
-    warnings.warn(
+    warn(
         f"deepopt runs without its kernels for the CPU, which makes its steps slower: "
         f"{UNAVAILABLE['cpu']}. Install torch 2.10 or later and a C++ compiler, and then deepopt "
         "again from where it came from: pip install --no-build-isolation --no-deps "
         "--force-reinstall SOURCE. To go on without them and hear no more of it, set "
-        "DEEPOPT_BACKEND=reference",
-        stacklevel=2,
+        "DEEPOPT_BACKEND=reference"
     )
 
 

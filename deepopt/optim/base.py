@@ -115,7 +115,7 @@ class MemoryOptimizer(Optimizer):
         super().__init__(params, {"split": 1, **defaults})
         checkpoint.describe_when_saved(self)
         if self._least_dims["matrix"]:  # rules that step vectors too may step embeddings
-            routing.warn_of_groups(self.param_groups, stacklevel=4)
+            routing.warn_of_groups(self.param_groups)
 
     # -- for the subclasses ------------------------------------------------------------------
 
@@ -598,10 +598,11 @@ def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | Non
     else:
         memory.write(state, grad, betas[0])
         momentum = memory.read(state, grad, betas[0])
-    if momentum.shape != grad.shape:
+    if momentum.shape != grad.shape or momentum.dtype != grad.dtype:
         raise ValueError(
-            f"Invalid memory: {memory} returned a momentum of shape {tuple(momentum.shape)} for "
-            f"gradients of shape {tuple(grad.shape)}; the two must agree"
+            f"Invalid memory: {memory} returned a momentum of shape {tuple(momentum.shape)} and "
+            f"{momentum.dtype} for gradients of shape {tuple(grad.shape)} and {grad.dtype}; both "
+            "must agree"
         )
     update = parts.output_map(momentum, state, grad, betas)
     if unknown := state.keys() - before.keys():

@@ -51,7 +51,8 @@ class Continuum(Optimizer):
     the next one. So a group learns once per C tokens on average even if C is no multiple of a
     step's tokens, but never more than once per step. A group with a ``lifetime`` is reset to zero,
     after its update, each time that many tokens have passed: its parameters are then an addition to
-    weights that learn more slowly (nested levels, Eq 72).
+    weights that learn more slowly (nested levels, Eq 72). A reset drops the gradients of a chunk
+    that is under way, and keeps the wrapped optimizer's state.
 
     Args:
         optimizer: any torch optimizer whose ``step`` does not need a closure. It keeps the
@@ -238,8 +239,16 @@ class Continuum(Optimizer):
         self.pending = pending
         for group, count, tokens in counts:
             group.update(pending_steps=count, pending_tokens=tokens)
-            if group["lifetime"] is not None:
-                _age(group)
+            if group["lifetime"] is not None and _lifetime_is_over(group):
+                self._reset(group)
+
+    def _reset(self, group: Group) -> None:
+        """Set the parameters to zero, and drop the gradients that their old values had."""
+        with torch.no_grad():
+            for param in group["params"]:
+                param.zero_()
+                self.pending.pop(param, None)
+        group["pending_steps"] = 0  # but not its tokens: chunks go on ending where they did
 
     def flush(self, partial: Literal["step", "discard"]) -> None:
         """End all chunks that are under way, at the end of training for example.
@@ -371,14 +380,11 @@ def _check(group: Group) -> None:
         raise ValueError(f"Invalid reduce: {group['reduce']!r}; choose from {REDUCTIONS}")
 
 
-def _age(group: Group) -> None:
-    """Count a step's tokens, and set the parameters to zero when the lifetime is over."""
+def _lifetime_is_over(group: Group) -> bool:
+    """Count a step's tokens; whether the lifetime has ended with them."""
     lived = group["lived_tokens"] + group["tokens"]
-    if lived >= group["lifetime"]:
-        with torch.no_grad():
-            for param in group["params"]:
-                param.zero_()
     group["lived_tokens"] = lived % group["lifetime"]
+    return bool(lived >= group["lifetime"])
 
 
 def _plus(pending: Tensor | None, param: Tensor, group: Group) -> Tensor | None:

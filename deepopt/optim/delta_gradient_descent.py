@@ -1,6 +1,5 @@
 """DeltaGradientDescent: gradient descent that erases what the present inputs recall."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -9,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from deepopt import routing
 from deepopt._compat import is_distributed
+from deepopt._warnings import warn
 from deepopt.memory import Gradient, Memory
 from deepopt.ops.ridge import ridge, widened
 from deepopt.optim.base import Bucket, Group, MemoryOptimizer, arguments_of
@@ -148,7 +148,7 @@ class DeltaGradientDescent(MemoryOptimizer):
         inputs = seen_inputs(param)
         if inputs is None and scale and not self._warned:
             self._warned = True
-            warnings.warn(_advice(param, group), stacklevel=2)
+            warn(_advice(param, group))
         if inputs is None or not scale:
             return grad
         # base steps against what is returned here, and negates it first to ascend.

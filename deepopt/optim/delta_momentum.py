@@ -1,5 +1,6 @@
 """DeltaMomentum: a momentum that forgets what the present gradient recalls."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -102,10 +103,10 @@ class DeltaMomentum(MemoryOptimizer):
         rule, inner_lr = group["rule"], group["inner_lr"]
         if rule not in RULES:
             raise ValueError(f"Invalid rule: {rule!r}; choose from {RULES}")
-        if inner_lr is not None and not 0.0 <= inner_lr:
+        if inner_lr is not None and not 0.0 <= inner_lr < math.inf:
             raise ValueError(
-                f"Invalid inner_lr: {inner_lr}; it must be at least 0, or None for the learning "
-                "rate"
+                f"Invalid inner_lr: {inner_lr}; it must be finite and not negative, or None for "
+                "the learning rate"
             )
         if inner_lr is not None and rule == "literal":
             raise ValueError(

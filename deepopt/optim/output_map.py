@@ -1,5 +1,6 @@
 """Output maps: from the momentum that a memory reads out to the update (Eq 52)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -92,8 +93,10 @@ class Orthogonal:
         return cls(*(group[name] for name in ORTHOGONAL_OPTIONS))
 
     def __post_init__(self) -> None:
-        if self.update_rms is not None and not self.update_rms > 0.0:
-            raise ValueError(f"Invalid update_rms: {self.update_rms}; it must be positive, or None")
+        if self.update_rms is not None and not 0.0 < self.update_rms < math.inf:
+            raise ValueError(
+                f"Invalid update_rms: {self.update_rms}; it must be positive and finite, or None"
+            )
         if not self.rms_cap >= 1.0:
             raise ValueError(f"Invalid rms_cap: {self.rms_cap}; it must be at least 1")
         if not isinstance(self.steps, int) or not 1 <= self.steps < 100:

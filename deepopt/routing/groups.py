@@ -1,7 +1,6 @@
 """Parameter groups: how they are made from a model and printed, and when a warning is due."""
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepopt._table import in_columns
+from deepopt._warnings import warn
 from deepopt.routing.modules import route_model
 from deepopt.routing.rules import (
     PATHS,
@@ -74,7 +74,7 @@ def param_groups(
     routes = route_model(
         model, {} if overrides is None else overrides, {} if split is None else split
     )
-    warn_of_doubts([(param, name, found) for name, param, found in routes], stacklevel=3)
+    warn_of_doubts([(param, name, found) for name, param, found in routes])
     return _grouped(routes)
 
 
@@ -210,13 +210,13 @@ def _total(rows: Sequence[Row]) -> str:
 # -- doubts ----------------------------------------------------------------------------------
 
 
-def warn_of_groups(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
+def warn_of_groups(groups: Iterable[Mapping[str, Any]]) -> None:
     """:func:`warn_of_doubts` about an optimizer's groups, but for those of :func:`param_groups`."""
     hand_made = (group for group in groups if "reasons" not in group)
-    warn_of_doubts([row for group in hand_made for row in routed(group)], stacklevel + 1)
+    warn_of_doubts([row for group in hand_made for row in routed(group)])
 
 
-def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int) -> None:
+def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]]) -> None:
     """Warn of embeddings on the matrix path, lost module types, flattened parameters, and models
     that are mostly element-wise, once each.
 
@@ -225,26 +225,23 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
     """
     routes = [row for row in routes if row[0].requires_grad]
     if embeddings := [name for _, name, found in routes if found.doubt == "embedding"]:
-        warnings.warn(
+        warn(
             f"{_some(embeddings)} looks like an embedding and is on the path of matrices: a step "
             "that is orthogonal as a whole moves the rows of all tokens, seen or not. Use "
-            "'elementwise' for it, in overrides of deepopt.param_groups or as its group's path",
-            stacklevel=stacklevel,
+            "'elementwise' for it, in overrides of deepopt.param_groups or as its group's path"
         )
     if bare := [name for _, name, found in routes if found.doubt == "bare"]:
-        warnings.warn(
+        warn(
             f"the module of {_some(bare)} has lost its type, as in an exported program or a "
             "scripted model, so that embeddings and heads may be taken for matrices. Make the "
             "groups from the model before its export or scripting, or name paths in "
-            "overrides of deepopt.param_groups",
-            stacklevel=stacklevel,
+            "overrides of deepopt.param_groups"
         )
     if which := _flattened(routes):
-        warnings.warn(
+        warn(
             f"{which} take the element-wise path, which is AdamW: FSDP1 (FullyShardedDataParallel) "
             "and ZeRO-3 make flat vectors of matrices. Shard the model by FSDP2, "
-            "torch.distributed.fsdp.fully_shard, which keeps their shapes",
-            stacklevel=stacklevel,
+            "torch.distributed.fsdp.fully_shard, which keeps their shapes"
         )
     wide = [row for row in routes if row[2].doubt == "wide"]
     odd = [row for row in routes if row[2].doubt == "small"]
@@ -253,11 +250,10 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]], stacklevel: int)
     total = lost + sum(p.numel() for p, _, found in routes if found.path != "elementwise")
     if total >= FEWEST_FLOATS and lost > total / 2:
         shown = [f"{name} {_times(p.shape)} ({found.reason})" for p, name, found in odd]
-        warnings.warn(
+        warn(
             f"{lost / total:.0%} of the floats in matrices take the element-wise path, which is "
             f"AdamW: {_some(shown)}. deepopt.routing_table shows every parameter's reason; "
-            "widen the layers, or name a path in overrides of deepopt.param_groups",
-            stacklevel=stacklevel,
+            "widen the layers, or name a path in overrides of deepopt.param_groups"
         )
 
 

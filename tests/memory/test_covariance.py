@@ -115,9 +115,11 @@ def test_zero_gradients_read_as_zero():
     [
         {"power": 0.0},
         {"power": float("nan")},
+        {"power": float("inf")},
         {"sides": "left"},
         {"retention": 1.0},
         {"refresh": 0},
+        {"refresh": 2.5},
         {"damping": 0.0},
     ],
 )

@@ -191,6 +191,8 @@ def test_write_and_read_are_differentiable():
         ({"authority": 1.5}, "Invalid authority: 1.5"),
         ({"inner_retention": -0.1}, "Invalid inner_retention: -0.1"),
         ({"inner_lr": -1.0}, "Invalid inner_lr: -1.0"),
+        ({"inner_lr": float("inf")}, "Invalid inner_lr: inf"),
+        ({"phi": ()}, "Invalid phi: it has no units"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(options, message):

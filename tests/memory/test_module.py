@@ -20,6 +20,7 @@ from deepopt.memory import Module
         ({"objective": "mse"}, ValueError, "Invalid objective: 'mse'; choose from"),
         ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1"),
         ({"inner_lr": float("nan")}, ValueError, "Invalid inner_lr: nan"),
+        ({"inner_lr": float("inf")}, ValueError, "Invalid inner_lr: inf"),
         ({"inner_steps": 0}, ValueError, "Invalid inner_steps: 0"),
         ({"feature_map": ()}, ValueError, "Invalid feature_map: ()"),
         ({"feature_map": "cubic"}, ValueError, "Invalid feature_map: 'cubic'"),

@@ -638,6 +638,20 @@ def test_a_group_starts_from_zero_when_its_lifetime_is_over_and_resumes_in_betwe
         assert torch.equal(a, b)
 
 
+def test_a_reset_in_the_middle_of_a_chunk_drops_the_gradients_of_the_old_weights():
+    param = nn.Parameter(torch.ones(1))
+    groups = [{"params": [param], "chunk": 2, "lifetime": 3}]
+    optimizer = Continuum(torch.optim.SGD(groups, lr=1.0))
+    values = []
+    for step in range(6):
+        param.grad = torch.full((1,), 10.0**step)
+        optimizer.step()
+        values.append(param.item())
+    # The gradient of step 3 goes with the weight that is reset; chunks still end at 2, 4 and 6.
+    assert values == [1.0, -4.5, 0.0, -1000.0, -1000.0, 0.0]
+    assert not optimizer.pending
+
+
 def test_a_checkpoint_from_before_tokens_were_counted_goes_on_in_the_middle_of_its_chunk():
     model = make_model()
     optimizer = Continuum(torch.optim.SGD(groups_of(model), lr=0.1))

@@ -288,6 +288,17 @@ def test_a_memory_that_writes_and_reads_in_one_call_needs_no_other():
     assert torch.equal(moved(InOneCall()), moved(SignMemory()))
 
 
+def test_a_memory_that_reads_in_another_dtype_is_refused_with_both():
+    class Wide(SignMemory):
+        def read(self, state, grad, retention):
+            return super().read(state, grad, retention).double()
+
+    param = nn.Parameter(torch.randn(32, 32))
+    param.grad = torch.randn(32, 32)
+    with pytest.raises(ValueError, match=r"torch\.float64 for gradients .* torch\.float32"):
+        deepopt.DeepMomentum([param], memory=Wide()).step()
+
+
 def test_a_memory_that_takes_the_optimizers_own_names_is_refused():
     class Greedy(SignMemory):
         def init(self, like):

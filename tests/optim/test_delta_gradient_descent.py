@@ -182,6 +182,7 @@ def test_vectors_and_what_has_no_inputs_descend_with_one_warning():
         optimizer.step()
     optimizer.step()  # silent: warnings are errors here
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     other = torch.optim.SGD(expected.parameters(), lr=0.1)
     other.step()
     other.step()

@@ -732,6 +732,9 @@ def test_an_embedding_on_the_matrix_path_gives_one_warning_with_the_remedy():
     with pytest.warns(UserWarning, match=r"wte\.weight looks like an embedding") as caught:
         deepopt.DeepMomentum(forced)
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"wte\.weight looks like an embedding") as caught:
+        deepopt.create_optimizer(forced, "deepmomentum")
+    assert caught[0].filename == __file__
 
 
 # -- the page --------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ INPUTS: dict[str, Inputs] = {
             ({"memory": "quadratic"}, ValueError, "Invalid memory: 'quadratic'"),
             ({"memory": object()}, TypeError, "is not a Memory object"),
             ({"update_rms": 0.0}, ValueError, "Invalid update_rms: 0.0"),
+            ({"update_rms": float("inf")}, ValueError, "Invalid update_rms: inf"),
             ({"rms_cap": 0.5}, ValueError, "Invalid rms_cap: 0.5"),
             ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
             ({"ns_coefficients": (1.0,)}, ValueError, "Invalid ns_coefficients: (1.0,)"),
@@ -126,7 +127,8 @@ INPUTS: dict[str, Inputs] = {
         errors=(
             *PRECONDITIONER_ERRORS,
             ({"rule": "explicit"}, ValueError, "Invalid rule: 'explicit'; choose from"),
-            ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1; it must be at least 0"),
+            ({"inner_lr": -0.1}, ValueError, "Invalid inner_lr: -0.1; it must be finite"),
+            ({"inner_lr": float("inf")}, ValueError, "Invalid inner_lr: inf"),
             (
                 {"rule": "literal", "inner_lr": 0.1},
                 ValueError,
