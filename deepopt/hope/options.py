@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeVar
 
+import torch
+
 Class = TypeVar("Class", bound=type)
 
 
@@ -88,3 +90,12 @@ def arguments_of(config: Any, leave_out: Set[str]) -> list[str]:
             values = value if isinstance(value, tuple) else (value,)
             arguments += [flag, *map(str, values)]
     return arguments
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can compute on this device here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA has an assertion
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r}: cannot be used here ({reason})") from error

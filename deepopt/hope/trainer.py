@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, optimizer_class
-from deepopt.hope.options import about, arguments_of, documented
+from deepopt.hope.options import about, arguments_of, check_device, documented
 from deepopt.memory import BUILT_IN
 from deepopt.optim import Continuum
 from deepopt.optim.base import MemoryOptimizer
@@ -132,11 +132,7 @@ class TrainConfig:
             )
         if self.model.vocab_size != 256:
             raise ValueError(f"vocab_size={self.model.vocab_size}: must be 256, tokens are bytes")
-        try:
-            torch.zeros(1, device=self.device).item()
-        except (AssertionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device={self.device!r}: cannot be used here ({reason})") from error
+        check_device(self.device)
 
     @property
     def warmup_steps(self) -> int:

@@ -87,6 +87,20 @@ def test_draws_follow_the_shares_that_the_options_leave(model: Hope) -> None:
     assert torch.allclose(found.double(), shares, atol=5 * (0.25 / 4000) ** 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_extreme_options_draw_the_likeliest_or_from_all_that_are_left(
+    model: Hope, prompt: Tensor, dtype: torch.dtype
+) -> None:
+    model = model.to(dtype)
+    greedy = generate(model, prompt, 9, temperature=0)
+    for options in ({"temperature": 1e-300}, {"temperature": 5e-324}, {"top_p": 1e-300}):
+        assert torch.equal(generate(model, prompt, 9, **options), greedy), options
+    many = torch.zeros(400, 1, dtype=torch.long)
+    kept = model(many[:1]).logits[0, 0].topk(2).indices
+    (drawn,) = stream(model, many, 1, temperature=1e300, top_k=2)
+    assert torch.equal(drawn.unique(), kept.sort().values)
+
+
 @pytest.mark.parametrize("prefill", [1, 2, 3, 5, 1024])
 def test_a_prompt_read_in_parts_has_the_same_continuation(
     model: Hope, prompt: Tensor, prefill: int
@@ -186,6 +200,10 @@ def test_text_goes_in_and_comes_out_in_whole_characters(
     pieces = list(complete(byte_model, "caf\xe9", len(text)))
     assert "".join(pieces) == text.decode(errors="replace")
     assert pieces[:3] == ["a", "\N{EURO SIGN}", "\N{GREEK SMALL LETTER ALPHA}"]
+    escaped = [complete(byte_model, x, 5, temperature=0) for x in ("\udcff\xe9", b"\xff\xc3\xa9")]
+    monkeypatch.undo()
+    assert "".join(escaped[0]) == "".join(escaped[1])
+    monkeypatch.setattr(module, "_draw", lambda *_: torch.tensor([[next(bytes_)]]))
     bytes_ = iter(b"one\n\ntwo")
     assert "".join(complete(byte_model, "count", 99, stop=b"\n\n")) == "one\n\n"
 

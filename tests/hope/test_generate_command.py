@@ -77,15 +77,29 @@ def test_the_command_runs_without_a_warning(folder):
     assert done.stdout.endswith("\n")
 
 
+@pytest.mark.parametrize("more", [[], ["--adapt"], ["--prompt", b"\xff\xe9"]], ids=str)
+def test_bytes_that_are_no_text_are_read_and_what_cannot_be_shown_is_replaced(folder, more):
+    done = subprocess.run(
+        [sys.executable, "-m", "deepopt.hope.generate", f"--checkpoint={folder}", "--length=20",
+         *more],
+        input=b"\xff\xe9 text\n", capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--checkpoint=nowhere"], "nowhere has no config.json: give the folder"),
         (["--prompt="], "prompt is empty"),
+        (["--device=nowhere"], "device='nowhere': cannot be used here"),
+        (["--device=meta"], "device='meta': cannot be used here"),
         (["--length=-1"], "length=-1: must be at least 0"),
         (["--temperature=-1"], "temperature=-1.0: must be finite"),
         (["--top-p=2"], "top_p=2.0: must be above 0"),
-        (["--adapt", "--adapt-chunk=0"], "chunk=0: must be at least 1"),
+        (["--adapt", "--adapt-chunk=0"], "chunk=0: must be an int of at least 1"),
         (["--adapt", "--adapt-lr=-1"], "adapt_lr=-1.0: must be finite"),
     ],
 )

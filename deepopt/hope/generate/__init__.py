@@ -48,7 +48,8 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
 
     Args:
         model: a model of bytes.
-        text: the prompt, of at least one character or byte.
+        text: the prompt, of at least one character or byte. Bytes that are no UTF-8 may be given
+            as Python gives those of a command line, as surrogates.
         length: number of bytes to add, at most.
         **options: those of `stream` but `mask`.
 
@@ -70,7 +71,7 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
         )
     if not text:
         raise ValueError("text is empty: give at least one character to continue, such as '\\n'")
-    encoded = text.encode() if isinstance(text, str) else text
+    encoded = text.encode(errors="surrogateescape") if isinstance(text, str) else text
     prompt = torch.tensor([list(encoded)], device=next(model.parameters()).device)
     return _decoded(stream(model, prompt, length, **options))
 
@@ -172,11 +173,14 @@ def _draw(
         kept = logits.topk(top_k).indices
         logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
     logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
-    shares = (logits / temperature).softmax(-1)
+    # A temperature that this dtype rounds to 0 or to infinity would make NaN of 0 or of -inf.
+    limits = torch.finfo(logits.dtype)
+    shares = (logits / min(max(float(temperature), limits.tiny), limits.max)).softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, order = shares.sort(descending=True, stable=True)
-        likelier = ordered.cumsum(-1) - ordered  # 0 for the likeliest, which always stays
-        shares = shares.scatter(1, order, ordered.masked_fill(likelier >= top_p, 0))
+        dropped = ordered.cumsum(-1) - ordered >= top_p
+        dropped[:, 0] = False  # the likeliest always stays, also if top_p rounds to 0
+        shares = shares.scatter(1, order, ordered.masked_fill(dropped, 0))
     return torch.multinomial(shares, 1, generator=generator)
 
 

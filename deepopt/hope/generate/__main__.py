@@ -1,6 +1,7 @@
 """Continues a text with a trained model: ``python -m deepopt.hope.generate --help``."""
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import deepopt
 from deepopt._output import outlive_readers
 from deepopt.hope import PRETRAINED, Hope, HopeState, Reader
 from deepopt.hope.generate import complete
+from deepopt.hope.options import check_device
 from deepopt.hope.reader import LR
 
 
@@ -65,13 +67,14 @@ class Session:
 
     def continued(self, text: str) -> Iterator[str]:
         """Read a text, and yield the continuation of all that was read, in pieces."""
+        encoded = text.encode(errors="surrogateescape")
         if self.reader is None:
-            unread = self.last + text.encode()
+            unread = self.last + encoded
             if unread[:-1]:
                 with torch.no_grad():
                     self.state = self.model(self._tokens(unread[:-1]), state=self.state).state
         else:
-            unread = text.encode()
+            unread = encoded
             losses = self.reader.read(self._tokens(unread))
             self.state = self.reader.state
             predicted = losses[~losses.isnan()] / math.log(2)
@@ -99,18 +102,27 @@ def lines() -> Iterator[str]:
             yield line + "\n"
 
 
+def take_any_text() -> None:
+    """Read bytes that are no UTF-8 as they are, and print `?` for what the terminal cannot show."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, 1 where it diverged, 2 for wrong input."""
     parser = argument_parser()
     arguments = parser.parse_args(argv)
+    stop = arguments.stop
     try:
+        check_device(arguments.device)
         model = Hope.from_pretrained(arguments.checkpoint, arguments.device)
         options: dict[str, Any] = {
             "length": arguments.length,
             "temperature": arguments.temperature,
             "top_k": arguments.top_k,
             "top_p": arguments.top_p,
-            "stop": arguments.stop.encode() if arguments.stop else None,
+            "stop": stop.encode(errors="surrogateescape") if stop else None,
             "generator": torch.Generator(arguments.device).manual_seed(arguments.seed),
         }
         complete(model, "\n", **options)  # wrong options show before anything is read
@@ -144,5 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    take_any_text()
     outlive_readers()
     sys.exit(main())
