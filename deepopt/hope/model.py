@@ -20,9 +20,8 @@ from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
 from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
-from deepopt.hope.state import HopeState
+from deepopt.hope.state import INTEGERS, HopeState
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 IGNORED = -100  # as a target; torch's own value
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The folder of the model that comes with the package; its training.json says what made it."""
@@ -100,8 +99,9 @@ class Hope(nn.Module):
                 to another document: set it to -100.
 
         Raises:
-            TypeError: tokens or targets that are no tensors, or a state that is no `HopeState`.
-            ValueError: shapes or dtypes that do not fit, or tokens that are not below `vocab_size`.
+            TypeError: an argument that is no tensor, or a state that is no `HopeState`.
+            ValueError: shapes or dtypes that do not fit, tokens that are not below `vocab_size`, or
+                the state of a model with other sizes.
         """
         self._check(tokens, targets, state, mask, starts)
         if state is None:
@@ -257,7 +257,7 @@ class Hope(nn.Module):
                 f"state is of type {type(state).__name__}: must be the state that an earlier call "
                 "returned, or HopeState.from_state_dict(saved)"
             )
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in INTEGERS:
+        if tokens.ndim != 2 or not all(tokens.shape) or tokens.dtype not in INTEGERS:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: "
                 "must be integers of shape (batch, tokens) with at least one token"
@@ -268,6 +268,11 @@ class Hope(nn.Module):
                 f"integers of the shape {tuple(tokens.shape)} of tokens, the one that follows each"
             )
         for name, where in (("mask", mask), ("starts", starts)):
+            if where is not None and not isinstance(where, Tensor):
+                raise TypeError(
+                    f"{name} is of type {type(where).__name__}: must be a bool tensor of the shape "
+                    f"of tokens, {tuple(tokens.shape)}"
+                )
             if where is not None and (where.shape != tokens.shape or where.dtype != torch.bool):
                 raise ValueError(
                     f"{name} has shape {tuple(where.shape)} and dtype {where.dtype}: must be bool "
@@ -280,11 +285,21 @@ class Hope(nn.Module):
                 f"state has {len(state.blocks)} blocks: must have one for each of the "
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
-        if type(state.blocks[0]) is not type(expected := self.initial_state(1).blocks[0]):
-            raise ValueError(
-                f"state is one of {type(state.blocks[0]).__name__}, the blocks have "
-                f"{type(expected).__name__}: give the state of a model with the same mixer"
-            )
+        expected = self.initial_state(1).blocks[0]  # all blocks have the same sizes
+        for block in state.blocks:
+            if type(block) is not type(expected):
+                raise ValueError(
+                    f"state is one of {type(block).__name__}, the blocks have "
+                    f"{type(expected).__name__}: give the state of a model with the same mixer"
+                )
+            # Other sizes need not fail: without a momentum in the state, none would be computed.
+            theirs, ours = block.sizes, expected.sizes
+            if theirs != ours:
+                name = next(name for name in ours if theirs[name] != ours[name])
+                raise ValueError(
+                    f"state has {name} of size {theirs[name]}, the model's has {ours[name]}: give "
+                    "the state of a model with the same configuration"
+                )
         batch = len(state.blocks[0].positions)
         if batch != len(tokens):
             raise ValueError(

@@ -13,6 +13,9 @@ from torch import Tensor
 from deepopt.hope.memory import Inputs, MemoryState
 
 Tree = TypeVar("Tree")
+Sizes = dict[str, tuple[int, ...] | None]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""The dtypes that tokens may have."""
 
 
 class TitansState(NamedTuple):
@@ -32,6 +35,15 @@ class TitansState(NamedTuple):
     tails: Inputs
     phase: Tensor
     positions: tuple[int, ...]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Shapes of the tensors without the batch, by name; the same for all states of a layer."""
+        found: Sizes = {"phase": tuple(self.phase.shape[1:])}
+        for part in ("generators", "memory", "tails"):
+            for name, x in getattr(self, part)._asdict().items():
+                found[f"{part}.{name}"] = None if x is None else tuple(x.shape[1:])
+        return found
 
     def rows(self, index: Sequence[int], other: TitansState) -> TitansState:
         """Sequences of two states: `index` counts those of this one, then those of the other."""
@@ -64,6 +76,12 @@ class AttentionState(NamedTuple):
     keys: Tensor
     values: Tensor
     positions: tuple[int, ...]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Heads and width of keys and values; the same for all states of a layer."""
+        both = {"keys": self.keys, "values": self.values}
+        return {name: (x.shape[1], x.shape[3]) for name, x in both.items()}
 
     def rows(self, index: Sequence[int], other: AttentionState) -> AttentionState:
         """Sequences of two states: `index` counts those of this one, then those of the other."""

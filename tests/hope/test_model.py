@@ -153,7 +153,8 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
         {"projection_chunk": 1.5}, {"max_inner_lr": 0.0}, {"conv_width": 0}, {"cms_chunks": (4, 6)},
         {"cms_expansion": 0}, {"heads": 4}, {"update": "sgd"}, {"objective": "l1"},
         {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0}, {"mixer": "mamba"},
-        {"cms_variant": "parallel"}, {"cms_expansion": math.inf},
+        {"cms_variant": "parallel"}, {"cms_expansion": math.inf}, {"turns": "false"},
+        {"momentum": 1}, {"per_channel": None}, {"projections": "no"}, {"recompute": 0},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
@@ -168,6 +169,8 @@ def test_bad_inputs_are_named() -> None:
         model(tokens[0])
     with pytest.raises(ValueError, match="tokens has shape"):
         model(tokens[:, :0])
+    with pytest.raises(ValueError, match="tokens has shape"):
+        model(tokens[:0])
     with pytest.raises(ValueError, match="targets has shape"):
         model(tokens, tokens[:, 1:])
     other = make(mixer="attention")(tokens).state
@@ -197,6 +200,9 @@ def test_what_is_no_tensor_or_no_state_is_named() -> None:
         model("text")
     with pytest.raises(TypeError, match="targets is of type list: must be a tensor of integers"):
         model(tokens, [[1]])
+    for name in ("mask", "starts"):
+        with pytest.raises(TypeError, match=f"{name} is of type list: must be a bool tensor"):
+            model(tokens, **{name: [[True] * 4] * 2})
     with pytest.raises(TypeError, match=r"state is of type dict: .* HopeState.from_state_dict"):
         model(tokens, state=model(tokens).state.state_dict())
 

@@ -206,6 +206,28 @@ def test_a_saved_state_that_lacks_an_entry_is_refused_by_its_name(model: Hope) -
         HopeState.from_state_dict({})
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"momentum": True}, {"memory_hidden": 0}, {"memory_hidden": 6}, {"projection_hidden": 0},
+        {"turns": False}, {"conv_width": 2}, {"heads": 4}, {"dim": 16},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_state_of_a_model_with_other_sizes_is_refused(other: dict[str, Any]) -> None:
+    a, b = Hope(HopeConfig(**SMALL)), Hope(HopeConfig(**{**SMALL, **other}))
+    tokens = texts()[0]
+    for one, two in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match=r"state has [\w.]+ of size .*: give the state of a"):
+            one(tokens, state=two(tokens).state)
+
+
+def test_the_state_of_hope_attention_with_other_heads_is_refused() -> None:
+    a, b = (Hope(HopeConfig(**{**SMALL, "mixer": "attention", "heads": n})) for n in (2, 3))
+    with pytest.raises(ValueError, match=r"state has keys of size \(3, 4\), the model's"):
+        a(texts()[0], state=b(texts()[0]).state)
+
+
 def test_what_is_no_saved_state_is_named() -> None:
     with pytest.raises(TypeError, match="entries is of type int: pass the dict"):
         HopeState.from_state_dict(3)  # type: ignore[arg-type]
