@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import deepopt
 from deepopt.hope.cms import chunk_groups, frequencies, levels_of
-from deepopt.hope.state import HopeState
+from deepopt.hope.state import INTEGERS, HopeState
 from deepopt.optim.continuum import Continuum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
@@ -71,6 +71,7 @@ class Reader:
         updates: optimizer steps so far.
 
     Raises:
+        TypeError: `optimizer` is no function.
         ValueError: the model has no level, an index or `chunk` out of range, or frozen levels.
     """
 
@@ -90,14 +91,24 @@ class Reader:
         chunks = sorted(set(known.values()))
         if not chunks:
             raise ValueError("the model has no level that can learn: see stack_levels")
-        if levels is not None and not (levels and all(0 <= i < len(chunks) for i in levels)):
+        indices = range(len(chunks))
+        if levels is not None and not (
+            isinstance(levels, Sequence) and levels and all(i in indices for i in levels)
+        ):
             raise ValueError(
-                f"levels={levels!r}: must be indices of the model's {len(chunks)} frequencies, "
-                f"0 to {len(chunks) - 1}"
+                f"levels={levels!r}: must be a list of indices of the model's {len(chunks)} "
+                f"frequencies, 0 to {len(chunks) - 1}"
             )
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk={chunk}: must be at least 1, the tokens between two updates")
-        chosen = chunks if levels is None else [chunks[i] for i in sorted(levels)]
+        if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+            raise ValueError(
+                f"chunk={chunk!r}: must be an int of at least 1, the tokens between two updates"
+            )
+        chosen = chunks if levels is None else [chunks[i] for i in indices if i in levels]
+        if optimizer is not None and not callable(optimizer):
+            raise TypeError(
+                f"optimizer is of type {type(optimizer).__name__}: must be a function that makes "
+                "one from parameter groups, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
+            )
         own, chunk = chosen[0], chunk or chosen[0]
 
         groups = []
@@ -126,8 +137,11 @@ class Reader:
     @property
     def losses(self) -> Tensor:
         """Those of all tokens that were read, (batch, tokens), as `read` returns them."""
-        return torch.cat(self._losses, 1)
+        return torch.cat(self._losses, 1) if self._losses else torch.empty(0, 0)
 
+    # Also where the caller generates text and has turned gradients off.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """Predict tokens, then learn from them where a chunk ends.
 
@@ -140,7 +154,8 @@ class Reader:
 
         Raises:
             TypeError: no tensor.
-            ValueError: another batch size than before.
+            ValueError: another shape or dtype, another batch size than before, or tokens outside of
+                the vocabulary.
             FloatingPointError: a loss is not finite.
         """
         if not isinstance(tokens, Tensor):
@@ -148,7 +163,12 @@ class Reader:
                 f"tokens is of type {type(tokens).__name__}: must be a tensor of integers "
                 "(batch, tokens), such as torch.tensor([list(text.encode())])"
             )
-        tokens = tokens.long()
+        if tokens.ndim != 2 or tokens.dtype not in INTEGERS:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: must be "
+                "integers of shape (batch, tokens)"
+            )
+        tokens = tokens.to(torch.int64, copy=True)  # one made in inference mode has no gradients
         if self.last is not None and len(self.last) != len(tokens):
             raise ValueError(
                 f"tokens has {len(tokens)} texts, those before had {len(self.last)}: the texts of "
@@ -177,17 +197,21 @@ class Reader:
         return -(-positions // -(-positions // WINDOW))
 
     def _predict(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.enable_grad():
-            logits, self._state = _forward(self.model, tokens, self._state)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            flat = F.cross_entropy(
-                logits.flatten(0, 1).to(wide), targets.flatten(), reduction="none"
+        logits, self._state = _forward(self.model, tokens, self._state)
+        size = logits.shape[-1]
+        outside = targets[(targets < 0) | (targets >= size)]
+        if outside.numel():
+            raise ValueError(
+                f"tokens has {outside[0].item()}: must lie in 0 ... {size - 1}, the model's "
+                "vocabulary; encode the text with fewer tokens"
             )
-            if not flat.isfinite().all():
-                raise FloatingPointError(
-                    f"the loss is not finite after {self.updates} updates: read with a smaller lr"
-                )
-            self._total = flat.sum() if self._total is None else self._total + flat.sum()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        flat = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), reduction="none")
+        if not flat.isfinite().all():
+            raise FloatingPointError(
+                f"the loss is not finite after {self.updates} updates: read with a smaller lr"
+            )
+        self._total = flat.sum() if self._total is None else self._total + flat.sum()
         self._count += targets.numel()
         return flat.detach().view(targets.shape)
 

@@ -213,15 +213,42 @@ def test_a_text_is_continued_from_what_was_read(mixer: str) -> None:
     assert not any(p.grad_fn for p in reader.state.state_dict().values() if isinstance(p, Tensor))
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_model_learns_also_where_the_caller_has_turned_gradients_off(off: Any) -> None:
+    expected = losses({}, text())
+    model = make()
+    with off():
+        found = model.adapt(text(), optimizer=OPTIMIZERS["AdamW"]).losses
+    assert torch.equal(found[:, 1:], expected[:, 1:])
+
+
+def test_nothing_read_has_no_losses() -> None:
+    assert make().adapt([]).losses.numel() == 0
+    assert make().adapt(text()[:, :0]).losses.shape == (1, 0)
+
+
+def test_tokens_that_a_model_would_refuse_are_refused() -> None:
+    for wrong in (text().double(), text() > 3, text()[0], text()[None]):
+        with pytest.raises(ValueError, match=r"tokens has shape .* must be integers of shape"):
+            make().adapt(wrong)
+    for token in (7, -1, -100):  # the last is what torch's cross entropy ignores
+        with pytest.raises(ValueError, match=rf"tokens has {token}: must lie in 0 \.\.\. 6"):
+            make().adapt(torch.tensor([[1, 2, token]]))
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(TypeError, match="tokens is of type str: must be a tensor"):
         make().adapt("abc")  # type: ignore[arg-type]
     model = make()
-    for levels in ([], [2], [-1]):
-        with pytest.raises(ValueError, match=r"levels=\[.*2 frequencies, 0 to 1"):
-            Reader(model, levels)
-    with pytest.raises(ValueError, match="chunk=0"):
-        model.adapt(text(), chunk=0)
+    for levels in ([], [2], [-1], [0.5], 0, 1):
+        with pytest.raises(ValueError, match=r"levels=.*2 frequencies, 0 to 1"):
+            Reader(model, levels)  # type: ignore[arg-type]
+    for chunk in (0, 2.5, "2"):
+        with pytest.raises(ValueError, match=f"chunk={chunk!r}: must be an int"):
+            model.adapt(text(), chunk=chunk)  # type: ignore[arg-type]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="optimizer is of type SGD: must be a function"):
+        model.adapt(text(), optimizer=sgd)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tokens has 2 texts, those before had 1"):
         model.adapt([text(3), text(3, 2)])
     with pytest.raises(ValueError, match="no level that can learn"):
