@@ -94,6 +94,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embedding = value
+        # As `resize_token_embeddings` does it, which tells no other configuration than its own.
+        self.model.config = dataclasses.replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
@@ -108,8 +110,10 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         state: HopeState | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        return_dict: bool | None = None,
         **_: Any,
-    ) -> HopeForCausalLMOutput:
+    ) -> HopeForCausalLMOutput | tuple[Any, ...]:
         """Predicts every next token.
 
         Args:
@@ -119,6 +123,9 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             state: what an earlier call returned; None for the start of a text.
             labels: (batch, tokens), shifted inside as transformers has it, -100 to be ignored.
             use_cache: whether to return the state; None returns it if there are no labels.
+            position_ids: (batch, tokens); a 0 after the first token starts another document, as in
+                the packed batches of transformers' collators. Nothing else is read from it.
+            return_dict: False for a tuple without what is None.
         """
         mask = None
         if attention_mask is not None:
@@ -127,9 +134,15 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         targets = None
         if labels is not None:
             targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
-        out = self.model(input_ids, targets, state, mask=mask)
+        starts = None
+        if position_ids is not None:
+            starts = (position_ids == 0).expand_as(input_ids).clone()
+            starts[:, 0] = False  # it goes on from `state`, or starts without being told
+            starts = starts if starts.any() else None
+        out = self.model(input_ids, targets, state, mask=mask, starts=starts)
         carries = labels is None if use_cache is None else use_cache
-        return HopeForCausalLMOutput(out.loss, out.logits, out.state if carries else None)
+        found = HopeForCausalLMOutput(out.loss, out.logits, out.state if carries else None)
+        return found.to_tuple() if return_dict is False else found
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any

@@ -108,6 +108,34 @@ def test_the_loss_is_shifted_and_ignores_what_labels_ignore(hope, tokens, tmp_pa
     )
 
 
+def test_documents_packed_by_position_ids_do_not_meet(hope, tokens, tmp_path):
+    hope.save_pretrained(tmp_path)
+    wrapped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    packed, positions = tokens.reshape(1, -1), torch.arange(9).repeat(2)[None]
+    found = wrapped(packed, position_ids=positions).logits.view(2, 9, -1)
+    torch.testing.assert_close(found, hope(tokens).logits, rtol=0, atol=1e-5)
+    whole = wrapped(packed, position_ids=torch.arange(18)[None]).logits
+    assert torch.equal(whole, hope(packed).logits)
+
+
+def test_a_resized_vocabulary_is_saved_with_its_size(hope, tokens, tmp_path):
+    hope.save_pretrained(tmp_path)
+    wrapped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    wrapped.resize_token_embeddings(300)
+    wrapped.model.save_pretrained(tmp_path / "larger")
+    loaded = Hope.from_pretrained(tmp_path / "larger")
+    assert loaded.config.vocab_size == wrapped.config.vocab_size == 300
+    assert torch.equal(loaded(tokens + 40).logits, wrapped(tokens + 40).logits)
+
+
+def test_a_tuple_is_returned_where_it_is_asked_for(hope, tokens, tmp_path):
+    hope.save_pretrained(tmp_path)
+    wrapped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    loss, logits = wrapped(tokens, labels=tokens, return_dict=False)
+    assert torch.equal(logits, hope(tokens).logits)
+    assert loss.ndim == 0
+
+
 def test_trainer_trains_it(hope, tmp_path):
     hope.save_pretrained(tmp_path / "start")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start")
