@@ -28,8 +28,8 @@ class Corpus:
         files: the number of files read.
         sha256: the digest of the training part followed by the held-out part; for a single file it
             is the digest of that file.
-        held_out: the lengths in bytes of the files that `val` consists of, by name and in its
-            order; empty where `val` is no whole files.
+        held_out: the lengths in bytes of the files that make up `val`, by name and in its order;
+            empty if `val` is not made of whole files.
     """
 
     name: str
@@ -124,7 +124,9 @@ def _from_files(name: str, root: Path, paths: Iterable[Path]) -> Corpus:
 
 
 def _is_drawn(key: str) -> bool:
-    """Decide by the name alone: files that come or go elsewhere leave the others where they are."""
+    """Decide by the name alone, so that adding or removing files moves no other file between the
+    two parts.
+    """
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()[0] < 256 * HELD_OUT_SHARE
 
 

@@ -12,11 +12,11 @@ def sample_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return random windows of ``data`` as (tokens, targets), both int64 of [batch_size, seq_len].
 
-    The targets are the tokens moved on by one. The windows are a function of ``seed`` and ``step``:
-    every step of a run has its own, and the same ones whenever it is repeated.
+    The targets are the tokens shifted by one. The windows are a function of ``seed`` and ``step``
+    alone: a step has the same windows whenever it is repeated.
     """
     _check(data, batch_size, seq_len)
-    # A string seeds by its digest, so that neighboring seeds and steps have nothing in common.
+    # Python hashes a string seed, so that neighboring seeds and steps are unrelated.
     rng = random.Random(f"{seed}/{step}")
     starts = [rng.randrange(len(data) - seq_len) for _ in range(batch_size)]
     return _windows(data, starts, seq_len)
@@ -27,8 +27,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield up to ``windows`` windows of ``data``, evenly spaced, without overlap, always the same.
 
-    They come as (tokens, targets) like those of :func:`sample_batch`, in batches of ``batch_size``
-    of which the last can be smaller.
+    They come as (tokens, targets) like those of :func:`sample_batch`, in batches of ``batch_size``;
+    the last batch can be smaller.
     """
     _check(data, batch_size, seq_len)
     room = (len(data) - 1) // seq_len

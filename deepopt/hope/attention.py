@@ -70,6 +70,7 @@ class Attention(nn.Module):
         keys = torch.cat([state.keys, k.to(state.keys.dtype)], 2)
         values = torch.cat([state.values, v.to(state.values.dtype)], 2)
         if not uniform:
+            # New keys stand behind the widest text's columns; move each to that of its position.
             column = torch.arange(max(positions), device=x.device)
             first, width = past[:, None], state.keys.shape[2]
             index = torch.where(column < first, column, width + column - first)

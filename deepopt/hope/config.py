@@ -45,8 +45,8 @@ class HopeConfig:
     projection_hidden: int | None = field(
         default=None,
         metadata=about(
-            "the same for the four memories that generate keys, values, inner learning rates and "
-            "retentions; None means the width of a head",
+            "hidden width of the four memories that generate keys, values, inner learning rates "
+            "and retentions; None means the width of a head, 0 linear memories",
             type=int,
         ),
     )
@@ -59,8 +59,8 @@ class HopeConfig:
     projection_chunk: int = field(
         default=32,
         metadata=about(
-            "the same for the four memories that generate, which also stay constant, as "
-            "projections, inside their chunk"
+            "the same for the four generating memories, which also generate with their weights at "
+            "the anchor"
         ),
     )
     update: str = field(
@@ -101,7 +101,7 @@ class HopeConfig:
     )
     retention: str = field(
         default="initial",
-        metadata=about("where forgetting leads: initial (the learned initial weights) or zero"),
+        metadata=about("what memories decay to: initial (the learned initial weights) or zero"),
     )
     momentum: bool = field(
         default=False,

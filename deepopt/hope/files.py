@@ -1,8 +1,8 @@
 """Training checkpoints and models on disk: tensors and JSON, nothing that runs code on loading.
 
 A checkpoint is one safetensors file. Its metadata hold the SHA-256 of the file, computed with zeros
-in the place of the digest. A model is a folder: model.safetensors holds the weights, with a digest
-too, and config.json the configuration, in the layout of transformers.
+instead of the digest itself. A model is a folder: model.safetensors holds the weights and a digest
+of the same kind, config.json the configuration, in the layout of transformers.
 """
 
 import hashlib
@@ -169,7 +169,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return ``value`` as JSON that tells containers apart, with its tensors put aside by name."""
+    """Return ``value`` as JSON that tells dicts, lists and tuples apart; move its tensors to
+    ``tensors``, by name.
+    """
     if isinstance(value, Tensor):
         # Copied, because safetensors refuses tensors that share storage.
         name = f"{len(tensors)}:{name}"  # a path alone is not unique: keys may hold slashes

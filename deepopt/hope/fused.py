@@ -172,7 +172,9 @@ def _ends(given: Arguments) -> list[Tensor]:
 
 
 def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int]:
-    """One size for segments and weights: it is never 1, of which torch makes a graph of its own."""
+    """Shape of the stored weights. Segments and weights share a dimension, so that its size is
+    never 1: torch.compile makes a graph of its own for a size of 1.
+    """
     batch, heads, _, hidden, d = given.w2.shape
     return batch, heads, segments * 2 * d * (4 * hidden + given.memory_w2.shape[-2])
 
@@ -231,10 +233,10 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
         given: all other arguments.
 
     Returns:
-        the outputs o_t, then w2, w1, anchor_w2 and anchor_w1 of the generating memories after the
-        last token, the same of the memory that answers, and the weights of all five at the start
-        of every segment, one after the other, (batch, heads, segments 2 d (4 h + m) or 0). In a
-        segment all W2 come first, then all W1.
+        the outputs o_t; w2, w1, anchor_w2 and anchor_w1 of the generating memories after the last
+        token; the same four of the memory that answers; and the weights of all five at the start
+        of every segment, flattened, (batch, heads, segments 2 d (4 h + m) or 0). In a segment all
+        W2 come first, then all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h = m: 70, and 191 for the
     gradient, as `FLOPS` counts them.
@@ -289,8 +291,8 @@ def _flops(given: Sequence[Any], backward: bool) -> int:
     """FLOPs of the CPU kernel's products. The gradient computes every chunk once more.
 
     Args:
-        given: fields of `Arguments`, with sizes in the place of tensors.
-        backward: whether it is the gradient that is counted.
+        given: fields of `Arguments`, with shapes instead of tensors.
+        backward: count the gradient instead of the forward pass.
     """
     sizes = Arguments._make(given)
     batch, heads, d, tokens = sizes.key

@@ -1,4 +1,4 @@
-"""Hope for Hugging Face's transformers: importing this registers it with the Auto classes.
+"""Hope for Hugging Face's transformers. Importing this module registers it with the Auto classes.
 
 ::
 
@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained("runs/hope")
     model.generate(tokens, max_new_tokens=100)
 
-It reads and writes what `Hope.save_pretrained` does, and `model.model` is the `Hope` itself, for
-`adapt` and whatever else transformers has no name for.
+It reads and writes the folders of `Hope.save_pretrained`. `model.model` is the `Hope` itself, for
+`adapt` and everything else that transformers has no name for.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state has the part that a cache has in other models
+        return False  # `state` is this model's cache
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -121,7 +121,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (batch, tokens or more), 0 for padding; None for none. The last tokens
                 are those of `input_ids`.
             state: what an earlier call returned; None for the start of a text.
-            labels: (batch, tokens), shifted inside as transformers has it, -100 to be ignored.
+            labels: (batch, tokens), -100 to be ignored. As elsewhere in transformers they are the
+                tokens themselves, and are shifted inside.
             use_cache: whether to return the state; None returns it if there are no labels.
             position_ids: (batch, tokens); a 0 after the first token starts another document, as in
                 the packed batches of transformers' collators. Nothing else is read from it.

@@ -33,7 +33,8 @@ class Documents(NamedTuple):
         batch, width = mask.shape
         number = starts.cumsum(1)
         sequence = torch.arange(batch, device=mask.device)[:, None].expand_as(mask)
-        document = (sequence * (width + 1) + number)[mask]  # grows along the batch
+        # One number per document, which grows along the batch: a sequence has at most `width`.
+        document = (sequence * (width + 1) + number)[mask]
         _, row, counts = torch.unique_consecutive(document, return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts
         column = torch.arange(len(row), device=mask.device) - first[row]
@@ -59,19 +60,22 @@ class Documents(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Rows moved to the right, so that the chunks of all of them end in the same columns.
+    """Rows shifted to the right, so that their chunks end in the same columns.
+
+    Rows that have seen different numbers of tokens are in different places of their chunks. The
+    scan computes a chunk for all rows at once, which needs these places to agree.
 
     Attributes:
         position: position of the first column in its chunks.
         valid: (rows, 1, columns), True where a row has a token.
-        there: (rows, columns), where in its row a column's token is.
-        back: (rows, tokens), in which column a row's token is.
+        token_of_column: (rows, columns), the place in its row of the token in a column.
+        column_of_token: (rows, tokens), the column of a row's token.
     """
 
     position: int
     valid: Tensor
-    there: Tensor
-    back: Tensor
+    token_of_column: Tensor
+    column_of_token: Tensor
 
     @classmethod
     def of(
@@ -92,18 +96,18 @@ class Grid(NamedTuple):
         shift = torch.tensor([p - base for p in phases], device=device)[:, None]
         length = torch.tensor(lengths, device=device)[:, None]
         columns = torch.arange(width + max(phases) - base, device=device)
-        there = columns - shift
-        valid = (there >= 0) & (there < length)
-        back = torch.arange(width, device=device) + shift
-        return cls(base, valid.unsqueeze(1), there.clamp(0, width - 1), back)
+        token = columns - shift
+        valid = (token >= 0) & (token < length)
+        column = torch.arange(width, device=device) + shift
+        return cls(base, valid.unsqueeze(1), token.clamp(0, width - 1), column)
 
     def spread(self, x: Tensor) -> Tensor:
         """(rows, ..., tokens) -> (rows, ..., columns)."""
-        return _gather(x, self.there)
+        return _gather(x, self.token_of_column)
 
     def collect(self, x: Tensor) -> Tensor:
         """(rows, ..., columns) -> (rows, ..., tokens)."""
-        return _gather(x, self.back)
+        return _gather(x, self.column_of_token)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def rates(
     if form.max_erase is None:
         beta = eta.mean(-2)
     else:
-        # Here the gradient erases too, and takes its part of the bound.
+        # In this update the gradient erases too, and uses up part of the bound.
         room = half - eta.amax(-2) / 2 if form.update == "dgd" else half
         beta = form.max_erase * room * _share(erase, gates.erase, gates.erase_range)
     delta = form.max_delta * half * _share(delta, gates.delta, gates.delta_range)
@@ -291,7 +291,7 @@ def _share(logit: Tensor, bias: Tensor, range_logit: Tensor) -> Tensor:
 
 
 def _pooled(x: Tensor) -> Tensor:
-    """Sum over the n channels divided by sqrt(n): as large as one channel, if they are random."""
+    """Sum over the n channels divided by sqrt(n), which keeps the variance of random channels."""
     return x.sum(-2) * x.shape[-2] ** -0.5
 
 

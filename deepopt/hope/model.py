@@ -64,13 +64,14 @@ class Hope(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        # A head of zeros: the first loss is ln(vocab_size), whatever the rest does.
+        # With a head of zeros the first loss is ln(vocab_size), whatever the rest computes.
         nn.init.zeros_(self.head.weight)
-        # Branches share the variance of the residual stream, whatever their number.
+        # Every branch adds to the residual stream: scaled down, their sum has the same variance
+        # whatever their number.
         branches = self.config.layers * (1 + len(self.config.cms_chunks))
         for name, param in self.named_parameters():
             if name.endswith("titans.turns.rates.weight"):
-                param.data.mul_(0.1)  # at first almost nothing turns
+                param.data.mul_(0.1)  # queries start almost unturned
             if name.endswith(("titans.output.weight", "attention.output.weight", "down.weight")):
                 param.data.mul_(1 / math.sqrt(branches))
 
@@ -90,13 +91,13 @@ class Hope(nn.Module):
 
         Args:
             tokens: (batch, tokens), integers of any type below `vocab_size`; at least one token.
-            targets: the tokens that follow, same shape, or -100 where none shall be predicted;
+            targets: the tokens that follow, same shape, or -100 where nothing is to be predicted;
                 None for no loss.
             state: the state that an earlier call returned; None for the start of a text.
             mask: (batch, tokens) bool, False for padding, wherever it is; None for no padding.
-            starts: (batch, tokens) bool, True for the first token of a document, at which the state
-                starts anew; None for one text per sequence. The target of the token before belongs
-                to another document: set it to -100.
+            starts: (batch, tokens) bool, True for the first token of a document, where the state is
+                reset; None for one text per sequence. The target of the token before belongs to
+                another document: set it to -100.
 
         Raises:
             TypeError: an argument that is no tensor, or a state that is no `HopeState`.
@@ -110,9 +111,9 @@ class Hope(nn.Module):
         if mask is None and starts is None:
             hidden, state = self._hidden(tokens, state, None)
         else:
-            there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-            first = torch.zeros_like(there) if starts is None else starts
-            hidden, state = self._each_document(tokens, state, Documents.of(there, first))
+            real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+            first = torch.zeros_like(real) if starts is None else starts
+            hidden, state = self._each_document(tokens, state, Documents.of(real, first))
         logits = self.head(self.norm(hidden))
         if targets is None:
             return HopeOutput(logits, None, state)
@@ -217,7 +218,7 @@ class Hope(nn.Module):
             raise ValueError(self._out_of_range("tokens", tokens)) from error
         states = []
         for block, before in zip(self.blocks, state.blocks, strict=True):
-            # torch recomputes by saved tensor hooks, which torch.func does not have.
+            # torch.utils.checkpoint works by saved tensor hooks, which torch.func does not support.
             if self.config.recompute and torch.is_grad_enabled() and not inside_transform():
                 x, after = checkpoint(block, x, before, lengths, use_reentrant=False)
             else:
@@ -232,6 +233,8 @@ class Hope(nn.Module):
         batch, rows = len(tokens), len(documents.lengths)
         if rows == 0:
             return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state
+        # `rows` counts the rows of the second state after those of the first: `batch` is the only
+        # row of the initial state, and `rows + i` below is text i of the state before.
         source = [batch if i < 0 else i for i in documents.source]
         before = state.rows(source, self.initial_state(1))
         hidden, after = self._hidden(documents.take_apart(tokens), before, documents.lengths)

@@ -21,7 +21,7 @@ RATES = {
 """Learning rates relative to AdamW's, for optimizers whose updates are as large as the gradient,
 and for DMGD, whose updates are as large as AdamW's largest (``docs/results/optimizers.md``)."""
 
-KEPT = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
+TORCH_KEYS = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
 """The entries of a group that torch's Muon and the AdamW beside it take."""
 
 
@@ -90,6 +90,6 @@ def build_optimizers(
         for flag, chosen in ((True, matrices), (False, rest)):
             params = [p for p, is_ in zip(group["params"], is_matrix, strict=True) if is_ == flag]
             if params:
-                chosen.append({**{key: group[key] for key in KEPT}, "params": params})
+                chosen.append({**{key: group[key] for key in TORCH_KEYS}, "params": params})
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
     return [Continuum(muon), Continuum(torch.optim.AdamW(rest, **options))]

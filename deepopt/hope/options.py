@@ -1,6 +1,6 @@
-"""The text of an option stands beside its field; docstrings and ``--help`` are made from it.
+"""Options of configurations: docstrings and ``--help`` are made from a text beside each field.
 
-A docstring alone would not do for ``--help``: under ``python -OO`` there is none.
+``--help`` cannot be made from the docstring, because ``python -OO`` removes docstrings.
 """
 
 import argparse

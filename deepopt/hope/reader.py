@@ -23,7 +23,7 @@ from deepopt.optim.continuum import Continuum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 WINDOW = 256
-"""The most tokens of a text that gradients go back, and whose activations are kept."""
+"""The most tokens of a text through which gradients go back, and whose activations are kept."""
 LR = 1e-3
 """Learning rate of the default optimizer."""
 
@@ -35,7 +35,8 @@ def adaptation(model: nn.Module) -> Iterator[None]:
         with adaptation(model):
             Reader(model).read(tokens)
 
-    Outside again, every weight and buffer is what it was, bit for bit. It keeps one copy of them.
+    Afterwards every weight and buffer in the model's `state_dict` is what it was, bit for bit. One
+    copy of them is kept meanwhile.
     """
     kept = {name: x.detach().clone() for name, x in model.state_dict(keep_vars=True).items()}
     try:
@@ -83,9 +84,9 @@ class Reader:
         chunk: int | None = None,
     ) -> None:
         known = {
-            param: of
+            param: own_chunk
             for level in levels_of(model)
-            for param, of, _ in frequencies(level)
+            for param, own_chunk, _ in frequencies(level)
             if param.requires_grad
         }
         chunks = sorted(set(known.values()))
@@ -109,14 +110,14 @@ class Reader:
                 f"optimizer is of type {type(optimizer).__name__}: must be a function that makes "
                 "one from parameter groups, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
             )
-        own, chunk = chosen[0], chunk or chosen[0]
+        fastest, chunk = chosen[0], chunk or chosen[0]
 
         groups = []
         for group in chunk_groups(model, deepopt.param_groups(model), tokens=1):
             params = [(n, p) for n, p in group["params"] if known.get(p) in chosen]
             if params:
-                lifetime = group["lifetime"] and group["lifetime"] * chunk // own
-                scaled = {"chunk": group["chunk"] * chunk // own, "lifetime": lifetime}
+                lifetime = group["lifetime"] and group["lifetime"] * chunk // fastest
+                scaled = {"chunk": group["chunk"] * chunk // fastest, "lifetime": lifetime}
                 groups.append({**group, **scaled, "params": params})
         inner = optimizer(groups) if optimizer else deepopt.DeepMomentum(
             groups, lr=LR, weight_decay=0.0
@@ -126,9 +127,9 @@ class Reader:
         self._state: Any = None
         self._fastest = min(self.optimizer.param_groups, key=lambda group: group["chunk"])
         self._losses: list[Tensor] = []
-        # The window that has begun: its summed loss, its tokens, and the positions still to come.
-        self._total: Tensor | None = None
-        self._count = self._left = 0
+        # The window under way: its summed loss, its tokens so far, and the positions still to come.
+        self._loss_sum: Tensor | None = None
+        self._loss_tokens = self._positions_left = 0
 
     @property
     def state(self) -> Any:
@@ -179,19 +180,19 @@ class Reader:
             self.last, tokens = tokens[:, :1], tokens[:, 1:]
             losses.append(torch.full(self.last.shape, torch.nan, device=tokens.device))
         while tokens.numel() and self.last is not None:
-            self._left = self._left or self._window(len(tokens))
-            piece, tokens = tokens[:, : self._left], tokens[:, self._left :]
+            self._positions_left = self._positions_left or self._window(len(tokens))
+            piece, tokens = tokens[:, : self._positions_left], tokens[:, self._positions_left :]
             losses.append(self._predict(torch.cat([self.last, piece[:, :-1]], 1), piece))
             self.last = piece[:, -1:]
-            self._left -= piece.shape[1]
-            if self._left == 0:
+            self._positions_left -= piece.shape[1]
+            if self._positions_left == 0:
                 self._learn()
         found = torch.cat(losses, 1) if losses else torch.zeros(tokens.shape, device=tokens.device)
         self._losses.append(found)
         return found
 
     def _window(self, batch: int) -> int:
-        """Positions up to the end of the chunk, or of an equal part of it that is short enough."""
+        """Positions of the next window: those left in the chunk, or an equal part of them."""
         missing = self._fastest["chunk"] - self._fastest["pending_tokens"]
         positions = -(-missing // batch)
         return -(-positions // -(-positions // WINDOW))
@@ -211,21 +212,21 @@ class Reader:
             raise FloatingPointError(
                 f"the loss is not finite after {self.updates} updates: read with a smaller lr"
             )
-        self._total = flat.sum() if self._total is None else self._total + flat.sum()
-        self._count += targets.numel()
+        self._loss_sum = flat.sum() if self._loss_sum is None else self._loss_sum + flat.sum()
+        self._loss_tokens += targets.numel()
         return flat.detach().view(targets.shape)
 
     def _learn(self) -> None:
         """Gradients of the window, for the levels whose chunk ends and for those that wait."""
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        assert self._total is not None
-        grads = torch.autograd.grad(self._total / self._count, params, allow_unused=True)
+        assert self._loss_sum is not None
+        grads = torch.autograd.grad(self._loss_sum / self._loss_tokens, params, allow_unused=True)
         kept = [param.grad for param in params]
         try:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
             for group in self.optimizer.param_groups:
-                group["tokens"] = self._count
+                group["tokens"] = self._loss_tokens
             with self.optimizer.due() as ends:
                 if ends:
                     self.optimizer.optimizer.step()
@@ -233,7 +234,7 @@ class Reader:
         finally:
             for param, own in zip(params, kept, strict=True):
                 param.grad = own
-        self._state, self._total, self._count = _detached(self._state), None, 0
+        self._state, self._loss_sum, self._loss_tokens = _detached(self._state), None, 0
 
 
 def adapt(

@@ -257,11 +257,11 @@ def _write(
     if exact:
         wanted = tokens.value if linear else tokens.value - tokens.key
         wrote = (tokens.delta.unsqueeze(-2) * wanted).unsqueeze(2)
-    plain = exact or state.s1 is None
+    direct = exact or state.s1 is None  # written at once, not through a momentum
     w1 = _Recurrence(
-        state.w1, start1, None if plain else state.s1,
+        state.w1, start1, None if direct else state.s1,
         _Times._make(None if x is None else x.unsqueeze(2) for x in times), surprise.features,
-        wrote if plain else None, None if plain else wrote,
+        wrote if direct else None, None if direct else wrote,
     )  # fmt: skip
     if erase1 is not None:
         # At the beginning of a chunk the anchor is the running weights: nothing is read twice.
@@ -270,13 +270,13 @@ def _write(
         w1 = w1.erased(erase1.unsqueeze(2), seen)
     if linear:
         return _Chunk(None, w1)
-    plain = state.s2 is None
+    direct = state.s2 is None
     slope = -surprise.slope.flatten(2, 3)
     running = state.w2.flatten(2, 3)
     w2 = _Recurrence(
         running, None if start2 is None else start2.flatten(1, 2),
         None if state.s2 is None else state.s2.flatten(2, 3), times, tokens.key,
-        slope if plain else None, None if plain else slope,
+        slope if direct else None, None if direct else slope,
     )  # fmt: skip
     if erase2 is not None:
         fresh = state.anchor_w2 is state.w2
@@ -332,7 +332,9 @@ def _surprise(state: MemoryState, tokens: Generated, form: Form, floor: float) -
 
 
 class _TimesGeluSlope(torch.autograd.Function):
-    """x * gelu'(h). Torch's own second derivative of gelu takes several times as many passes."""
+    """x * gelu'(h), with a derivative of its own: torch's takes several times as many passes over
+    memory.
+    """
 
     generate_vmap_rule = True
 

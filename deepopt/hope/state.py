@@ -67,9 +67,9 @@ class AttentionState(NamedTuple):
     """The keys and values of the tokens so far; what a softmax layer remembers grows with them.
 
     Attributes:
-        keys: (batch, heads, columns, width), turned by their positions; a key's column is its
-            position, and columns from `positions` on mean nothing.
-        values: the same of values.
+        keys: (batch, heads, columns, width), rotated by their positions. A key's column is its
+            position; what a text has in columns from its `positions` on is undefined.
+        values: the values, in the same layout.
         positions: tokens that every sequence of the batch has seen.
     """
 

@@ -67,7 +67,9 @@ class TrainConfig:
     )
     optimizer: str = field(
         default="DeepMomentum",
-        metadata=about("of deepopt or torch.optim", "The name of the class may be in any case."),
+        metadata=about(
+            "a class of deepopt or torch.optim", "Upper and lower case make no difference."
+        ),
     )
     memory: str | None = field(
         default=None,
@@ -93,7 +95,7 @@ class TrainConfig:
         default=800,
         metadata=about(
             "optimizer steps, with --resume more than before to extend the run",
-            "From there on the rate is that of a run of so many steps.",
+            "The learning rate then goes on as in a run that had this many steps from the start.",
         ),
     )
     batch_size: int = field(default=8, metadata=about("sequences per step"))
@@ -180,7 +182,7 @@ class TrainResult:
         state_floats_per_parameter: the optimizer's state in units of a float32 per parameter.
         model_cpu_seconds: mean of the forward and backward pass over this process's steps except
             the first.
-        optimizer_cpu_seconds: the same of the optimizer's step; both are NaN if there was no step.
+        optimizer_cpu_seconds: the same mean of the optimizer's step; both are NaN without a step.
     """
 
     val_loss: float
