@@ -64,10 +64,10 @@ def gated_delta_rule(
 
     Args:
         q: queries (batch, heads, tokens, d).
-        k: keys, likewise, of norm 1.
-        v: values, likewise.
+        k: keys of norm 1, of the same shape.
+        v: values, of the same shape.
         log_alpha: logarithms of the retentions (batch, heads, tokens).
-        beta: learning rates, likewise.
+        beta: learning rates, (batch, heads, tokens).
         chunk: tokens that are computed at once.
     """
     tokens, width = q.shape[-2:]
@@ -81,7 +81,7 @@ def gated_delta_rule(
     left = (log_b[..., :, None] - log_b[..., None, :]).masked_fill(later, -torch.inf).exp()
     since_start, to_end = log_b.exp()[..., None], (log_b[..., -1:] - log_b).exp()[..., None]
     beta = beta[..., None]
-    system = (beta * k @ k.mT) * left  # the diagonal is taken as ones
+    system = (beta * k @ k.mT) * left  # `unitriangular` takes the diagonal as ones
     written, erased = torch.linalg.solve_triangular(
         system, torch.cat([beta * v, beta * since_start * k], -1), upper=False, unitriangular=True
     ).split(width, -1)

@@ -109,7 +109,8 @@ def attention(config: HopeConfig) -> nn.Module:
 
 
 def hope_attention(config: HopeConfig) -> HopeConfig:
-    """Hope with softmax attention in the place of its memories, as large as with them."""
+    """Hope with softmax attention instead of its memories, and as many parameters as with them."""
+    # The number of parameters is linear in the hidden width, so that two widths determine it.
     wide, wider = (
         dataclasses.replace(config, mixer="attention", cms_expansion=n / config.dim) for n in (1, 2)
     )

@@ -1,8 +1,8 @@
 """Reading a text once, window by window, with weights that may learn from every window read.
 
 A window is predicted first and learned from afterwards. The memories of a Hope carry their state on
-through the whole text. Attention can only be trusted with as much context as it was trained with,
-so that every other model sees the window before and the window itself.
+through the whole text. Attention is unreliable beyond the context that it was trained with, so
+every other model sees two windows: the one before, as context, and the one that is predicted.
 """
 
 import math
@@ -71,8 +71,8 @@ def frozen(model: nn.Module, text: Tensor) -> Tensor:
 def by_levels(model: nn.Module, text: Tensor, optimizer: MakeOptimizer) -> Tensor:
     """The same losses while the CMS levels of a Hope, or the MLPs of a baseline, learn.
 
-    The levels of a Hope learn as `Hope.adapt` has it, the fastest after every window. The MLPs of a
-    baseline become levels of its chunks, by `deepopt.hope.stack_levels`.
+    The levels of a Hope learn as in `Hope.adapt`, the fastest after every window. The MLPs of a
+    baseline become levels with the same chunks, by `deepopt.hope.stack_levels`.
 
     Args:
         model: the model, whose weights change.
@@ -109,7 +109,7 @@ def optimizer_of(
 
     Args:
         model: the model.
-        learning: the parameters that shall learn.
+        learning: the parameters that learn.
         optimizer: makes an optimizer from parameter groups.
         tokens: tokens of a step.
     """
@@ -129,7 +129,7 @@ def second_half(losses: Tensor) -> float:
 def _learning(
     model: nn.Module, text: Tensor, optimizer: MakeOptimizer, learning: set[nn.Parameter]
 ) -> Tensor:
-    """A step after every window for `learning`, or after as many as a level's chunk takes."""
+    """The losses while `learning` takes steps: after every window, levels at a chunk's end."""
     continuum = optimizer_of(model, learning, optimizer, WINDOW * len(text))
     found = []
     for at in range(1, text.shape[1], WINDOW):

@@ -16,14 +16,14 @@ MODELS = (*models.HOPES, *models.BASELINES)
 ABLATED = ("bytes", "recall", *LANGUAGES)
 """Tasks on which the parts of Hope's layer are changed: what the layer can do."""
 SGD_RATES = (1.2e-2, 4e-3, 1.2e-3, 4e-4)
-"""Rates of SGD, whose best is what other optimizers are compared with; on AdamW's scale, as all."""
+"""Rates of SGD, on AdamW's scale like all rates; other optimizers are compared with its best."""
 
 Lines = Mapping[Run, Line]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of the benchmark, or as many of them as a page shows.
+    """The runs of the benchmark, or the part of them that a page shows.
 
     Attributes:
         tasks: names of `TASKS`.
@@ -63,15 +63,20 @@ class Plan:
     def ablations(self, tasks: Sequence[str], parts: Sequence[str], lines: Lines) -> list[Run]:
         """Hope with each of the parts changed, those that a goal looks at with every seed."""
         chosen = [(task, part) for task in tasks if task in ABLATED for part in parts]
-        runs = [self.hope(*pair, lines) for pair in chosen]
-        beside = [run for run, (task, part) in zip(runs, chosen, strict=True)
-                  if part in TASKS[task].beside]  # fmt: skip
+        runs = [self.hope(task, part, lines) for task, part in chosen]
+        beside = [
+            self.hope(task, part, lines) for task, part in chosen if part in TASKS[task].beside
+        ]
         return [*runs, *(again for run in beside for again in self.repeats(run))]
 
     def optimizers(self) -> list[Run]:
         """The default training run with every optimizer of the package, and three of torch's."""
         steps = self.steps or TrainConfig.steps
-        ours = [n for n, cls in optimizers_by_name().items() if cls.__module__[:8] == "deepopt."]
+        ours = [
+            name
+            for name, cls in optimizers_by_name().items()
+            if cls.__module__.startswith("deepopt.")
+        ]
         rates = {"SGD": SGD_RATES, **dict.fromkeys(["AdamW", "Muon", *ours], (TrainConfig.lr,))}
         return [Run("bytes", "Hope", name, lr, 0, steps) for name in rates for lr in rates[name]]
 

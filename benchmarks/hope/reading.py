@@ -17,7 +17,7 @@ GOALS = (Goal("bits per byte that adapt is worth", lambda mean: mean("Hope", "wo
 
 @functools.cache
 def files(length: int) -> list[Tensor]:
-    """The first `length` bytes of every held-out file that has as many, except character tables."""
+    """The first `length` bytes of every held-out file that long, except character tables."""
     found, at = [], 0
     for name, size in corpus().held_out.items():
         if size >= length and not name.startswith("encodings/"):

@@ -15,7 +15,7 @@ from deepopt.hope import HopeConfig
 
 
 def texts(batch: int, tokens: int, pairs: int, vocabulary: int, random: torch.Generator) -> Batch:
-    """Texts (batch, tokens) with so many pairs."""
+    """Texts (batch, tokens) with `pairs` pairs of a key and its value."""
     half, rest = vocabulary // 2, tokens - 2 * pairs
     keys = 1 + torch.rand(batch, half - 1, generator=random).argsort(1)[:, :pairs]
     values = torch.randint(half, vocabulary, (batch, pairs), generator=random)

@@ -154,7 +154,7 @@ def optimizers(plan: Plan, lines: Lines) -> str:
 
 
 def earlier(lines: Lines) -> str:
-    """How many runs were made otherwise than they would be today."""
+    """A sentence that counts the runs made in an earlier setting; empty if there is none."""
     known = [run for run in lines if run.model in NAMES]
     old = [run for run in known if not setting(run).items() <= lines[run].items()]
     if not old:

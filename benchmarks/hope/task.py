@@ -51,8 +51,8 @@ class Task(ABC):
         tokens: tokens of a training sequence.
         metric: the metric that decides between learning rates.
         smaller_is_better: whether less of that metric is better, as with a loss.
-        goals: what the default Hope shall reach.
-        beside: the changed parts of Hope that a goal compares it with, over as many seeds.
+        goals: what the default Hope should reach.
+        beside: the ablations that a goal compares Hope with; they run with every seed, too.
     """
 
     sizes: HopeConfig
@@ -105,7 +105,7 @@ def generator(seed: int | str, step: int) -> torch.Generator:
 
 
 def shrunk(step: int, grows: tuple[int, int, int]) -> int:
-    """How many times shorter the texts of a step are, which double at each of three steps."""
+    """How many times shorter the texts of a step are: 8 at first, halved at each of three steps."""
     return 8 >> sum(step >= grown for grown in grows)
 
 

@@ -98,7 +98,7 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
     Raises:
         FloatingPointError: a loss or the norm of a gradient is not finite.
     """
-    tokens = task.data(run.seed, 0).tokens.numel()  # as many at every step
+    tokens = task.data(run.seed, 0).tokens.numel()  # the same number at every step
     optimizers = build_optimizers(model, run.optimizer, run.lr, WEIGHT_DECAY, None, tokens)
     losses = []
     for step in range(run.steps):

@@ -62,7 +62,7 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0
     momentum: str = ""
-    # Left out of the hash of a configuration: older lines have it without them.
+    # repr=False keeps these out of the configuration's hash: lines from before them stay valid.
     rate_decays: bool = field(default=True, repr=False)
     own_rate: bool = field(default=False, repr=False)
     motion: bool = field(default=False, repr=False)
@@ -134,7 +134,7 @@ def package(contender: str) -> str | None:
     if not dot:
         return None
     if importlib.util.find_spec(name) is None:
-        raise Unavailable(f"{name} has it and is not installed: pip install --no-deps {name}")
+        raise Unavailable(f"it needs {name}, which is not installed: pip install --no-deps {name}")
     return f"{name} {importlib.metadata.version(name)}"
 
 

@@ -50,7 +50,7 @@ def tuned_picture(plan: Tuning, lines: Lines) -> bytes:
 
 
 def profile_picture(profiles: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Shares of workloads within so many times the best time, by unit and optimizer."""
+    """Share of workloads that need at most x times the best time, by unit and optimizer."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, len(profiles), sharey=True, squeeze=False)[0]
     for axes, (unit, found) in zip(panels, profiles.items(), strict=True):

@@ -16,19 +16,21 @@ AUX = (0.5, 1.0, 2.0)
 WEIGHT_DECAYS = (0.0, 0.03, 0.1, 0.3)
 BETAS = (0.9, 0.95)
 WIDENING = 4.0
+"""Ratio of the ends of a range of rates that is added where the best rate is at an end."""
 WIDENINGS = 2
+"""Times that the range of rates is widened at most."""
 NEARBY = 1.5
 """Ratio between the best rate and those tried next to it."""
 FINALISTS = 3
 """Trials that run in full, because at half of the steps a higher rate looks better than it is."""
 BUDGETS = (0.5, 1.5, 2.0)
-"""Steps at which the rivals' loss is measured too, in units of the workload's."""
+"""Numbers of steps at which the rivals' loss is also measured, as multiples of the workload's."""
 BUDGET_SEEDS = 3
 
 THREE_RATES = (3e-4, 1e-3, 3e-3)
 FIVE_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 BESIDE = (0.5, 2.0)
-"""Rates of the swap beside AdamW's best, in its units."""
+"""Rates of the swap besides AdamW's best, as multiples of it."""
 SWAP_DECAY = 0.1
 """The weight decay of the training command."""
 PAIR = ("AdamW", DEFAULT)
@@ -260,7 +262,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Swap:
-    """AdamW's best of five rates, and other optimizers in its place, each otherwise as by default.
+    """Other optimizers instead of AdamW, at its best of five rates and else with their defaults.
 
     1. AdamW at five rates a factor of two apart, with the first seed.
     2. Every optimizer at the best of them, and at the same decay, with every seed.

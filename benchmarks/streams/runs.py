@@ -21,17 +21,17 @@ from deepopt.memory.horizons import HAND_MADE
 
 WARMUP_SHARE = 16
 SIZE = 0.2
-"""The update's root mean square. It is fixed, so that memories of all horizons step equally far."""
+"""Root mean square of an update. It is fixed, so that all memories take steps of the same size."""
 REST_BETA = 0.9
 """AdamW's first beta for heads, embeddings and vectors, whatever memory the matrices have."""
 SLOW = 4
 """Steps of a chunk of the slower level, where there are two."""
 AFTER = 10
-"""Steps that count as those right after a switch, and as those right before one."""
+"""Number of steps that count as right after a switch, and as right before one."""
 RELEARNED = 5
-"""Losses whose mean says whether a regime is relearned."""
+"""Number of consecutive losses whose mean decides whether a regime is relearned."""
 CLOSE = 1.1
-"""A regime is relearned at so many times the loss that it was left with."""
+"""A regime counts as relearned at this multiple of the loss that it was left with."""
 
 MEMORIES: dict[str, AnyMemory | str] = {
     "linear": "linear",
@@ -50,8 +50,8 @@ FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
 class Run:
     """What tells one run from another.
 
-    The optimizer is a name in ``MEMORIES`` or ``ORACLES``, "trained 0.5" or the like, "M3",
-    "Continuum" or "AdamW".
+    The optimizer is a name in ``MEMORIES`` or ``ORACLES``, "trained 0.5" (a folder of ``FOUND``),
+    "M3", "Continuum" or "AdamW".
     """
 
     task: str
@@ -131,19 +131,19 @@ def returned(task: Task, losses: Sequence[float]) -> dict[str, float]:
     it was; a regime that is not relearned while its visit lasts counts with the whole visit.
     """
     forgotten, relearned = [], []
-    for back in range(0, task.steps, task.period):
-        left = back - task.period * (task.regimes - 1)
-        if back < task.steps // 2 or left <= 0:
+    for start in range(0, task.steps, task.period):
+        last_end = start - task.period * (task.regimes - 1)  # of the same regime's visit before
+        if start < task.steps // 2 or last_end <= 0:
             continue
-        before = statistics.fmean(losses[max(0, left - AFTER) : left])
-        visit = losses[back : back + task.period]
-        again = (
+        before = statistics.fmean(losses[max(0, last_end - AFTER) : last_end])
+        visit = losses[start : start + task.period]
+        relearned_at = (
             x
             for x in range(len(visit) - RELEARNED + 1)
             if statistics.fmean(visit[x : x + RELEARNED]) <= CLOSE * before
         )
         forgotten.append(visit[0] - before)
-        relearned.append(next(again, len(visit)))
+        relearned.append(next(relearned_at, len(visit)))
     if not forgotten:
         return {}
     return {"forgotten": statistics.fmean(forgotten), "relearned": statistics.fmean(relearned)}

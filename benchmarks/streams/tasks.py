@@ -35,10 +35,10 @@ class Task:
         data: the batch of a seed and a step, a function of the two alone.
         model: makes the untrained model.
         loss: of the model on a batch.
-        period: steps of a regime before the next one; 0 where there is one alone.
-        regimes: how many take turns.
+        period: steps of a regime before the next one; 0 where nothing switches.
+        regimes: the number of regimes that take turns.
         steps: optimizer steps of a run.
-        aux: the learning rate of embeddings, heads and vectors.
+        aux: the learning rate of embeddings, heads and vectors, whatever the matrices' is.
         rates: learning rates of the matrices that every optimizer is tried at.
         held_out: the loss after training where the rate decays to zero; None for a stream, which
             has a constant rate and is measured while it is learned.
@@ -61,8 +61,8 @@ class Task:
 def english() -> Tensor:
     """The language reference that every Python carries for ``help()``, as bytes.
 
-    Letters are moved on by 13, because plain English shares so many words with the sources that
-    there would be little to relearn.
+    Letters are shifted by 13 (ROT13): plain English shares many words with the sources, and would
+    leave little to relearn.
     """
     topics = pydoc_data.topics.topics
     text = codecs.encode("\n".join(topics[name] for name in sorted(topics)), "rot13")
