@@ -152,7 +152,8 @@ def test_an_optimizer_whose_package_is_absent_is_skipped_visibly_with_the_way_to
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["--tier", "rates", "--optimizers", OURS, "Lion", "--out", str(tmp_path)]
     assert main([*arguments, "--jobs", "1"]) == 0
-    assert "skipped: Lion: it needs pytorch_optimizer, which is not installed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "skipped: Lion: it needs pytorch_optimizer, which is not installed" in said
     assert {line["contender"] for line in lines(tmp_path)} == {"AdamW", OURS}
     assert "pip install --no-deps pytorch_optimizer |" in (tmp_path / "quality.md").read_text()
 
