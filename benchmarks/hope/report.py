@@ -208,9 +208,13 @@ def report(plan: Plan, lines: Lines, command: str) -> str:
         "## Optimizers",
         f"The default training run of Hope ({plan.optimizers()[0].steps} steps on bytes, seed 0) "
         "with each optimizer of the package. Learning rates are on AdamW's scale "
-        "(`deepopt.hope.optimizers.RATES`). *Against SGD*: less the bits per byte of SGD with "
-        "momentum 0.9 at its best rate.",
+        "(`deepopt.hope.optimizers.RATES`). Embeddings, norms, biases and the head take AdamW, "
+        "except with SGD, which steps everything. *Against SGD*: less the bits per byte of SGD, "
+        "with momentum 0.9, at its best rate.",
         optimizers(plan, lines),
+        "PreconditionedMomentum and DeltaMomentum are SGD's rule on the matrices, with another "
+        "weight for each row and with an erase term. DeltaGradientDescent has no momentum, as in "
+        "the paper.",
     ]
     return "\n\n".join(page) + "\n"
 

@@ -19,7 +19,7 @@ RATES = {
     "DMGD": 0.5,
 }
 """Learning rates relative to AdamW's, for optimizers whose updates are as large as the gradient,
-and for DMGD, whose updates are as large as AdamW's largest (``docs/results/optimizers.md``)."""
+and for DMGD, whose updates are as large as AdamW's largest (``docs/results/hope.md``)."""
 
 TORCH_KEYS = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
 """The entries of a group that torch's Muon and the AdamW beside it take."""
