@@ -22,6 +22,8 @@ from deepopt.memory.horizons import HAND_MADE
 WARMUP_SHARE = 16
 SIZE = 0.2
 """Root mean square of an update. It is fixed, so that all memories take steps of the same size."""
+OWN_SIZE = ", own size"
+"""How names end whose updates have the size that DeepMomentum gives them by default."""
 REST_BETA = 0.9
 """AdamW's first beta for heads, embeddings and vectors, whatever memory the matrices have."""
 SLOW = 4
@@ -50,8 +52,8 @@ FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
 class Run:
     """What tells one run from another.
 
-    The optimizer is a name in ``MEMORIES`` or ``ORACLES``, "trained 0.5" (a folder of ``FOUND``),
-    "M3", "Continuum" or "AdamW".
+    The optimizer is a name in ``MEMORIES``, with or without ``OWN_SIZE``, or in ``ORACLES``,
+    "trained 0.5" (a folder of ``FOUND``), "M3", "Continuum" or "AdamW".
     """
 
     task: str
@@ -70,7 +72,7 @@ def memory(run: Run) -> AnyMemory | str:
     if name in ORACLES:
         return Oracle(task.period, task.regimes, by_step=name == ORACLES[1])
     if not name.startswith("trained "):
-        return MEMORIES[name]
+        return MEMORIES[name.removesuffix(OWN_SIZE)]
     found = json.loads((FOUND / name.removeprefix("trained ") / "phi.json").read_text())
     return Horizons(tuple(found["time_scales"]), found["phi"])
 
@@ -89,7 +91,8 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     if run.optimizer == "Continuum":
         levels = [part for group in groups for part in by_frequency(group)]
         return deepopt.Continuum(deepopt.DeepMomentum(levels, memory="linear", update_rms=SIZE))
-    return deepopt.DeepMomentum(groups, memory=memory(run), update_rms=SIZE)
+    size = None if run.optimizer.endswith(OWN_SIZE) else SIZE
+    return deepopt.DeepMomentum(groups, memory=memory(run), update_rms=size)
 
 
 def by_frequency(group: dict[str, Any]) -> list[dict[str, Any]]:

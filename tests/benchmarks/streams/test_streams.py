@@ -120,6 +120,14 @@ def test_a_regime_that_has_not_come_back_has_nothing_forgotten():
     assert runs.returned(task, [1.0] * 100) == {}
 
 
+@pytest.mark.parametrize(("name", "size"), [("delta", 0.2), ("delta, own size", None)])
+def test_updates_have_a_fixed_size_unless_the_name_says_own_size(name, size):
+    run = Run("regimes", name, 0.5, 0.01, 0)
+    optimizer = runs.build(run, TASKS["regimes"].model())
+    assert {group["update_rms"] for group in optimizer.param_groups} == {size}
+    assert {group["memory"] for group in optimizer.param_groups} == {"delta"}
+
+
 @pytest.mark.usefixtures("short")
 def test_a_run_that_has_a_line_is_not_repeated_and_the_tables_show_it(tmp_path, monkeypatch):
     arguments = ["benchmarks", "streams", "--out", str(tmp_path), "--tasks", "regimes"]
