@@ -145,7 +145,7 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
         if _is_intact(content) is False:
             raise ValueError(f"{WEIGHTS_FILE} differs from its checksum")
         weights = safetensors.torch.load(content)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:  # deep nesting, the last
         raise ValueError(f"{folder} is damaged ({error}): write or copy it again") from error
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else config

@@ -75,6 +75,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     accepts_loss_kwargs = False
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _is_stateful = True  # a state cannot be rolled back, as assisted decoding needs
 
     def __init__(self, config: HopePretrainedConfig) -> None:
@@ -88,6 +89,17 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `state` is this model's cache
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.model.config.recompute
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """The backward pass recomputes blocks, as with `HopeConfig(recompute=True)`."""
+        self.model.config = dataclasses.replace(self.model.config, recompute=True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.config = dataclasses.replace(self.model.config, recompute=False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

@@ -122,9 +122,10 @@ def test_what_does_not_fit_is_named(tmp_path):
     write(model_type="llama")
     with pytest.raises(ValueError, match="a model of type 'llama': must be 'deepopt_hope'"):
         Hope.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        Hope.from_pretrained(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="is damaged"):
+            Hope.from_pretrained(tmp_path)
 
 
 @pytest.fixture

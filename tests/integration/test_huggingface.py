@@ -136,6 +136,29 @@ def test_a_tuple_is_returned_where_it_is_asked_for(hope, tokens, tmp_path):
     assert loss.ndim == 0
 
 
+def test_gradient_checkpointing_recomputes_the_blocks_with_equal_gradients(hope, tokens, tmp_path):
+    hope.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ran = []
+    model.model.blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+
+    def gradients():
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        return [param.grad.clone() for param in model.parameters()]
+
+    kept = gradients()
+    assert len(ran) == 1
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(), kept)
+    assert len(ran) == 3
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    gradients()
+    assert len(ran) == 4
+
+
 def test_trainer_trains_it(hope, tmp_path):
     hope.save_pretrained(tmp_path / "start")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -145,7 +168,7 @@ def test_trainer_trains_it(hope, tmp_path):
     optimizer = Continuum(deepopt.DeepMomentum(groups, lr=3e-2))
     args = transformers.TrainingArguments(
         tmp_path / "run", per_device_train_batch_size=4, num_train_epochs=6, save_strategy="no",
-        report_to=[], logging_steps=1, use_cpu=True, disable_tqdm=True,
+        report_to=[], logging_steps=1, use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
     )  # fmt: skip
     trainer = transformers.Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
     trainer.train()
