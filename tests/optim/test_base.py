@@ -224,7 +224,10 @@ def test_parameters_stepped_before_a_memory_fails_have_had_a_whole_step():
             "state 'n' must",
         ),
         ({"init": lambda self, like: {"momentum": torch.zeros(5)}}, "leading size 1"),
-        ({"read": lambda self, state, grad, retention: grad.mT}, r"shape \(1, 32, 24\) for"),
+        (
+            {"read": lambda self, state, grad, retention: grad.mT},
+            r"shape \(1, 32, 24\) and torch\.float32 for",
+        ),
         (
             {"write": lambda self, state, grad, retention: state.update(momentum=grad[:, :1])},
             "cannot become one of",
