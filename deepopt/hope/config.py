@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from deepopt.hope.cms import VARIANTS, check_chunks
@@ -161,9 +161,10 @@ class HopeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be an int of at least 1")
-        for name in ("per_channel", "momentum", "projections", "turns", "recompute"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        for flag in fields(self):
+            value = getattr(self, flag.name)
+            if isinstance(flag.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{flag.name}={value!r}: must be True or False")
         if self.dim % self.heads:
             raise ValueError(
                 f"dim={self.dim}: must be a multiple of heads={self.heads}, so that heads are equal"

@@ -288,7 +288,8 @@ class Hope(nn.Module):
                 f"state has {len(state.blocks)} blocks: must have one for each of the "
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
-        expected = self.initial_state(1).blocks[0]  # all blocks have the same sizes
+        expected = cast(HopeBlock, self.blocks[0]).mixer.initial_state(1)  # all are of its sizes
+        ours = expected.sizes
         for block in state.blocks:
             if type(block) is not type(expected):
                 raise ValueError(
@@ -296,8 +297,7 @@ class Hope(nn.Module):
                     f"{type(expected).__name__}: give the state of a model with the same mixer"
                 )
             # Other sizes need not fail: without a momentum in the state, none would be computed.
-            theirs, ours = block.sizes, expected.sizes
-            if theirs != ours:
+            if (theirs := block.sizes) != ours:
                 name = next(name for name in ours if theirs[name] != ours[name])
                 raise ValueError(
                     f"state has {name} of size {theirs[name]}, the model's has {ours[name]}: give "

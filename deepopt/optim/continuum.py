@@ -239,11 +239,18 @@ class Continuum(Optimizer):
         self.pending = pending
         for group, count, tokens in counts:
             group.update(pending_steps=count, pending_tokens=tokens)
-            if group["lifetime"] is not None and _lifetime_is_over(group):
-                self._reset(group)
+            if group["lifetime"] is not None:
+                self._age(group)
 
-    def _reset(self, group: Group) -> None:
-        """Set the parameters to zero, and drop the gradients that their old values had."""
+    def _age(self, group: Group) -> None:
+        """Count a step's tokens, and reset the parameters when their lifetime is over.
+
+        The pending gradients go too: the old values had them.
+        """
+        lived = group["lived_tokens"] + group["tokens"]
+        group["lived_tokens"] = lived % group["lifetime"]
+        if lived < group["lifetime"]:
+            return
         with torch.no_grad():
             for param in group["params"]:
                 param.zero_()
@@ -378,13 +385,6 @@ def _check(group: Group) -> None:
             )
     if group["reduce"] not in REDUCTIONS:
         raise ValueError(f"Invalid reduce: {group['reduce']!r}; choose from {REDUCTIONS}")
-
-
-def _lifetime_is_over(group: Group) -> bool:
-    """Count a step's tokens; whether the lifetime has ended with them."""
-    lived = group["lived_tokens"] + group["tokens"]
-    group["lived_tokens"] = lived % group["lifetime"]
-    return bool(lived >= group["lifetime"])
 
 
 def _plus(pending: Tensor | None, param: Tensor, group: Group) -> Tensor | None:

@@ -17,7 +17,7 @@ needs_kernel = pytest.mark.skipif("cpu" not in delta_write.implementations, reas
 
 
 def rounding(shape):
-    """Of a product of two numbers, and of the sums of as many as sides are long in float32."""
+    """The relative error of a product of matrices, in the dtype that the kernel multiplies in."""
     rounded = min(shape[-2:]) >= SHORTEST and multiplies_bfloat16()
     return 2.0**-8 if rounded else 2.0**-24 * max(shape[-2:])
 

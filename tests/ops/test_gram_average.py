@@ -7,7 +7,7 @@ from deepopt.ops import backend, gram_average
 
 BACKENDS = ["reference", "automatic"]
 ROUNDING = 2.0**-8
-"""Of an operand in bfloat16, relative."""
+"""The relative rounding error of an operand in bfloat16."""
 
 
 def run(name, *args):

@@ -81,7 +81,7 @@ def exact(matrix, coefficients):
 
 
 def deviation(found, matrix, coefficients):
-    """Of singular values, the largest, and of the matrix, relative to its norm."""
+    """The largest error of a singular value, and the error of the matrix relative to its norm."""
     expected, values = exact(matrix, coefficients)
     found = found.double()
     of_values = (torch.linalg.svdvals(found) - values).abs().max()

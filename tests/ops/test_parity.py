@@ -245,7 +245,7 @@ def rounding_arguments(shape: Shape, params: list[Tensor]) -> tuple[list[Tensor]
 
 
 def parameters(shape: Shape) -> list[Tensor]:
-    """Of many kinds: the drawn one, a scalar, an empty one, and some of other strides."""
+    """Parameters of many kinds: the drawn one, a scalar, an empty one, some of other strides."""
     first = shape.matrices(shape.dtype)
     more = [shape.normal(size).to(shape.dtype) for size in (1, 5, 16)]
     return [first, *more, torch.zeros(0, 3, dtype=shape.dtype), shape.normal().to(shape.dtype)]

@@ -34,7 +34,7 @@ def found(tmp_path_factory):
 
 
 def share(pieces, grain):
-    """Of the ideal speed-up, with equal pieces: each of torch's threads takes one stretch."""
+    """The share of the ideal speed-up, if pieces are equal and every thread takes one stretch."""
     used = min(THREADS, -(-pieces // max(1, grain)))
     return pieces / (-(-pieces // used) * THREADS)
 

@@ -163,7 +163,7 @@ def test_gram_average_is_that_of_rounded_keys(shape):
 @pytest.mark.parametrize("power", [0.5, 0.25])
 @pytest.mark.parametrize("rank", [10, 60])
 def test_roots_are_those_of_eigenvalues(power, rank):
-    """Of a Gram matrix in float32, whose rounding bounds what any method can tell of small ones."""
+    """The Gram matrix is in float32: its rounding bounds what any method knows of small values."""
     factor = torch.randn(1, 34, rank)
     gram = factor @ factor.mT
     found = on_covariance.inverse_power(gram, power, 1e-6)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DTYPE = operator.attrgetter("dtype")
 KEYS = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.empty(0, device="meta"))
-"""The tensors of a state, by name; the values are placeholders, as shapes differ by parameter."""
+"""The tensors of a state, by name. Only the names count, because shapes differ by parameter."""
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

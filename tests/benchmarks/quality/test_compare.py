@@ -10,7 +10,7 @@ HERE = {"config": "c", "data": "d", "torch": "2", "python": "3"}
 
 
 def lines(losses, **circumstances):
-    """Of one setting, by seed."""
+    """Lines of one setting with these losses, by seed."""
     runs = {Run("friedman", "AdamW", Setting(1e-3), seed, 10): x for seed, x in enumerate(losses)}
     return {r: {**HERE, **circumstances, "metrics": {"val_loss": x}} for r, x in runs.items()}
 

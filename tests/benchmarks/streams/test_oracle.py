@@ -13,7 +13,8 @@ def reads(memory, grads):
     """What the memory reads at every step."""
     state = memory.init(grads[0])
     found = []
-    for grad in grads:
+    for step, grad in enumerate(grads, 1):
+        state["step"] = torch.full((len(grad),), float(step))  # as the optimizer adds it
         memory.write(state, grad, BETA)
         found.append(memory.read(state, grad, BETA).clone())
     return found
