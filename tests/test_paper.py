@@ -10,6 +10,7 @@ import deepopt
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text()
+ROWS = re.findall(r"^\| (?:Eq|Alg).*$", PAGE, re.MULTILINE)
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)))
 
 
@@ -24,6 +25,21 @@ def test_the_page_names_tests_and_every_class_of_the_package():
     assert len(NAMED) > 30
     for entry in deepopt.optimizers().values():
         assert f"`{entry.cls.__name__}(" in PAGE or f"`{entry.cls.__name__}`" in PAGE
+
+
+def named_in(text):
+    """The numbers of the equations that a text names, "Eq 7 to Eq 9" as three."""
+    ranges = re.findall(r"Eq (\d+)(?:\s+to\s+Eq (\d+))?", text)
+    return {
+        number for first, last in ranges for number in range(int(first), int(last or first) + 1)
+    }
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "](../" in row])
+def test_the_first_file_of_a_row_names_all_of_its_equations(row):
+    equations, _, _, code, *_ = row.split(" | ")
+    file = re.search(r"\]\(\.\./([\w/.]+)\)", code)[1]
+    assert named_in(equations) <= named_in((ROOT / file).read_text()), file
 
 
 def test_the_page_explains_every_erratum_that_it_cites():

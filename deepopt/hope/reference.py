@@ -1,6 +1,7 @@
 """Self-modifying memories token by token: the slow, obvious form of `deepopt.hope.scan`.
 
-The inner gradients are left to autograd. Read it beside the equations of `deepopt.hope.memory`.
+The inner gradients of Eq 84 to Eq 88, and of Eq 92 and Eq 93, are left to autograd. Read it beside
+the equations of `deepopt.hope.memory`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Associative memories of the gradient stream: what a momentum is, as pure functions of tensors.
+"""Associative memories (Eq 6) of the gradient stream: a momentum as pure functions of tensors.
 
 A memory knows no optimizer, no parameter group and no schedule. To try your own, write the three
 methods of :class:`Memory`, or the two of :class:`OnePass`, and pass the object to

@@ -1,4 +1,4 @@
-"""The linear memory: momentum as the paper finds it (Eq 10 to Eq 13, Eq 33, Eq 34)."""
+"""The linear memory: momentum as the paper finds it (Eq 10 to Eq 13, Eq 33, Eq 34, Eq 45)."""
 
 from dataclasses import dataclass
 

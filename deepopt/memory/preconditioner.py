@@ -1,4 +1,5 @@
-"""Preconditioners: the P of P g, which a momentum is written with instead of g (Eq 47).
+"""Preconditioners: the P of P g, which a momentum is written with instead of g (Eq 38 to
+Eq 41, Eq 47).
 
 In the paper P is a rows x rows matrix, which acts from the left; the paper gives no choice of it.
 The built-in ones are inverse roots of the running Gram matrix of the gradient's rows, L = E G Gᵀ,

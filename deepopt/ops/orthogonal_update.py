@@ -1,4 +1,4 @@
-"""From a momentum to an update: Newton-Schulz, and the size of the result (Eq 52).
+"""From a momentum to an update: Newton-Schulz, and the size of the result (Eq 42, Eq 52).
 
 ``orthogonal_update`` is both in one operator, ``scale_update`` is the second half alone.
 """

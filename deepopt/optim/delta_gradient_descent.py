@@ -1,4 +1,9 @@
-"""DeltaGradientDescent: gradient descent that erases what the present inputs recall."""
+"""DeltaGradientDescent: gradient descent that erases what the present inputs recall.
+
+Plain gradient descent (Eq 7 to Eq 9, Eq 29 to Eq 31) adds the outer product of a local error and a
+layer's input to the weight. Here the weight is regressed on its inputs (Eq 54 to Eq 58, Eq 112 to
+Eq 121): see ``_toward_regression``.
+"""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal

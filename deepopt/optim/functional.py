@@ -1,4 +1,7 @@
-"""Optimizers as pure functions, for loops of one's own and for derivatives through them."""
+"""Optimizers as pure functions, for loops of one's own and for derivatives through them.
+
+Such derivatives are how one level can learn what another begins with (Eq 24 to Eq 28).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
