@@ -1,4 +1,4 @@
-"""Continuum memory system: MLPs that learn at different frequencies (Eq 70 to Eq 74).
+"""Continuum memory system: MLPs that learn at different frequencies (Eq 70, Eq 72, Eq 73, Eq 74).
 
 A *level* is an MLP with a chunk of C tokens: it learns once per C tokens, from the mean gradient of
 the task's loss over them, and rests in between (Eq 71). `CMS` is the module; `stack_levels` turns

@@ -1,7 +1,8 @@
 """Self-modifying memories token by token: the slow, obvious form of `deepopt.hope.scan`.
 
-The inner gradients of Eq 84 to Eq 88, and of Eq 92 and Eq 93, are left to autograd. Read it beside
-the equations of `deepopt.hope.memory`.
+The inner gradients (Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, with the dot product Eq 92, of a linear
+memory Eq 93) are taken at an anchor (Eq 90) and left to autograd. Read it beside the equations of
+`deepopt.hope.memory`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def write(
             return -(eta * found * value_hat).sum()
         return 0.5 * (eta * (found - value_hat).square()).sum()
 
+    # Eq 90: at the anchor, and not at the running weights.
     grad2, grad1 = torch.func.grad(objective, (0, 1))(state.anchor_w2, state.anchor_w1)
     wrote2, wrote1 = -grad2, -grad1
     momentum1 = True

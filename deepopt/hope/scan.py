@@ -39,9 +39,10 @@ def self_modifying(
     position: int = 0,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState, MemoryState]:
-    """Reads and writes of all memories over some tokens, chunk by chunk: Eq 83 to Eq 91.
+    """Reads and writes of all memories over some tokens, chunk by chunk (Eq 83 and on).
 
-    The anchor moves to the running weights at the start of every chunk (Eq 90).
+    The anchor, at which `_surprise` takes all gradients of a chunk, moves to the running weights at
+    the start of the next one (Eq 90; the printed one lies in the future, E29 of docs/paper.md).
 
     Args:
         inputs: what the memories see, (batch, heads, d, tokens) each.
@@ -70,7 +71,7 @@ def self_modifying(
         if (position + start) % form.memory_chunk == 0:
             memory = memory.anchored(begins)
         tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
-        times = _times(tokens.log_alpha, gates.theta, now)
+        times = _chunk_weights(tokens.log_alpha, gates.theta, now)
         generating = _write(generators, initial.generators, tokens, times, form, True)
         answering = _write(memory, initial.memory, tokens, times, form, False)
         outputs.append(answering.read(seen.query, form.memory_floor))
@@ -79,7 +80,7 @@ def self_modifying(
     return torch.cat(outputs, -1), generators, memory
 
 
-class _Times(NamedTuple):
+class _ChunkWeights(NamedTuple):
     """Weights, at the times t = 0..C of a chunk, of what was there and of what tokens write.
 
     Attributes:
@@ -99,7 +100,7 @@ class _Times(NamedTuple):
     momentum: Tensor | None
 
 
-def _times(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None) -> _Times:
+def _chunk_weights(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None) -> _ChunkWeights:
     """The weights of a chunk with log retentions (batch, heads, C) and logits theta (heads,)."""
     count = log_alpha.shape[-1]
     log_b = F.pad(log_alpha.cumsum(-1), (1, 0))
@@ -109,7 +110,7 @@ def _times(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None) -> _Ti
     written = _weights(log_b, later)
     kept, pulled = log_b.exp(), -torch.expm1(log_b)
     if theta is None:
-        return _Times(kept, pulled, written, None, None, None)
+        return _ChunkWeights(kept, pulled, written, None, None, None)
     log_theta = F.logsigmoid(theta)[:, None].expand_as(log_alpha)
     there = (
         torch.ones_like(log_alpha) if valid is None else valid.to(log_alpha).expand_as(log_alpha)
@@ -120,7 +121,7 @@ def _times(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None) -> _Ti
     first = there * log_p[..., 1:].exp()
     summed = (first.unsqueeze(-2) @ written).squeeze(-2)
     momentum = torch.cat([log_p[..., -1:].exp(), _weights(log_p, later)[..., -1]], -1)
-    return _Times(kept, pulled, written, summed, through @ written, momentum)
+    return _ChunkWeights(kept, pulled, written, summed, through @ written, momentum)
 
 
 def _weights(log_b: Tensor, later: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class _Recurrence(NamedTuple):
     start: Tensor
     initial: Tensor | None
     momentum: Tensor | None
-    times: _Times
+    times: _ChunkWeights
     key: Tensor
     written: Tensor | None
     gradient: Tensor | None
@@ -243,7 +244,7 @@ def _write(
     state: MemoryState,
     initial: Weights | None,
     tokens: Generated,
-    times: _Times,
+    times: _ChunkWeights,
     form: Form,
     generating: bool,
 ) -> _Chunk:
@@ -260,8 +261,8 @@ def _write(
     direct = exact or state.s1 is None  # written at once, not through a momentum
     w1 = _Recurrence(
         state.w1, start1, None if direct else state.s1,
-        _Times._make(None if x is None else x.unsqueeze(2) for x in times), surprise.features,
-        wrote if direct else None, None if direct else wrote,
+        _ChunkWeights._make(None if x is None else x.unsqueeze(2) for x in times),
+        surprise.features, wrote if direct else None, None if direct else wrote,
     )  # fmt: skip
     if erase1 is not None:
         # At the beginning of a chunk the anchor is the running weights: nothing is read twice.
@@ -304,6 +305,7 @@ class _Surprise(NamedTuple):
 
 
 def _surprise(state: MemoryState, tokens: Generated, form: Form, floor: float) -> _Surprise:
+    """Gradients of the inner objective at the anchor (Eq 90), by hand."""
     w2, w1 = state.anchor_w2, state.anchor_w1
     count, hidden = w2.shape[-3:-1]
     key, value, eta = (x.unsqueeze(2) for x in (tokens.key, tokens.value, tokens.eta))

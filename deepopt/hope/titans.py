@@ -1,4 +1,4 @@
-"""Self-modifying Titans: the sequence mixer of Hope (Eq 83 to Eq 91, Eq 94)."""
+"""Self-modifying Titans: the sequence mixer of Hope (Eq 83, Eq 94)."""
 
 from __future__ import annotations
 

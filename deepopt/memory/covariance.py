@@ -1,4 +1,4 @@
-"""A linear memory read through the memory of the gradient's covariance (Eq 106 to Eq 111)."""
+"""A linear memory read through the memory of the gradient's covariance (Eq 106, Eq 111)."""
 
 import math
 from dataclasses import dataclass

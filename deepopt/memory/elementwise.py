@@ -1,4 +1,8 @@
-"""Adam and AdaGrad as optimal memories of the gradient stream (App. B, Eq 100 to Eq 111)."""
+"""Adam and AdaGrad as optimal memories of the gradient stream (App. B).
+
+Eq 100, Eq 101, Eq 102, Eq 103, Eq 104, Eq 105 are element-wise; Eq 106, Eq 107, Eq 108, Eq 109,
+Eq 110, Eq 111 are the same with outer products.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -103,7 +107,7 @@ class OuterProduct:
     .. math::
         H = \sum_i g_i g_i^\top, \quad P = H^{1/2}, \qquad
         m^* = (H + \varepsilon P)^{-1} P\, S = (H^{1/2} + \varepsilon I)^{-1} S
-        \qquad\text{(Eq 106 to Eq 111)}
+        \qquad\text{(Eq 106, Eq 107, Eq 108, Eq 109, Eq 110, Eq 111)}
 
     The paper prints :math:`\|m g_i - P\|^2`, whose shapes do not agree; m* minimizes
     :math:`\frac12 m^\top (H + \varepsilon P)\, m - m^\top P S`, which is Eq 101 without its

@@ -1,4 +1,7 @@
-"""The linear memory: momentum as the paper finds it (Eq 10 to Eq 13, Eq 33, Eq 34, Eq 45)."""
+"""The linear memory: momentum as the paper finds it (Eq 10, Eq 11, Eq 12, Eq 13, Eq 33, Eq 34).
+
+Eq 45 shows what it forgets.
+"""
 
 from dataclasses import dataclass
 

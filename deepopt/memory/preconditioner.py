@@ -1,6 +1,6 @@
-"""Preconditioners: the P of P g, which a momentum is written with instead of g (Eq 38 to
-Eq 41, Eq 47).
+"""Preconditioners: the P of P g, which replaces g in a momentum (Eq 47).
 
+The paper finds P by gradient steps (Eq 38, Eq 39, Eq 40, Eq 41); here it is given.
 In the paper P is a rows x rows matrix, which acts from the left; the paper gives no choice of it.
 The built-in ones are inverse roots of the running Gram matrix of the gradient's rows, L = E G Gᵀ,
 in the manner of the paper's Appendix B. They turn a gradient and keep its Frobenius norm, so that a

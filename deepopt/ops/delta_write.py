@@ -72,6 +72,7 @@ def delta_write(
     cut, bound = counted / scale, root * counted
     norm = running_root(norm, bound, 0.1)
     ratio = (counted / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
+    # E = eta M KᵀK, where KᵀK = ratio keysᵀ keys, and M = momentum.
     # Products of a huge momentum would overflow before the small ratio brings them back.
     size = frobenius(momentum)
     unit = torch.where(size > 2.0**64, 2.0**-64, 1.0).to(grad.dtype)
@@ -80,6 +81,7 @@ def delta_write(
     erased = erased * (rate * ratio / unit)[:, None, None]
     # The share is at most the rate; clamped norms at the end of the range may say otherwise.
     share = (frobenius(erased) / size.clamp_min(info.tiny)).clamp_max(rate)
+    # beta M - E, and (1 - beta) G
     kept, fresh = retention * momentum - erased, ((1 - retention) * cut)[:, None, None] * grad
     gain = (1 + erasure / (1 - retention))[:, None, None]
     ahead = gain * (retention * (kept - erased) + (1 + retention) * fresh)

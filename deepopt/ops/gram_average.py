@@ -1,4 +1,4 @@
-"""The running Gram matrices of the covariance memory: Eq 106 to Eq 111 for rows and columns."""
+"""The running Gram matrices of the covariance memory: Eq 106, Eq 107 for rows and columns."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Negative fractional powers of Gram matrices (Eq 106 to Eq 111 with a free power)."""
+"""Negative fractional powers of Gram matrices (Eq 110, Eq 111 with a free power)."""
 
 import functools
 from collections.abc import Callable, Sequence

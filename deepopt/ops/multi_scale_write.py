@@ -1,4 +1,7 @@
-"""The write of M3's memory (Alg. 1, Eq 75, as settled): both momenta in one pass."""
+"""The write of M3's memory: both momenta in one pass (Alg. 1, Eq 75).
+
+The paper prints sums; these are averages (E18 to E20 of docs/paper.md).
+"""
 
 import torch
 from torch import Tensor
@@ -54,7 +57,7 @@ def multi_scale_write(
     Raises:
         RuntimeError: (from kernels) tensors that do not fit each other.
     """
-    ended = torch.floor((step - 1) / slow_chunk)
+    ended = torch.floor((step - 1) / slow_chunk)  # k, the chunks that have ended
     slow_retention = (ended / (ended + FARTHEST)).clamp_max(beta3)
     decay = torch.where((step - 1) % slow_chunk == 0, slow_retention, 1.0)
     share = (1 - slow_retention) / slow_chunk

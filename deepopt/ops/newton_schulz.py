@@ -59,14 +59,14 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
         a, b, c = coefficients[step]
         gram = x @ x.mT
         factor = _quadratic(gram, b, c)
-        if long and steps >= 5 and step in (0, steps - 2):
+        if long and steps >= 5 and step in (0, steps - 2):  # two steps from one Gram matrix
             product = torch.baddbmm(gram, factor, gram, beta=a)
             gram = torch.baddbmm(product, factor, product, beta=a)
             step += 1
             following = _quadratic(gram, *coefficients[step][1:])
             following.diagonal(dim1=-2, dim2=-1).add_(coefficients[step][0])
             x = torch.baddbmm(following, following, factor, beta=a) @ x
-        else:
+        else:  # X <- a X + (b G + c G²) X
             x = torch.baddbmm(x, factor, x, beta=a)
         step += 1
     x = x.reshape(shape).to(matrices.dtype)

@@ -242,7 +242,8 @@ def orthogonal_update(
 ) -> list[Tensor]:
     """:func:`deepopt.ops.newton_schulz` of a momentum, then :func:`deepopt.ops.scale_update`.
 
-    One operator for both needs no memory between them: kernels scale in place.
+    In Eq 52, W <- W + σ(m(u)), σ is Newton-Schulz and m(u) is ``scale.momentum``; the size of the
+    result is ours. One operator for both needs no memory between them: kernels scale in place.
 
     Args:
         coefficients, dtype: as for ``newton_schulz``.

@@ -2,8 +2,8 @@
 
 A subclass says in :meth:`MemoryOptimizer._memory` which memory gradients are written into, and in
 :meth:`MemoryOptimizer._output_map` which map turns what the memory recalls into an update.
-``checkpoint.py`` saves and loads; ``engine/`` batches the step. In the paper's words, memories are a
-faster level inside the one that learns the weights (Eq 19, Eq 20, Eq 98, Eq 99).
+``checkpoint.py`` saves and loads; ``engine/`` batches the step. In the paper's words, memories are
+a faster level inside the one that learns the weights (Eq 19, Eq 20, Eq 98, Eq 99).
 
 A gradient on the matrix path goes through these functions, in this order: ``step``, ``_buckets``
 (which parameters are stepped together), ``_step_buckets``, ``_step_matrices``, ``_updates`` (their

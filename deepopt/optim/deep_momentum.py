@@ -13,7 +13,7 @@ from deepopt.optim.output_map import Orthogonal, OutputMap
 
 
 class DeepMomentum(MemoryOptimizer):
-    r"""Drop-in replacement of AdamW whose momentum is an associative memory (Eq 33 to Eq 52).
+    r"""Drop-in replacement of AdamW whose momentum is an associative memory (Eq 33, Eq 52).
 
     For every hidden matrix W with gradient G, a memory M, and NS the Newton-Schulz map:
 

@@ -1,8 +1,9 @@
 """DeltaGradientDescent: gradient descent that erases what the present inputs recall.
 
-Plain gradient descent (Eq 7 to Eq 9, Eq 29 to Eq 31) adds the outer product of a local error and a
-layer's input to the weight. Here the weight is regressed on its inputs (Eq 54 to Eq 58, Eq 112 to
-Eq 121): see ``_toward_regression``.
+Plain gradient descent (Eq 7, Eq 8, Eq 9, Eq 29, Eq 30, Eq 31, Eq 58) adds the outer product of a
+local error and a layer's input to the weight. Here the weight is regressed on its inputs (Eq 54,
+Eq 55, Eq 56, Eq 57; their derivation is Eq 112, Eq 113, Eq 114, Eq 115, Eq 116, Eq 117, Eq 118,
+Eq 119, Eq 120, Eq 121): see ``_toward_regression``.
 """
 
 from collections.abc import Sequence
@@ -92,8 +93,8 @@ class DeltaGradientDescent(MemoryOptimizer):
         ValueError: an argument out of range, named with its value.
         RuntimeError: sparse gradients, or flags that exclude each other.
 
-    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, Eq 54 to Eq 57
-    and App. C.
+    Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, Eq 54, Eq 55, Eq 56,
+    Eq 57 and App. C.
     """
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}

@@ -16,7 +16,7 @@ class DeltaMomentum(MemoryOptimizer):
     r"""Momentum with the delta rule, the paper's Eq 48, Eq 49.
 
     The momentum is an associative memory with the gradient G for a key and -P for a value, trained
-    online on :math:`\frac12\|m G^\top + P\|^2`. In units of the step, :math:`B = -m/\gamma`, with
+    online on :math:`\frac12\|m G^\top + P\|^2`. In units of a step, :math:`B = -m/\eta`, with
     an inner learning rate :math:`\eta`, which in the paper is :math:`\gamma`:
 
     .. math::

@@ -1,6 +1,7 @@
 """Optimizers as pure functions, for loops of one's own and for derivatives through them.
 
-Such derivatives are how one level can learn what another begins with (Eq 24 to Eq 28).
+Such derivatives are how one level can learn what another begins with (Eq 24, Eq 25, Eq 26, Eq 27,
+Eq 28).
 """
 
 from collections.abc import Callable, Mapping
