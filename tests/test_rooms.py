@@ -20,7 +20,7 @@ ROOMS = {
     "optim.engine": {"ops", "memory", "routing", "optim.output_map"},
     "optim": {"ops", "memory", "routing", "optim.output_map", "optim.engine"},
     "hope": {"ops", "memory", "data", "optim"},
-    "meta": {"memory", "optim"},
+    "meta": {"memory", "optim", "optim.output_map"},
 }
 
 

@@ -18,6 +18,8 @@ from benchmarks.streams.tasks import TASKS, Task
 from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
 from deepopt.memory import AnyMemory, Covariance, Horizons
 from deepopt.memory.horizons import HAND_MADE
+from deepopt.meta.evolution import SEARCHED
+from deepopt.meta.gains import GainedMomentum, Gains
 
 WARMUP_SHARE = 16
 SIZE = 0.2
@@ -45,7 +47,7 @@ MEMORIES: dict[str, AnyMemory | str] = {
 ORACLES = ("told the regime", "told the regime and step")
 """Memories that know what others have to see in the gradients, on streams alone."""
 FOUND = Path(__file__).parents[2] / "docs/results/mlp-memory"
-"""What ``python -m deepopt.meta`` found, in folders by the retention of the short average."""
+"""What ``python -m deepopt.meta`` found, in folders."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Run:
     """What tells one run from another.
 
     The optimizer is a name in ``MEMORIES``, with or without ``OWN_SIZE``, or in ``ORACLES``,
-    "trained 0.5" (a folder of ``FOUND``), "M3", "Continuum" or "AdamW".
+    "trained NAME" (a folder of ``FOUND``), "M3", "Continuum" or "AdamW".
     """
 
     task: str
@@ -67,14 +69,15 @@ class Run:
         return cls(**{field.name: line[field.name] for field in dataclasses.fields(cls)})
 
 
-def memory(run: Run) -> AnyMemory | str:
+def memory(run: Run) -> AnyMemory | Gains | str:
+    """The memory of a run, or the gains that the linear memory's updates get."""
     name, task = run.optimizer, TASKS[run.task]
     if name in ORACLES:
         return Oracle(task.period, task.regimes, by_step=name == ORACLES[1])
     if not name.startswith("trained "):
         return MEMORIES[name.removesuffix(OWN_SIZE)]
     found = json.loads((FOUND / name.removeprefix("trained ") / "phi.json").read_text())
-    return Horizons(tuple(found["time_scales"]), found["phi"])
+    return SEARCHED[found["memory"]].make(tuple(found["time_scales"]), found["phi"])
 
 
 def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
@@ -92,7 +95,10 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         levels = [part for group in groups for part in by_frequency(group)]
         return deepopt.Continuum(deepopt.DeepMomentum(levels, memory="linear", update_rms=SIZE))
     size = None if run.optimizer.endswith(OWN_SIZE) else SIZE
-    return deepopt.DeepMomentum(groups, memory=memory(run), update_rms=size)
+    made = memory(run)
+    if isinstance(made, Gains):
+        return GainedMomentum(groups, made, memory="linear", update_rms=size)
+    return deepopt.DeepMomentum(groups, memory=made, update_rms=size)
 
 
 def by_frequency(group: dict[str, Any]) -> list[dict[str, Any]]:

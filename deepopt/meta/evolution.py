@@ -14,11 +14,12 @@ from torch import Tensor
 from deepopt.memory import MLP, AnyMemory, Horizons, Linear
 from deepopt.memory.horizons import width
 from deepopt.memory.mlp import untrained_weights
+from deepopt.meta.gains import FEATURES, Gains
 from deepopt.meta.tasks import KINDS, Task, draw
 from deepopt.meta.training import train
 
-BETAS = (0.5, 0.7, 0.9)
-RATES = (0.01, 0.03)
+BETAS = (0.0, 0.5, 0.7, 0.9)
+RATES = (0.01, 0.03, 0.1, 0.3)
 LARGEST = 0.5
 """Log losses relative to the baseline are clamped to this, so that no task outweighs others."""
 VALIDATION = 1_000_000
@@ -41,17 +42,22 @@ def mean_of_averages(scales: int, units: int) -> Tensor:
 
 
 class Searched(NamedTuple):
-    """A memory whose MLP can be searched for.
+    """A memory, or gains of the linear memory's updates, whose MLP can be searched for.
 
     Attributes:
-        memory: makes it from further time scales and the rows of φ.
+        make: makes it from further time scales, which gains do not have, and the rows of φ.
         start: makes the φ that the search starts from, for given numbers of averages and units.
         units: the MLP's default number of units.
     """
 
-    memory: Callable[[Scales, list[list[float]]], AnyMemory]
+    make: Callable[[Scales, list[list[float]]], AnyMemory | Gains]
     start: Callable[[int, int], Tensor]
     units: int
+
+
+def no_gains(scales: int, units: int) -> Tensor:
+    """A φ of :class:`Gains` whose gains are 1: random units, with a read-out of zeros."""
+    return untrained_weights(FEATURES + 1, units)
 
 
 SEARCHED = {
@@ -60,6 +66,8 @@ SEARCHED = {
     "mlp online": Searched(
         lambda scales, phi: MLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 4
     ),
+    "rows": Searched(lambda scales, phi: Gains(False, phi), no_gains, 4),
+    "directions": Searched(lambda scales, phi: Gains(True, phi), no_gains, 4),
 }
 
 
@@ -213,10 +221,13 @@ class Evolution:
         """Log loss of every candidate minus that of the best linear memory, shape (P,)."""
         best = self.baseline(task, log)
         start = self.start()
-        make = SEARCHED[self.memory].memory
-        memory = make(tuple(self.time_scales), torch.zeros_like(start).tolist())
+        made = SEARCHED[self.memory].make(tuple(self.time_scales), torch.zeros_like(start).tolist())
         phis = phis.view(-1, *start.shape)
-        return (train(task, memory, best.lr, phis=phis) - best.loss).clamp(-LARGEST, LARGEST)
+        if isinstance(made, Gains):
+            reached = train(task, Linear(), best.lr, best.beta, phis, made)
+        else:
+            reached = train(task, made, best.lr, phis=phis)
+        return (reached - best.loss).clamp(-LARGEST, LARGEST)
 
     def validate(self, phis: Iterable[Tensor], count: int, log: Log) -> Tensor:
         """Every φ on tasks that evolution never sees, shape (tasks, P), as :meth:`relative`."""

@@ -1,7 +1,7 @@
 """Gains after Newton-Schulz: an MLP enlarges some rows and columns, or directions, over others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,15 +38,17 @@ class Gains:
     with bars for means over the n rows or directions. The update is multiplied by g_i along u_i,
     for rows also along the columns, with the same MLP, and scaled back to the norm it had.
 
+    It computes eigenvectors in every step, so it is for searches and not for large models.
+
     Args:
         directions: gains of eigen-directions instead of rows and columns.
         phi: the MLP, a row (w, b, v) for every unit.
-        orthogonal: makes the update (default: as in Muon's steps).
+        orthogonal: makes the update (default: with its own defaults).
     """
 
     directions: bool
     phi: Sequence[Sequence[float]]
-    orthogonal: Orthogonal = Orthogonal()
+    orthogonal: Orthogonal = field(default_factory=Orthogonal)
 
     def init(self, like: Tensor) -> State:
         phi = torch.tensor(self.phi, dtype=like.dtype, device=like.device)
@@ -120,7 +122,7 @@ def gains(a: Tensor, e: Tensor, step: Tensor, phi: Tensor) -> Tensor:
 
 def eigenvectors(matrices: Tensor) -> Tensor:
     """Those of M Mᵀ, as columns; of the identity where a matrix is zero or not finite."""
-    # In float64 and at a norm of 1, because the iteration does not converge where squares underflow.
+    # In float64 and at a norm of 1: where squares underflow, the iteration does not converge.
     wide = matrices.double()
     norm = wide.square().sum((-2, -1), keepdim=True).sqrt()
     unit = (wide / norm).nan_to_num(0.0, 0.0, 0.0)
@@ -128,6 +130,7 @@ def eigenvectors(matrices: Tensor) -> Tensor:
 
 
 def norm_ratio(before: Tensor, after: Tensor) -> Tensor:
+    """The factor that gives each matrix of ``after`` the norm of that of ``before``."""
     tiny = torch.finfo(before.dtype).tiny
     sizes = [x.square().sum((-2, -1), keepdim=True).clamp_min(tiny).sqrt() for x in (before, after)]
     return sizes[0] / sizes[1]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deepopt.memory import AnyMemory
+from deepopt.meta.gains import GainedMomentum, Gains
 from deepopt.meta.tasks import Task
-from deepopt.optim import DeepMomentum
 
 SIZE = 0.2
 """The update's root mean square. It is fixed, so that memories are judged by directions alone."""
@@ -18,7 +18,12 @@ WORST = 1e3
 
 
 def train(
-    task: Task, memory: AnyMemory, lr: float, beta: float = 0.9, phis: Tensor | None = None
+    task: Task,
+    memory: AnyMemory,
+    lr: float,
+    beta: float = 0.9,
+    phis: Tensor | None = None,
+    gains: Gains | None = None,
 ) -> Tensor:
     """The log of the loss that every candidate reaches, shape (P,).
 
@@ -33,6 +38,7 @@ def train(
         beta: the memory's retention (default: 0.9).
         phis: the candidates, (P, ...), for the state entry "phi"; None for the memory as it is, and
             P = 1 (default: None).
+        gains: of the matrices' updates after Newton-Schulz; None for none (default: None).
     """
     count = 1 if phis is None else len(phis)
     params = {
@@ -40,11 +46,12 @@ def train(
         for name, weight in task.weights().items()
     }
     rest = [param for name, param in params.items() if name != "matrices"]
-    optimizer = DeepMomentum(
+    optimizer = GainedMomentum(
         [
             {"params": [params["matrices"]], "path": "stack", "lr": lr, "betas": (beta, 0.99)},
             {"params": rest, "path": "elementwise", "lr": REST_LR, "betas": (0.9, 0.99)},
         ],
+        gains,
         memory=memory,
         update_rms=SIZE,
     )
