@@ -84,6 +84,12 @@ CONTENDERS: dict[str, Contender] = {
         f"DeepMomentum, {memory}": Contender("deep_momentum", SIZES, {"memory": memory})
         for memory in ("linear", "delta", "covariance", "mlp")
     },
+    **{
+        f"DeepMomentum, delta, share {share}": Contender(
+            "deep_momentum", SIZES, {"memory": "delta", "momentum_share": share}
+        )
+        for share in (0.15, 0.3)
+    },
     "DeepMomentum, delta and motion": Contender(
         "deep_momentum",
         ({"ahead": 10.0, "average": 0.0}, {"ahead": 0.0, "average": 1.0}),

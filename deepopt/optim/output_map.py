@@ -72,6 +72,7 @@ class Orthogonal:
         row_norm: divide rows by their running root mean square.
         update_rms: a fixed root mean square, or None for :func:`deepopt.ops.orthogonal_size`.
         rms_cap: largest factor by which an update that lacks rank is enlarged, at least 1.
+        momentum_share: share of the momentum itself in the update, in [0, 1).
 
     State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.
 
@@ -84,13 +85,15 @@ class Orthogonal:
     row_norm: bool = True
     update_rms: float | None = None
     rms_cap: float = 1.5
+    momentum_share: float = 0.0
     _coefficients: Coefficients = field(init=False, repr=False, compare=False)
     _state_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> "Orthogonal":
+    def of(cls, group: dict[str, Any], momentum_share: float = 0.0) -> "Orthogonal":
         """From the arguments of an optimizer's group."""
-        return cls(*(group[name] for name in ORTHOGONAL_OPTIONS))
+        chosen = (group[name] for name in ORTHOGONAL_OPTIONS)
+        return cls(*chosen, momentum_share=momentum_share)
 
     def __post_init__(self) -> None:
         if self.update_rms is not None and not 0.0 < self.update_rms < math.inf:
@@ -99,6 +102,8 @@ class Orthogonal:
             )
         if not self.rms_cap >= 1.0:
             raise ValueError(f"Invalid rms_cap: {self.rms_cap}; it must be at least 1")
+        if not 0.0 <= self.momentum_share < 1.0:
+            raise ValueError(f"Invalid momentum_share: {self.momentum_share}; it must be in [0, 1)")
         if not isinstance(self.steps, int) or not 1 <= self.steps < 100:
             raise ValueError(
                 f"Invalid ns_steps: {self.steps}; it must be a whole number from 1 to 99"
@@ -134,6 +139,8 @@ class Orthogonal:
         ``second`` is another update, already orthogonal, and its weight, shape (B,). The update is
         then that of the sum of the two, at the norm of the first.
         """
+        if self.momentum_share and second is None:
+            second = self._itself(momentum)
         second_update, weight = second or (None, None)
         # Step counts have torch's default dtype, which need not be that of the matrices.
         step = state["step"].float() if momentum.dtype == torch.float32 else state["step"]
@@ -154,6 +161,12 @@ class Orthogonal:
         )
         state.update(zip(self._state_keys, new, strict=True))
         return update
+
+    def _itself(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        """The momentum at the norm of its orthogonalization, and the weight beside it."""
+        weight = self.momentum_share / (1 - self.momentum_share)
+        rms = max(momentum.shape[-2:]) ** -0.5
+        return normalized(momentum) * rms, momentum.new_full(momentum.shape[:1], weight)
 
 
 @dataclass(frozen=True)

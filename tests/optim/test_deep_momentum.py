@@ -6,6 +6,7 @@ from torch import nn
 
 import deepopt
 from deepopt.memory import BUILT_IN, Linear
+from deepopt.ops import newton_schulz, polar_express
 
 MUON = (3.4445, -4.7750, 2.0315)
 
@@ -318,3 +319,48 @@ def test_a_path_that_does_not_fit_the_parameter_is_refused(shape, path):
     param = nn.Parameter(torch.zeros(shape, dtype=dtype))
     with pytest.raises(ValueError, match="Invalid path"):
         deepopt.DeepMomentum([param], path="matrix" if path == "complex" else path)
+
+
+def moved_by(grad, share, **options):
+    """What the first step on a gradient adds to a weight of zeros."""
+    weight = nn.Parameter(torch.zeros_like(grad))
+    optimizer = deepopt.DeepMomentum(
+        [weight], lr=1.0, memory="linear", weight_decay=0.0, momentum_share=share, **options
+    )
+    weight.grad = grad
+    optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16)])
+@pytest.mark.parametrize("share", [0.15, 0.6])
+def test_a_share_of_the_momentum_is_added_at_the_size_of_the_update(shape, share):
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"row_norm": False, "update_rms": 0.2, "rms_cap": 1.0}
+    orthogonal, both = (moved_by(grad, rho, **options) for rho in (0.0, share))
+    # Newton-Schulz gives singular values near 1, and the momentum is added at the norm of ones.
+    norm = newton_schulz(grad, polar_express(5), grad.dtype).norm()
+    unit = -orthogonal / orthogonal.norm() * norm
+    expected = (1 - share) * unit + share * min(shape) ** 0.5 * grad / grad.norm()
+    torch.testing.assert_close(both, -expected / expected.norm() * orthogonal.norm())
+
+
+def test_a_share_of_the_momentum_lengthens_the_one_large_direction():
+    generator = torch.Generator().manual_seed(0)
+    large = torch.outer(torch.randn(64, generator=generator), torch.randn(32, generator=generator))
+    grad = large + 0.1 * torch.randn(64, 32, generator=generator)
+    along = [(-(moved_by(grad, rho) * large).sum() / large.norm()).item() for rho in (0.0, 0.15)]
+    assert along[1] > 1.5 * along[0]
+
+
+def test_a_checkpoint_from_before_the_share_loads_without_one():
+    weight = nn.Parameter(torch.ones(16, 16))
+    optimizer = deepopt.DeepMomentum([weight])
+    weight.grad = torch.ones(16, 16)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["momentum_share"]
+    fresh = deepopt.DeepMomentum([weight])
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["momentum_share"] == 0.0
+    fresh.step()

@@ -86,6 +86,7 @@ INPUTS: dict[str, Inputs] = {
             {"memory": MLP()},
             {"row_norm": False, "ns_steps": 3, "maximize": True},
             {"update_rms": 0.2, "rms_cap": 1.0, "ns_coefficients": (3.4445, -4.7750, 2.0315)},
+            {"momentum_share": 0.3},
             {"path": "elementwise", "eps": 1e-6},
         ),
         errors=(
@@ -94,6 +95,8 @@ INPUTS: dict[str, Inputs] = {
             ({"update_rms": 0.0}, ValueError, "Invalid update_rms: 0.0"),
             ({"update_rms": float("inf")}, ValueError, "Invalid update_rms: inf"),
             ({"rms_cap": 0.5}, ValueError, "Invalid rms_cap: 0.5"),
+            ({"momentum_share": 1.0}, ValueError, "Invalid momentum_share: 1.0"),
+            ({"momentum_share": -0.1}, ValueError, "Invalid momentum_share: -0.1"),
             ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
             ({"ns_coefficients": (1.0,)}, ValueError, "Invalid ns_coefficients: (1.0,)"),
             (
