@@ -1,6 +1,7 @@
 """DeepMomentum: an optimizer with AdamW's arguments, whose momentum is an associative memory."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -128,4 +129,4 @@ class DeepMomentum(MemoryOptimizer):
         return memories.resolve(group["memory"])
 
     def _output_map(self, group: Group) -> OutputMap:
-        return Orthogonal.of(group, group["momentum_share"])
+        return replace(Orthogonal.of(group), momentum_share=group["momentum_share"])

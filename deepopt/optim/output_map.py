@@ -90,10 +90,9 @@ class Orthogonal:
     _state_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, group: dict[str, Any], momentum_share: float = 0.0) -> "Orthogonal":
+    def of(cls, group: dict[str, Any]) -> "Orthogonal":
         """From the arguments of an optimizer's group."""
-        chosen = (group[name] for name in ORTHOGONAL_OPTIONS)
-        return cls(*chosen, momentum_share=momentum_share)
+        return cls(*(group[name] for name in ORTHOGONAL_OPTIONS))
 
     def __post_init__(self) -> None:
         if self.update_rms is not None and not 0.0 < self.update_rms < math.inf:
