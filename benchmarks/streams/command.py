@@ -32,7 +32,7 @@ CONTENDERS = (
     ("mlp", 0.9),
     ("closed form", 0.9),
     ("trained 0.5", 0.9),
-    *itertools.product(["trained directions", "trained rows"], (0.9, 0.5, 0.0)),
+    *itertools.product(["trained directions", "trained rows"], (0.0,)),
     *itertools.product(["delta", "M3"], (0.9, 0.5, 0.0)),
     ("Continuum", 0.0),
     *itertools.product(["AdamW"], (0.9, 0.5, 0.0)),

@@ -96,7 +96,7 @@ def picture(log: Log, path: Path) -> None:
     ]
     axes.plot([line["number"] for line in lines], smooth)
     axes.axhline(0, color="0.5", linestyle=":")
-    axes.set(xlabel="generation", ylabel="log loss against the best linear memory")
+    axes.set(xlabel="generation", ylabel="log loss less the best linear one's")
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
