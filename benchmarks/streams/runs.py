@@ -19,7 +19,7 @@ from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
 from deepopt.memory import AnyMemory, Covariance, Horizons
 from deepopt.memory.horizons import HAND_MADE
 from deepopt.meta.evolution import SEARCHED
-from deepopt.meta.gains import GainedMomentum, Gains
+from deepopt.meta.gains import Gains, with_gains
 
 WARMUP_SHARE = 16
 SIZE = 0.2
@@ -97,7 +97,7 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     size = None if run.optimizer.endswith(OWN_SIZE) else SIZE
     made = memory(run)
     if isinstance(made, Gains):
-        return GainedMomentum(groups, made, memory="linear", update_rms=size)
+        return with_gains(made)(groups, memory="linear", update_rms=size)
     return deepopt.DeepMomentum(groups, memory=made, update_rms=size)
 
 

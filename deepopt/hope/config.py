@@ -249,8 +249,8 @@ class HopeConfig:
 
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
-        """The layer as it is printed (from Eq 83 on): no projection but the query's, eta a vector
-        and also the erasure, gradients in every matrix, retention towards zero, no momentum,
+        """The layer as it is printed (Eq 83, Eq 88, Eq 90): no projection but the query's, eta a
+        vector and also the erasure, gradients in every matrix, retention towards zero, no momentum,
         queries that do not turn.
 
         Args:

@@ -1,7 +1,7 @@
 """Self-modifying memories token by token: the slow, obvious form of `deepopt.hope.scan`.
 
-The inner gradients (Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, with the dot product Eq 92, of a linear
-memory Eq 93) are taken at an anchor (Eq 90) and left to autograd. Read it beside the equations of
+Autograd takes the inner gradients (Eq 84, Eq 85, Eq 86, Eq 87, Eq 88; Eq 92 for the dot product,
+Eq 93 for a linear memory) at an anchor (Eq 90). Read it beside the equations of
 `deepopt.hope.memory`.
 """
 
@@ -76,7 +76,7 @@ def write(
             return -(eta * found * value_hat).sum()
         return 0.5 * (eta * (found - value_hat).square()).sum()
 
-    # Eq 90: at the anchor, and not at the running weights.
+    # Eq 90 takes gradients at the anchor, not at the running weights.
     grad2, grad1 = torch.func.grad(objective, (0, 1))(state.anchor_w2, state.anchor_w1)
     wrote2, wrote1 = -grad2, -grad1
     momentum1 = True

@@ -63,7 +63,8 @@ class DeltaRule(Preconditioned):
         self.preconditioner.write(state, grad)
         momentum = state["momentum"]
         if self.rule == "implicit":  # both terms of the sum are multiplied by (I + eta GᵀG)^-1
-            momentum, grad = ridge(momentum, grad, self.rate)  # each, solved on grad's rows
+            # One solve, on the rows of the gradient, serves both.
+            momentum, grad = ridge(momentum, grad, self.rate)
             momentum = retention * momentum
         else:
             rate = self.rate if self.rule == "derived" else 1.0

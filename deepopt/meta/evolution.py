@@ -190,7 +190,10 @@ class Evolution:
 
     def _check(self, log: Log) -> None:
         """Raise ValueError if the log is that of another search."""
-        header = json.loads(json.dumps({"is": "evolution", **dataclasses.asdict(self)}))
+        baselines = {"betas": BETAS, "rates": RATES}
+        header = json.loads(
+            json.dumps({"is": "evolution", **dataclasses.asdict(self), "baselines": baselines})
+        )
         if not log.lines:
             log.add(header)
         if log.lines[0] != header:

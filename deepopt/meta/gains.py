@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from deepopt.optim import DeepMomentum
 from deepopt.optim.base import Group
@@ -26,9 +24,10 @@ class Gains:
 
     .. math::
         a_i = \|u_i^\top M_t\|^2, \qquad
-        e_i = u_i^\top E_t\, u_i, \qquad E_t = \beta_1 E_{t-1} + (1-\beta_1)\, G_t G_t^\top,
+        e_i = u_i^\top E_t\, u_i, \qquad E_t = \beta_1 E_{t-1} + (1-\beta_1)\, G_t G_t^\top.
 
-    of which only the diagonal is kept for rows, whose u_i is the unit vector. The MLP sees
+    For rows u_i is a unit vector, so only the diagonal of E_t is kept. Neither average is corrected
+    for its beginning at zero; the MLP sees the time t, too:
 
     .. math::
         x_i = \Big(\lg \frac{a_i}{\bar a},\ \frac{a_i}{e_i},\ \frac{\bar a}{\bar e},\
@@ -48,7 +47,7 @@ class Gains:
 
     directions: bool
     phi: Sequence[Sequence[float]]
-    orthogonal: Orthogonal = field(default_factory=Orthogonal)
+    orthogonal: OutputMap = field(default_factory=Orthogonal)
 
     def init(self, like: Tensor) -> State:
         phi = torch.tensor(self.phi, dtype=like.dtype, device=like.device)
@@ -87,22 +86,21 @@ class Gains:
         return changed * norm_ratio(update, changed)
 
 
-class GainedMomentum(DeepMomentum):
-    """:class:`deepopt.DeepMomentum` whose updates have gains; None for none."""
+def with_gains(gains: Gains) -> type[DeepMomentum]:
+    """:class:`deepopt.DeepMomentum` whose updates have these gains."""
 
-    def __init__(self, params: ParamsT, gains: Gains | None = None, **arguments: Any) -> None:
-        self.gains = gains
-        super().__init__(params, **arguments)
+    class GainedMomentum(DeepMomentum):
+        def _output_map(self, group: Group) -> OutputMap:
+            return replace(gains, orthogonal=super()._output_map(group))
 
-    def _output_map(self, group: Group) -> OutputMap:
-        orthogonal = Orthogonal.of(group)
-        return replace(self.gains, orthogonal=orthogonal) if self.gains else orthogonal
+    return GainedMomentum
 
 
 def gains(a: Tensor, e: Tensor, step: Tensor, phi: Tensor) -> Tensor:
     """The factors g_i of energies in the average and of average energies, both (B, n)."""
     tiny = torch.finfo(a.dtype).tiny
-    a, e = a.clamp_min(tiny), e.clamp_min(tiny)
+    largest = a.amax(-1, keepdim=True).clamp_min(tiny)  # squares of energies could overflow
+    a, e = (a / largest).clamp_min(tiny), (e / largest).clamp_min(tiny)
     mean = a.mean(-1, keepdim=True)
     spread = mean.square() / a.square().mean(-1, keepdim=True).clamp_min(tiny)
     shared = (mean / e.mean(-1, keepdim=True), spread, step.to(a).log10()[:, None] / 3)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from deepopt.memory import AnyMemory
-from deepopt.meta.gains import GainedMomentum, Gains
+from deepopt.meta.gains import Gains, with_gains
 from deepopt.meta.tasks import Task
+from deepopt.optim import DeepMomentum
 
 SIZE = 0.2
 """The update's root mean square. It is fixed, so that memories are judged by directions alone."""
@@ -46,12 +47,11 @@ def train(
         for name, weight in task.weights().items()
     }
     rest = [param for name, param in params.items() if name != "matrices"]
-    optimizer = GainedMomentum(
+    optimizer = (with_gains(gains) if gains else DeepMomentum)(
         [
             {"params": [params["matrices"]], "path": "stack", "lr": lr, "betas": (beta, 0.99)},
             {"params": rest, "path": "elementwise", "lr": REST_LR, "betas": (0.9, 0.99)},
         ],
-        gains,
         memory=memory,
         update_rms=SIZE,
     )

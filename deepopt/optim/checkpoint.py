@@ -71,7 +71,8 @@ def adopting(optimizer: "MemoryOptimizer", state_dict: Any) -> Iterator[None]:
             optimizer.param_groups, own_objects, adopted, strict=False
         ):
             group.update(dict.fromkeys(originals))  # torch would make deep copies of them
-            group.setdefault("split", mine["split"])  # older checkpoints have no split
+            for key in optimizer.defaults:  # older checkpoints lack newer arguments
+                group.setdefault(key, mine[key])
         # torch would rebuild and cast all entries, and fails for some of the user's, such as named
         # tuples. So it gets only the step counts, which it moves to the device they belong on.
         ids = {i for group in adopted for i in group["params"]}

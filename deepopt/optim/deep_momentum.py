@@ -22,7 +22,7 @@ class DeepMomentum(MemoryOptimizer):
         M_t &= \text{write}(M_{t-1}, G_t;\ \beta_1) \\
         O_t &= \text{NS}\big(\text{read}(M_t, G_t;\ \beta_1)\big) \qquad\text{(Eq 52)}\\
         O_t &\leftarrow (1-\rho)\, O_t + \rho \sqrt{\min(m,n)}\; \text{read}(M_t) /
-        \|\text{read}(M_t)\|_F \quad\text{at the norm of } O_t
+        \|\text{read}(M_t)\|_F \quad\text{then scaled to the norm that } O_t \text{ had}
         \qquad (\rho: \texttt{momentum\_share}) \\
         v_t &= \beta_2 v_{t-1} + (1-\beta_2)\,\text{mean}_j\, O_{t,ij}^2, \qquad
         \hat v_t = v_t / (1-\beta_2^{t_i}) \quad (t_i: \text{steps that moved row } i) \\
@@ -60,8 +60,8 @@ class DeepMomentum(MemoryOptimizer):
             root mean square; 1 never enlarges (default: 1.5).
         momentum_share: share of the momentum itself in the update, in [0, 1). Newton-Schulz makes
             all directions of an update equally long. Where gradients have one or two large ones, as
-            in small models, low rates are slow along these; a share of 0.15 makes up for much of
-            that, and costs little elsewhere (default: 0).
+            in small models, steps along these are short at low rates; a share of 0.15 makes up for
+            much of that. A momentum that lacks rank weighs more than its share (default: 0).
         ns_steps: steps of Newton-Schulz (default: 5).
         ns_coefficients: None for the Polar Express coefficients of ``ns_steps`` steps, or one
             (a, b, c) for all steps (default: None).

@@ -135,8 +135,8 @@ class Orthogonal:
     ) -> Tensor:
         """The update.
 
-        ``second`` is another update, already orthogonal, and its weight, shape (B,). The update is
-        then that of the sum of the two, at the norm of the first.
+        ``second`` is another update and its weight, shape (B,), and replaces the share of the
+        momentum. The update is that of the weighted sum, at the norm of the first.
         """
         if self.momentum_share and second is None:
             second = self._itself(momentum)
@@ -162,10 +162,13 @@ class Orthogonal:
         return update
 
     def _itself(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
-        """The momentum at the norm of its orthogonalization, and the weight beside it."""
+        """The momentum at the norm of an orthogonal matrix of full rank, and its weight beside it.
+
+        A momentum that lacks rank weighs more than its share.
+        """
         weight = self.momentum_share / (1 - self.momentum_share)
         rms = max(momentum.shape[-2:]) ** -0.5
-        return normalized(momentum) * rms, momentum.new_full(momentum.shape[:1], weight)
+        return normalized(momentum) * rms, momentum.new_ones(momentum.shape[:1]) * weight
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepopt.memory import Linear
-from deepopt.meta.gains import FEATURES, GainedMomentum, Gains, eigenvectors
+from deepopt.meta.gains import FEATURES, Gains, eigenvectors, with_gains
 from deepopt.meta.tasks import draw
 from deepopt.meta.training import train
 from deepopt.optim import DeepMomentum
@@ -15,20 +15,20 @@ LOUD = [[20.0, *[0.0] * FEATURES, 0.5], [-10.0, *[0.0] * FEATURES, -0.5]]
 """Enlarges what has much energy, and shrinks what has little."""
 
 
-def moved(optimizer, shape, steps=3):
-    """What a few steps on random gradients make of a weight of zeros."""
+def moved(optimizer, shape, steps=3, unit=1.0):
+    """What a few steps on random gradients, times a unit, make of a weight of zeros."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.nn.Parameter(torch.zeros(shape))
     made = optimizer([weight])
     for _ in range(steps):
-        weight.grad = torch.randn(shape, generator=generator)
+        weight.grad = unit * torch.randn(shape, generator=generator)
         made.step()
     return weight.detach()
 
 
 def gained(phi, directions, **options):
     gains = Gains(directions, phi)
-    return lambda params: GainedMomentum(params, gains, memory="linear", lr=0.1, **options)
+    return lambda params: with_gains(gains)(params, memory="linear", lr=0.1, **options)
 
 
 @pytest.mark.parametrize("directions", [True, False])
@@ -82,3 +82,12 @@ def test_candidates_do_not_see_one_another(directions):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together[:1], train(task, Linear(), 0.03), rtol=1e-4, atol=1e-5)
     assert together.unique().numel() > 1
+
+
+@pytest.mark.parametrize("directions", [True, False])
+def test_gains_do_not_depend_on_the_unit_of_the_gradient(directions):
+    moves = [
+        moved(gained(LOUD, directions), (16, 24), unit=unit, steps=1) for unit in (1.0, 1e15, 1e-15)
+    ]
+    for other in moves[1:]:
+        torch.testing.assert_close(other, moves[0], rtol=1e-3, atol=1e-4)

@@ -360,7 +360,34 @@ def test_a_checkpoint_from_before_the_share_loads_without_one():
     optimizer.step()
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["momentum_share"]
-    fresh = deepopt.DeepMomentum([weight])
-    fresh.load_state_dict(saved)
-    assert fresh.param_groups[0]["momentum_share"] == 0.0
-    fresh.step()
+    for share in (0.0, 0.3):  # what the group says, and not the default
+        fresh = deepopt.DeepMomentum([{"params": [weight], "momentum_share": share}])
+        fresh.load_state_dict(saved)
+        assert fresh.param_groups[0]["momentum_share"] == share
+        fresh.step()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_a_share_of_a_momentum_that_lacks_rank_moves_along_it_alone(rank):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(32, rank, generator=generator)
+    right = torch.randn(rank, 24, generator=generator)
+    grad = left @ right
+    moved = moved_by(grad, 0.3, row_norm=False)
+    assert moved.isfinite().all()
+    assert torch.linalg.matrix_rank(moved, rtol=1e-3) == rank
+
+
+def test_derivatives_reach_a_share_that_is_a_tensor():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    share = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def after(share):
+        optimizer = deepopt.functional(
+            deepopt.DeepMomentum, memory="linear", path="matrix", momentum_share=share
+        )
+        params = {"w": torch.zeros_like(grad)}
+        return optimizer.update({"w": grad}, optimizer.init(params), params)[0]["w"]
+
+    assert torch.autograd.gradcheck(after, (share,))

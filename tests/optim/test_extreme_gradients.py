@@ -27,6 +27,7 @@ OPTIMIZERS = {
         name: lambda params, memory=memory: deepopt.DeepMomentum(params, memory=memory)
         for name, memory in MEMORIES.items()
     },
+    "a share of the momentum": lambda params: deepopt.DeepMomentum(params, momentum_share=0.3),
     "M3": lambda params: deepopt.M3(params, slow_chunk=2),
     "DMGD": deepopt.DMGD,
     "AdamW": lambda params: deepopt.DeepMomentum([{"params": params, "path": "elementwise"}]),

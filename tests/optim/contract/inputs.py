@@ -96,6 +96,7 @@ INPUTS: dict[str, Inputs] = {
             ({"update_rms": float("inf")}, ValueError, "Invalid update_rms: inf"),
             ({"rms_cap": 0.5}, ValueError, "Invalid rms_cap: 0.5"),
             ({"momentum_share": 1.0}, ValueError, "Invalid momentum_share: 1.0"),
+            ({"momentum_share": float("nan")}, ValueError, "Invalid momentum_share: nan"),
             ({"momentum_share": -0.1}, ValueError, "Invalid momentum_share: -0.1"),
             ({"ns_steps": 0}, ValueError, "Invalid ns_steps: 0"),
             ({"ns_coefficients": (1.0,)}, ValueError, "Invalid ns_coefficients: (1.0,)"),
