@@ -1,18 +1,18 @@
 """Quality: every optimizer on many small workloads, swapped and tuned.
 
 ``--tier swap`` puts other optimizers in AdamW's place, at AdamW's best of five rates, on Hope and
-on a Transformer. ``rates`` runs AdamW and DeepMomentum, with its default memory and another, at the
-same three rates on small workloads; ``long`` does so for four times the steps, on what can be
-learned by heart. ``standard`` tunes every optimizer with the same search before it compares;
-``full`` does so for more optimizers, with more trials and seeds, and also for four times the steps
-and for four batches in a step; ``gpu`` is ``full`` with four times the steps and sixteen batches in
-a step, on the machine's accelerator; ``smoke`` is a tuned comparison in miniature. ``locked`` is
-``standard`` on the workloads that no choice may depend on; it is run once, when all else is
-decided, and no other tier takes them. Every finished run is a line of ``quality/WORKLOAD.jsonl``,
-with hashes of its data and its configuration; a run that has a line is not repeated, so that an
-interrupted benchmark goes on. ``quality.md`` and the plots come from the lines alone; ``--report``
-runs nothing else. ``compare OLD NEW`` tells what differs between two folders of lines, and whether
-it is noise.
+on a Transformer. ``rates`` runs AdamW and DeepMomentum at the same three rates on small workloads:
+with its default memory, with another, and with shares of the momentum itself; ``long`` does so for
+four times the steps, on what can be learned by heart. ``standard`` tunes every optimizer with the
+same search before it compares; ``full`` does so for more optimizers, with more trials and seeds,
+and also for four times the steps and for four batches in a step; ``gpu`` is ``full`` with four
+times the steps and sixteen batches in a step, on the machine's accelerator; ``smoke`` is a tuned
+comparison in miniature. ``locked`` is ``standard`` on the workloads that no choice may depend on;
+it is run once, when all else is decided, and no other tier takes them. Every finished run is a line
+of ``quality/WORKLOAD.jsonl``, with hashes of its data and its configuration; a run that has a line
+is not repeated, so that an interrupted benchmark goes on. ``quality.md`` and the plots come from
+the lines alone; ``--report`` runs nothing else. ``compare OLD NEW`` tells what differs between two
+folders of lines, and whether it is noise.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from benchmarks.quality.workloads import LOCKED
 from deepopt.hope.files import write_atomically
 
 MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
+SHARES = ("DeepMomentum, delta, share 0.15", "DeepMomentum, delta, share 0.3")
 MAIN = ("AdamW", "Muon", "NorMuon", *MEMORIES)
 SMALL = (
     "digits_mlp",
@@ -101,7 +102,7 @@ TIERS: dict[str, Tier] = {
     "swap": Tier(
         lambda w, c: [Swap(w, c)], ("swap_hope", "swap_transformer"), ("AdamW", "Muon", *MEMORIES)
     ),
-    "rates": Tier(lambda w, c: [Rates(w, c)], SMALL, (*PAIR, "DeepMomentum, covariance")),
+    "rates": Tier(lambda w, c: [Rates(w, c)], SMALL, (*PAIR, "DeepMomentum, covariance", *SHARES)),
     "long": Tier(
         lambda w, c: [Rates(w, c, seeds=5, steps=4 * find(w).steps)],
         ("friedman", "breast_cancer"),
