@@ -1,5 +1,6 @@
 """The page: tables in Markdown, made from the lines alone."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -244,7 +245,8 @@ def at_best_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
 
 def at_each_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
     head = ["workload", *[f"{lr:g}" for lr in THREE_RATES], "each at its own best of these"]
-    rows, verdicts = {plan.label: [plan.label] for plan in plans}, []
+    rows, verdicts = {plan.label: [plan.label] for plan in plans}, [""]
+    ratios = ["geometric mean of the ratio of the losses"]
     for lr in (*THREE_RATES, None):
         pairs = {}
         for plan in plans:
@@ -254,16 +256,19 @@ def at_each_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
                 for name, rate in zip(("AdamW", other), rates, strict=True)
             ]
             pairs[plan.label] = (losses(runs[1], lines), losses(runs[0], lines))
-        results = compared(pairs)
+        results, logs = compared(pairs), []
         for plan in plans:
             if plan.label not in results:
                 rows[plan.label].append(MISSING)
                 continue
             second, first = (statistics.fmean(x or []) for x in pairs[plan.label])
+            if second > 0 < first:
+                logs.append(math.log(second / first))
             word = results[plan.label][1]
             rows[plan.label].append(f"{first:.4f} / {second:.4f}, {word}")
         verdicts.append(words_of([word for _, word in results.values()]))
-    return f"AdamW / {other}.\n\n" + markdown([head, *rows.values(), ["", *verdicts]])
+        ratios.append(f"{math.exp(statistics.fmean(logs)):.3f}" if logs else MISSING)
+    return f"AdamW / {other}.\n\n" + markdown([head, *rows.values(), verdicts, ratios])
 
 
 def mean_training(runs: Sequence[Run], lines: Lines) -> str:
