@@ -1,6 +1,5 @@
 """The page: tables in Markdown, made from the lines alone."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -246,7 +245,7 @@ def at_best_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
 def at_each_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
     head = ["workload", *[f"{lr:g}" for lr in THREE_RATES], "each at its own best of these"]
     rows, verdicts = {plan.label: [plan.label] for plan in plans}, [""]
-    ratios = ["geometric mean of the ratio of the losses"]
+    means = ["geometric mean of the ratio of the losses"]
     for lr in (*THREE_RATES, None):
         pairs = {}
         for plan in plans:
@@ -256,19 +255,19 @@ def at_each_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
                 for name, rate in zip(("AdamW", other), rates, strict=True)
             ]
             pairs[plan.label] = (losses(runs[1], lines), losses(runs[0], lines))
-        results, logs = compared(pairs), []
+        results, ratios = compared(pairs), []
         for plan in plans:
             if plan.label not in results:
                 rows[plan.label].append(MISSING)
                 continue
             second, first = (statistics.fmean(x or []) for x in pairs[plan.label])
             if second > 0 < first:
-                logs.append(math.log(second / first))
+                ratios.append(second / first)
             word = results[plan.label][1]
             rows[plan.label].append(f"{first:.4f} / {second:.4f}, {word}")
         verdicts.append(words_of([word for _, word in results.values()]))
-        ratios.append(f"{math.exp(statistics.fmean(logs)):.3f}" if logs else MISSING)
-    return f"AdamW / {other}.\n\n" + markdown([head, *rows.values(), verdicts, ratios])
+        means.append(f"{statistics.geometric_mean(ratios):.3f}" if ratios else MISSING)
+    return f"AdamW / {other}.\n\n" + markdown([head, *rows.values(), verdicts, means])
 
 
 def mean_training(runs: Sequence[Run], lines: Lines) -> str:

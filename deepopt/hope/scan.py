@@ -41,7 +41,7 @@ def self_modifying(
 ) -> tuple[Tensor, MemoryState, MemoryState]:
     """Reads and writes of all memories over some tokens, chunk by chunk.
 
-    Eq 83, Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, Eq 89 and Eq 91, with the anchor of Eq 90.
+    This is Eq 83, Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, Eq 89 and Eq 91, with the anchor of Eq 90.
 
     The anchor, at which `_surprise` takes all gradients of a chunk, moves to the running weights at
     the start of the next one (Eq 90; the printed one lies in the future, E29 of docs/paper.md).

@@ -37,7 +37,7 @@ class Gains:
     with bars for means over the n rows or directions. The update is multiplied by g_i along u_i,
     for rows also along the columns, with the same MLP, and scaled back to the norm it had.
 
-    It computes eigenvectors in every step, so it is for searches and not for large models.
+    With directions every step computes eigenvectors, which is too slow for large models.
 
     Args:
         directions: gains of eigen-directions instead of rows and columns.
@@ -67,8 +67,8 @@ class Gains:
     def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
         update = self.orthogonal(momentum, state, grad, betas)
         kept, step, phi = betas[0], state["step"], state["phi"]
-        tall = momentum.shape[-2] > momentum.shape[-1]
         if self.directions:
+            tall = momentum.shape[-2] > momentum.shape[-1]
             M, G = (momentum.mT, grad.mT) if tall else (momentum, grad)
             state["squares"] = state["squares"].lerp(G @ G.mT, 1 - kept)
             u = eigenvectors(M)
@@ -119,7 +119,7 @@ def gains(a: Tensor, e: Tensor, step: Tensor, phi: Tensor) -> Tensor:
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
-    """Those of M Mᵀ, as columns; of the identity where a matrix is zero or not finite."""
+    """The eigenvectors of M Mᵀ as columns; any basis where a matrix is zero or not finite."""
     # In float64 and at a norm of 1: where squares underflow, the iteration does not converge.
     wide = matrices.double()
     norm = wide.square().sum((-2, -1), keepdim=True).sqrt()

@@ -26,9 +26,9 @@ def moved(optimizer, shape, steps=3, unit=1.0):
     return weight.detach()
 
 
-def gained(phi, directions, **options):
+def gained(phi, directions):
     gains = Gains(directions, phi)
-    return lambda params: with_gains(gains)(params, memory="linear", lr=0.1, **options)
+    return lambda params: with_gains(gains)(params, memory="linear", lr=0.1)
 
 
 @pytest.mark.parametrize("directions", [True, False])
