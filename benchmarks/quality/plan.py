@@ -20,7 +20,16 @@ WIDENING = 4.0
 WIDENINGS = 2
 """Times that the range of rates is widened at most."""
 NEARBY = 1.5
-"""Ratio between the best rate and those tried next to it."""
+"""Ratio of neighboring rates in the descent."""
+LADDERS: dict[str, tuple[float, ...]] = {
+    "own": (0, 1),
+    "beta": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
+    "aux": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "weight_decay": (*WEIGHT_DECAYS, 1.0),
+}
+"""Values of the descent, which reach beyond the sequence's."""
+PASSES = 3
+"""Times that the descent goes through all coordinates at most."""
 FINALISTS = 3
 """Trials that run in full, because at half of the steps a higher rate looks better than it is."""
 BUDGETS = (0.5, 1.5, 2.0)
@@ -44,8 +53,9 @@ class Tuning:
        defaults of AdamW are tried at its usual rate and decay, those of the others at the best
        that AdamW's trials have found: that is the swap.
     2. Where anybody's best rate is the highest or the lowest tried, the range is widened for all.
-    3. The neighbors of each one's best trial: a lower and a higher rate, and the other value of its
-       own knob.
+    3. A coordinate descent from each one's best trial: the next lower and the next higher value of
+       the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
+       until nothing changes, three times at most.
     4. The best three of each at all of its steps, and the best of them with every seed; the swap
        with every seed; the rivals at their best at other budgets.
 
@@ -148,20 +158,32 @@ class Tuning:
                 highest |= best.setting.lr >= max(rates)
         return lowest, highest
 
-    def neighbors(self, contender: str, lines: Lines) -> list[Run]:
-        """Trials that differ from the best one in its rate or in the optimizer's own knob."""
+    def descent(self, contender: str, lines: Lines) -> list[Run]:
+        """The trials of the coordinate descent that are known by now."""
         best = best_of(self.trials_of(contender, lines), lines)
         if best is None:
             return []
-        setting, rates = best.setting, (best.setting.lr / NEARBY, best.setting.lr * NEARBY)
-        nearby = [setting._replace(lr=float(f"{rate:.3g}")) for rate in rates]
-        nearby.append(setting._replace(own=1 - setting.own))
-        return [self.trial(contender, setting) for setting in nearby]
+        tried: list[Run] = []
+        ladders = ladders_around(best.setting)
+        for _ in range(PASSES):
+            start = best
+            for name, ladder in ladders.items():
+                k = ladder.index(getattr(best.setting, name))
+                around = [*ladder[max(k - 1, 0) : k], *ladder[k + 1 : k + 2]]
+                changed = [Setting(**{**best.setting._asdict(), name: x}) for x in around]
+                near = [self.trial(contender, setting) for setting in changed]
+                tried += near
+                if any(run not in lines for run in near):
+                    return tried
+                best = min([best, *near], key=lambda run: value(lines[run]))
+            if best == start:
+                break
+        return tried
 
     def searched(self, contender: str, lines: Lines) -> list[Run]:
         """All trials that have a line."""
-        every = self.trials_of(contender, lines) + self.neighbors(contender, lines)
-        return [run for run in every if run in lines]
+        every = self.trials_of(contender, lines) + self.descent(contender, lines)
+        return [run for run in dict.fromkeys(every) if run in lines]
 
     def finalists(self, contender: str, lines: Lines) -> list[Run]:
         runs = self.searched(contender, lines)
@@ -196,7 +218,7 @@ class Tuning:
 
     def runs(self, contender: str, lines: Lines) -> list[Run]:
         """All runs of an optimizer that are known by now."""
-        found = [*self.trials_of(contender, lines), *self.neighbors(contender, lines)]
+        found = [*self.trials_of(contender, lines), *self.descent(contender, lines)]
         found += self.finalists(contender, lines)
         found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
         return list(dict.fromkeys([*found, *self.budgets(contender, lines)]))
@@ -206,7 +228,7 @@ class Tuning:
         stages = (
             lambda: self.trials_of("AdamW", lines)[: 1 + self.trials],
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
-            lambda: [run for c in self.contenders for run in self.neighbors(c, lines)],
+            lambda: [run for c in self.contenders for run in self.descent(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
             lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
@@ -334,6 +356,13 @@ def points(
             )
         )
     return found
+
+
+def ladders_around(start: Setting) -> dict[str, list[float]]:
+    """The rising values of every coordinate, among them those of the descent's start."""
+    rates = [float(f"{start.lr * NEARBY**k:.3g}") for k in range(-9, 10)]
+    others = {n: sorted({*ladder, getattr(start, n)}) for n, ladder in LADDERS.items()}
+    return {"lr": rates, **others}
 
 
 def _choice(values: Sequence[float], share: float) -> float:

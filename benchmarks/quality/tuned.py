@@ -19,7 +19,7 @@ from benchmarks.quality.intervals import (
     share_to_target,
     verdict,
 )
-from benchmarks.quality.plan import BUDGETS, FINALISTS, HIGHEST, LOWEST, NEARBY, Tuning
+from benchmarks.quality.plan import BUDGETS, FINALISTS, HIGHEST, LOWEST, NEARBY, PASSES, Tuning
 from benchmarks.quality.training import CURVE_POINTS, Line, Lines, Run, value
 from benchmarks.quality.workload import find
 from benchmarks.tables import markdown
@@ -181,9 +181,11 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "trial's rates and decay, then points of one Sobol sequence over the rate of matrices "
         f"({LOWEST:g} to {HIGHEST:g}, widened for all where anybody's best is at an end), the rate "
         "of everything else (x 0.5, 1, 2), the weight decay (0, 0.03, 0.1, 0.3), the retention "
-        "(0.9, 0.95) and one knob of the optimizer's own; then the neighbors of each one's best "
-        f"trial, its rate divided and multiplied by {NEARBY:g} and its own knob turned. The best "
-        f"{FINALISTS} trials run at all steps, the best of them with every seed.",
+        "(0.9, 0.95) and one knob of the optimizer's own; then a coordinate descent from each "
+        f"one's best trial, by a factor of {NEARBY:g} in its rate and of 2 in that of everything "
+        "else, with its own knob, retentions from 0.5 to 0.98 and decays to 1, until no change of "
+        f"one of them is better, {PASSES} times through all of them at most. The best {FINALISTS} "
+        "trials run at all steps, the best of them with every seed.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{', '.join(f'{x:g}' for x in sorted((*BUDGETS, 1.0)))} times the steps; beyond them it "

@@ -21,7 +21,7 @@ def finished(plan, loss):
     while missing := plan.next(lines):
         stages.append(missing)
         lines |= {run: line(loss(run)) for run in missing}
-        assert len(stages) < 20
+        assert len(stages) < 40
     return lines, stages
 
 
@@ -78,17 +78,34 @@ def test_the_best_trials_run_in_full_and_the_best_of_them_with_every_seed():
     assert {run.steps for run in tuned} == {plan.final_steps}
 
 
-def test_everybodys_best_trial_is_tried_again_at_nearby_rates_and_with_its_own_knob_turned():
+def far_away(run):
+    """A loss whose best setting is no point of the sequence."""
+    s = run.setting
+    apart = math.log2(s.lr / 1e-3), math.log2(s.aux / 4), math.log(s.beta / 0.7), s.weight_decay - 1
+    return sum(map(abs, apart)) - s.own + 1 / run.steps
+
+
+def test_a_descent_reaches_the_best_setting_from_everybodys_best_trial(monkeypatch):
+    monkeypatch.setattr(plans, "PASSES", 9)
     plan = Tuning("friedman", PAIR, trials=6, seeds=2)
-    losses = bowl(4e-3)
-    lines, _ = finished(plan, lambda run: losses(run) - (run.setting.own == 1))
+    lines, _ = finished(plan, far_away)
     for contender in PAIR:
-        best = plans.best_of(plan.trials_of(contender, lines), lines).setting
-        lower, higher, turned = (run.setting for run in plan.neighbors(contender, lines))
-        assert lower.lr < best.lr < higher.lr
-        assert lower._replace(lr=best.lr) == higher._replace(lr=best.lr) == best
-        assert turned == best._replace(own=1 - best.own)
-        assert plan.best(contender, lines).own == 1
+        best = plan.best(contender, lines)
+        assert best[1:] == (4.0, 1.0, 0.7, 1)
+        assert 1 / plans.NEARBY**0.5 <= best.lr / 1e-3 <= plans.NEARBY**0.5
+
+
+def test_a_descent_changes_one_coordinate_at_a_time_by_one_value_and_ends():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    lines, _ = finished(plan, far_away)
+    for contender in PAIR:
+        tried = plan.descent(contender, lines)
+        assert 0 < len(tried) <= plans.PASSES * 9
+        seen = [run.setting for run in plan.trials_of(contender, lines)]
+        for run in tried:
+            changed = [sum(a != b for a, b in zip(run.setting, s, strict=True)) for s in seen]
+            assert min(changed) <= 1
+            seen.append(run.setting)
 
 
 def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():
