@@ -1,6 +1,7 @@
 """Plots of the page, as PNG, made from the lines alone."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -14,9 +15,10 @@ from benchmarks.quality.training import Lines, value
 
 
 def tuned_picture(plan: Tuning, lines: Lines) -> bytes:
-    """Loss of every trial against its rate, and training curves at the best settings."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rates, curves = figure.subplots(1, 2)
+    """Loss of every trial against its rate, the best so far against the number of trials, and
+    training curves at the best settings."""
+    figure = Figure(figsize=(12.5, 3.6), layout="constrained")
+    rates, search, curves = figure.subplots(1, 3)
     best = math.inf
     for number, contender in enumerate(plan.contenders):
         color = f"C{number}"
@@ -28,6 +30,8 @@ def tuned_picture(plan: Tuning, lines: Lines) -> bytes:
         if finite:
             rates.plot(*zip(*finite, strict=True), "o-", color=color, markersize=3, linewidth=0.8)
             best = min(best, *(loss for _, loss in finite))
+        so_far = list(itertools.accumulate((value(lines[run]) for run in trials), min))
+        search.plot(range(1, len(so_far) + 1), so_far, color=color, linewidth=1)
         runs = [run for run in plan.tuned(contender, lines) if "curve" in lines.get(run, {})]
         if runs:
             points = zip(*(lines[run]["curve"] for run in runs), strict=True)
@@ -37,14 +41,17 @@ def tuned_picture(plan: Tuning, lines: Lines) -> bytes:
         rates.plot([], [], color=color, label=contender)
     rates.set_xscale("log")
     if math.isfinite(best) and best > 0:
-        rates.set_ylim(best * 0.98, best * 1.5)
+        for axes in (rates, search):
+            axes.set_ylim(best * 0.98, best * 1.5)
     rates.set_xlabel("learning rate of matrices")
     rates.set_ylabel("held-out loss of the trials")
     rates.legend(fontsize=7)
+    search.set_xlabel("trials")
+    search.set_ylabel("least held-out loss so far")
     curves.set_xlabel("step")
     curves.set_ylabel("training loss, each at its best")
     curves.set_yscale("log")
-    for axes in (rates, curves):
+    for axes in (rates, search, curves):
         axes.grid(alpha=0.3)
     return png(figure, 110)
 

@@ -233,22 +233,24 @@ def group_tables(group: Group, profile_plot: str) -> list[str]:
     for plan in group.plans:
         parts += [f"#### {plan.label}", f"{find(plan.workload).about}."]
         parts += [best_table(group, plan), differences(group, plan), costs(group, plan)]
-        parts += [f"![loss against rate, and training curves](quality/{plan.picture})"]
+        parts += [f"![loss against rate, search, and training curves](quality/{plan.picture})"]
         parts += ["The default at AdamW's rates and decay:", swapped_table(group, plan)]
     return parts
 
 
 def best_table(group: Group, plan: Tuning) -> str:
-    table = [["optimizer", "best setting", "loss", *[f"D_eff, {rival}" for rival in RIVALS]]]
+    head = ["optimizer", "trials", "best setting", "loss"]
+    table = [head + [f"D_eff, {rival}" for rival in RIVALS]]
     for contender in plan.contenders:
         found, setting = group.losses(plan, contender), plan.best(contender, group.lines)
         if not found or setting is None:
-            trials = plan.trials_of(contender, group.lines)
-            refused = [group.lines.get(run, {}).get("refused") for run in trials]
-            table.append([contender, next(filter(None, refused), MISSING), *[""] * 4])
+            runs = plan.trials_of(contender, group.lines)
+            refused = [group.lines.get(run, {}).get("refused") for run in runs]
+            table.append([contender, "", next(filter(None, refused), MISSING), *[""] * 4])
             continue
         ratios = [data_ratio(group, (plan,), contender, rival) for rival in RIVALS]
-        table.append([contender, str(setting), f"{statistics.fmean(found):.4f}", *ratios])
+        trials = str(len(plan.searched(contender, group.lines)))
+        table.append([contender, trials, str(setting), f"{statistics.fmean(found):.4f}", *ratios])
     return markdown(table)
 
 
