@@ -2,17 +2,17 @@
 
 ``--tier swap`` puts other optimizers in AdamW's place, at AdamW's best of five rates, on Hope and
 on a Transformer. ``rates`` runs AdamW and DeepMomentum at the same three rates on small workloads:
-with its default memory, with another, and with shares of the momentum itself; ``long`` does so for
-four times the steps, on what can be learned by heart. ``standard`` tunes every optimizer with the
-same search before it compares; ``full`` does so for more optimizers, with more trials and seeds,
-and also for four times the steps and for four batches in a step; ``gpu`` is ``full`` with four
-times the steps and sixteen batches in a step, on the machine's accelerator; ``smoke`` is a tuned
-comparison in miniature. ``locked`` is ``standard`` on the workloads that no choice may depend on;
-it is run once, when all else is decided, and no other tier takes them. Every finished run is a line
-of ``quality/WORKLOAD.jsonl``, with hashes of its data and its configuration; a run that has a line
-is not repeated, so that an interrupted benchmark goes on. ``quality.md`` and the plots come from
-the lines alone; ``--report`` runs nothing else. ``compare OLD NEW`` tells what differs between two
-folders of lines, and whether it is noise.
+with its default memory, with another, with shares of the momentum itself, and with each part of the
+default left out; ``long`` does so for four times the steps, on what can be learned by heart.
+``standard`` tunes every optimizer with the same search before it compares; ``full`` does so for
+more optimizers, with more trials and seeds, and also for four times the steps and for four batches
+in a step; ``gpu`` is ``full`` with four times the steps and sixteen batches in a step, on the
+machine's accelerator; ``smoke`` is a tuned comparison in miniature. ``locked`` is ``standard`` on
+the workloads that no choice may depend on; it is run once, when all else is decided, and no other
+tier takes them. Every finished run is a line of ``quality/WORKLOAD.jsonl``, with hashes of its data
+and its configuration; a run that has a line is not repeated, so that an interrupted benchmark goes
+on. ``quality.md`` and the plots come from the lines alone; ``--report`` runs nothing else.
+``compare OLD NEW`` tells what differs between two folders of lines, and whether it is noise.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import compare, pictures
-from benchmarks.quality.contenders import CONTENDERS, DEFAULT, package
+from benchmarks.quality.contenders import ABLATIONS, CONTENDERS, DEFAULT, PARTS, package
 from benchmarks.quality.plan import PAIR, Plan, Rates, Swap, Tuning
 from benchmarks.quality.report import page, shown
 from benchmarks.quality.results import Results
@@ -102,7 +102,11 @@ TIERS: dict[str, Tier] = {
     "swap": Tier(
         lambda w, c: [Swap(w, c)], ("swap_hope", "swap_transformer"), ("AdamW", "Muon", *MEMORIES)
     ),
-    "rates": Tier(lambda w, c: [Rates(w, c)], SMALL, (*PAIR, "DeepMomentum, covariance", *SHARES)),
+    "rates": Tier(
+        lambda w, c: [Rates(w, c)],
+        SMALL,
+        (*PAIR, "DeepMomentum, covariance", *SHARES, *PARTS.values()),
+    ),
     "long": Tier(
         lambda w, c: [Rates(w, c, seeds=5, steps=4 * find(w).steps)],
         ("friedman", "breast_cancer"),
@@ -114,7 +118,9 @@ TIERS: dict[str, Tier] = {
         MAIN,
     ),
     "locked": Tier(lambda w, c: [Tuning(w, c)], LOCKED, MAIN),
-    "full": Tier(thorough, ("lm_code", *SMALL, *MORE), tuple(CONTENDERS)),
+    "full": Tier(
+        thorough, ("lm_code", *SMALL, *MORE), tuple(c for c in CONTENDERS if c not in ABLATIONS)
+    ),
     "gpu": Tier(
         lambda w, c: thorough(w, c, 4, 16, accelerator() or "cuda"),
         ("lm_code", "llama", "mnist_vit"),

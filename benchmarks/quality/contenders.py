@@ -6,12 +6,13 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 import deepopt
 from benchmarks.quality.workload import Unavailable
 from deepopt.hope.cms import chunk_groups
 from deepopt.hope.optimizers import RATES
+from deepopt.memory import Delta
 from deepopt.optim import Continuum
 
 
@@ -68,7 +69,31 @@ class Contender:
     motion: bool = field(default=False, repr=False)
 
 
+@dataclass(frozen=True)
+class WithoutGain(Delta):
+    """The delta memory without the factor g that makes up for what a write erases."""
+
+    def write_and_read(
+        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
+    ) -> Tensor:
+        gain = 1 + state["erasure"] / (1 - retention)
+        return super().write_and_read(state, grad, retention) / gain[:, None, None]
+
+
 SIZES = ({"update_rms": None}, {"update_rms": 0.2})
+ABLATIONS = {
+    f"DeepMomentum, delta, {name}": Contender(
+        "deep_momentum", sizes, {"memory": "delta", **options}
+    )
+    for name, sizes, options in (
+        ("no look-ahead", SIZES, {"memory": Delta(nesterov=False)}),
+        ("no gain", SIZES, {"memory": WithoutGain()}),
+        ("rows as they are", SIZES, {"row_norm": False}),
+        ("rank as it is", SIZES, {"rms_cap": 1.0}),
+        ("size 0.2", SIZES[::-1], {}),
+    )
+}
+"""The default without one of its parts."""
 CONTENDERS: dict[str, Contender] = {
     "AdamW": Contender("adamw", ({"beta2": 0.999}, {"beta2": 0.99})),
     "SGD": Contender(
@@ -116,6 +141,7 @@ CONTENDERS: dict[str, Contender] = {
         own_rate=True,
     ),
     "Lion": Contender("pytorch_optimizer.Lion", ({"beta2": 0.99}, {"beta2": 0.98}), scale=0.2),
+    **ABLATIONS,
 }
 """NorMuon is the linear memory at Muon's fixed size with rows normalized; the value 1 of its own
 knob is Muon with the coefficients of Polar Express.
@@ -126,6 +152,15 @@ has its 1e-3. Prodigy estimates one rate for all parameters, so that ``Setting.a
 nothing. AdEMAMix warms its slow momentum up over all steps of the run (``"steps"``)."""
 
 DEFAULT = "DeepMomentum, delta"
+PARTS = {
+    "the delta rule": "DeepMomentum, linear",
+    "the look-ahead of its read": "DeepMomentum, delta, no look-ahead",
+    "the factor g of its read": "DeepMomentum, delta, no gain",
+    "the normalization of rows": "DeepMomentum, delta, rows as they are",
+    "the correction of lacking rank": "DeepMomentum, delta, rank as it is",
+    "the measured size (a fixed 0.2)": "DeepMomentum, delta, size 0.2",
+}
+"""Every part of the default, and the contender that lacks it."""
 RIVALS = ("AdamW", "Muon", "NorMuon")
 """Those that the others are compared with, and whose loss is measured at several budgets."""
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
+from benchmarks.quality.contenders import DEFAULT, PARTS
 from benchmarks.quality.goals import goals, words_of
 from benchmarks.quality.plan import BESIDE, FIVE_RATES, PAIR, THREE_RATES, Plan, Rates, Swap, Tuning
 from benchmarks.quality.training import WARMUP_SHARE, Line, Lines, Run, value
@@ -205,7 +206,8 @@ def rates_section(plans: Sequence[Rates], lines: Lines) -> list[str]:
         f"AdamW's rate is its best of {', '.join(f'{x:g}' for x in THREE_RATES)}; the other runs "
         "at the very same rate and weight decay (0.01).",
     ]
-    others = dict.fromkeys(c for plan in plans for c in plan.contenders if c != "AdamW")
+    apart = ("AdamW", *PARTS.values())
+    others = dict.fromkeys(c for plan in plans for c in plan.contenders if c not in apart)
     for other in others:
         chosen = [plan for plan in plans if other in plan.contenders]
         parts += [f"### {other}, at AdamW's best rate", at_best_rate(chosen, other, lines)]
@@ -216,7 +218,7 @@ def rates_section(plans: Sequence[Rates], lines: Lines) -> list[str]:
         steps = str(plan.steps or found.steps)
         seeds = str(plan.seeds or found.seeds)
         workloads.append([plan.workload, found.about, steps, seeds])
-    return [*parts, "### The workloads", markdown(workloads)]
+    return [*parts, *without_parts(plans, lines), "### The workloads", markdown(workloads)]
 
 
 def at_best_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
@@ -247,27 +249,59 @@ def at_each_rate(plans: Sequence[Rates], other: str, lines: Lines) -> str:
     rows, verdicts = {plan.label: [plan.label] for plan in plans}, [""]
     means = ["geometric mean of the ratio of the losses"]
     for lr in (*THREE_RATES, None):
-        pairs = {}
-        for plan in plans:
-            rates = (lr, lr) if lr else (plan.best_rate(lines), plan.best_rate(lines, other))
-            runs = [
-                plan.runs(name, rate) if rate else []
-                for name, rate in zip(("AdamW", other), rates, strict=True)
-            ]
-            pairs[plan.label] = (losses(runs[1], lines), losses(runs[0], lines))
-        results, ratios = compared(pairs), []
+        pairs = losses_at(plans, "AdamW", other, lr, lines)
+        results = compared(pairs)
         for plan in plans:
             if plan.label not in results:
                 rows[plan.label].append(MISSING)
                 continue
             second, first = (statistics.fmean(x or []) for x in pairs[plan.label])
-            if second > 0 < first:
-                ratios.append(second / first)
-            word = results[plan.label][1]
-            rows[plan.label].append(f"{first:.4f} / {second:.4f}, {word}")
+            rows[plan.label].append(f"{first:.4f} / {second:.4f}, {results[plan.label][1]}")
         verdicts.append(words_of([word for _, word in results.values()]))
-        means.append(f"{statistics.geometric_mean(ratios):.3f}" if ratios else MISSING)
+        means.append(mean_ratio(pairs))
     return f"AdamW / {other}.\n\n" + markdown([head, *rows.values(), verdicts, means])
+
+
+def without_parts(plans: Sequence[Rates], lines: Lines) -> list[str]:
+    """The default against itself without one of its parts."""
+    head = ["without", *[f"{lr:g}" for lr in THREE_RATES], "each at its own best of these"]
+    table = [head]
+    for part, contender in PARTS.items():
+        chosen, row = [plan for plan in plans if contender in plan.contenders], [part]
+        for lr in (*THREE_RATES, None):
+            pairs = losses_at(chosen, DEFAULT, contender, lr, lines)
+            words = [word for _, word in compared(pairs).values()]
+            counts = f"{words.count('loss')} worse, {words.count('win')} better"
+            row.append(f"{mean_ratio(pairs)}; {counts}" if words else MISSING)
+        table.append(row)
+    return [
+        "### Parts of the default",
+        f"{DEFAULT}, without one part at a time: the ratio of its losses to those with all parts, "
+        "as a geometric mean, and on how many workloads it is worse or better; the others are "
+        "ties.",
+        markdown(table),
+    ]
+
+
+def losses_at(
+    plans: Sequence[Rates], first: str, second: str, lr: float | None, lines: Lines
+) -> dict[str, tuple[list[float] | None, list[float] | None]]:
+    """By workload the losses of the second and of the first; ``None`` for each at its best rate."""
+    found = {}
+    for plan in plans:
+        both = []
+        for name in (second, first):
+            rate = lr or plan.best_rate(lines, name)
+            both.append(losses(plan.runs(name, rate), lines) if rate else None)
+        found[plan.label] = (both[0], both[1])
+    return found
+
+
+def mean_ratio(pairs: Mapping[str, tuple[list[float] | None, list[float] | None]]) -> str:
+    """The geometric mean over workloads of the ratio of mean losses."""
+    means = [(statistics.fmean(a), statistics.fmean(b)) for a, b in pairs.values() if a and b]
+    ratios = [a / b for a, b in means if a > 0 < b]
+    return f"{statistics.geometric_mean(ratios):.3f}" if ratios else MISSING
 
 
 def mean_training(runs: Sequence[Run], lines: Lines) -> str:

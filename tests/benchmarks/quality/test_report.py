@@ -5,9 +5,9 @@ import math
 import pytest
 
 from benchmarks.quality import command, goals, pictures
-from benchmarks.quality.contenders import DEFAULT, Setting
-from benchmarks.quality.plan import Rates, Swap, Tuning
-from benchmarks.quality.report import BEFORE, page, shown
+from benchmarks.quality.contenders import DEFAULT, PARTS, Setting
+from benchmarks.quality.plan import PAIR, Rates, Swap, Tuning
+from benchmarks.quality.report import BEFORE, page, shown, without_parts
 from benchmarks.quality.training import Run
 from benchmarks.quality.tuned import Group, costs, differences, groups, width
 
@@ -225,3 +225,18 @@ def test_optimizers_that_have_not_begun_are_left_out_of_a_tier_but_the_standard_
 
 def test_a_run_without_a_beta_names_it_as_the_optimizers_own():
     assert "beta its own" in str(Run("friedman", "Muon", Setting(1e-3, beta=None), 0, 3))
+
+
+def test_a_part_left_out_is_worse_or_better_by_the_ratio_of_the_losses():
+    contender = PARTS["the normalization of rows"]
+    plans = [Rates(name, (*PAIR, contender), seeds=3) for name in ("friedman", "digits_mlp")]
+    factors = {"AdamW": 2.0, DEFAULT: 1.0, contender: 1.1}
+    lines = {
+        run: line(run, factors[run.contender] + 0.001 * run.seed)
+        for plan in plans
+        for run in plan.next({})
+    }
+    rows = [row.split(" | ") for row in without_parts(plans, lines)[-1].splitlines()]
+    cells = {row[0].removeprefix("| "): row[1:] for row in rows}
+    assert cells["the normalization of rows"][0] == "1.100; 2 worse, 0 better"
+    assert cells["the delta rule"][0] == "not run"
