@@ -20,7 +20,7 @@ from benchmarks.quality.command import tunings
 from benchmarks.quality.goals import OWN, status
 from benchmarks.quality.pictures import png
 from benchmarks.quality.plan import Tuning
-from benchmarks.quality.results import Results
+from benchmarks.quality.results import results
 from benchmarks.quality.tuned import MISSING, Group, data_ratio, difference, groups
 from benchmarks.streams import command as streams
 from benchmarks.streams.tasks import TASKS
@@ -177,9 +177,9 @@ def main(argv: Sequence[str]) -> int:
     found = read_outs(folder)
     if len(found) < 2:
         parser.error(f"--out {out}: there is no phi.json in {folder}; run deepopt.meta first")
-    lines = Results(out / "quality", of_any_circumstances=True).lines
+    lines = results(out / "quality", of_any_circumstances=True).lines
     group = groups(tunings(lines), lines).get(OWN, Group((), lines))
-    table = markdown(gate(group, streams.read(out / "streams.jsonl")))
+    table = markdown(gate(group, streams.results(out).lines))
     write_atomically(folder / "readout.png", picture(found))
     write_atomically(folder / "gate.md", page(table, found).encode())
     print(f"written: {folder / 'gate.md'}", file=sys.stderr)

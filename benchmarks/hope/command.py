@@ -14,55 +14,39 @@ and runs nothing.
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import ABLATED, MODELS, RATES, Plan
 from benchmarks.hope.report import cell, report
 from benchmarks.hope.training import TASKS, Line, Run, execute, setting
-from benchmarks.runs import executed
-from deepopt.hope.files import write_atomically
-from deepopt.hope.report import read_metrics
+from benchmarks.runs import Results
 
 PARTS = ("models", "ablations", "optimizers")
 
 
-class Results:
-    """The lines of a folder's JSONL files, one file per task, by run.
+def results(folder: Path, of_any_setting: bool = False) -> Results[Run]:
+    """The lines of a folder, one file per task; those count that were made in today's setting.
 
     Args:
         folder: where the files are.
-        of_any_setting: take all lines. Otherwise those count that were made in today's setting.
+        of_any_setting: all lines count.
     """
+    names = [field.name for field in dataclasses.fields(Run)]
 
-    def __init__(self, folder: Path, of_any_setting: bool = False) -> None:
-        self.folder = folder
-        self.lines: dict[Run, Line] = {}
-        names = [field.name for field in dataclasses.fields(Run)]
-        for task in TASKS:
-            for line in read_metrics(self._path(task)):
-                run = Run(**{name: line[name] for name in names})
-                if of_any_setting or (run.model in NAMES and setting(run).items() <= line.items()):
-                    self.lines[run] = line
+    def run_of(line: Line) -> Run:
+        return Run(**{name: line[name] for name in names})
 
-    def complete(self, runs: Iterable[Run], jobs: int) -> None:
-        """Execute the runs that have no line yet, each on one thread, the first ones first."""
-        missing = [run for run in dict.fromkeys(runs) if run not in self.lines]
-        for task in {run.task for run in missing}:  # drop a line that a kill has torn, and old ones
-            kept = [json.dumps(x) + "\n" for run, x in self.lines.items() if run.task == task]
-            write_atomically(self._path(task), "".join(kept).encode())
-        for place, run, line in executed(missing, execute, jobs):
-            self.lines[run] = line
-            with open(self._path(run.task), "a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{place} {run}: {cell(run, self.lines)}", flush=True)
+    def path_of(run: Run) -> Path:
+        return folder / f"{run.task}.jsonl"
 
-    def _path(self, task: str) -> Path:
-        return self.folder / f"{task}.jsonl"
+    def counts(run: Run, line: Line) -> bool:
+        return of_any_setting or (run.model in NAMES and setting(run).items() <= line.items())
+
+    return Results([folder / f"{task}.jsonl" for task in TASKS], run_of, path_of, counts)
 
 
 def deciding(arguments: argparse.Namespace) -> list[str]:
@@ -111,31 +95,29 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan(rates=arguments.rates, seeds=arguments.seeds, steps=arguments.steps)
     folder = arguments.out / "hope"
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder, arguments.report)
-    repeated: set[Run] = set()
-
-    def complete(runs: Sequence[Run]) -> None:
-        if arguments.fresh:
-            for run in set(runs) - repeated:
-                results.lines.pop(run, None)
-            repeated.update(runs)
-        results.complete(runs, arguments.jobs)
-
     if not arguments.report:
+        found = results(folder)
+        repeated: set[Run] = set()
+
+        def complete(runs: Sequence[Run]) -> None:
+            if arguments.fresh:
+                found.forget(set(runs) - repeated)
+                repeated.update(runs)
+            found.complete(runs, execute, arguments.jobs, lambda run, _: cell(run, found.lines))
+
         if "models" in arguments.parts:
             pairs = [(task, model) for task in tasks for model in compared]
             complete([plan.run(*pair, lr) for lr in plan.rates for pair in pairs])
-            best = [plan.best(*pair, results.lines) for pair in pairs]
+            best = [plan.best(*pair, found.lines) for pair in pairs]
             complete([run for first in best if first for run in plan.repeats(first)])
         if "ablations" in arguments.parts:
-            complete(plan.ablations(tasks, arguments.ablations, results.lines))
+            complete(plan.ablations(tasks, arguments.ablations, found.lines))
         if "optimizers" in arguments.parts:
             complete(plan.optimizers())
-    if not results.lines:
+    lines = results(folder, of_any_setting=True).lines
+    if not lines:
         parser.error(f"--report: there is no line in {folder} yet; run without it first")
-    page = report(
-        plan, results.lines, " ".join(["python -m benchmarks hope", *deciding(arguments)])
-    )
+    page = report(plan, lines, " ".join(["python -m benchmarks hope", *deciding(arguments)]))
     (arguments.out / "hope.md").write_text(page)
     print(f"written: {arguments.out / 'hope.md'}", file=sys.stderr)
     return 0

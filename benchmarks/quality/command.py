@@ -30,11 +30,12 @@ from benchmarks.quality import compare, pictures
 from benchmarks.quality.contenders import ABLATIONS, CONTENDERS, DEFAULT, PARTS, package
 from benchmarks.quality.plan import PAIR, Plan, Rates, Swap, Tuning
 from benchmarks.quality.report import page, shown
-from benchmarks.quality.results import Results
-from benchmarks.quality.training import Lines
+from benchmarks.quality.results import results
+from benchmarks.quality.training import Line, Lines, Run, execute, value
 from benchmarks.quality.tuned import groups, picture_files
 from benchmarks.quality.workload import Unavailable, built_in, find
 from benchmarks.quality.workloads import LOCKED
+from benchmarks.runs import Results
 from deepopt.hope.files import write_atomically
 
 MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
@@ -160,13 +161,17 @@ def available(every: Sequence[Plan]) -> tuple[list[Plan], dict[str, str]]:
     return found, skipped
 
 
-def complete(results: Results, every: Sequence[Plan], jobs: int, fresh: bool) -> None:
+def complete(found: Results[Run], every: Sequence[Plan], jobs: int, fresh: bool) -> None:
     """Run what the plans lack, stage by stage."""
     if fresh:
         ours = {plan.workload for plan in every}
-        results.forget([run for run in results.lines if run.workload in ours])
-    while missing := [run for plan in every for run in plan.next(results.lines)]:
-        results.complete(list(dict.fromkeys(missing)), jobs)
+        found.forget([run for run in found.lines if run.workload in ours])
+    while missing := [run for plan in every for run in plan.next(found.lines)]:
+        found.complete(missing, execute, jobs, outcome)
+
+
+def outcome(run: Run, line: Line) -> str:
+    return line.get("refused") or line.get("diverged") or f"{value(line):.4f}"
 
 
 def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
@@ -259,21 +264,21 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not arguments.report:
             asked, skipped = available(asked)
-            complete(Results(folder), asked, jobs, arguments.fresh)
+            complete(results(folder), asked, jobs, arguments.fresh)
     except KeyboardInterrupt:
         print("stopped; finished runs are kept, the same command goes on", file=sys.stderr)
         return 130
-    results = Results(folder, of_any_circumstances=True)
-    if not results.lines:
+    lines = results(folder, of_any_circumstances=True).lines
+    if not lines:
         parser.error(f"--report: there is no line in {folder} yet; run without it first")
-    every = asked if smoke else with_all_tiers(asked, results.lines)
+    every = asked if smoke else with_all_tiers(asked, lines)
     words = ["python -m benchmarks quality --report"]
     words += ["--tier", arguments.tier] if arguments.tier in ("smoke", "full", "gpu") else []
     for name in ("workloads", "optimizers"):
         words += [f"--{name}", *map(shlex.quote, given)] if (given := vars(arguments)[name]) else []
     words += ["--out", shlex.quote(str(arguments.out))] if arguments.out else []
     command = " ".join(words)
-    write(every, results.lines, folder, page(every, results.lines, command, skipped))
+    write(every, lines, folder, page(every, lines, command, skipped))
     print(f"written: {out / 'quality.md'}", file=sys.stderr)
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.plan import Tuning
-from benchmarks.quality.results import Results
+from benchmarks.quality.results import results
 from benchmarks.quality.training import Lines, Run, value
 from benchmarks.quality.tuned import compared, difference
 from benchmarks.tables import markdown
@@ -106,7 +106,7 @@ def main(argv: Sequence[str], plans: Callable[[Lines], Sequence[Tuning]]) -> int
     for folder in (arguments.old, arguments.new):
         if not folder.is_dir():
             parser.error(f"{folder}: no such folder; give one that holds WORKLOAD.jsonl files")
-        lines.append(Results(folder, of_any_circumstances=True).lines)
+        lines.append(results(folder, of_any_circumstances=True).lines)
         if not lines[-1]:
             parser.error(f"{folder}: no line in its .jsonl files; give a folder that has some")
     old, new = lines

@@ -66,18 +66,18 @@ class Run:
 Lines = Mapping[Run, Line]
 
 
-def circumstances(run: Run) -> Line:
-    """What the outcome depends on besides the run itself and the package's code.
+def circumstances(workload: str, contender: str) -> Line:
+    """What the outcome of a run depends on besides the run itself and the package's code.
 
     Raises:
         Unavailable: the workload has no data here, or the optimizer's package is not installed.
     """
-    workload, contender = find(run.workload), CONTENDERS[run.contender]
-    decisive = (code(workload.source), repr(contender), WARMUP_SHARE, MAX_GRAD_NORM)
-    found = package(run.contender)
+    work, entry = find(workload), CONTENDERS[contender]
+    decisive = (code(work.source), repr(entry), WARMUP_SHARE, MAX_GRAD_NORM)
+    found = package(contender)
     return {
         "config": hashlib.sha256(repr(decisive).encode()).hexdigest()[:16],
-        "data": workload.sha256(),
+        "data": work.sha256(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         **({"package": found} if found else {}),
@@ -102,7 +102,7 @@ def execute(run: Run) -> Line:
     """
     workload = find(run.workload)
     line: Line = {**dataclasses.asdict(run), "setting": run.setting._asdict()}
-    line |= circumstances(run)
+    line |= circumstances(run.workload, run.contender)
     torch.manual_seed(run.seed)
     model = workload.model().to(run.device)
     tokens = tokens_of_step(run, model)

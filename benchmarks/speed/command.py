@@ -108,18 +108,29 @@ def execute_apart(run: Run, setting: Setting) -> Line:
 
 
 class Results:
-    """The lines of a JSONL file, by run: those that were made under today's conditions."""
+    """The lines of a JSONL file, by run: those that were made under today's conditions.
+
+    All others are kept until their run is measured again on the same kind of device.
+    """
 
     def __init__(self, path: Path, setting: Setting, repeated: Iterable[Run] = ()) -> None:
         self.path = path
         self.lines: dict[Run, Line] = {}
-        today, repeated = conditions(setting).items(), set(repeated)
-        for line in read_metrics(path):
+        aside: list[tuple[Run, Line]] = []
+        today, repeated = conditions(setting), set(repeated)
+        for line in cast(Iterable[Line], read_metrics(path)):
             run = Run(line["case"], line["threads"])
-            if run.case in catalog.CASES and run not in repeated and today <= line.items():
-                self.lines[run] = cast(Line, line)
-        # Without what a kill has torn, and without lines of other conditions.
-        write_atomically(path, "".join(json.dumps(x) + "\n" for x in self.lines.values()).encode())
+            if run.case in catalog.CASES and today.items() <= line.items():
+                self.lines[run] = line
+            else:
+                aside.append((run, line))
+        kind = setting.device, setting.quick
+        kept = [x for run, x in aside if (x["device"], x["quick"]) != kind or run not in self.lines]
+        # Without what a kill has torn.
+        kept += self.lines.values()
+        write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
+        for run in repeated & self.lines.keys():
+            del self.lines[run]
 
     def complete(self, runs: Iterable[Run], setting: Setting) -> None:
         """Execute the runs that have no line yet, one after the other."""

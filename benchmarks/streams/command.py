@@ -8,7 +8,6 @@ and runs nothing.
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -19,11 +18,10 @@ from typing import Any
 from benchmarks.quality.intervals import Interval, paired, verdict
 from benchmarks.quality.tuned import difference
 from benchmarks.quality.workload import Unavailable
-from benchmarks.runs import executed
+from benchmarks.runs import Results
 from benchmarks.streams.runs import AFTER, CLOSE, ORACLES, OWN_SIZE, RELEARNED, SLOW, Run, execute
 from benchmarks.streams.tasks import TASKS
 from benchmarks.tables import markdown
-from deepopt.hope.report import read_metrics
 
 LINEAR = tuple(("linear", beta) for beta in (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.0))
 CONTENDERS = (
@@ -76,9 +74,10 @@ def value(line: Mapping[str, Any], metric: str = "loss") -> float:
     return float(line.get(metric, math.inf))
 
 
-def read(path: Path) -> dict[Run, dict[str, Any]]:
+def results(out: Path) -> Results[Run]:
     """The lines that any run left, those of this version of the tasks or not."""
-    return {Run.of(line): line for line in read_metrics(path)}
+    path = out / "streams.jsonl"
+    return Results([path], Run.of, lambda run: path)
 
 
 def report(lines: Lines, seeds: int, command: str) -> str:
@@ -198,8 +197,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--report", action="store_true", help="write the tables, run nothing")
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "streams.jsonl"
-    lines = read(path)
+    found = results(given.out)
     chosen = [(t, c) for t in given.tasks for c in contenders(t) if c[0] in given.optimizers]
     for task in () if given.report else given.tasks:
         try:
@@ -209,18 +207,15 @@ def main(argv: Sequence[str]) -> int:
             chosen = [pair for pair in chosen if pair[0] != task]
 
     def complete(runs: Sequence[Run]) -> None:
-        missing = [run for run in runs if run not in lines]
-        for place, run, line in executed(missing, execute, given.jobs):
-            lines[run] = line
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{place} {run}: {line.get('loss', 'diverged')}", flush=True)
+        found.complete(
+            runs, execute, given.jobs, lambda run, line: str(line.get("loss", "diverged"))
+        )
 
     if not given.report:
         complete([run for pair in chosen for run in sweep(*pair)])
-        complete([run for pair in chosen for run in repeats(*pair, given.seeds, lines)])
+        complete([run for pair in chosen for run in repeats(*pair, given.seeds, found.lines)])
     seeds = [f"--seeds {given.seeds}"] if given.seeds != parser.get_default("seeds") else []
     shown = " ".join(["python -m benchmarks streams", *seeds])
-    (given.out / "streams.md").write_text(report(lines, given.seeds, shown))
+    (given.out / "streams.md").write_text(report(found.lines, given.seeds, shown))
     print(f"written: {given.out / 'streams.md'}", file=sys.stderr)
     return 0

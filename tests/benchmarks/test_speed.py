@@ -95,6 +95,22 @@ def test_lines_of_other_conditions_and_torn_lines_do_not_count(results):
     results.path.write_text(text + '{"case": "ra')
     assert Results(results.path, Setting()).lines == results.lines
     assert not Results(results.path, QUICK).lines
+    assert results.path.read_text() == text
+
+
+def test_a_line_of_other_conditions_stays_until_its_case_is_measured_on_the_same_device(results):
+    older = line("race", 1) | {"torch": "0.1"}
+    elsewhere = older | {"device": "cuda"}
+    both = [json.dumps(x) + "\n" for x in (older, elsewhere)]
+    results.path.write_text("".join(both))
+    assert not Results(results.path, Setting()).lines
+    assert results.path.read_text() == "".join(both)
+    results.path.write_text("".join([*both, json.dumps(line("race", 1)) + "\n"]))
+    assert set(Results(results.path, Setting()).lines) == {Run("race", 1)}
+    assert [json.loads(x) for x in results.path.read_text().splitlines()] == [
+        elsewhere,
+        line("race", 1),
+    ]
 
 
 def test_only_what_is_asked_for_is_repeated(results):

@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from benchmarks.quality import command, results, training
+from benchmarks.quality import command, training
 from benchmarks.quality.command import main
 from benchmarks.quality.contenders import CONTENDERS, Setting, package
 from benchmarks.quality.plan import Rates, Tuning
-from benchmarks.quality.results import Results
+from benchmarks.quality.results import results
 from benchmarks.quality.training import Run
 from benchmarks.quality.workload import Unavailable
 
@@ -76,7 +76,7 @@ def test_the_tuned_tier_makes_page_and_plot_again_from_the_lines_alone(tmp_path,
     assert image.read_bytes()[:4] == b"\x89PNG"
     for file in (tmp_path / "quality.md", image):
         file.unlink()
-    monkeypatch.setattr(results, "execute", None)
+    monkeypatch.setattr(command, "execute", None)
     assert main([*arguments, "--report"]) == 0
     assert (tmp_path / "quality.md").read_text() == page
     assert image.exists()
@@ -92,7 +92,7 @@ def test_fresh_repeats_and_keeps_old_lines_until_new_ones_are_there(tmp_path, ca
 
 
 def test_an_interrupt_keeps_what_has_ended_and_says_so(tmp_path, monkeypatch, capsys):
-    execute, ran = results.execute, []
+    execute, ran = command.execute, []
 
     def interrupted(run):
         if len(ran) == 3:
@@ -100,12 +100,12 @@ def test_an_interrupt_keeps_what_has_ended_and_says_so(tmp_path, monkeypatch, ca
         ran.append(run)
         return execute(run)
 
-    monkeypatch.setattr(results, "execute", interrupted)
+    monkeypatch.setattr(command, "execute", interrupted)
     arguments = ["--tier", "rates", "--out", str(tmp_path), "--jobs", "1"]
     assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 3
-    monkeypatch.setattr(results, "execute", execute)
+    monkeypatch.setattr(command, "execute", execute)
     assert main(arguments) == 0
     assert len(lines(tmp_path)) == 12
 
@@ -257,4 +257,4 @@ def test_comments_and_docstrings_change_no_hash():
 
 def test_lines_of_workloads_by_path_have_a_file_of_their_own(tmp_path):
     run = Run("folder/mine.py", OURS, Setting(1e-3), 0, 3)
-    assert Results(tmp_path)._path(run.workload) == tmp_path / "mine.jsonl"
+    assert results(tmp_path).path_of(run) == tmp_path / "mine.jsonl"
