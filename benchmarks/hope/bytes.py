@@ -1,6 +1,5 @@
 """Next byte of the Python standard library's sources, and reading on beyond the trained length."""
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks.hope.task import Batch, Goal, Task
-from deepopt.data import Corpus, evaluation_batches, sample_batch, stdlib_corpus
+from benchmarks.quality.language import corpus
+from deepopt.data import evaluation_batches, sample_batch
 from deepopt.hope import HopeConfig
-
-
-@functools.cache
-def corpus() -> Corpus:
-    return stdlib_corpus()
-
 
 SIZES = HopeConfig()
 BITS = "bits_per_byte"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hope import online
-from benchmarks.hope.bytes import SIZES, Bytes, bits, corpus
+from benchmarks.hope.bytes import SIZES, Bytes, bits
 from benchmarks.hope.task import Batch, Goal
+from benchmarks.quality.language import corpus
 from deepopt.data import evaluation_batches, sample_batch
 from deepopt.hope import HopeConfig, adaptation
 
@@ -38,9 +39,9 @@ class Learned(NamedTuple):
     """What a stream of English did to a model of code, in bits per byte.
 
     Attributes:
-        english: of the second half of the stream, while it is read.
-        after: of held-out code after it.
-        again: of held-out code after some more code was read.
+        english: bits of the second half of the stream, while it is read.
+        after: bits of held-out code after it.
+        again: bits of held-out code after some more code was read.
     """
 
     english: float

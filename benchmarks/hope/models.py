@@ -136,7 +136,8 @@ BASELINES: dict[str, Mixer] = {
 
 DEFAULTS = HopeConfig()
 ABLATIONS: dict[str, dict[str, Any]] = {
-    # Nothing is erased and eta is zero, so that all memories stay at their initial weights.
+    # "gd" erases nothing, and max_inner_lr, which must be positive, leaves next to nothing to
+    # write: all memories stay at their initial weights.
     "memories frozen": {"update": "gd", "max_inner_lr": 1e-12},
     "the printed layer (HopeConfig.paper)": {
         field.name: value

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hope import online
-from benchmarks.hope.bytes import SIZES, Bytes, corpus
+from benchmarks.hope.bytes import SIZES, Bytes
 from benchmarks.hope.task import Goal
+from benchmarks.quality.language import corpus
 from deepopt.hope import HopeConfig, adaptation
 
 GOALS = (Goal("bits per byte that adapt is worth", lambda mean: mean("Hope", "worth"), 0.05),)

@@ -188,8 +188,8 @@ def build(
         model: to train. Levels in it (Hope's) learn at the end of their chunks.
         contender: a key of ``CONTENDERS``.
         setting: what is tuned.
-        steps: of the run.
-        tokens: of a step's batch, which the chunks count.
+        steps: optimizer steps of the run.
+        tokens: number of tokens in a step's batch, which the chunks count.
 
     Raises:
         ValueError: it has no use for the model.

@@ -105,8 +105,11 @@ def names(plans: Sequence[Tuning]) -> str:
 
 
 def words_of(verdicts: Sequence[str]) -> str:
-    words = {"win": "wins", "tie": "ties", "loss": "losses"}
-    return ", ".join(f"{verdicts.count(word)} {words[word]}" for word in words) if verdicts else ""
+    """The number of wins, ties and losses; empty if there is no verdict."""
+    plural = {"win": "wins", "tie": "ties", "loss": "losses"}
+    counts = {word: list(verdicts).count(word) for word in plural}
+    words = [f"{count} {word if count == 1 else plural[word]}" for word, count in counts.items()]
+    return ", ".join(words) if verdicts else ""
 
 
 def of_least(reached: bool, count: int) -> str:

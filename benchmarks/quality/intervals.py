@@ -128,9 +128,9 @@ def bootstrap(workloads: Sequence[Ended]) -> Interval:
     """The geometric mean of D_eff over workloads, with its interval; of one, D_eff.
 
     The bootstrap is hierarchical: workloads are drawn with replacement, and for each the mean over
-    seeds from Student's distribution about the one that was measured. Of three or five seeds a
-    drawing with replacement has too short tails: its 95 % interval held a known D_eff in 84 % of
-    simulated comparisons, this one in 97 %.
+    seeds from Student's distribution about the one that was measured. With three or five
+    seeds, drawing them with replacement gives tails that are too short: its 95 % interval held a
+    known D_eff in 84 % of simulated comparisons, this one in 97 %.
     """
     rng = random.Random(0)
 

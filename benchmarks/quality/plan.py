@@ -63,8 +63,8 @@ class Tuning:
         workload: its name.
         contenders: names; AdamW is always among them.
         trials: points of the sequence.
-        seeds: of the final runs.
-        steps: of the final runs; None for the workload's own.
+        seeds: number of final runs.
+        steps: optimizer steps of the final runs; None for the workload's own.
         batch: batches of the workload in a step.
         device: where the models are.
     """
@@ -102,7 +102,7 @@ class Tuning:
     def trial(self, contender: str, setting: Setting) -> Run:
         return self.run(contender, setting, share=0.5)
 
-    def swap(self, lines: Lines) -> Setting | None:
+    def adamw_setting(self, lines: Lines) -> Setting | None:
         """The rates and decay of AdamW's best trial before any widening; defaults for the rest."""
         first = [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
         best = best_of(first, lines)
@@ -112,7 +112,7 @@ class Tuning:
 
     def trials_of(self, contender: str, lines: Lines) -> list[Run]:
         """The trials that there are so far."""
-        default = Setting(1e-3) if contender == "AdamW" else self.swap(lines)
+        default = Setting(1e-3) if contender == "AdamW" else self.adamw_setting(lines)
         settings = [default] if default else []
         for low, high, skipped, count in self.ranges(lines):
             settings += points(count, low, high, skipped)
@@ -146,7 +146,7 @@ class Tuning:
         rates = [setting.lr for setting in settings]
         lowest = highest = False
         for contender in self.contenders:
-            default = Setting(1e-3) if contender == "AdamW" else self.swap(lines)
+            default = Setting(1e-3) if contender == "AdamW" else self.adamw_setting(lines)
             if default is None:
                 return False, False
             runs = [self.trial(contender, setting) for setting in (default, *settings)]
@@ -203,7 +203,7 @@ class Tuning:
 
     def swapped(self, contender: str, lines: Lines) -> list[Run]:
         """Every seed of an optimizer's default at AdamW's best rate and decay."""
-        setting = self.swap(lines)
+        setting = self.adamw_setting(lines)
         if setting is None or contender == "AdamW":
             return []
         return [self.run(contender, setting, seed) for seed in range(self.seeds)]
@@ -293,7 +293,7 @@ class Swap:
     Attributes:
         workload: its name.
         contenders: names; AdamW is always among them.
-        seeds: of the runs but the sweep's.
+        seeds: number of runs at each rate, except in the sweep.
         steps: None for the workload's own.
     """
 

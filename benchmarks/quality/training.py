@@ -35,8 +35,8 @@ class Run:
         workload: its name or path.
         contender: a key of ``CONTENDERS``.
         setting: what is tuned.
-        seed: of the weights and the batches.
-        steps: of the optimizer.
+        seed: seed of the weights and the batches.
+        steps: optimizer steps.
         batch: batches of the workload in a step; the gradient is that of their mean loss.
         device: where the model is.
     """

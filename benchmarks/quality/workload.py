@@ -59,9 +59,10 @@ def workload(
         data: the batch of a seed and a step, a function of the two alone. Seed -1 is for the
             default ``metrics``: it should give data that no other seed gives.
         model: makes the untrained model; its random numbers are torch's, seeded before the call.
-        loss: of the model on a batch, what training makes small.
-        metrics: of the trained model, by name, smaller is better; ``val_loss`` is what optimizers
-            are compared by. None for the mean loss on 16 batches of seed -1 (default: None).
+        loss: the loss of the model on a batch, which training makes small.
+        metrics: measures the trained model; a dict by name, smaller is better; ``val_loss`` is
+            what optimizers are compared by. None for the mean loss on 16 batches of seed -1
+            (default: None).
         steps: optimizer steps of a run (default: 200).
         seeds: paired runs of a swap at each rate (default: 3).
         about: what the task is, for the report (default: "").

@@ -5,16 +5,15 @@ import functools
 import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quality import datasets
-from benchmarks.quality.language import batch as code_batch
-from benchmarks.quality.language import held_out
-from benchmarks.quality.workloads import digits_mlp
-from benchmarks.transformer import Transformer, TransformerConfig
+from benchmarks.quality import datasets, language
+from benchmarks.quality.datasets import Part, classification_loss
+from benchmarks.quality.workloads import digits_mlp, lm_code
 from deepopt.data import sample_batch
 
 PERIOD = 50
@@ -34,7 +33,7 @@ class Task:
     Args:
         data: the batch of a seed and a step, a function of the two alone.
         model: makes the untrained model.
-        loss: of the model on a batch.
+        loss: the loss of the model on a batch.
         period: steps of a regime before the next one; 0 where nothing switches.
         regimes: the number of regimes that take turns.
         steps: optimizer steps of a run.
@@ -45,9 +44,9 @@ class Task:
         about: the task in a sentence.
     """
 
-    data: Callable[[int, int], tuple[Tensor, Tensor]]
+    data: Callable[[int, int], Any]
     model: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
+    loss: Callable[[nn.Module, Any], Tensor]
     period: int
     regimes: int
     steps: int
@@ -69,26 +68,10 @@ def english() -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def code_and_english(seed: int, step: int) -> tuple[Tensor, Tensor]:
+def code_and_english(seed: int, step: int) -> language.Text:
     if step // PERIOD % 2:
-        return sample_batch(english(), SIZE, LENGTH, seed, step)
-    return code_batch(SIZE, LENGTH, seed, step)
-
-
-class LanguageModel(nn.Module):
-    """0.13 M parameters; tokens to logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Transformer(TransformerConfig(dim=64, layers=2))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens).logits
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    tokens, targets = batch
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        return language.Text(*sample_batch(english(), SIZE, LENGTH, seed, step))
+    return language.batch(SIZE, LENGTH, seed, step)
 
 
 @functools.cache
@@ -105,13 +88,13 @@ def teachers(seed: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def regimes(seed: int, step: int) -> tuple[Tensor, Tensor]:
+def regimes(seed: int, step: int) -> Part:
     """Noisy answers of one teacher, and of the next one from the next period on."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     first, second = teachers(seed)[step // PERIOD % 3]
     x = torch.randn(EXAMPLES, INPUTS, generator=generator)
     y = torch.tanh(2 * x @ first) @ second
-    return x, y + NOISE * torch.randn(EXAMPLES, OUTPUTS, generator=generator)
+    return Part(x, y + NOISE * torch.randn(EXAMPLES, OUTPUTS, generator=generator))
 
 
 def regressor() -> nn.Module:
@@ -120,7 +103,7 @@ def regressor() -> nn.Module:
     )
 
 
-def bursts(seed: int, step: int) -> tuple[Tensor, Tensor]:
+def bursts(seed: int, step: int) -> Part:
     """Classes that a random network tells apart; every other period most labels are wrong."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     first, second = teachers(seed)[0]
@@ -128,10 +111,10 @@ def bursts(seed: int, step: int) -> tuple[Tensor, Tensor]:
     labels = (torch.tanh(2 * x @ first) @ second)[:, :CLASSES].argmax(-1)
     wrong = torch.rand(EXAMPLES, generator=generator) < WRONG * (step // PERIOD % 2)
     other = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
-    return x, torch.where(wrong, other, labels)
+    return Part(x, torch.where(wrong, other, labels))
 
 
-def digit_classes(seed: int, step: int) -> tuple[Tensor, Tensor]:
+def digit_classes(seed: int, step: int) -> Part:
     """Two of the ten digits at a time, with noise, so that no two batches are alike."""
     known = datasets.digits().train
     pair = step // PERIOD % 5
@@ -139,7 +122,7 @@ def digit_classes(seed: int, step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     rows = rows[torch.randint(len(rows), (64,), generator=generator)]
     noise = NOISE * torch.randn(64, 64, generator=generator)
-    return known.inputs[rows] + noise, known.targets[rows]
+    return Part(known.inputs[rows] + noise, known.targets[rows])
 
 
 def classifier() -> nn.Module:
@@ -148,19 +131,13 @@ def classifier() -> nn.Module:
     )
 
 
-def class_cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, labels = batch
-    return F.cross_entropy(model(inputs), labels)
-
-
-def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.mse_loss(model(x), y)
+def squared_error(model: nn.Module, batch: Part) -> Tensor:
+    return F.mse_loss(model(batch.inputs), batch.targets)
 
 
 TASKS = {
     "text": Task(
-        code_and_english, LanguageModel, cross_entropy, PERIOD, 2, 800, 0.008,
+        code_and_english, lm_code.model, language.cross_entropy, PERIOD, 2, 800, 0.008,
         (0.006, 0.012, 0.024),
         "Bytes of the standard library's sources, and of the language reference in English "
         "(`pydoc_data.topics`, letters moved on by 13), by turns.",
@@ -171,20 +148,21 @@ TASKS = {
         "Regression on three random networks by turns, with noise of variance 0.09.",
     ),
     "bursts": Task(
-        bursts, classifier, class_cross_entropy, PERIOD, 2, 600, 0.004,
+        bursts, classifier, classification_loss, PERIOD, 2, 600, 0.004,
         (0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256),
         "Ten classes that a random network tells apart; every other period three labels in four "
         "are random.",
     ),
     "digits": Task(
-        digit_classes, digits_mlp.model, class_cross_entropy, PERIOD, 5, 1000, 0.004,
+        digit_classes, digits_mlp.model, classification_loss, PERIOD, 5, 1000, 0.004,
         (0.001, 0.002, 0.004, 0.008, 0.016),
         "scikit-learn's digits with noise of variance 0.09, two classes of "
         "the ten at a time.",
     ),
     "code": Task(
-        functools.partial(code_batch, SIZE, LENGTH), LanguageModel, cross_entropy, 0, 1, 600, 0.008,
-        (0.012, 0.024, 0.048), "Bytes of the standard library's sources alone, the rate decaying.",
-        held_out=lambda model: held_out(model, LENGTH)["val_loss"],
+        functools.partial(language.batch, SIZE, LENGTH), lm_code.model, language.cross_entropy,
+        0, 1, 600, 0.008, (0.012, 0.024, 0.048),
+        "Bytes of the standard library's sources alone, the rate decaying.",
+        held_out=lambda model: language.held_out(model, LENGTH)["val_loss"],
     ),
 }  # fmt: skip

@@ -193,7 +193,7 @@
     multiply<kSubtract>(pull_, kb_.left(), count_, r_);
   }
 
-  // One of the two matrices of the memory that answers, with what it sees, writes and erases.
+  // One of the two matrices of mem, with what it sees, writes and erases.
   struct Matrix {
     Tile<T> running, initial;
     Tile<T> key;          // what it sees of the tokens

@@ -261,7 +261,7 @@ def answer(
     anchor_ptr, running_ptr, initial_ptr, next_ptr, d, h, m,
     M: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """o_t = M_{t-1}(q_t) of the memory that answers, and its weights at the end of the chunk."""
+    """o_t = M_{t-1}(q_t) of mem, and its weights at the end of the chunk."""
     w2 = load_w2(anchor_ptr, 4, m, d, h, M, D)
     w1 = load_w1(anchor_ptr, 4, m, d, h, m, M, D)
     _, f, _, _, _, _, _, _, _, _, _, _, slope = surprise(w2, w1, key, value, eta, floor)
@@ -823,7 +823,7 @@ def memories_gradient_kernel(
     tl.store(d_gates_ptr + 5, d_range_delta)
 
 
-# Packing: a state is all W2 and then all W1, those of the memory that answers after the others.
+# Packing: a state is all W2 and then all W1, those of mem after the others.
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

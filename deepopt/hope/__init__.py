@@ -5,7 +5,7 @@ from deepopt.hope.config import HopeConfig
 from deepopt.hope.generate import complete, generate, stream
 from deepopt.hope.model import PRETRAINED, Hope, HopeOutput
 from deepopt.hope.reader import Reader, adapt, adaptation
-from deepopt.hope.state import HopeState, detach_state
+from deepopt.hope.state import HopeState
 from deepopt.hope.titans import SelfModifyingTitans
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "adaptation",
     "chunk_groups",
     "complete",
-    "detach_state",
     "generate",
     "stack_levels",
     "stream",

@@ -30,7 +30,7 @@ def check_chunks(chunks: Sequence[int], name: str = "cms_chunks") -> None:
         if i and chunk % chunks[i - 1]:
             raise ValueError(
                 f"{name}={tuple(chunks)}: fastest first, each a multiple of the one before; "
-                f"{chunk} is no multiple of {chunks[i - 1]}"
+                f"{chunk} is not a multiple of {chunks[i - 1]}"
             )
 
 
@@ -95,9 +95,9 @@ class CMS(nn.Module):
         self, dim: int, hidden: int, chunks: Sequence[int], variant: str = "sequential"
     ) -> None:
         super().__init__()
-        check_chunks(chunks)
+        check_chunks(chunks, "chunks")
         if variant not in VARIANTS:
-            raise ValueError(f"cms_variant={variant!r}: must be one of {', '.join(VARIANTS)}")
+            raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
         slower = [*chunks[1:], None] if variant == "nested" else [None] * len(chunks)
         self.levels = nn.ModuleList(
             CMSLevel(dim, hidden, chunk, next_) for chunk, next_ in zip(chunks, slower, strict=True)

@@ -37,8 +37,8 @@ class HopeConfig:
     memory_hidden: int | None = field(
         default=None,
         metadata=about(
-            "hidden width of the memory that is read; None means twice the width of a head, 0 a "
-            "linear memory",
+            "hidden width of mem, the memory that answers the queries; None means twice the "
+            "width of a head, 0 a linear memory",
             type=int,
         ),
     )
@@ -53,20 +53,21 @@ class HopeConfig:
     memory_chunk: int = field(
         default=32,
         metadata=about(
-            "tokens over which the gradients of the main memory are taken at one anchor"
+            "tokens between two anchors of mem: all gradients of a chunk are taken at the weights "
+            "that it starts with"
         ),
     )
     projection_chunk: int = field(
         default=32,
         metadata=about(
-            "the same for the four generating memories, which also generate with their weights at "
-            "the anchor"
+            "tokens between two anchors of the four generating memories, which also generate with "
+            "the weights of their anchor"
         ),
     )
     update: str = field(
         default="delta",
         metadata=about(
-            "inner update: delta (exact delta rule in the main memory), dgd (delta gradient "
+            "inner update: delta (exact delta rule in mem), dgd (delta gradient "
             "descent everywhere) or gd (plain gradient descent)"
         ),
     )
@@ -94,7 +95,7 @@ class HopeConfig:
     max_erase: float | None = field(
         default=2.0,
         metadata=about(
-            "upper end of what the main memory erases from W2, at most 2; None erases by eta",
+            "upper end of what mem erases from W2, at most 2; None erases by eta",
             "Heads start with a thousandth of it: an erased key is not recalled.",
             type=float,
         ),
@@ -117,7 +118,7 @@ class HopeConfig:
     turns: bool = field(
         default=True,
         metadata=about(
-            "whether two channels of the queries of half of the heads turn, by an angle that adds "
+            "whether half of the heads rotate two channels of their queries, by an angle that adds "
             "up over the tokens",
             "A sum neither fades nor is erased, so that it counts, modulo any number; tokens "
             "decide by how much they turn, and whether at all.",
@@ -224,7 +225,7 @@ class HopeConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the memory that is read; 0 for a linear one."""
+        """Hidden width of mem; 0 for a linear one."""
         return 2 * self.head_dim if self.memory_hidden is None else self.memory_hidden
 
     @property
@@ -249,9 +250,11 @@ class HopeConfig:
 
     @classmethod
     def paper(cls, **options: Any) -> HopeConfig:
-        """The layer as it is printed (Eq 83, Eq 88, Eq 90): no projection but the query's, eta a
-        vector and also the erasure, gradients in every matrix, retention towards zero, no momentum,
-        queries that do not turn.
+        """The layer as printed (Eq 83, Eq 88, Eq 90).
+
+        Only the query has a projection, and no query turns. Eta is a vector, and its mean is also
+        what is erased. W1 of mem learns by the gradient, too. Retention leads to zero, and there is
+        no momentum.
 
         Args:
             options: any other field, or one of these to change it.

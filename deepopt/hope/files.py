@@ -46,7 +46,7 @@ def load(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or a byte of it has changed.
+        ValueError: it is not a checkpoint, or a byte of it has changed.
     """
     content = path.read_bytes()
     if (intact := _is_intact(content)) is False:
@@ -55,9 +55,9 @@ def load(path: Path) -> Any:
         tensors = safetensors.torch.load(content)
         metadata = json.loads(_header(content)).get("__metadata__", {})
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({error}); remove it") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint ({error}); remove it") from error
     if metadata.get("format") != (FORMAT if intact else WITHOUT_DIGEST):
-        raise ValueError(f"{path} is no checkpoint of this program (no format {FORMAT!r} in it)")
+        raise ValueError(f"{path} is not a checkpoint of this program (no format {FORMAT!r} in it)")
     return _unpack(json.loads(metadata["state"]), tensors)
 
 

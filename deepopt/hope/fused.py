@@ -9,7 +9,7 @@ forms, padding, second derivatives and `torch.func` use `deepopt.hope.scan`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ class Arguments(NamedTuple):
         w2, w1: running weights of the generating memories, (batch, heads, 4, h, d) and
             (batch, heads, 4, d, h).
         anchor_w2, anchor_w1: their anchor, likewise.
-        memory_w2, memory_w1: running weights of the memory that answers, a stack of one; its
-            hidden width is m.
+        memory_w2, memory_w1: running weights of mem, the memory that answers the queries, a stack
+            of one; its hidden width is m.
         memory_anchor_w2, memory_anchor_w1: its anchor.
         initial_w2, initial_w1: where retention pulls the generating memories, without the batch;
             None for towards zero.
-        memory_initial_w2, memory_initial_w1: the same for the memory that answers.
+        memory_initial_w2, memory_initial_w1: the same for mem.
         gates: the first six of `Gates`, (heads, 6).
         max_eta, max_erase, max_delta, projection_chunk, memory_chunk: those of `Form`.
         generator_floor, memory_floor: what is added to the squared norm of features.
@@ -99,6 +99,10 @@ class Arguments(NamedTuple):
         return scan.segments(self.query.shape[-1], chunks, self.position)
 
 
+TENSORS: Final = 16
+"""Number of the first fields of `Arguments`, which are tensors."""
+PULLS = slice(11, 15)
+"""Its initial weights, which are None where retention leads to zero."""
 SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
 Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
 Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor? memory_initial_w2,
@@ -185,8 +189,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     starts = output[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(starts)
-    ctx.save_for_backward(*given[:16], starts)
-    ctx.options = given[16:]
+    ctx.save_for_backward(*given[:TENSORS], starts)
+    ctx.options = given[TENSORS:]
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -198,8 +202,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
         found = _by_autograd(ends, given)
     else:
         found = list(memories_gradient(ends, starts, given))
-    if given.initial_w2 is None:
-        found[11:15] = [None] * 4
+    if given.initial_w2 is None:  # the kernel returns these four too, but they mean nothing
+        found[PULLS] = [None] * 4
     return (None, *found, *(None for _ in ctx.options))
 
 
@@ -209,9 +213,9 @@ def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | Non
     with torch.enable_grad():
         # A tensor may be given twice, as an anchor and as the running weights. Each use has its own
         # gradient, so each gets a view of its own.
-        inputs = [None if x is None else x.view_as(x) for x in given[:16]]
+        inputs = [None if x is None else x.view_as(x) for x in given[:TENSORS]]
         inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
-        results = memories.reference(False, Arguments._make([*inputs, *given[16:]]))
+        results = memories.reference(False, Arguments._make([*inputs, *given[TENSORS:]]))
         pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
         found = torch.autograd.grad(
             [x for x, _ in pairs], [x for x in inputs if x is not None], [g for _, g in pairs],
@@ -234,7 +238,7 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
 
     Returns:
         the outputs o_t; w2, w1, anchor_w2 and anchor_w1 of the generating memories after the last
-        token; the same four of the memory that answers; and the weights of all five at the start
+        token; the same four of mem; and the weights of all five at the start
         of every segment, flattened, (batch, heads, segments 2 d (4 h + m) or 0). In a segment all
         W2 come first, then all W1.
 
@@ -259,9 +263,11 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
 
 
 def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
-    like = [x for x in given[:16] if isinstance(x, Tensor)]
+    like = [x for x in given[:TENSORS] if isinstance(x, Tensor)]
     if given.initial_w2 is None:
-        like[11:11] = [x[0] for x in (given.w2, given.w1, given.memory_w2, given.memory_w1)]
+        like[PULLS.start : PULLS.start] = [
+            x[0] for x in (given.w2, given.w1, given.memory_w2, given.memory_w1)
+        ]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 

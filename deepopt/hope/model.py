@@ -100,7 +100,7 @@ class Hope(nn.Module):
                 another document: set it to -100.
 
         Raises:
-            TypeError: an argument that is no tensor, or a state that is no `HopeState`.
+            TypeError: an argument that is not a tensor, or a state that is not a `HopeState`.
             ValueError: shapes or dtypes that do not fit, tokens that are not below `vocab_size`, or
                 the state of a model with other sizes.
         """
@@ -230,15 +230,15 @@ class Hope(nn.Module):
         self, tokens: Tensor, state: HopeState, documents: Documents
     ) -> tuple[Tensor, HopeState]:
         """`_hidden` with a row for every document; the state is that after each text's last one."""
-        batch, rows = len(tokens), len(documents.lengths)
-        if rows == 0:
+        batch, count = len(tokens), len(documents.lengths)
+        if count == 0:
             return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state
-        # `rows` counts the rows of the second state after those of the first: `batch` is the only
-        # row of the initial state, and `rows + i` below is text i of the state before.
+        # `state.rows` numbers the rows of the second state after those of the first: `batch` is the
+        # only row of the initial state, and `count + i` below is text i of the earlier state.
         source = [batch if i < 0 else i for i in documents.source]
         before = state.rows(source, self.initial_state(1))
         hidden, after = self._hidden(documents.take_apart(tokens), before, documents.lengths)
-        last = [rows + i if row < 0 else row for i, row in enumerate(documents.last)]
+        last = [count + i if row < 0 else row for i, row in enumerate(documents.last)]
         return documents.put_together(hidden), after.rows(last, state)
 
     def _check(

@@ -72,7 +72,7 @@ class Reader:
         updates: optimizer steps so far.
 
     Raises:
-        TypeError: `optimizer` is no function.
+        TypeError: `optimizer` is not a function.
         ValueError: the model has no level, an index or `chunk` out of range, or frozen levels.
     """
 
@@ -154,7 +154,7 @@ class Reader:
             nothing predicts.
 
         Raises:
-            TypeError: no tensor.
+            TypeError: not a tensor.
             ValueError: another shape or dtype, another batch size than before, or tokens outside of
                 the vocabulary.
             FloatingPointError: a loss is not finite.
@@ -195,6 +195,7 @@ class Reader:
         """Positions of the next window: those left in the chunk, or an equal part of them."""
         missing = self._fastest["chunk"] - self._fastest["pending_tokens"]
         positions = -(-missing // batch)
+        # As few windows of at most WINDOW positions as the chunk needs, of nearly equal length.
         return -(-positions // -(-positions // WINDOW))
 
     def _predict(self, tokens: Tensor, targets: Tensor) -> Tensor:

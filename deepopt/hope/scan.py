@@ -49,7 +49,7 @@ def self_modifying(
     Args:
         inputs: what the memories see, (batch, heads, d, tokens) each.
         generators: state of the four generating memories, in the order of `GENERATORS`.
-        memory: state of the memory that answers the queries (a stack of one).
+        memory: state of mem, the memory that answers the queries (a stack of one).
         initial: where retention pulls the weights of all five.
         gates: parameters of the rates.
         form: which memories these are.
@@ -86,12 +86,12 @@ class _ChunkWeights(NamedTuple):
     """Weights, at the times t = 0..C of a chunk, of what was there and of what tokens write.
 
     Attributes:
-        kept: weight b_t = alpha_1 ... alpha_t of X_0, (..., C + 1).
-        pulled: weight 1 - b_t of the initial weights, (..., C + 1).
+        kept: weight b_t = alpha_1 ... alpha_t of X_s, X at the chunk's start, (..., C + 1).
+        pulled: weight 1 - b_t of the initial weights X_0, (..., C + 1).
         written: weight b_t / b_j of a column that token j writes or erases, (..., C, C + 1).
-        summed: weight of S_0 in X_t, (..., C + 1); None without momentum.
+        summed: weight of S_s in X_t, (..., C + 1); None without momentum.
         passed: weight of token j's gradient in X_t, through all the momenta from j to t.
-        momentum: weights of S_0 and of the gradients in S_C, (..., C + 1).
+        momentum: weights of S_s and of the gradients in S_C, (..., C + 1).
     """
 
     kept: Tensor
@@ -119,16 +119,17 @@ def _chunk_weights(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None
     )
     log_p = F.pad((log_theta * there).cumsum(-1), (1, 0))
     # Token i's gradient enters X_t through all the momenta S_j, i <= j <= t.
-    through = there.unsqueeze(-2) * _weights(log_p, later)[..., 1:]
+    decayed = _weights(log_p, later)
+    through = there.unsqueeze(-2) * decayed[..., 1:]
     first = there * log_p[..., 1:].exp()
     summed = (first.unsqueeze(-2) @ written).squeeze(-2)
-    momentum = torch.cat([log_p[..., -1:].exp(), _weights(log_p, later)[..., -1]], -1)
+    momentum = torch.cat([log_p[..., -1:].exp(), decayed[..., -1]], -1)
     return _ChunkWeights(kept, pulled, written, summed, through @ written, momentum)
 
 
-def _weights(log_b: Tensor, later: Tensor) -> Tensor:
+def _weights(logs: Tensor, later: Tensor) -> Tensor:
     """exp(log b_t - log b_j) for sources j = 1..C at times t = 0..C, 0 for j > t."""
-    return (log_b[..., None, :] - log_b[..., 1:, None]).masked_fill(later, -torch.inf).exp()
+    return (logs[..., None, :] - logs[..., 1:, None]).masked_fill(later, -torch.inf).exp()
 
 
 class _Recurrence(NamedTuple):
@@ -186,21 +187,19 @@ class _Recurrence(NamedTuple):
             end = end + (self.written * times.written[..., None, :, -1]) @ self.key.mT
         if self.momentum is None or times.summed is None:
             return end, self.momentum
-        end = end + times.summed[..., -1:, None] * self.momentum
         if self.gradient is None or times.passed is None or times.momentum is None:
             return end, self.momentum
+        end = end + times.summed[..., -1:, None] * self.momentum
         end = end + (self.gradient * times.passed[..., None, :, -1]) @ self.key.mT
         momentum = times.momentum[..., None, :1] * self.momentum
         return end, momentum + (self.gradient * times.momentum[..., None, 1:]) @ self.key.mT
 
-    def erased(self, erase: Tensor | None, seen: Tensor) -> _Recurrence:
+    def erased(self, erase: Tensor, seen: Tensor) -> _Recurrence:
         """The same, with what the tokens erase, e_t X_{t-1} y_t, subtracted from what they write.
 
         An erased column depends on all that earlier tokens erased: a unit triangular system.
         `seen` holds the columns X y_t of the chunk's start.
         """
-        if erase is None:
-            return self
         erase = erase.unsqueeze(-2)
         similarity = self.key.mT @ self.key
         right = self._carried(seen, self.key)

@@ -23,7 +23,7 @@ class TitansState(NamedTuple):
 
     Attributes:
         generators: the four memories that generate keys, values, etas and alphas.
-        memory: the memory that answers queries.
+        memory: mem, the memory that answers the queries.
         tails: the last `conv_width - 1` inputs of the convolutions of keys, values and queries,
             (batch, dim, .) each.
         phase: the angles by which queries are turned, (batch, heads that turn).
@@ -180,10 +180,6 @@ class HopeState(NamedTuple):
             raise ValueError("entries have no block: pass what state_dict() gave")
         momentum = any(str(name).endswith((".s2", ".s1")) for name in entries)
         return cls(tuple(block(i) for i in range(max(numbers) + 1)))
-
-
-detach_state = HopeState.detach
-"""`HopeState.detach` as a function."""
 
 
 def _map(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:

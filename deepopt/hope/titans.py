@@ -156,7 +156,7 @@ class SelfModifyingTitans(nn.Module):
         turning = (heads + 1) // 2 if config.turns else 0
         self.turns = Turns(dim, turning, config.form.sharpness) if turning else None
         self.generators = InitialWeights(heads, len(GENERATORS), d, config.projection_width, 1.0)
-        # In the memory that is read a unit key is long enough for the gelu to bend, so that its
+        # In mem a unit key is long enough for the gelu to bend, so that its
         # features have room for more pairs than d. It starts empty: a key that was not written
         # recalls nothing.
         self.memory = InitialWeights(heads, 1, d, hidden, math.sqrt(d))
@@ -172,6 +172,7 @@ class SelfModifyingTitans(nn.Module):
         )
         self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
         self.erase_range = nn.Parameter(torch.full((heads,), -7.0)) if erases else None
+        # Delta starts near 0.5 of its range of 2: from 1, recall is learned much later.
         self.delta_bias = nn.Parameter(torch.full((heads,), -1.1)) if exact else None
         self.delta_range = nn.Parameter(torch.full((heads,), 7.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None

@@ -50,7 +50,8 @@ OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png",
 MAX_GRAD_NORM = 1.0
 ASIDE = {"out", "data", "eval_every", "eval_windows", "save_every", "device", "resume", "overwrite",
          "quiet", "model"}  # fmt: skip
-"""Fields of `TrainConfig` that decide no weight. The data does, but by its digest alone."""
+"""Fields of `TrainConfig` that do not decide what is trained, with `data`, which counts by its
+digest, and `model`, whose fields count one by one."""
 
 
 @documented
@@ -87,7 +88,7 @@ class TrainConfig:
     weight_decay: float = field(
         default=0.1,
         metadata=about(
-            "the optimizer's, of all parameters",
+            "weight decay of all parameters",
             "It is decoupled in AdamW, Muon and deepopt's optimizers.",
         ),
     )
@@ -108,7 +109,7 @@ class TrainConfig:
             type=int,
         ),
     )
-    seed: int = field(default=0, metadata=about("of weights, batches and samples"))
+    seed: int = field(default=0, metadata=about("seed of the weights, the batches and the samples"))
     eval_every: int = field(
         default=100, metadata=about("steps between evaluations on held-out text")
     )
@@ -119,7 +120,7 @@ class TrainConfig:
     device: str = field(default="cpu", metadata=about("where to train"))
     resume: bool = field(default=False, metadata=about("go on from the checkpoint in --out"))
     overwrite: bool = field(default=False, metadata=about("discard the run in --out"))
-    quiet: bool = field(default=False, metadata=about("no progress"))
+    quiet: bool = field(default=False, metadata=about("show no progress"))
     model: HopeConfig = field(default_factory=HopeConfig)
 
     def __post_init__(self) -> None:
@@ -502,8 +503,3 @@ class Trainer:
             model_cpu_seconds=statistics.fmean(self.model_seconds[1:] or [math.nan]),
             optimizer_cpu_seconds=statistics.fmean(self.optimizer_seconds[1:] or [math.nan]),
         )
-
-
-def train(config: TrainConfig, build_model: Callable[[], nn.Module] | None = None) -> TrainResult:
-    """Train as ``config`` says and return the outcome; see :class:`Trainer`."""
-    return Trainer(config, build_model).run()

@@ -292,7 +292,7 @@ def test_the_levels_of_hope_attention_take_other_chunks() -> None:
 
 @pytest.mark.parametrize("chunks", [(), (0,), (-4, 8), (8, 12), (16, 8), (4.0,)])
 def test_bad_chunks_are_named(chunks: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="cms_chunks="):
+    with pytest.raises(ValueError, match=r"^chunks="):
         CMS(4, 8, chunks)
     with pytest.raises(ValueError, match=r"^chunks="):
         stack_levels(transformer(), chunks)
@@ -301,7 +301,7 @@ def test_bad_chunks_are_named(chunks: tuple[int, ...]) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="tokens=0"):
         chunk_groups(make((8,)), [], 0)
-    with pytest.raises(ValueError, match="cms_variant='parallel'"):
+    with pytest.raises(ValueError, match=r"^variant='parallel'"):
         make((8,), "parallel")
     with pytest.raises(ValueError, match=r"chunks=\(4,\): the model has 0 MLPs for 1 levels"):
         stack_levels(nn.Linear(4, 4), (4,))

@@ -24,7 +24,7 @@ import torch
 from deepopt.hope import HopeConfig, files, report
 from deepopt.hope import trainer as training
 from deepopt.hope.train import Interrupt, argument_parser, configurations, interrupts, main
-from deepopt.hope.trainer import TrainConfig, Trainer, train
+from deepopt.hope.trainer import TrainConfig, Trainer
 from deepopt.optim.registry import REGISTRY
 
 # The slow CMS level learns every fourth step, so that interruptions leave gradients pending.
@@ -52,6 +52,10 @@ def config(tmp_path, text):
         out=tmp_path / "run", data=text, steps=STEPS, warmup=3, batch_size=2, seq_len=16,
         eval_every=4, eval_windows=4, save_every=5, quiet=True, model=SIZES,
     )  # fmt: skip
+
+
+def train(config, build_model=None):
+    return Trainer(config, build_model).run()
 
 
 def arguments(config: TrainConfig, *more: str) -> list[str]:

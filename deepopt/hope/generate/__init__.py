@@ -1,8 +1,9 @@
 """Continuing a text with a Hope model, one token at a time, from its carried state.
 
 `stream` yields tokens as they are drawn, `generate` collects them, `complete` takes and gives text.
-All are exact: every token has the logits that a full forward pass gives. A token costs the same
-time and memory however long the text is.
+All are exact: every token has the logits that a full forward pass gives. With self-modifying
+memories a token costs the same time and memory however long the text is; with Hope-Attention it
+costs more as the text grows.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
 
     Args:
         model: a model of bytes.
-        text: the prompt, of at least one character or byte. Bytes that are no UTF-8 may be given
-            as Python gives those of a command line, as surrogates.
+        text: the prompt, of at least one character or byte. A string may hold bytes that are not
+            UTF-8 as surrogates, as Python passes them from a command line.
         length: number of bytes to add, at most.
         **options: those of `stream` but `mask`.
 
     Yields:
-        whole characters; joined, they are the continuation. Bytes that are no UTF-8 become U+FFFD.
+        whole characters; joined, they are the continuation. Bytes that are not UTF-8 become U+FFFD.
 
     Raises:
         ValueError, TypeError, FloatingPointError: as `stream` does, and for another vocabulary.
@@ -122,7 +123,7 @@ def stream(
         (batch,), int64: a token for every text, `ENDED` for one that has ended.
 
     Raises:
-        TypeError: `prompt` is text, or an argument is no number.
+        TypeError: `prompt` is text, or an argument is not a number.
         ValueError: an argument out of range, or a prompt that ends with padding.
         FloatingPointError: the logits are not finite.
     """

@@ -37,7 +37,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest bytes (all)")
     parser.add_argument("--top-p", type=float, help="draw among those of this probability (all)")
     parser.add_argument("--stop", help="text that ends a continuation (none)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     learning = parser.add_argument_group("learning while reading")
     learning.add_argument("--adapt", action="store_true",
@@ -103,7 +103,7 @@ def lines() -> Iterator[str]:
 
 
 def take_any_text() -> None:
-    """Read bytes that are no UTF-8 as they are, and print `?` for what the terminal cannot show."""
+    """Read bytes that are not UTF-8 as they are, and print `?` for what no terminal can show."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

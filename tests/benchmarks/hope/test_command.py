@@ -106,8 +106,8 @@ def test_lines_of_another_setting_do_not_count_but_in_the_report(tmp_path, monke
     assert not command.results(tmp_path / "hope").lines
     assert command.main([*arguments, "--report"]) == 0
     told = (
-        " **1 of 1 runs were made in an earlier setting**, as before updates had a least size or "
-        "the default memory looked ahead; "
+        " **1 of 1 runs were made in an earlier setting**, for example before updates had a least "
+        "size or the default memory looked ahead; "
     )
     assert told in (again := (tmp_path / "hope.md").read_text())
     assert again.replace(told + "the benchmark repeats them when it is run again.", "") == page
