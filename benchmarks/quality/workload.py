@@ -134,10 +134,11 @@ def find(name: str) -> Workload:
 def _source(path: Path) -> str:
     """The text of a workload's file and of the package's workloads that it builds on."""
     text = path.read_text()
-    for names in re.findall(r"^from benchmarks\.quality\.workloads import (.+)$", text, re.M):
-        for name in names.split(", "):
-            text += _source(WORKLOADS / f"{name}.py")
-    return text
+    package = r"^from benchmarks\.quality\.workloads"
+    names = re.findall(rf"{package}\.(\w+) import", text, re.M)
+    for several in re.findall(rf"{package} import (.+)$", text, re.M):
+        names += several.split(", ")
+    return text + "".join(_source(WORKLOADS / f"{name}.py") for name in names)
 
 
 def built_in() -> list[str]:

@@ -47,10 +47,10 @@ Tensor newton_schulz(const Tensor& matrices, const std::vector<std::vector<doubl
 }
 
 std::vector<Tensor> orthogonal_update(const std::vector<std::vector<double>>& coefficients,
-                                      ScalarType dtype, const std::optional<Tensor>& beside,
+                                      ScalarType dtype, const std::optional<Tensor>& second,
                                       const ScaleArguments& given) {
   std::vector<Tensor> updates{newton_schulz(given.momentum, coefficients, dtype)};
-  if (beside) updates.push_back(*beside);
+  if (second) updates.push_back(*second);
   ScaleUpdateTensors made(updates, given);
   measure(made, updates, given);
   combine_into(updates[0], updates, made.factors);

@@ -24,7 +24,7 @@ class Delta:
     :math:`\frac{1-\beta}{2}\|M-G\|^2+\frac{\eta}{2}\|MK^\top\|^2`. On a stationary stream the mean
     of M is
 
-    .. math:: (1-\beta)\,\bar G\,\big[(1-\beta) I + \eta\, E\, K^\top K\big]^{-1},
+    .. math:: (1-\beta)\,\bar G\,\big[(1-\beta) I + \eta\, \mathbb{E}\, K^\top K\big]^{-1},
 
     that is, a short horizon in the directions that gradients keep coming from, and a long one
     elsewhere.
@@ -32,9 +32,10 @@ class Delta:
     :math:`\bar\sigma(G) = \|G\,G^\top G\,G^\top\|_F^{1/4}` bounds the largest singular value from
     above by at most a factor :math:`r^{1/8}` (1.8 for rank 100), so that
     :math:`\|K_t\|_2 \le 1` always. A power iteration would give too low an estimate just after the
-    gradient has turned, and none for a zero gradient. The erase term needs the Gram matrix of the
-    bound anyway. A gradient beyond :math:`\bar\sigma` = 2e37 counts as one of 2e37, because M could
-    not be held in float32 beyond it.
+    gradient has turned, and none for a zero gradient. Where m >= n the erase term reuses the Gram
+    matrix of the bound; where m < n it takes one more product. A gradient beyond
+    :math:`\bar\sigma` = 2e37 counts as one of 2e37, because M could not be held in float32 beyond
+    it.
 
     Read: Nesterov's look-ahead, what the memory would hold after the same gradient had come again,
 

@@ -65,7 +65,8 @@ class MLP:
     State: 1 + len(time_scales) floats per parameter, 2 by default, and twice the numbers of φ₀ per
     matrix, 48 by default.
 
-    Cost: about 8 (2 F + 4) FLOPs per parameter for F averages, three times that with learning.
+    Cost per parameter, with H units and F averages: about H (2 F + 20) FLOPs, 192 by default, 19 of
+    them for each tanh; learning adds H (4 F + 25).
 
     Raises:
         ValueError: an argument outside its range, or a ``phi`` that does not fit the time scales.

@@ -21,7 +21,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 GRANULARITIES = ("coordinate", "row")
 OBJECTIVES = ("l2", "dot", "literal")
 
-ENTRIES_AT_ONCE = 2**22
+TRAINED_AT_ONCE = 2**22
 """Upper bound on the entries that are trained together, which limits the scratch memory."""
 
 
@@ -178,7 +178,7 @@ class Module:
             recalled = functional_call(module, {**fixed, **trained}, (keys,))
             return self._loss(recalled.view(u.shape) + base, u, target)
 
-        at_once = max(1, ENTRIES_AT_ONCE // grad[0].numel())
+        at_once = max(1, TRAINED_AT_ONCE // grad[0].numel())
         slope = vmap(torch.func.grad(loss), chunk_size=at_once)
         weights = {k: state[f"weight.{k}"] for k, _ in module.named_parameters()}
         trained = {k: weights[k] for k, w in module.named_parameters() if w.requires_grad}
@@ -196,7 +196,7 @@ class Module:
         module = _skeleton(self.factory, *self._widths(grad), get_ident())
         keys, base, scale = self._keys(state, grad, retention)
         weights = {k: state[f"weight.{k}"] for k, _ in module.named_parameters()}
-        at_once = max(1, ENTRIES_AT_ONCE // grad[0].numel())
+        at_once = max(1, TRAINED_AT_ONCE // grad[0].numel())
         recall = vmap(lambda w, k: functional_call(module, w, (k,)), chunk_size=at_once)
         return -scale * (recall(weights, keys).view(grad.shape) + base)
 

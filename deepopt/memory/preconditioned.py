@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepopt.memory.preconditioner import Identity, Preconditioner
+from deepopt.memory.preconditioner import NoPreconditioner, Preconditioner
 
-IDENTITY = Identity()
+IDENTITY = NoPreconditioner()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Preconditioner(Protocol):
 
 
 @dataclass(frozen=True)
-class Identity:
+class NoPreconditioner:
     """P = I. State: none."""
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ class Applied:
 
 
 BUILT_IN: dict[str, Callable[[float], Preconditioner]] = {
-    "identity": lambda retention: Identity(),
+    "identity": lambda retention: NoPreconditioner(),
     "diagonal": Diagonal,
     "left_gram": LeftGram,
 }

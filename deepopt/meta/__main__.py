@@ -4,7 +4,9 @@
 the end ``phi.json`` holds the φ that was found, what made it, and its losses on tasks that the
 search has not seen; ``progress.png`` shows the way there. Use the φ as
 ``DeepMomentum(memory=Horizons(time_scales, phi))``; one found with ``--memory mlp`` as
-``MLP(time_scales, phi=phi)``.
+``MLP(time_scales, phi=phi)``, one with ``"mlp online"`` as ``MLP(time_scales, inner_lr=0.1,
+phi=phi)``, and one with ``rows`` or ``directions`` by
+``deepopt.meta.gains.with_gains(Gains(directions, phi))``.
 """
 
 import argparse
@@ -32,14 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", choices=SEARCHED, default=default.memory, help=f"({default.memory})"
     )
-    parser.add_argument("--time-scales", type=float, nargs="+", default=default.time_scales)
-    parser.add_argument("--units", type=int, help="of the MLP (the memory's own number)")
-    for name in ("population", "pool", "tasks", "seed"):
-        value = getattr(default, name)
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
-    parser.add_argument("--steps", type=int, nargs=2, default=default.steps, help="(100 200)")
+    scales = " ".join(map(str, default.time_scales))
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="of task to learn from (all)"
+        "--time-scales",
+        type=float,
+        nargs="+",
+        default=default.time_scales,
+        help=f"retentions of the averages beside the momentum's ({scales})",
+    )
+    parser.add_argument("--units", type=int, help="units of the MLP (the memory's own number)")
+    numbers = {
+        "population": "candidates of a generation",
+        "pool": "different tasks of the search",
+        "tasks": "tasks of a generation",
+        "seed": "seed of the candidates and of the order of tasks",
+    }
+    for name, what in numbers.items():
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} ({value})")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=default.steps,
+        help="shortest and longest training run of a task (100 200)",
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of task (all)"
     )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -203,7 +203,7 @@ class Evolution:
             )
 
     def chosen(self, generation: int) -> list[Task]:
-        """The tasks of a generation; every stretch of the pool has both forms of every kind."""
+        """The tasks of a generation: the pool in random order, shuffled anew for every pass."""
         order = list(range(self.pool))
         rounds, place = divmod(generation * self.tasks, self.pool)
         random.Random(f"{self.seed}/{rounds}").shuffle(order)

@@ -30,7 +30,8 @@ class Gains:
     for its beginning at zero; the MLP sees the time t, too:
 
     .. math::
-        x_i = \Big(\lg \frac{a_i}{\bar a},\ \frac{a_i}{e_i},\ \frac{\bar a}{\bar e},\
+        x_i = \Big(\lg \max\big(\tfrac{a_i}{\bar a}, 10^{-6}\big),\
+        \min\big(1, \tfrac{a_i}{e_i}\big),\ \frac{\bar a}{\bar e},\
         \frac{(\sum_j a_j)^2}{n \sum_j a_j^2},\ \lg(t)/3\Big), \qquad
         g_i = \exp\Big(2 \tanh \sum_h v_h \max\big(0, \langle w_h, x_i\rangle + b_h\big)\Big)
 
@@ -43,6 +44,9 @@ class Gains:
         directions: gains of eigen-directions instead of rows and columns.
         phi: the MLP, a row (w, b, v) for every unit.
         orthogonal: makes the update (default: with its own defaults).
+
+    State beside that of ``orthogonal``, for an m x n matrix with short and long side r and R:
+    1/n + 1/m floats per parameter for rows and columns, r/R for directions; φ per matrix.
     """
 
     directions: bool

@@ -5,12 +5,7 @@ from pathlib import Path
 from deepopt.ops.adamw import adamw_
 from deepopt.ops.apply_update import apply_update_
 from deepopt.ops.combine import combine, row_products
-from deepopt.ops.coordinate_mlp import (
-    coordinate_mlp,
-    coordinate_mlp_gradient,
-    normalized,
-    root_mean_square,
-)
+from deepopt.ops.coordinate_mlp import coordinate_mlp, coordinate_mlp_gradient
 from deepopt.ops.delta_write import delta_write
 from deepopt.ops.gram_average import gram_average
 from deepopt.ops.horizons_write import horizons_write
@@ -18,7 +13,7 @@ from deepopt.ops.inverse_power import inverse_power
 from deepopt.ops.matmul import matmul
 from deepopt.ops.multi_scale_write import multi_scale_write
 from deepopt.ops.newton_schulz import newton_schulz, polar_express
-from deepopt.ops.norms import frobenius, running_root
+from deepopt.ops.norms import frobenius, normalized, root_mean_square, running_root
 from deepopt.ops.operator import backend
 from deepopt.ops.orthogonal_update import (
     ScaleArguments,

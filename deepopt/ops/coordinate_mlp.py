@@ -12,19 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepopt.ops.norms import frobenius
 from deepopt.ops.operator import operator
-
-
-def root_mean_square(matrices: Tensor) -> Tensor:
-    """Root mean square of the entries of every matrix, shape (B,)."""
-    return frobenius(matrices) / max(1, matrices.shape[1:].numel()) ** 0.5
-
-
-def normalized(matrices: Tensor) -> Tensor:
-    """Every matrix with a root mean square of 1; a zero matrix stays zero."""
-    size = root_mean_square(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)
-    return matrices / size[:, None, None]
 
 
 def _supports(

@@ -59,9 +59,8 @@ Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @inverse_power.backend("cuda", supports=newton_serves)
 def newton(gram: Tensor, power: float, damping: float) -> Tensor:
-    """:func:`newton_by` products in float64, where the device has it."""
-    dtype = torch.float32 if gram.device.type == "mps" else torch.float64
-    return newton_by(gram, power, damping, dtype, torch.matmul, lambda x: x @ x)
+    """:func:`newton_by` in float64."""
+    return newton_by(gram, power, damping, torch.float64, torch.matmul, lambda x: x @ x)
 
 
 def newton_by(
@@ -72,7 +71,7 @@ def newton_by(
     product: Product,
     square: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    r"""The same for power = 1/p by matrix products alone, without a decision on the host.
+    r""":func:`inverse_power` for power = 1/p, by products alone and with no decision on the host.
 
     Newton's iteration for inverse p-th roots, with the residual beside the root:
 
@@ -86,7 +85,7 @@ def newton_by(
     made negative are not lifted to zero first.
 
     Args:
-        gram: as above.
+        gram: shape (B, r, r), symmetric up to rounding.
         power: the reciprocal of a positive integer.
         damping: at least 8 times the resolution of ``gram``'s dtype.
         dtype: of what is multiplied.

@@ -18,6 +18,17 @@ def frobenius(matrices: Tensor) -> Tensor:
     return (norm * scale).clamp_max(info.max)
 
 
+def root_mean_square(matrices: Tensor) -> Tensor:
+    """Root mean square of the entries of every matrix, shape (B,)."""
+    return frobenius(matrices) / max(1, matrices.shape[1:].numel()) ** 0.5
+
+
+def normalized(matrices: Tensor) -> Tensor:
+    """Every matrix with a root mean square of 1; a zero matrix stays zero."""
+    size = root_mean_square(matrices).clamp_min(torch.finfo(matrices.dtype).tiny)
+    return matrices / size[:, None, None]
+
+
 def running_root(root: Tensor, value: Tensor, share: float | Tensor) -> Tensor:
     """The root of the running mean of squares, sqrt((1 - share) root² + share value²), safely."""
     tiny = torch.finfo(root.dtype).tiny

@@ -102,9 +102,9 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
     square = updates[0].square().sum(-1)
     norm = square.sum(-1).clamp_min(tiny).sqrt()
     if weight is not None:
-        weights, beside = torch.stack([weights[0], weight]), weight[:, None]
+        weights, share = torch.stack([weights[0], weight]), weight[:, None]
         mixed, other = (updates[0] * updates[1]).sum(-1), updates[1].square().sum(-1)
-        square = square + 2 * beside * mixed + beside.square() * other
+        square = square + 2 * share * mixed + share.square() * other
         square = square.clamp_min(0.0)  # rounding of the products can make their sum negative
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
@@ -225,20 +225,20 @@ def rms_gain(norm: Tensor, rank: int, cap: float) -> Tensor:
 
 
 def _both_support(
-    coefficients: Coefficients, dtype: torch.dtype, beside: Tensor | None, scale: ScaleArguments
+    coefficients: Coefficients, dtype: torch.dtype, second: Tensor | None, scale: ScaleArguments
 ) -> bool:
-    updates = [scale.momentum] if beside is None else [scale.momentum, beside]
+    updates = [scale.momentum] if second is None else [scale.momentum, second]
     has_kernel = newton_schulz.supports(scale.momentum, coefficients, dtype)
     return has_kernel and scale_update.supports(updates, scale)
 
 
 @operator(
-    f"(float[][] coefficients, ScalarType dtype, Tensor? beside, {SCALE_SCHEMA}) -> Tensor[]",
+    f"(float[][] coefficients, ScalarType dtype, Tensor? second, {SCALE_SCHEMA}) -> Tensor[]",
     _both_support,
     packed=ScaleArguments,
 )
 def orthogonal_update(
-    coefficients: Coefficients, dtype: torch.dtype, beside: Tensor | None, scale: ScaleArguments
+    coefficients: Coefficients, dtype: torch.dtype, second: Tensor | None, scale: ScaleArguments
 ) -> list[Tensor]:
     """:func:`deepopt.ops.newton_schulz` of a momentum, then :func:`deepopt.ops.scale_update`.
 
@@ -247,7 +247,7 @@ def orthogonal_update(
 
     Args:
         coefficients, dtype: as for ``newton_schulz``.
-        beside: a second update, shape (B, m, n), whose weight is ``scale.weight``, or None.
+        second: another update, shape (B, m, n), whose weight is ``scale.weight``, or None.
         scale: as for ``scale_update``; ``scale.momentum`` is what Newton-Schulz takes.
 
     Returns:
@@ -255,4 +255,4 @@ def orthogonal_update(
         those that are given.
     """
     update = newton_schulz(scale.momentum, coefficients, dtype)
-    return scale_update([update] if beside is None else [update, beside], scale)
+    return scale_update([update] if second is None else [update, second], scale)

@@ -24,8 +24,8 @@ def ridge(matrix: Tensor, rows: Tensor, rate: float | Tensor) -> tuple[Tensor, T
         rate: not negative.
 
     Cost: 2s²S for the Gram matrix, s³/3 and 2s²S for the system, with s and S the short and the
-    long side of ``rows``, and 2s(r + m)n at most for the first product; in float64, see
-    :func:`widened`.
+    long side of ``rows``, and 4rmn for the first product, or 2n²(r + m) where r > n; in float64,
+    see :func:`widened`.
     """
     keys, old = widened(rows), widened(matrix)
     dtype = keys.dtype

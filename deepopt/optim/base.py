@@ -91,8 +91,7 @@ class MemoryOptimizer(Optimizer):
     """Which arguments are numbers and flags: those of AdamW, and those that the annotations of a
     subclass's constructor add."""
     _transforms_gradients: ClassVar[bool] = False
-    """Whether a step calls :meth:`_transform_gradients`."""
-
+    """Whether a step calls :meth:`_transform_gradients`; all others save the call."""
     _unscheduled: ClassVar[frozenset[str]] = frozenset()
     """Arguments that no scheduler changes. When one changes, all checks of the class run again;
     when a scheduled one changes, only those of the base class do."""

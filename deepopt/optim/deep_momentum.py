@@ -1,7 +1,6 @@
 """DeepMomentum: an optimizer with AdamW's arguments, whose momentum is an associative memory."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +33,8 @@ class DeepMomentum(MemoryOptimizer):
         a_t = \max\big(r_t,\ \min(0.4,\ 3 r_t)\big) \\
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, a_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
-    Embeddings, output heads, norms, biases and tiny matrices take AdamW, with the bits of torch's.
+    Embeddings, output heads, norms, biases and tiny matrices take AdamW, with the bits of torch's
+    fused AdamW.
     An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
     AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
     they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay`` carry over.
@@ -70,8 +70,9 @@ class DeepMomentum(MemoryOptimizer):
         [flags]
 
     State per parameter: on the matrix path that of the memory (``deepopt.memory``: 1 float for
-    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance", 2 for "mlp") plus 2/n for the
-    rows and 1 per matrix; 2 on the element-wise path. Float32 for narrower parameters. "mlp" is
+    "linear" and "delta", 1 + 2 min(m,n)/max(m,n) for "covariance", 2 for "mlp"; per matrix 2 more
+    for "delta", 1 for "covariance", 20 for "mlp") plus 2/n for the rows and 1 per matrix; 2 on the
+    element-wise path. Float32 for narrower parameters. "mlp" is
     ``deepopt.memory.Horizons``, trained by ``python -m deepopt.meta``; it does not pay.
 
     Cost per m x n matrix (m <= n): ``ns_steps`` * (4 m²n + 2 m³) FLOPs, and the memory's; kernels
@@ -116,12 +117,13 @@ class DeepMomentum(MemoryOptimizer):
         memory = self._memory(group)
         if group["capturable"] and not getattr(memory, "capturable", True):
             raise RuntimeError(
-                f"memory {type(memory).__name__} does not support capturable=True: it decides on "
-                "the host when to refresh; choose another memory"
+                f"memory {type(memory).__name__} does not support capturable=True: it reads values "
+                "of tensors on the host; choose another memory"
             )
         self._output_map(group)  # raises for arguments out of range
 
     def _describe(self, key: str, value: Any) -> str:
+        # To a checkpoint memory="delta" and memory=Delta() are the same.
         built_in = key == "memory" and isinstance(value, str) and value in memories.BUILT_IN
         return super()._describe(key, memories.resolve(value) if built_in else value)
 
@@ -129,4 +131,4 @@ class DeepMomentum(MemoryOptimizer):
         return memories.resolve(group["memory"])
 
     def _output_map(self, group: Group) -> OutputMap:
-        return replace(Orthogonal.of(group), momentum_share=group["momentum_share"])
+        return Orthogonal.of(group, group["momentum_share"])

@@ -80,7 +80,7 @@ class DeltaGradientDescent(MemoryOptimizer):
         [flags]
 
     State per parameter: 0 floats (2 on the element-wise path); the recorded inputs besides, at most
-    ``rows`` per layer.
+    ``capture_inputs(rows=...)`` rows per layer.
 
     Cost per m x n matrix and r rows, s and S the smaller and the larger of r and n: 4rmn FLOPs; for
     "implicit" at most 8rmn + 6s²S + s³/3, in float64 where the device has it.
@@ -99,7 +99,6 @@ class DeltaGradientDescent(MemoryOptimizer):
 
     _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _warned = False
-
     _transforms_gradients = True
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deepopt.memory.module import Factory, Module, tanh_mlp
-from deepopt.ops import adam_size, normalized
+from deepopt.ops import normalized
 from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, Rms, State
 
@@ -79,19 +79,20 @@ class DMGD(MemoryOptimizer):
         [flags]
 
     State for a matrix m x n, with p the number of the module's weights: coordinate form 2 mn + 2 p
-    (+ 1) floats, 1 mn more for every further time scale, where "mlp" has p = 4 hidden; row form 2 p
-    (+ 1), where "mlp" has p = 2 n hidden, so 4 hidden/m floats per parameter: less than AdamW's 2
-    for hidden < m/2. The literal rule keeps p. Float32 for narrower parameters.
+    floats, 1 mn more for every further time scale, where "mlp" has p = 4 hidden; row form 2 p,
+    where "mlp" has p = 2 n hidden, so 4 hidden/m floats per parameter: less than AdamW's 2 for
+    hidden < m/2; 1 more for the maps "rms" and "newton_schulz". The literal rule keeps p. Float32
+    for narrower parameters.
 
-    Cost: of ``inner_steps`` passes of the module forward and backward over the gradient's entries
-    or rows, and one forward; for "mlp" about 50 hidden FLOPs per parameter in coordinate form and
+    Cost: ``inner_steps`` passes of the module forward and backward over the gradient's entries or
+    rows, and one forward; for "mlp" about 50 hidden FLOPs per parameter in coordinate form and
     20 hidden in row form. Scratch: about 4 hidden floats per entry in coordinate form, for 4
     million entries or one matrix at once.
 
     Raises:
         ValueError: an argument out of range, or a module that does not fit, named with its remedy;
             no parameter has moved then.
-        TypeError: a ``memory`` that is no factory.
+        TypeError: a ``memory`` that is not a factory.
         RuntimeError: sparse gradients, or flags that exclude each other.
 
     Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, section 4.4.
@@ -157,16 +158,14 @@ class DMGD(MemoryOptimizer):
         mapping, literal = group["output_map"], group["objective"] == "literal"
         if mapping is None:
             mapping = "identity" if literal else "rms"
-        if literal:
+        if literal or mapping not in ("rms", "newton_schulz"):
             return Mapped(mapping)
-        if mapping == "newton_schulz":
-            return Recalled(ORTHOGONAL)
-        return Recalled(Rms() if mapping == "rms" else AtItsSize(mapping))
+        return Recalled(ORTHOGONAL if mapping == "newton_schulz" else Rms())
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """A map without bias correction of the momentum, whose retention it takes for 0.
+    """Calls a map with a momentum's retention of 0, which turns its bias correction off.
 
     A module's recall is no average that starts at zero, so there is no bias to correct.
     """
@@ -206,19 +205,4 @@ class Mapped:
                 f"Invalid output_map: it returned {tuple(update.shape)} for "
                 f"{tuple(momentum.shape)}; it must keep the shape"
             )
-        return update
-
-
-class AtItsSize(Mapped):
-    """The same map, but it keeps the running gradient norm of :class:`Rms` without using it.
-
-    So its checkpoints have the entries of those of the other maps.
-    """
-
-    def init(self, like: Tensor) -> State:
-        return Rms().init(like)
-
-    def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
-        update = super().__call__(momentum, state, grad, betas)
-        _, state["grad_norm"] = adam_size(momentum, grad, state["grad_norm"], state["step"], betas)
         return update

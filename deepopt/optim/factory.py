@@ -54,9 +54,9 @@ def create_optimizer(
         model_or_params: a module, or parameters, named parameters or parameter groups.
         name: a key of ``deepopt.optimizers()`` or the name of a class of this package or of
             ``torch.optim``, in any case: "deep_momentum", "DeepMomentum", "adamw". "muon" is
-            torch's for matrices beside AdamW for the rest. "continuum" wraps the optimizer named
-            by ``optimizer`` (default: "deep_momentum"), which gets all options but ``chunk``,
-            ``reduce``, ``tokens`` and ``lifetime``.
+            torch's for matrices beside AdamW for the rest. "continuum" wraps the optimizer that
+            the option ``optimizer`` names, "deep_momentum" if it is left out; that gets all options
+            but ``chunk``, ``reduce``, ``tokens`` and ``lifetime``.
         lr: learning rate, that of the top layer; None for the class's default (default: None).
         weight_decay: decoupled weight decay; None for the class's default (default: None).
         layer_decay: factor of the learning rate from one layer to the one below, in (0, 1]; None
@@ -75,9 +75,11 @@ def create_optimizer(
         function itself, as Hugging Face's ``Trainer`` asks of a factory of optimizers.
 
     Raises:
-        ValueError: an unknown name; a ``layer_decay`` outside (0, 1], for something other than a
-            module, or for a model in which no layers are found; or what the class refuses.
-        TypeError: an option that the class does not have, or one that is no number or flag.
+        ValueError: an unknown name; a ``layer_decay`` outside (0, 1], or for a model in which no
+            layers are found; ``layer_decay``, ``overrides`` or ``split`` for something other than a
+            module; ``overrides`` beside ``path``; or what the class refuses.
+        TypeError: one of model and name without the other, a ``name`` that is not a string, an
+            option that the class does not have, or one that is not a number or flag.
     """
     if model_or_params is None and name is None:
         return create_optimizer
@@ -158,7 +160,7 @@ def _torch_classes() -> dict[str, Any]:
 
 
 def _names() -> str:
-    return ", ".join([*REGISTRY, *(name for name in sorted(_torch_classes()))])
+    return ", ".join([*REGISTRY, *sorted(_torch_classes())])
 
 
 def _resolve(name: str) -> Any:

@@ -167,7 +167,7 @@ class M3(MemoryOptimizer):
         slow = SlowUpdate(orthogonal, group["slow_chunk"], group["capturable"])
         if group["literal"]:
             return LiteralMix(slow, group["alpha"], group["eps"])
-        return MixedAfter(slow, self._memory(group))
+        return MixedAfter(slow, MultiScale(**{name: group[name] for name in MEMORY_OPTIONS}))
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,12 @@ class MixedAfter:
     """Newton-Schulz of the fast momentum plus the slow update at the memory's weight (Eq 75)."""
 
     slow: SlowUpdate
-    memory: Memory
+    memory: MultiScale
 
     def init(self, like: Tensor) -> State:
         return {**self.slow.init(like), **self.slow.orthogonal.init(like)}
 
     def __call__(self, momentum: Tensor, state: State, grad: Tensor, betas: Betas) -> Tensor:
-        assert isinstance(self.memory, MultiScale)
         second = self.slow(state), self.memory.weight(state, grad)
         return self.slow.orthogonal(momentum, state, grad, betas, second)
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from deepopt._arguments import check_types, typed
 from deepopt.optim.base import isolated_from_caller
 from deepopt.optim.continuum import Continuum
-from deepopt.optim.engine.buckets import overlap, overlaps_itself
+from deepopt.optim.engine.buckets import overlap_text, overlaps_itself
 
 MOTION = "motion"
 """The memory in a parameter's state."""
@@ -158,7 +158,7 @@ class Motion:
                     )
                 if MOTION in state and overlaps_itself(param):
                     raise RuntimeError(
-                        f"parameter {_name(group, number)} cannot be moved: {overlap(param)}"
+                        f"parameter {_name(group, number)} cannot be moved: {overlap_text(param)}"
                     )
 
     def _steps_ahead(self, group: dict[str, Any]) -> float:

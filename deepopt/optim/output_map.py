@@ -23,9 +23,6 @@ from deepopt.ops.products import SHORTEST
 State: TypeAlias = dict[str, Tensor]
 Betas: TypeAlias = tuple[float, float]
 
-ORTHOGONAL_OPTIONS = ("ns_steps", "ns_coefficients", "row_norm", "update_rms", "rms_cap")
-"""Arguments of an optimizer that :meth:`Orthogonal.of` takes from its group."""
-
 
 class OutputMap(Protocol):
     """From a momentum, shape (B, m, n), to the update that the learning rate multiplies.
@@ -90,9 +87,16 @@ class Orthogonal:
     _state_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> "Orthogonal":
+    def of(cls, group: dict[str, Any], momentum_share: float = 0.0) -> "Orthogonal":
         """From the arguments of an optimizer's group."""
-        return cls(*(group[name] for name in ORTHOGONAL_OPTIONS))
+        return cls(
+            steps=group["ns_steps"],
+            coefficients=group["ns_coefficients"],
+            row_norm=group["row_norm"],
+            update_rms=group["update_rms"],
+            rms_cap=group["rms_cap"],
+            momentum_share=momentum_share,
+        )
 
     def __post_init__(self) -> None:
         if self.update_rms is not None and not 0.0 < self.update_rms < math.inf:

@@ -64,7 +64,7 @@ class PreconditionedMomentum(MemoryOptimizer):
     State: 1 float per parameter, and for an m x n matrix 1/n more ("diagonal") or 2m/n more
     ("left_gram", m <= n).
 
-    Cost per m x n matrix: a few FLOPs per parameter; "left_gram" 4 m²n more, and an
+    Cost per m x n matrix: a few FLOPs per parameter; "left_gram" 3 m²n more, and an
     eigendecomposition in float64 (about 10 m³) every ten steps.
 
     Raises:

@@ -25,8 +25,7 @@ class Entry:
 
     Args:
         cls: the class.
-        equations: of the paper, that it implements.
-        update: the rule in a few words.
+        equations: those of the paper that it implements.
         state: floats per parameter of an m x n matrix, r = min(m, n), R = max(m, n).
         cost: FLOPs of a step for an m x n matrix beyond a few per parameter.
         wraps: it takes an optimizer instead of parameters.
@@ -34,7 +33,6 @@ class Entry:
 
     cls: type[Optimizer]
     equations: str
-    update: str
     state: str
     cost: str
     wraps: bool = False
@@ -43,51 +41,45 @@ class Entry:
 REGISTRY: dict[str, Entry] = {
     "deep_momentum": Entry(
         DeepMomentum,
-        equations="33-52",
-        update="memory write, read, Newton-Schulz, rows normalized, AdamW's size but at least 0.4",
+        equations="33, 52",
         state="1 (linear, delta), 1 + 2r/R (covariance), 2 (mlp)",
         cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 3 r²R (covariance)",
     ),
     "preconditioned_momentum": Entry(
         PreconditionedMomentum,
-        equations="33-34, 46-47",
-        update="heavy ball of a preconditioned gradient; SGD with momentum for P = I",
+        equations="33, 34, 46, 47",
         state="1, 1 + 1/n (diagonal), 1 + 2m/n (left_gram, m <= n)",
-        cost="0, 4 m²n and 10 m³ every 10 steps (left_gram, m <= n)",
+        cost="0, 3 m²n and 10 m³ every 10 steps (left_gram, m <= n)",
     ),
     "delta_momentum": Entry(
         DeltaMomentum,
-        equations="48-49",
-        update="momentum that forgets what the present gradient recalls",
+        equations="48, 49",
         state="1, and the preconditioner's as preconditioned_momentum",
         cost="8 r²R + r³/3 (implicit), 4 r²R (derived, literal), and the preconditioner's",
     ),
     "delta_gradient_descent": Entry(
         DeltaGradientDescent,
-        equations="54-57",
-        update="gradient descent that erases what the weight recalls at its inputs (implicit)",
+        equations="54, 55, 56, 57",
         state="0, and the captured rows",
-        cost="8 k r R, and 2 s² (S + m) + s³/3 in float64; s, S = min, max of n and k rows",
+        cost="4 k r R; implicit at most 8 k r R + 6 s² S + s³/3 more, in float64; s, S = min, "
+        "max of n and k rows",
     ),
     "dmgd": Entry(
         DMGD,
-        equations="50-52",
-        update="an MLP trained on the gradient inside the step, and read at it",
-        state="2 + 64/mn (coordinate form), 4 hidden/m (row form); 2 per weight of another module",
+        equations="50, 51, 52",
+        state="2 + 8 hidden/mn (coordinate form), 4 hidden/m (row form); 2 per weight of another "
+        "module",
         cost="for each inner step 50 hidden mn (coordinate form), 20 hidden mn (row form)",
     ),
     "m3": Entry(
         M3,
         equations="75, Alg. 1",
-        update="momenta at two time scales, Newton-Schulz of each (post) or of both (pre), "
-        "rows normalized, AdamW's size but at least 0.4",
         state="3 (post), 2 (pre), 4 (literal)",
         cost="5 (4 r²R + 2 r³) (1 + 1/f) (post, literal), 5 (4 r²R + 2 r³) (pre)",
     ),
     "continuum": Entry(
         Continuum,
-        equations="70-71",
-        update="any optimizer, its groups stepped at the end of their chunks",
+        equations="70, 71",
         state="the wrapped optimizer's, and 1 in mid-chunk",
         cost="the wrapped optimizer's, once per chunk",
         wraps=True,

@@ -24,7 +24,8 @@ FEWEST_FLOATS = 10_000
 LONGEST_VECTOR = 2**16
 """Norms and biases are shorter: a longer vector is probably a flattened matrix."""
 MOST_TABLES = 4
-"""Parameters with the shape of a known embedding are treated as embeddings, up to this many."""
+"""Up to this many parameters that only their aspect ratio sends to the element-wise path give no
+warning: they are probably tables."""
 
 
 def param_groups(
@@ -36,6 +37,8 @@ def param_groups(
 
     - Weights of linear, convolutional, recurrent and attention layers: ``matrix``.
     - Parameters of more than two dimensions that a module of another type owns: ``stack``.
+    - Matrices that a module of another type owns: ``elementwise`` if they are named like a table or
+      a head, or are more than 16 times as long as wide, else ``matrix``.
     - Embeddings, the output head, norms, biases, and whatever has a side under 16:
       ``elementwise``. A head is a layer that shares its weight with an embedding or is called
       like a head (``lm_head``, ``head``, ``classifier``, ...); failing these, it is the last
@@ -44,9 +47,10 @@ def param_groups(
     - The fused q, k, v of ``nn.MultiheadAttention`` are split into 3 matrices, the gates of
       ``nn.LSTM`` into 4 and of ``nn.GRU`` into 3. Nothing else is split unless ``split`` says so.
 
-    A shared parameter is listed once, and is ``elementwise`` if any of its uses is. One warning
-    tells of an embedding that is overridden to be a matrix, or of a model of at least 10,000
-    floats in matrices most of which their shapes alone send to the element-wise path.
+    A shared parameter is listed once, and is ``elementwise`` if any of its uses is. Warnings
+    tell, at most once each, of embeddings that are overridden to be matrices, of modules that have
+    lost their type, of parameters that FSDP1 or ZeRO-3 has flattened, and of models of which more
+    than half of at least 10,000 floats in matrices are element-wise by their shape alone.
     ``print(deepopt.routing_table(groups))`` shows every decision and its reason, and
     ``docs/routing.md`` has the rules in full.
 

@@ -231,7 +231,7 @@ def test_matrices_beyond_the_bound_are_trained_one_after_the_other(monkeypatch):
         return torch.stack([p.detach() for p in params])
 
     expected = train()
-    monkeypatch.setattr("deepopt.memory.module.ENTRIES_AT_ONCE", 24)
+    monkeypatch.setattr("deepopt.memory.module.TRAINED_AT_ONCE", 24)
     torch.testing.assert_close(train(), expected)
 
 

@@ -190,7 +190,7 @@ def check_gradients(
     """Raise RuntimeError for a gradient, or a parameter that has one, that cannot be stepped.
 
     Args:
-        group: of an optimizer.
+        group: one of an optimizer's ``param_groups``.
         sorted_group: its parameters by kind.
         grads: of its parameters; None for one that is not stepped.
         optimizer: the name of its class, for messages.
@@ -208,7 +208,9 @@ def check_gradients(
         _refuse_gradients(group, grads)
     for index in filter(has_grad.__getitem__, sorted_group.self_overlapping):
         param = group["params"][index]
-        raise RuntimeError(f"{param_label(group, param)} cannot be written to: {overlap(param)}")
+        raise RuntimeError(
+            f"{param_label(group, param)} cannot be written to: {overlap_text(param)}"
+        )
 
 
 def _refuse_gradients(group: Group, grads: Sequence[Tensor | None]) -> None:
@@ -230,7 +232,7 @@ def make_buckets(
     """The parameters of a group that have gradients, in buckets.
 
     Args:
-        group: of an optimizer.
+        group: one of an optimizer's ``param_groups``.
         sorted_group: its parameters by kind.
         grads: what its parameters are stepped with; None for one that is not stepped.
         parts: the group's.
@@ -393,7 +395,7 @@ def overlaps_itself(param: Tensor) -> bool:
     return False
 
 
-def overlap(param: Tensor) -> str:
+def overlap_text(param: Tensor) -> str:
     """What is wrong with a parameter that overlaps itself, and the remedy."""
     return (
         f"its strides {param.stride()} put several entries in one place, as expand and as_strided "
@@ -579,7 +581,7 @@ def _refuse_counts(bucket: Bucket, steps: Sequence[Tensor]) -> None:
             raise RuntimeError(
                 f"state 'step' of {param_label(bucket.group, param)} has become a tensor of "
                 f"{tuple(step.shape)} and {step.dtype} on {step.device}: it must be a float32 "
-                "scalar on the CPU or where the parameter is"
+                "or float64 scalar on the CPU or where the parameter is"
             )
 
 

@@ -147,6 +147,14 @@ def test_a_file_without_a_workload_is_refused(tmp_path):
         find(str(tmp_path / "empty.py"))
 
 
-def test_the_source_of_a_workload_has_the_workloads_that_it_builds_on():
+@pytest.mark.parametrize("name", built_in())
+def test_the_source_of_a_workload_has_the_workloads_that_it_builds_on(name):
+    source = find(name).source
+    others = [other for other in built_in() if re.search(rf"workloads.*\b{other}\b", source)]
+    assert all(find(other).source in source for other in others)
+
+
+def test_workloads_build_on_others_in_both_forms_of_an_import():
     assert find("llama").source in find("llama_tuned").source
     assert find("llama_tuned").source in find("lora").source
+    assert find("lm_code").source in find("recall").source
