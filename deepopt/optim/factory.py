@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -127,28 +127,46 @@ def create_optimizer(
         return cls(model_or_params, **options)
 
     model = model_or_params
-    layers: dict[str, int] = {} if layer_decay is None else _layers(model)
-    undecayed = _undecayed(model) if filter_bias_and_bn else set()
     routed: list[dict[str, Any]] = param_groups(model, overrides, split)
     if "path" in options:
         routed = [{"params": list(model.named_parameters())}]
+    layers: dict[str, int] = {} if layer_decay is None else _layers(model)
+    undecayed = _undecayed(model) if filter_bias_and_bn else set()
+    numbers_of_layers, groups = _by_layer(routed, layers, undecayed)
+    optimizer = cls(groups, **options)
+    if layer_decay is not None:
+        top = max(layers.values())
+        for layer, group in zip(numbers_of_layers, optimizer.param_groups, strict=True):
+            group["lr"] = group["lr"] * layer_decay ** (top - layer)
+    return optimizer
+
+
+def _by_layer(
+    routed: list[dict[str, Any]], layers: Mapping[str, int], undecayed: Set[str]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The groups of a routing, each divided by layer and by whether its parameters decay.
+
+    Args:
+        routed: groups of named parameters.
+        layers: layers by name, from the bottom; all others are in layer 0.
+        undecayed: names of parameters without weight decay.
+
+    Returns:
+        The layer of every new group, and the groups: in the routing's order, and within it from the
+        bottom layer to the top.
+    """
     groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
     for index, group in enumerate(routed):
         reasons = group.pop("reasons", [""] * len(group["params"]))
-        for (param_name, param), reason in zip(group["params"], reasons, strict=True):
-            exempt = param_name in undecayed
-            place = (index, layers.get(param_name, 0), exempt)
+        for (name, param), reason in zip(group["params"], reasons, strict=True):
+            exempt = name in undecayed
+            place = (index, layers.get(name, 0), exempt)
             no_decay = {"weight_decay": 0.0} if exempt else {}
             chosen = groups.setdefault(place, {**group, **no_decay, "params": [], "reasons": []})
-            chosen["params"].append((param_name, param))
+            chosen["params"].append((name, param))
             chosen["reasons"].append(reason)
-    order = sorted(groups)  # the routing's, and within it from the bottom layer to the top
-    optimizer = cls([groups[place] for place in order], **options)
-    if layer_decay is not None:
-        top = max(layers.values())
-        for (_, layer, _), group in zip(order, optimizer.param_groups, strict=True):
-            group["lr"] = group["lr"] * layer_decay ** (top - layer)
-    return optimizer
+    order = sorted(groups)
+    return [layer for _, layer, _ in order], [groups[place] for place in order]
 
 
 def _torch_classes() -> dict[str, Any]:
