@@ -255,7 +255,7 @@ def without_parts(plans: Sequence[Rates], lines: Lines) -> list[str]:
         for lr in (*THREE_RATES, None):
             pairs = losses_at(chosen, DEFAULT, contender, lr, lines)
             words = [word for _, word in compared(pairs).values()]
-            counts = f"{words.count('loss')} worse, {words.count('win')} better"
+            counts = f"{words.count('loss')} worse, {words.count('win')} better of {len(words)}"
             row.append(f"{mean_ratio(pairs)}; {counts}" if words else MISSING)
         table.append(row)
     return [

@@ -185,7 +185,8 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         f"one's best trial, by a factor of {NEARBY:g} in its rate and of 2 in that of everything "
         "else, with its own knob, retentions from 0.5 to 0.98 and decays to 1, until no change of "
         f"one of them is better, {PASSES} times through all of them at most. The best {FINALISTS} "
-        "trials run at all steps, the best of them with every seed.",
+        "trials run at all steps, the best of them with every seed. Trials have one seed, and no "
+        "interval includes the luck of the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{', '.join(f'{x:g}' for x in sorted((*BUDGETS, 1.0)))} times the steps; beyond them it "
