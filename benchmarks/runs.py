@@ -3,11 +3,14 @@
 Several runs go on at once, each on one thread, in a process of its own if need be.
 """
 
+import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,15 +25,16 @@ Line = dict[str, Any]
 
 
 class Results(Generic[R]):
-    """Lines of results by run, in JSONL files.
+    """Lines of results by run, in JSONL files, which several processes may complete at once.
 
-    Only the end of a run that repeats it replaces a line.
+    A line is replaced only when its run has been repeated to its end.
 
     Args:
         paths: the files that there may be.
         run_of: the run of a line.
         path_of: the file of a run.
-        counts: whether a line tells what its run would come to today; all others are kept aside.
+        counts: whether a line says what its run would come to today. Others have no part in
+            ``lines``, but stay in the file.
     """
 
     def __init__(
@@ -40,19 +44,17 @@ class Results(Generic[R]):
         path_of: Callable[[R], Path],
         counts: Callable[[R, Line], bool] = lambda run, line: True,
     ) -> None:
-        self.path_of = path_of
+        self.run_of, self.path_of = run_of, path_of
         self.lines: dict[R, Line] = {}
-        self.aside: dict[R, Line] = {}
         for path in paths:
             for line in read_metrics(path):
-                run = run_of(line)
-                (self.lines if counts(run, line) else self.aside)[run] = line
+                if counts(run := run_of(line), line):
+                    self.lines[run] = line
 
     def forget(self, runs: Iterable[R]) -> None:
-        """The runs are to be repeated."""
+        """Repeat these runs when they are next asked for."""
         for run in runs:
-            if run in self.lines:
-                self.aside[run] = self.lines.pop(run)
+            self.lines.pop(run, None)
 
     def complete(
         self,
@@ -64,29 +66,42 @@ class Results(Generic[R]):
         """Execute the runs that have no line, the first ones first; each leaves one when it ends.
 
         Args:
-            runs: in any number, repeated or not.
-            execute: returns the line of a run.
-            jobs: runs at once.
-            told: what is printed of a line.
+            runs: the runs that should have lines; some may have one, or be named twice.
+            execute: makes the line of a run.
+            jobs: number of runs at once.
+            told: the text that is printed about a line.
+
+        Raises:
+            RuntimeError: some runs have failed; after all have ended.
         """
         missing = [run for run in dict.fromkeys(runs) if run not in self.lines]
-        self._rewrite(missing)
         began = time.monotonic()
-        try:
-            for count, (place, run, line) in enumerate(executed(missing, execute, jobs), 1):
-                self.lines[run] = line
-                with open(self.path_of(run), "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                left = (time.monotonic() - began) / count * (len(missing) - count)
-                print(f"{place}, {duration(left)} left: {run}: {told(run, line)}", flush=True)
-        finally:
-            self._rewrite(missing)
+        for count, (place, run, line) in enumerate(executed(missing, execute, jobs), 1):
+            self._write(run, line)
+            left = (time.monotonic() - began) / count * (len(missing) - count)
+            print(f"{place}, {duration(left)} left: {run}: {told(run, line)}", flush=True)
 
-    def _rewrite(self, runs: Iterable[R]) -> None:
-        """The files of the runs with the last line of each run, without what a kill has torn."""
-        for path in {self.path_of(run) for run in runs}:
-            kept = [x for run, x in (self.aside | self.lines).items() if self.path_of(run) == path]
-            write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
+    def _write(self, run: R, line: Line) -> None:
+        """Put the line into the file of the run, in place of the run's earlier one.
+
+        The file is read again: another process may have added lines, or a kill have torn the last.
+        """
+        path = self.path_of(run)
+        with locked(path.parent):
+            kept = {self.run_of(other): other for other in read_metrics(path)} | {run: line}
+            write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept.values()).encode())
+        self.lines[run] = line
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder that they lock, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def duration(seconds: float) -> str:

@@ -42,10 +42,10 @@ def card_rates() -> Rates:
 
 
 def core_rates() -> Rates:
-    """The rates of two cores beside the race on GPT-2-small's matrices."""
+    """The rates of two cores beside the last race on GPT-2-small's matrices."""
+    race = {"case": "gpt2", "threads": 2, "device": "cpu", "quick": False}
     lines = map(json.loads, (RESULTS / "speed.jsonl").read_text().splitlines())
-    line = next(x for x in lines if x["case"] == "gpt2" and x["threads"] == 2)
-    return Rates(**line["rates"])
+    return Rates(**[x for x in lines if race.items() <= x.items()][-1]["rates"])
 
 
 def race_rows(device: str) -> dict[str, list[Row]]:

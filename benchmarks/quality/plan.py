@@ -31,7 +31,8 @@ LADDERS: dict[str, tuple[float, ...]] = {
 PASSES = 3
 """Times that the descent goes through all coordinates at most."""
 FINALISTS = 3
-"""Trials that run in full, because at half of the steps a higher rate looks better than it is."""
+"""Trials, each the best at its rate, that run in full: at half of the steps a higher rate looks
+better than it is."""
 BUDGETS = (0.5, 1.5, 2.0)
 """Numbers of steps at which the rivals' loss is also measured, as multiples of the workload's."""
 BUDGET_SEEDS = 3
@@ -56,8 +57,8 @@ class Tuning:
     3. A coordinate descent from each one's best trial: the next lower and the next higher value of
        the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
        until nothing changes, three times at most.
-    4. The best three of each at all of its steps, and the best of them with every seed; the swap
-       with every seed; the rivals at their best at other budgets.
+    4. The best trials of each at three rates at all of its steps, and the best of them with every
+       seed; the swap with every seed; the rivals at their best at other budgets.
 
     Attributes:
         workload: its name.
@@ -186,9 +187,15 @@ class Tuning:
         return [run for run in dict.fromkeys(every) if run in lines]
 
     def finalists(self, contender: str, lines: Lines) -> list[Run]:
+        """The best trials at different rates, at all steps; none while the search goes on."""
         runs = self.searched(contender, lines)
-        runs = [run for run in runs if math.isfinite(value(lines[run]))]
-        chosen = sorted(runs, key=lambda run: value(lines[run]))[:FINALISTS]
+        if {*self.trials_of(contender, lines), *self.descent(contender, lines)} - {*runs}:
+            return []
+        by_rate: dict[float, Run] = {}
+        for run in sorted(runs, key=lambda run: value(lines[run])):
+            if math.isfinite(value(lines[run])):
+                by_rate.setdefault(run.setting.lr, run)
+        chosen = list(by_rate.values())[:FINALISTS]
         return [self.run(contender, run.setting) for run in chosen]
 
     def best(self, contender: str, lines: Lines) -> Setting | None:
@@ -202,9 +209,9 @@ class Tuning:
         return [self.run(contender, setting, s) for s in range(self.seeds)] if setting else []
 
     def swapped(self, contender: str, lines: Lines) -> list[Run]:
-        """Every seed of an optimizer's default at AdamW's best rate and decay."""
+        """Every seed of an optimizer's default at the rates and decay of :meth:`adamw_setting`."""
         setting = self.adamw_setting(lines)
-        if setting is None or contender == "AdamW":
+        if setting is None:
             return []
         return [self.run(contender, setting, seed) for seed in range(self.seeds)]
 
@@ -339,7 +346,7 @@ def points(
     """Settings of the one quasi-random sequence (Sobol), the same for every optimizer.
 
     Args:
-        count: of points.
+        count: number of points.
         low, high: ends of the rates, which are uniform in their logarithm.
         skipped: points of the sequence that come before.
     """

@@ -1,5 +1,6 @@
 """The page: tables in Markdown, made from the lines alone."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -29,7 +30,7 @@ def page(
 
     Args:
         plans: whose lines are shown; those without a line are left out.
-        lines: of results.
+        lines: lines of results.
         command: that makes the page again.
         skipped: reasons by the names of what cannot run here.
     """
@@ -282,9 +283,9 @@ def losses_at(
 
 
 def mean_ratio(pairs: Mapping[str, tuple[list[float] | None, list[float] | None]]) -> str:
-    """The geometric mean over workloads of the ratio of mean losses."""
+    """The geometric mean over workloads of the ratio of mean losses, without what diverged."""
     means = [(statistics.fmean(a), statistics.fmean(b)) for a, b in pairs.values() if a and b]
-    ratios = [a / b for a, b in means if a > 0 < b]
+    ratios = [a / b for a, b in means if 0 < a < math.inf and 0 < b < math.inf]
     return f"{statistics.geometric_mean(ratios):.3f}" if ratios else MISSING
 
 

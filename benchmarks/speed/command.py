@@ -17,18 +17,17 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from benchmarks.runs import Results
 from benchmarks.speed import catalog
-from benchmarks.speed.case import Case, Conditions, Line, Run, Setting
+from benchmarks.speed.case import Conditions, Line, Run, Setting
 from benchmarks.speed.report import judged, plot, report
-from deepopt.hope.files import write_atomically
-from deepopt.hope.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1200
@@ -107,51 +106,33 @@ def execute_apart(run: Run, setting: Setting) -> Line:
     return json.loads(output.splitlines()[-1])
 
 
-class Results:
-    """The lines of a JSONL file, by run: those that were made under today's conditions.
+class Measurement(NamedTuple):
+    """A case on some threads of a device, with many repeats or few."""
 
-    All others are kept until their run is measured again on the same kind of device.
-    """
+    run: Run
+    device: str
+    quick: bool
 
-    def __init__(self, path: Path, setting: Setting, repeated: Iterable[Run] = ()) -> None:
-        self.path = path
-        self.lines: dict[Run, Line] = {}
-        aside: list[tuple[Run, Line]] = []
-        today, repeated = conditions(setting), set(repeated)
-        for line in cast(Iterable[Line], read_metrics(path)):
-            run = Run(line["case"], line["threads"])
-            if run.case in catalog.CASES and today.items() <= line.items():
-                self.lines[run] = line
-            else:
-                aside.append((run, line))
-        kind = setting.device, setting.quick
-        kept = [x for run, x in aside if (x["device"], x["quick"]) != kind or run not in self.lines]
-        # Without what a kill has torn.
-        kept += self.lines.values()
-        write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
-        for run in repeated & self.lines.keys():
-            del self.lines[run]
-
-    def complete(self, runs: Iterable[Run], setting: Setting) -> None:
-        """Execute the runs that have no line yet, one after the other."""
-        missing = [run for run in runs if run not in self.lines]
-        for count, run in enumerate(missing, 1):
-            where = f"{count}/{len(missing)} {run.case}, {run.threads} thread(s)"
-            try:
-                line = execute_apart(run, Setting(setting.device, run.threads, setting.quick))
-            except RuntimeError as error:
-                print(f"{where}: {error}", file=sys.stderr, flush=True)
-                continue
-            self.lines[run] = line
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(where, *(f"\n  {t}" for t in told(catalog.CASES[run.case], line)), flush=True)
-        if failed := [run for run in missing if run not in self.lines]:
-            raise RuntimeError(f"{len(failed)} cases failed, see above; the others are kept")
+    def __str__(self) -> str:
+        return f"{self.run.case}, {self.run.threads} thread(s)"
 
 
-def told(case: Case, line: Line) -> list[str]:
-    return [f"{what}: {value} ({bound}): {met}" for what, value, bound, met in judged(case, line)]
+def results(path: Path, setting: Setting) -> Results[Measurement]:
+    """The lines of a file; those count that were made under today's conditions."""
+    today = conditions(setting).items()
+
+    def measurement(line: dict[str, Any]) -> Measurement:
+        return Measurement(Run(line["case"], line["threads"]), line["device"], line["quick"])
+
+    def counts(of: Measurement, line: dict[str, Any]) -> bool:
+        return of.run.case in catalog.CASES and today <= line.items()
+
+    return Results([path], measurement, lambda of: path, counts)
+
+
+def told(of: Measurement, line: dict[str, Any]) -> str:
+    rows = judged(catalog.CASES[of.run.case], cast(Line, line))
+    return "".join(f"\n  {what}: {value} ({bound}): {met}" for what, value, bound, met in rows)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -183,16 +164,24 @@ def main(argv: Sequence[str]) -> int:
     if not runs:
         parser.error(f"no case of {arguments.cases} runs on {arguments.threads} threads")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Results(arguments.out / "speed.jsonl", setting, runs if arguments.fresh else ())
+    found = results(arguments.out / "speed.jsonl", setting)
+    asked = [Measurement(run, setting.device, setting.quick) for run in runs]
+    if arguments.fresh:
+        found.forget(asked)
+
+    def measure(of: Measurement) -> dict[str, Any]:
+        threads = of.run.threads
+        return {**execute_apart(of.run, Setting(setting.device, threads, setting.quick))}
+
     # Asked to end, it ends the process of the case too, which would disturb what runs next.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        results.complete(runs, setting)
+        found.complete(asked, measure, 1, told)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if results.lines:
+        if lines := {of.run: cast(Line, line) for of, line in found.lines.items()}:
             command = " ".join(["python -m benchmarks speed", *argv])
-            (arguments.out / "speed.md").write_text(report(results.lines, command))
-            plot(arguments.out / "speed.png", results.lines)
+            (arguments.out / "speed.md").write_text(report(lines, command))
+            plot(arguments.out / "speed.png", lines)
             print(f"written: {arguments.out / 'speed.md'}", file=sys.stderr)
     return 0

@@ -102,7 +102,7 @@ class Arguments(NamedTuple):
 TENSORS: Final = 16
 """Number of the first fields of `Arguments`, which are tensors."""
 PULLS = slice(11, 15)
-"""Its initial weights, which are None where retention leads to zero."""
+"""The initial weights in `Arguments`, which are None where retention leads to zero."""
 SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
 Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
 Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor? memory_initial_w2,

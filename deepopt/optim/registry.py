@@ -41,7 +41,7 @@ class Entry:
 REGISTRY: dict[str, Entry] = {
     "deep_momentum": Entry(
         DeepMomentum,
-        equations="33, 52",
+        equations="33, 42, 48, 49, 52",
         state="1 (linear, delta), 1 + 2r/R (covariance), 2 (mlp)",
         cost="5 (4 r²R + 2 r³), and the memory's: 0, 6 r²R + 2 r³ (delta), 3 r²R (covariance)",
     ),
@@ -61,7 +61,7 @@ REGISTRY: dict[str, Entry] = {
         DeltaGradientDescent,
         equations="54, 55, 56, 57",
         state="0, and the captured rows",
-        cost="4 k r R; implicit at most 8 k r R + 6 s² S + s³/3 more, in float64; s, S = min, "
+        cost="4 k r R; implicit at most 8 k r R + 6 s² S + s³/3, in float64; s, S = min, "
         "max of n and k rows",
     ),
     "dmgd": Entry(

@@ -65,6 +65,25 @@ def test_a_run_that_fails_while_it_is_repeated_keeps_its_line(results, tmp_path,
     assert lines == {"done": 1.0, "early": 3.0, "broken": 3.0}
 
 
+def test_two_processes_that_complete_runs_of_one_file_keep_each_others_lines(results, tmp_path):
+    first, second = results(), results()
+    first.complete(
+        ["also", "also 2"],
+        lambda run: complete(second, f"{run}, elsewhere") or execute(run),
+        1,
+        lambda *_: "",
+    )
+    found = [x["run"] for x in read(tmp_path / "a.jsonl")]
+    assert sorted(found) == [
+        "also",
+        "also 2",
+        "also 2, elsewhere",
+        "also, elsewhere",
+        "done",
+        "early",
+    ]
+
+
 def test_a_torn_line_is_dropped_before_the_next_one_is_written(results, tmp_path):
     with (tmp_path / "z.jsonl").open("a") as file:
         file.write('{"run": "to')

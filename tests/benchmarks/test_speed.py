@@ -7,7 +7,7 @@ import torch
 from benchmarks import work
 from benchmarks.speed import catalog, command, optimizers
 from benchmarks.speed.case import Case, Run, Setting
-from benchmarks.speed.command import Results
+from benchmarks.speed.command import results
 from benchmarks.speed.coordinate_mlp import coordinate_mlp, peak_share
 from benchmarks.speed.correctness import farther, inputs, singular_values, strides
 from benchmarks.speed.elementwise import elementwise
@@ -35,8 +35,8 @@ def line(case, threads, **found):
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """A race in which ours takes 0.5 of the other's time, and a table."""
+def path(tmp_path, monkeypatch):
+    """A file of results: a race in which ours takes 0.5 of the other's time, and a table."""
     details = [{"name": "a", "count": 4000, "value": 0.25}]
     cases = {
         "race": Case("A race", None, [ratio("ours", "theirs", 0.6)], "theirs", note="As it is."),
@@ -51,11 +51,16 @@ def results(tmp_path, monkeypatch):
     lines = [line("race", 1, rows=rows), line("table", 1, details=details, exponent=1.0)]
     path = tmp_path / "speed.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    return Results(path, Setting())
+    return path
 
 
-def test_the_report_has_targets_times_and_shares_from_the_lines_alone(results):
-    text = report(results.lines, "python -m benchmarks speed")
+@pytest.fixture
+def lines(path):
+    return {of.run: line for of, line in results(path, Setting()).lines.items()}
+
+
+def test_the_report_has_targets_times_and_shares_from_the_lines_alone(lines):
+    text = report(lines, "python -m benchmarks speed")
     assert "| race | 1 | ours / theirs | 0.500 | <= 0.600 | met |" in text
     assert (
         "| ours | 2,000 (2,000 to 2,000) | 2,000 (2,000 to 2,000) | 0.50 "
@@ -73,52 +78,44 @@ def test_the_report_has_targets_times_and_shares_from_the_lines_alone(results):
     assert "different code" not in text
 
 
-def test_whether_a_target_is_met_follows_from_the_numbers(results):
-    lines = results.lines
+def test_whether_a_target_is_met_follows_from_the_numbers(lines):
     lines[Run("race", 1)]["rows"][1]["cpu"] = 2.5
     assert "| ours / theirs | 0.625 | <= 0.600 | NOT met |" in report(lines, "")
     lines[Run("race", 1)]["rows"][1] = {"contender": "ours", "not_run": "because"}
     assert "| ours / theirs | nan | <= 0.600 | not measured |" in report(lines, "")
 
 
-def test_the_report_tells_of_quick_runs_and_of_different_code(results):
-    for one in results.lines.values():
+def test_the_report_tells_of_quick_runs_and_of_different_code(lines):
+    for one in lines.values():
         one["quick"] = True
-    results.lines[Run("table", 1)]["code_sha256"] = "f" * 60
-    text = report(results.lines, "")
+    lines[Run("table", 1)]["code_sha256"] = "f" * 60
+    text = report(lines, "")
     assert "not to be quoted" in text
     assert "lines of different code" in text
 
 
-def test_lines_of_other_conditions_and_torn_lines_do_not_count(results):
-    text = results.path.read_text()
-    results.path.write_text(text + '{"case": "ra')
-    assert Results(results.path, Setting()).lines == results.lines
-    assert not Results(results.path, QUICK).lines
-    assert results.path.read_text() == text
+def test_lines_of_other_conditions_and_torn_lines_do_not_count(path):
+    path.write_text(path.read_text() + '{"case": "ra')
+    assert len(results(path, Setting()).lines) == 2
+    assert not results(path, QUICK).lines
 
 
-def test_a_line_of_other_conditions_stays_until_its_case_is_measured_on_the_same_device(results):
-    older = line("race", 1) | {"torch": "0.1"}
-    elsewhere = older | {"device": "cuda"}
-    both = [json.dumps(x) + "\n" for x in (older, elsewhere)]
-    results.path.write_text("".join(both))
-    assert not Results(results.path, Setting()).lines
-    assert results.path.read_text() == "".join(both)
-    results.path.write_text("".join([*both, json.dumps(line("race", 1)) + "\n"]))
-    assert set(Results(results.path, Setting()).lines) == {Run("race", 1)}
-    assert [json.loads(x) for x in results.path.read_text().splitlines()] == [
-        elsewhere,
-        line("race", 1),
-    ]
-
-
-def test_only_what_is_asked_for_is_repeated(results):
-    assert set(Results(results.path, Setting(), [Run("race", 1)]).lines) == {Run("table", 1)}
+def test_lines_of_other_devices_stay_when_a_case_is_measured_again(path, monkeypatch):
+    elsewhere = line("race", 1) | {"device": "cuda"}
+    path.write_text(path.read_text() + json.dumps(elsewhere) + "\n")
+    rows = [raced("theirs", 1.0), raced("ours", 1.0)]
+    measured = line("race", 1, rows=rows) | {"code_sha256": "f" * 64}
+    monkeypatch.setattr(command, "execute_apart", lambda run, setting: measured)
+    monkeypatch.setattr(command, "plot", lambda *_: None)
+    arguments = ["--out", str(path.parent), "--cases", "race", "--threads", "1", "--fresh"]
+    assert command.main(arguments) == 0
+    found = [json.loads(x) for x in path.read_text().splitlines()]
+    assert elsewhere in found
+    assert [x for x in found if (x["case"], x["device"]) == ("race", "cpu")] == [measured]
 
 
 def test_finished_cases_are_not_repeated_and_failed_ones_leave_the_others(
-    results, monkeypatch, capsys
+    path, monkeypatch, capsys
 ):
     def execute(run, setting):
         if run.case == "table":
@@ -126,13 +123,13 @@ def test_finished_cases_are_not_repeated_and_failed_ones_leave_the_others(
         return line(run.case, run.threads, rows=[raced("theirs", 1.0), raced("ours", 1.0)])
 
     monkeypatch.setattr(command, "execute_apart", execute)
-    del results.lines[Run("table", 1)]
-    with pytest.raises(RuntimeError, match="1 cases failed"):
-        results.complete([Run("race", 1), Run("table", 1), Run("race", 2)], Setting())
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(RuntimeError, match="1 runs failed"):
+        command.main(["--out", str(path.parent)])
     told = capsys.readouterr()
-    assert "1/2 table" in told.err
+    assert "table, 1 thread(s): its process ended with 1" in told.err
     assert "ours / theirs: 1.00 (<= 0.600): NOT met" in told.out
-    assert len(results.path.read_text().splitlines()) == 3
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_the_command_runs_cases_in_processes_of_their_own(tmp_path, capsys):

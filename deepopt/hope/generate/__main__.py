@@ -103,7 +103,7 @@ def lines() -> Iterator[str]:
 
 
 def take_any_text() -> None:
-    """Read bytes that are not UTF-8 as they are, and print `?` for what no terminal can show."""
+    """Read bytes that are not UTF-8 as they are; print `?` for what the terminal cannot show."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

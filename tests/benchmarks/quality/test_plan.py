@@ -71,7 +71,8 @@ def test_the_best_trials_run_in_full_and_the_best_of_them_with_every_seed():
     trials = plan.searched("NorMuon", lines)
     ranked = sorted(trials, key=lambda run: abs(math.log(run.setting.lr / 4e-3)))
     finalists = plan.finalists("NorMuon", lines)
-    assert [run.setting for run in finalists] == [run.setting for run in ranked[: plans.FINALISTS]]
+    rates = list(dict.fromkeys(run.setting.lr for run in ranked))
+    assert [run.setting.lr for run in finalists] == rates[: plans.FINALISTS]
     assert plan.best("NorMuon", lines) == ranked[0].setting
     tuned = plan.tuned("NorMuon", lines)
     assert [run.seed for run in tuned] == [0, 1, 2]
@@ -106,6 +107,14 @@ def test_a_descent_changes_one_coordinate_at_a_time_by_one_value_and_ends():
             changed = [sum(a != b for a, b in zip(run.setting, s, strict=True)) for s in seen]
             assert min(changed) <= 1
             seen.append(run.setting)
+
+
+def test_no_trial_runs_in_full_before_the_search_has_ended():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    lines, _ = finished(plan, far_away)
+    for run in plan.descent("NorMuon", lines):
+        assert plan.finalists("NorMuon", lines)
+        assert not plan.finalists("NorMuon", {k: x for k, x in lines.items() if k != run})
 
 
 def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():
