@@ -98,8 +98,8 @@ def _remedy(argument: Typed) -> str:
     known, optional = argument.default, NONE in argument.types
     such = "" if known in (None, inspect.Parameter.empty) else f" such as {known}"
     text = {
-        "flag": "is no flag; give True or False",
-        "number": f"is no number; give a number{such}",
-        "numbers": f"is no sequence of numbers; give numbers{such}",
+        "flag": "is not a flag; give True or False",
+        "number": f"is not a number; give a number{such}",
+        "numbers": f"is not a sequence of numbers; give numbers{such}",
     }[argument.of]
     return text + (", or None" if optional else "")

@@ -88,9 +88,9 @@ def newton_by(
         gram: shape (B, r, r), symmetric up to rounding.
         power: the reciprocal of a positive integer.
         damping: at least 8 times the resolution of ``gram``'s dtype.
-        dtype: of what is multiplied.
-        product: of two matrices that commute, in ``dtype``.
-        square: of a symmetric matrix of norm 1, whose largest eigenvalue alone counts: it may be
+        dtype: the dtype of what is multiplied.
+        product: multiplies two matrices that commute, in ``dtype``.
+        square: multiplies by itself a symmetric matrix of norm 1, whose largest eigenvalue alone counts: it may be
             coarse.
 
     Cost: at power 1/2 and damping 1e-6, 43 products of 2r³ FLOPs in float64, 40 in float32; 50 and

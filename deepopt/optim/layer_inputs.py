@@ -94,8 +94,8 @@ def capture_inputs(model: nn.Module, rows: int = 512) -> InputCapture:
             embeddings. Replicas average what they see: give the ``DistributedDataParallel``
             module, not the one inside, or they drift apart; but the one inside for a
             ``ZeroRedundancyOptimizer``, where each parameter has one owner.
-        rows: of more rows than this since the last step an evenly spread sample is kept
-            (default: 512).
+        rows: most input rows that are kept per layer between two steps; of more, an evenly spread
+            sample is kept (default: 512).
 
     Memory: ``rows`` rows of floats per layer until the step, and as many per forward pass until
     its backward pass; never the whole input.
@@ -144,7 +144,7 @@ def seen_inputs(param: Tensor) -> Tensor | None:
     if sample is None:
         return None
     if sample.process_group is not None:
-        return _average(param, sample)
+        return _gathered(param, sample)
     rows = sample.rows
     if rows is None:
         return None
@@ -157,7 +157,7 @@ def forget_inputs(param: Tensor) -> None:
         sample.rows = sample.keys = None
 
 
-def _average(param: Tensor, sample: _Sample) -> Tensor:
+def _gathered(param: Tensor, sample: _Sample) -> Tensor:
     """The rows of all replicas: up to an equal share of the limit from each, padded with zeros."""
     world = sample.process_group.size()
     share = -(-sample.limit // world)

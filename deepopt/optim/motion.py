@@ -63,7 +63,8 @@ class Motion:
     Raises:
         ValueError: an argument out of range, or a parameter narrower than float32, in which the
             weights could not be told from what the parameter holds.
-        TypeError: what is no optimizer, or a ``Continuum``; an argument that is no number.
+        TypeError: something other than an optimizer, or a ``Continuum``; an argument that is not a
+            number.
         RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``, or one that
             has a ``Motion`` already; a step after :meth:`eval`; a memory in the state that does not
             fit its parameter, or a parameter with several entries in one place, of which no
@@ -76,7 +77,7 @@ class Motion:
         self, optimizer: Optimizer, retention: float = 0.99, ahead: float = 10.0, average: float = 1
     ) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Invalid optimizer: {optimizer!r} is no torch.optim.Optimizer")
+            raise TypeError(f"Invalid optimizer: {optimizer!r} is not a torch.optim.Optimizer")
         if isinstance(optimizer, Continuum):
             raise TypeError(
                 "Invalid optimizer: a Continuum; give Motion the optimizer inside of it"

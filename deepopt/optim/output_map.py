@@ -64,7 +64,7 @@ class Orthogonal:
     :class:`deepopt.DeepMomentum` gives the equations.
 
     Args:
-        steps: of Newton-Schulz, from 1 to 99.
+        steps: steps of Newton-Schulz, from 1 to 99.
         coefficients: (a, b, c) of every step, or None for the Polar Express ones.
         row_norm: divide rows by their running root mean square.
         update_rms: a fixed root mean square, or None for :func:`deepopt.ops.orthogonal_size`.

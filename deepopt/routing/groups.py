@@ -61,8 +61,8 @@ def param_groups(
             (default: None).
         split: the number of equal matrices that lie one below the other (along dim 0; in a stack
             along dim -2) in a parameter, by name or pattern: 3 for a fused q, k, v, 3 * heads for
-            one matrix per head; parameters that match and are no matrices, such as biases, stay
-            whole; of several that match the last one counts (default: None).
+            one matrix per head; parameters that match but are not matrices, such as biases,
+            stay whole; of several that match the last one counts (default: None).
 
     Returns:
         One group ``{"params": [(name, parameter), ...], "path": path, "split": split, "reasons":
@@ -70,9 +70,9 @@ def param_groups(
         be added before the optimizer, of this package or another, is made.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``; ``overrides`` or ``split`` is not a dict by name.
         ValueError: ``model`` has no parameters or some without a shape (lazy modules), an override
-            or a split matches none of them or is no path or number, or a split does not divide the
+            or a split matches none of them or is not a path or number, or a split does not divide the
             rows.
     """
     routes = route_model(

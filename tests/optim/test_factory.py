@@ -190,7 +190,7 @@ def test_an_attribute_that_lists_no_parameters_is_none_or_is_named():
 @pytest.mark.parametrize("name", ["adamw", "muon", "continuum"])
 @pytest.mark.parametrize("key", ["lr", "weight_decay"])
 def test_numbers_as_text_are_named_whoever_the_optimizer_is_of(name, key):
-    with pytest.raises(TypeError, match=f"Invalid {key}: '1e-3' is no number"):
+    with pytest.raises(TypeError, match=f"Invalid {key}: '1e-3' is not a number"):
         deepopt.create_optimizer(Encoder(), name, **{key: "1e-3"})
 
 
@@ -212,7 +212,7 @@ def test_an_option_that_a_class_lacks_is_refused_by_name_and_with_those_there_ar
             TypeError, match=rf"Invalid {key}: {value}, which \w+ does not take.* lr"
         ):
             deepopt.create_optimizer(given, name, **options)
-    with pytest.raises(TypeError, match="Invalid filter_bias_and_bn: 'no' is no flag"):
+    with pytest.raises(TypeError, match="Invalid filter_bias_and_bn: 'no' is not a flag"):
         deepopt.create_optimizer(Encoder(), name, filter_bias_and_bn="no")
 
 

@@ -304,7 +304,7 @@ def test_arguments_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize("name", ["retention", "ahead", "average"])
 @pytest.mark.parametrize("value", ["0.5", None, True, [0.5]])
 def test_what_is_no_number_is_refused_by_name(name, value):
-    with pytest.raises(TypeError, match=re.escape(f"Invalid {name}: {value!r} is no number")):
+    with pytest.raises(TypeError, match=re.escape(f"Invalid {name}: {value!r} is not a number")):
         made(**{name: value})
 
 

@@ -192,7 +192,7 @@ def check_gradients(
     Args:
         group: one of an optimizer's ``param_groups``.
         sorted_group: its parameters by kind.
-        grads: of its parameters; None for one that is not stepped.
+        grads: the gradients of its parameters; None for one that is not stepped.
         optimizer: the name of its class, for messages.
     """
     present: list[Any] = list(grads)
@@ -421,7 +421,7 @@ def stacked(
 
     Args:
         states: one per parameter.
-        keys: of the tensors.
+        keys: those of the tensors.
         counts: matrices of each parameter, which is the leading size of its tensors.
         differentiable: give the states new tensors, with their history, instead of copying into
             the old ones.
@@ -476,7 +476,7 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
 
     Args:
         bucket: what is about to be stepped.
-        states: of its parameters.
+        states: the states of its parameters.
         keys: what ``init`` makes of one matrix; on the element-wise path the names alone count.
     """
     # One property of all tensors after the other: tensor by tensor, it would cost more than the
@@ -497,7 +497,7 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
     if not types <= PLAIN and not all(map(issubclass, types, itertools.repeat(Tensor))):
         raise RuntimeError(
             f"state of {param_label(bucket.group, params[0])}, or of a parameter in its bucket, "
-            "has an entry that is no tensor: put the tensor back, or delete the whole entry of "
+            "has an entry that is not a tensor: put the tensor back, or delete the whole entry of "
             "optimizer.state"
         )
     if any(map(Tensor.is_inference, state_tensors)) or not all(map(Tensor.is_contiguous, tensors)):

@@ -35,8 +35,8 @@ class Inputs:
 
 # What every class refuses, in torch's words.
 COMMON_ERRORS: tuple[Refusal, ...] = (
-    ({"lr": "1e-3"}, TypeError, "Invalid lr: '1e-3' is no number; give a number such as"),
-    ({"weight_decay": None}, TypeError, "Invalid weight_decay: None is no number"),
+    ({"lr": "1e-3"}, TypeError, "Invalid lr: '1e-3' is not a number; give a number such as"),
+    ({"weight_decay": None}, TypeError, "Invalid weight_decay: None is not a number"),
     ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
     ({"lr": tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
