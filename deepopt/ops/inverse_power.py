@@ -90,8 +90,8 @@ def newton_by(
         damping: at least 8 times the resolution of ``gram``'s dtype.
         dtype: the dtype of what is multiplied.
         product: multiplies two matrices that commute, in ``dtype``.
-        square: multiplies by itself a symmetric matrix of norm 1, whose largest eigenvalue alone counts: it may be
-            coarse.
+        square: squares a symmetric matrix of norm 1. Its largest eigenvalue alone counts, so the
+            square may be coarse.
 
     Cost: at power 1/2 and damping 1e-6, 43 products of 2r³ FLOPs in float64, 40 in float32; 50 and
     42 at power 1/4. Ten of them are by ``square``.

@@ -70,10 +70,11 @@ def param_groups(
         be added before the optimizer, of this package or another, is made.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``; ``overrides`` or ``split`` is not a dict by name.
+        TypeError: ``model`` is not an ``nn.Module``, or ``overrides`` or ``split`` not a dict with
+            strings for keys.
         ValueError: ``model`` has no parameters or some without a shape (lazy modules), an override
-            or a split matches none of them or is not a path or number, or a split does not divide the
-            rows.
+            or a split matches none of them or is not a path or number, or a split does not divide
+            the rows.
     """
     routes = route_model(
         model, {} if overrides is None else overrides, {} if split is None else split

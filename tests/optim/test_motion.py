@@ -310,7 +310,7 @@ def test_what_is_no_number_is_refused_by_name(name, value):
 
 def test_what_it_cannot_serve_is_refused():
     param = nn.Parameter(torch.zeros(20, 20))
-    with pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"is not a torch\.optim\.Optimizer"):
         Motion([param])
     with pytest.raises(TypeError, match="the optimizer inside of it"):
         Motion(deepopt.Continuum(torch.optim.SGD([param], lr=0.1)))
