@@ -445,9 +445,9 @@ def test_nothing_to_resume_and_damaged_checkpoints_are_named(config, capsys):
     config.out.mkdir()
     path = config.out / "checkpoint.safetensors"
     path.write_bytes(b"damaged")
-    assert "is damaged or no checkpoint" in wrong(arguments(config, "--resume"), capsys)
+    assert "is damaged or not a checkpoint" in wrong(arguments(config, "--resume"), capsys)
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
-    assert "is no checkpoint of this program" in wrong(arguments(config, "--resume"), capsys)
+    assert "is not a checkpoint of this program" in wrong(arguments(config, "--resume"), capsys)
 
 
 @pytest.mark.parametrize(
@@ -648,7 +648,7 @@ def test_a_checkpoint_with_any_byte_changed_or_missing_is_refused(tmp_path):
             damaged.append(whole[:at] + bytes([flipped]) + whole[at + 1 :])
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"damaged|no checkpoint"):
+        with pytest.raises(ValueError, match=r"damaged|not a checkpoint"):
             files.load(path)
     path.write_bytes(whole)
     assert files.load(path)["a"].tolist() == [0, 1, 2]

@@ -77,7 +77,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("cls", "name", "of", "value"), OPTIONS)
 def test_every_number_and_flag_of_another_type_is_refused_by_name(cls, name, of, value):
-    message = re.escape(f"Invalid {name}: {value!r} is no ") + ".*; give "
+    message = re.escape(f"Invalid {name}: {value!r} is not a ") + ".*; give "
     with pytest.raises(TypeError, match=message):
         cls([nn.Parameter(torch.randn(3))], **{name: value})
     param = nn.Parameter(torch.randn(20, 24))
