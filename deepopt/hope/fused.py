@@ -238,9 +238,9 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
 
     Returns:
         the outputs o_t; w2, w1, anchor_w2 and anchor_w1 of the generating memories after the last
-        token; the same four of mem; and the weights of all five at the start
-        of every segment, flattened, (batch, heads, segments 2 d (4 h + m) or 0). In a segment all
-        W2 come first, then all W1.
+        token; the same four of mem; and the weights of all five at the start of every segment,
+        flattened, (batch, heads, segments 2 d (4 h + m) or 0). In a segment all W2 come first, then
+        all W1.
 
     Cost, in units of 2 d^3 FLOPs for each head and chunk of C = d = h = m: 70, and 191 for the
     gradient, as `FLOPS` counts them.
