@@ -97,8 +97,8 @@ def report(lines: Lines, seeds: int, command: str) -> str:
         "regime*: they keep one average of gradients per regime, or one per step of a regime's "
         "visits, and know which one is theirs at every step. Lower is better; a dash is a run that "
         "was not made, or made before this was measured. Rates are tried with seed 0; the last "
-        f"columns have means over {seeds} seeds at the best rate, and how far they are from those of the "
-        "best linear memory, seed by seed, with Student's 95 % interval.",
+        f"columns have means over {seeds} seeds at the best rate, and how far they are from those "
+        "of the best linear memory, seed by seed, with Student's 95 % interval.",
         "Where a regime comes back, *forgotten* is the loss on its first batch less that on the "
         f"last {AFTER} batches of its visit before, and *relearned* the steps until the mean of "
         f"{RELEARNED} losses is at most {CLOSE:g} times what it was then, a visit's length at "
