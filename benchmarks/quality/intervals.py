@@ -9,6 +9,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 SIGNIFICANCE = 0.05
@@ -56,6 +57,7 @@ def t_cdf(t: float, degrees: int) -> float:
     return 0.5 + scale * (heights[0] + inner + heights[-1]) * end / parts / 3
 
 
+@cache
 def t_quantile(p: float, degrees: int) -> float:
     """The inverse of :func:`t_cdf`, for p in [0.5, 1)."""
     low, high = 0.0, 1e3
@@ -134,12 +136,17 @@ def bootstrap(workloads: Sequence[Ended]) -> Interval:
     """
     rng = random.Random(0)
 
+    @cache  # every drawing needs it again, and the exact stdev of a few numbers is slow
+    def mean_and_error(values: tuple[float, ...]) -> tuple[float, float]:
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return statistics.fmean(values), error
+
     def drawn(values: Sequence[float]) -> float:
-        mean, degrees = statistics.fmean(values), len(values) - 1
+        (mean, error), degrees = mean_and_error(tuple(values)), len(values) - 1
         if degrees < 1:
             return mean
         t = rng.gauss(0, 1) / math.sqrt(rng.gammavariate(degrees / 2, 2) / degrees)
-        return mean + t * statistics.stdev(values) / math.sqrt(len(values))
+        return mean + t * error
 
     center = math.exp(statistics.fmean(math.log(ended.ratio()) for ended in workloads))
     found = sorted(

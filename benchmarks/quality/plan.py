@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -350,9 +351,8 @@ def points(
         low, high: ends of the rates, which are uniform in their logarithm.
         skipped: points of the sequence that come before.
     """
-    drawn = torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(skipped + count)
     found = []
-    for lr, aux, decay, beta, own in drawn[skipped:].tolist():
+    for lr, aux, decay, beta, own in _sequence(skipped + count)[skipped:]:
         found.append(
             Setting(
                 float(f"{low * (high / low) ** lr:.3g}"),
@@ -370,6 +370,11 @@ def ladders_around(start: Setting) -> dict[str, list[float]]:
     rates = [float(f"{start.lr * NEARBY**k:.3g}") for k in range(-9, 10)]
     others = {n: sorted({*ladder, getattr(start, n)}) for n, ladder in LADDERS.items()}
     return {"lr": rates, **others}
+
+
+@cache
+def _sequence(count: int) -> list[list[float]]:
+    return torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(count).tolist()
 
 
 def _choice(values: Sequence[float], share: float) -> float:

@@ -62,6 +62,7 @@ class Group:
         self.plans = plans
         self.lines = lines
         self.contenders = list(dict.fromkeys(c for plan in plans for c in plan.contenders))
+        self._tuned: dict[tuple[Tuning, str], list[Run]] = {}
         self._ended: dict[tuple[Tuning, str, str], Ended | None] = {}
         self._ratios: dict[tuple[tuple[Tuning, ...], str, str], Interval | None] = {}
 
@@ -70,9 +71,16 @@ class Group:
         """Steps in units of the workload's, batches in a step, and the device."""
         return plan.final_steps / find(plan.workload).steps, plan.batch, plan.device
 
+    def tuned(self, plan: Tuning, contender: str) -> list[Run]:
+        """Every seed at the optimizer's best setting, looked up once, because that takes long."""
+        key = (plan, contender)
+        if key not in self._tuned:
+            self._tuned[key] = plan.tuned(contender, self.lines)
+        return self._tuned[key]
+
     def losses(self, plan: Tuning, contender: str) -> list[float] | None:
         """The losses of every seed at the optimizer's best setting; None while one is missing."""
-        return losses(plan.tuned(contender, self.lines), self.lines)
+        return losses(self.tuned(plan, contender), self.lines)
 
     def ended(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
         """What D_eff is made from; None while a run is missing, or where one ended badly."""
@@ -86,7 +94,7 @@ class Group:
             return None
         own = self.losses(plan, contender)
         others = plan.budgets(rival, self.lines)
-        runs = [*plan.tuned(rival, self.lines), *others]
+        runs = [*self.tuned(plan, rival), *others]
         found = losses(runs, self.lines)
         if not own or not found or not others or not all(map(math.isfinite, own + found)):
             return None
@@ -128,11 +136,11 @@ class Group:
         """
         target = [
             self.lines.get(run, {}).get("curve", [math.nan])[-1]
-            for run in plan.tuned("AdamW", self.lines)
+            for run in self.tuned(plan, "AdamW")
         ]
         found: dict[str, float] = {}
         for contender in plan.contenders:
-            runs = plan.tuned(contender, self.lines)
+            runs = self.tuned(plan, contender)
             if not target or losses(runs, self.lines) is None:
                 continue
             times = []
@@ -284,7 +292,7 @@ def costs(group: Group, plan: Tuning) -> str:
         every = [group.lines[run] for run in runs if run in group.lines]
         if not every:
             continue
-        own = [group.lines[r] for r in plan.tuned(contender, group.lines) if r in group.lines]
+        own = [group.lines[r] for r in group.tuned(plan, contender) if r in group.lines]
         own = [line for line in own if "curve" in line]
         share = sum(seconds(x, "optimizer_") for x in own) / (sum(map(seconds, own)) or math.nan)
         table.append(
