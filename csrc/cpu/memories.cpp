@@ -5,6 +5,7 @@
 // computes the rest of a chunk once more.
 #include "../common/boxed.h"
 #include "../common/multi_tensor.h"
+#include "levels.h"
 
 #include <cmath>
 #include <cstring>
@@ -96,15 +97,6 @@ constexpr bool kFused = kBytes > 16;
 
 namespace {
 
-int level() {
-#if defined(DEEPOPT_LEVELS)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return 4;
-  if (__builtin_cpu_supports("x86-64-v3")) return 3;
-#endif
-  return 0;
-}
-
 // Calls f(head) with the tiles of the level of this processor, for heads first to last.
 template <class T, class F>
 void with_tiles(const Shape& shape, const Form& form, bool backward, const F& f) {
@@ -119,7 +111,7 @@ void with_tiles(const Shape& shape, const Form& form, bool backward, const F& f)
     f(head);
   };
 #if defined(DEEPOPT_LEVELS)
-  static const int found = level();
+  static const int found = processor_level();
   if (found == 4) return run(static_cast<v4::Head<T>*>(nullptr));
   if (found == 3) return run(static_cast<v3::Head<T>*>(nullptr));
 #endif

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deepopt.hope import block_token
 from deepopt.hope.attention import Attention
 from deepopt.hope.cms import CMS
 from deepopt.hope.config import HopeConfig
@@ -44,5 +45,7 @@ class HopeBlock(nn.Module):
         state: BlockState | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, BlockState]:
+        if (done := block_token.forward(self, x, state, lengths)) is not None:
+            return done
         mixed, state = self.mixer(self.norm(x), state, lengths)
         return self.cms(x + mixed), state

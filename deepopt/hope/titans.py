@@ -34,19 +34,33 @@ class CausalConv(nn.Module):
     def forward(
         self, x: Tensor, tail: Tensor, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        padded, tokens = torch.cat([tail, x], -1), x.shape[-1]
-        weight = self.weight[:, 0].to(padded.dtype)
-        if tokens == 1:  # fewer calls, which are what a decoded token costs
-            out = (padded * weight).sum(-1, keepdim=True)
-        else:  # as fast as torch's convolution, which inductor compiles for one length alone
-            out = padded[..., :tokens] * weight[:, :1]
-            for i in range(1, weight.shape[1]):
-                out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])
-        if lengths is None:
-            return out, padded[..., tokens:]
-        width = tail.shape[-1]
-        ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
-        return out, torch.stack(ends)
+        return convolved(x, tail, self.weight, lengths)
+
+
+def convolved(
+    x: Tensor, tail: Tensor, weight: Tensor, lengths: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The depthwise causal convolution of x (batch, dim, tokens), and its new tail.
+
+    Args:
+        x: inputs.
+        tail: the inputs before, (batch, dim, width - 1).
+        weight: (dim, 1, width).
+        lengths: tokens of every sequence, without padding on its right; None for no padding.
+    """
+    padded, tokens = torch.cat([tail, x], -1), x.shape[-1]
+    weight = weight[:, 0].to(padded.dtype)
+    if tokens == 1:  # fewer calls, which are what a decoded token costs
+        out = (padded * weight).sum(-1, keepdim=True)
+    else:  # as fast as torch's convolution, which inductor compiles for one length alone
+        out = padded[..., :tokens] * weight[:, :1]
+        for i in range(1, weight.shape[1]):
+            out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])
+    if lengths is None:
+        return out, padded[..., tokens:]
+    width = tail.shape[-1]
+    ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
+    return out, torch.stack(ends)
 
 
 class InitialWeights(nn.Module):
@@ -108,24 +122,35 @@ class Turns(nn.Module):
             phase: (batch, heads), after the tokens before.
             lengths: tokens of every sequence, without padding on its right; None for no padding.
         """
-        amount, gate = self.rates(x).mT.to(phase.dtype).chunk(2, 1)
-        # The gate reaches 0 and 1. A token that is not counted must turn nothing at all, or the sum
-        # would drift in texts longer than those trained on.
-        open_ = (1.2 * torch.sigmoid(self.sharpness * gate) - 0.1).clamp(0.0, 1.0)
-        angle = amount * open_
-        if lengths is not None:
-            ends = torch.tensor(lengths, device=x.device)[:, None, None]
-            angle = angle * (torch.arange(x.shape[1], device=x.device) < ends)
-        # In float64: a long sum would leave float32 no digits for the angle within a turn.
-        phases = phase.double().unsqueeze(-1) + angle.double().cumsum(-1)
-        cos, sin = phases.cos().to(query.dtype), phases.sin().to(query.dtype)
-        turning, others = query[:, : self.heads], query[:, self.heads :]
-        a, b = turning[:, :, 0], turning[:, :, 1]
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], 2)
-        turned = torch.cat([turned, turning[:, :, 2:]], 2)
-        # Whole turns change nothing, and would cost digits of the angle.
-        after = torch.remainder(phases[..., -1], 2 * math.pi)
-        return torch.cat([turned, others], 1), after.to(phase.dtype)
+        return turned(self.rates(x).mT, query, phase, self.sharpness, lengths)
+
+
+def turned(
+    rates: Tensor,
+    query: Tensor,
+    phase: Tensor,
+    sharpness: float,
+    lengths: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The turns of `Turns`, of its linear maps `rates` (batch, 2 heads, tokens)."""
+    amount, gate = rates.to(phase.dtype).chunk(2, 1)
+    # The gate reaches 0 and 1. A token that is not counted must turn nothing at all, or the sum
+    # would drift in texts longer than those trained on.
+    open_ = (1.2 * torch.sigmoid(sharpness * gate) - 0.1).clamp(0.0, 1.0)
+    angle = amount * open_
+    if lengths is not None:
+        ends = torch.tensor(lengths, device=rates.device)[:, None, None]
+        angle = angle * (torch.arange(rates.shape[-1], device=rates.device) < ends)
+    # In float64: a long sum would leave float32 no digits for the angle within a turn.
+    phases = phase.double().unsqueeze(-1) + angle.double().cumsum(-1)
+    cos, sin = phases.cos().to(query.dtype), phases.sin().to(query.dtype)
+    heads = phase.shape[1]
+    turning, others = query[:, :heads], query[:, heads:]
+    a, b = turning[:, :, 0], turning[:, :, 1]
+    pair = torch.stack([a * cos - b * sin, a * sin + b * cos], 2)
+    # Whole turns change nothing, and would cost digits of the angle.
+    after = torch.remainder(phases[..., -1], 2 * math.pi)
+    return torch.cat([torch.cat([pair, turning[:, :, 2:]], 2), others], 1), after.to(phase.dtype)
 
 
 class SelfModifyingTitans(nn.Module):

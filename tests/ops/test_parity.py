@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deepopt.hope.block_token import Arguments as BlockTokenArguments
 from deepopt.hope.fused import Arguments as MemoryArguments
 from deepopt.ops import ScaleArguments, backend, delta_write, polar_express
 from deepopt.ops.operator import OPERATORS, UNAVAILABLE, why_not
@@ -476,6 +477,37 @@ def memory_gradient_arguments(shape: Shape) -> Arguments:
     return [grads, starts, given]
 
 
+def block_token_arguments(shape: Shape) -> Arguments:
+    """Heads that turn or not, levels of two widths or none, with and without initial weights."""
+    (b, m, n), seed = shape.sizes, shape.seed
+    heads, d, hidden, mem = 1 + seed % 3, 3 + min(m, 30), 1 + min(n, 40), 2 + (m * n) % 37
+    dim, turning, width = heads * d, min(seed % 3, heads), 1 + seed % 4
+
+    def weight(*sizes: int) -> torch.Tensor:
+        return shape.normal(*sizes) / sizes[-1] ** 0.5
+
+    def memory(*lead: int) -> list[Tensor]:
+        return [weight(*lead, hidden, d), weight(*lead, d, hidden)]
+
+    def mem_(*lead: int) -> list[Tensor]:
+        return [weight(*lead, mem, d), weight(*lead, d, mem)]
+
+    hiddens = ((), (5,), (2 * dim, 17))[seed % 3]
+    gates = shape.normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
+    pulls = [*memory(heads, 4), *mem_(heads, 1)] if seed % 2 else []
+    states = [x for make, count in ((memory, 4), (mem_, 1)) for _ in range(2)
+              for x in make(b, heads, count)]  # fmt: skip
+    given = BlockTokenArguments(
+        shape.normal(b, dim), shape.normal(dim), *(weight(dim, dim) for _ in range(5)),
+        weight(2 * turning, dim) if turning else None, shape.normal(d), gates,
+        [weight(dim, 1, width) for _ in range(3)], [shape.normal(dim) for _ in hiddens],
+        [weight(h, dim) for h in hiddens], [weight(dim, h) for h in hiddens], pulls, states,
+        [shape.normal(b, dim, width - 1) for _ in range(3)], 3 * shape.normal(b, turning).abs(),
+        0.02, 2.0, 1.5, 1.0, 1e-4, (6.0, 2.0)[seed % 2], 1e-6,
+    )  # fmt: skip
+    return [given]
+
+
 def as_far_as_torch(name: str) -> Callable[[Arguments, str], list[Tensor]]:
     """Errors go round through every later token, which nobody counts. What torch's own float32
     makes of the numbers, and float64 of arguments that are wrong in their last bit, says what such
@@ -512,6 +544,7 @@ def memory_gradient_bounds(given: Arguments, backend: str) -> list[Tensor]:
 
 TABLE = {
     "memories": Case(memory_arguments, as_far_as_torch("memories")),
+    "block_token": Case(block_token_arguments, as_far_as_torch("block_token")),
     "memories_gradient": Case(memory_gradient_arguments, memory_gradient_bounds),
     "combine": Case(combine_arguments, combine_bounds),
     "row_products": Case(
@@ -542,7 +575,7 @@ def tensors(value: Any) -> list[Tensor]:
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [mapped(item, change) for item in value]
-    if isinstance(value, ScaleArguments | MemoryArguments):
+    if isinstance(value, ScaleArguments | MemoryArguments | BlockTokenArguments):
         return type(value)(*mapped(list(value), change))
     return change(value) if isinstance(value, Tensor) else value
 

@@ -1,0 +1,228 @@
+"""One token through one block as one operator, which is what a decoded token calls.
+
+A token is a few products of matrices with vectors. In torch's operators they would take most of
+their time to be called, 450 times per block. The kernel supports the default form of a block,
+without gradients. Everything else goes through the modules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepopt.hope import scan
+from deepopt.hope.memory import Form, Gates, Initial, Inputs, MemoryState, Weights, unit
+from deepopt.hope.state import BlockState, TitansState
+from deepopt.hope.titans import SelfModifyingTitans, convolved, turned
+from deepopt.ops.operator import operator
+
+if TYPE_CHECKING:
+    from deepopt.hope.block import HopeBlock
+
+MOST_SEQUENCES: Final = 32
+"""With more sequences torch's products of matrices are as fast as the kernel's of vectors."""
+
+
+class Arguments(NamedTuple):
+    """What the operator is given; n and m are the memories' hidden widths.
+
+    Attributes:
+        x: the residual stream, (batch, dim).
+        norm: weight of the norm before the mixer, (dim,).
+        key, value, query, gate, output: weights of the mixer's linear maps, (dim, dim).
+        turns: weight of the map that says how queries turn, (2 heads that turn, dim); None if none
+            turns.
+        head_norm: weight of the norm of every head, (d,).
+        gates: the first six of `Gates`, (heads, 6).
+        convolutions: weights for keys, values and queries, (dim, 1, width).
+        level_norms, ups, downs: weights of the CMS levels: (dim,), (hidden, dim), (dim, hidden).
+        initial: where retention pulls the weights: w2 and w1 of the generating memories, then of
+            mem, without the batch; empty for towards zero.
+        weights: w2, w1, anchor_w2 and anchor_w1 of the generating memories, then of mem.
+        tails: the last inputs of the convolutions, (batch, dim, width - 1).
+        phase: angles of the queries, (batch, heads that turn).
+        max_eta, max_erase, max_delta, generator_floor, memory_floor, sharpness: those of `Form`.
+        eps: what norms add to mean squares.
+    """
+
+    x: Tensor
+    norm: Tensor
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    gate: Tensor
+    output: Tensor
+    turns: Tensor | None
+    head_norm: Tensor
+    gates: Tensor
+    convolutions: list[Tensor]
+    level_norms: list[Tensor]
+    ups: list[Tensor]
+    downs: list[Tensor]
+    initial: list[Tensor]
+    weights: list[Tensor]
+    tails: list[Tensor]
+    phase: Tensor
+    max_eta: float
+    max_erase: float
+    max_delta: float
+    generator_floor: float
+    memory_floor: float
+    sharpness: float
+    eps: float
+
+
+SCHEMA = """(Tensor x, Tensor norm, Tensor key, Tensor value, Tensor query, Tensor gate,
+Tensor output, Tensor? turns, Tensor head_norm, Tensor gates, Tensor[] convolutions,
+Tensor[] level_norms, Tensor[] ups, Tensor[] downs, Tensor[] initial, Tensor[] weights,
+Tensor[] tails, Tensor phase, float max_eta, float max_erase, float max_delta,
+float generator_floor, float memory_floor, float sharpness, float eps) -> Tensor[]""".replace(
+    "\n", " "
+)
+
+
+def forward(
+    block: HopeBlock, x: Tensor, state: BlockState | None, lengths: tuple[int, ...] | None
+) -> tuple[Tensor, BlockState] | None:
+    """What `block` makes of x (batch, 1, dim), by the kernel; None where it must compute itself.
+
+    The modules' own weights are read. A module that has hooks or another class, as adapters and
+    quantized layers have, is not bypassed.
+    """
+    if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None:
+        return None
+    if not isinstance(state, TitansState) or len(state.positions) > MOST_SEQUENCES:
+        return None
+    titans = block.mixer
+    if not _is_plain(block, titans) or len(set(state.positions)) > 1:
+        return None
+    config, form, position = titans.config, titans.config.form, state.positions[0]
+    generators, memory = state.generators, state.memory
+    if position % config.projection_chunk == 0:
+        generators = generators.anchored()
+    if position % config.memory_chunk == 0:
+        memory = memory.anchored()
+    levels: Any = block.cms.levels
+    pulled = config.retention == "initial"
+    given = Arguments(
+        x[:, 0], block.norm.weight, titans.key.weight, titans.value.weight, titans.query.weight,
+        titans.gate.weight, titans.output.weight,
+        None if titans.turns is None else titans.turns.rates.weight, titans.norm.weight,
+        torch.stack(titans._gates()[:6], -1),
+        [c.weight for c in (titans.key_conv, titans.value_conv, titans.query_conv)],
+        [level.norm.weight for level in levels], [level.up.weight for level in levels],
+        [level.down.weight for level in levels],
+        [*titans.generators.weights, *titans.memory.weights] if pulled else [],
+        [*generators[:4], *memory[:4]], list(state.tails), state.phase,
+        form.max_eta, form.max_erase or 0.0, form.max_delta, form.generator_floor,
+        form.memory_floor, form.sharpness, torch.finfo(x.dtype).eps,
+    )  # fmt: skip
+    if block_token.backend_for(given) == "reference":
+        return None
+    y, w2, w1, memory_w2, memory_w1, *tails, phase = block_token(given)
+    return y[:, None], TitansState(
+        generators._replace(w2=w2, w1=w1),
+        memory._replace(w2=memory_w2, w1=memory_w1),
+        Inputs(*tails),
+        phase,
+        (position + 1,) * len(state.positions),
+    )
+
+
+def _is_plain(block: HopeBlock, titans: Any) -> bool:
+    """Whether the block has the default form, and its modules do nothing but what they are for."""
+    if type(titans) is not SelfModifyingTitans or torch.is_autocast_enabled("cpu"):
+        return False
+    config = titans.config
+    if (
+        config.update != "delta"
+        or config.objective != "l2"
+        or config.max_erase is None
+        or config.per_channel
+        or config.momentum
+        or not config.projections
+        or not config.hidden
+        or not config.projection_width
+        or config.cms_variant != "sequential"
+    ):
+        return False
+    levels: Any = block.cms.levels
+    linear = [titans.key, titans.value, titans.query, titans.gate, titans.output]
+    linear += [layer for level in levels for layer in (level.up, level.down)]
+    norms = [block.norm, titans.norm, *(level.norm for level in levels)]
+    others = [titans, titans.key_conv, titans.value_conv, titans.query_conv, block.cms, *levels]
+    if titans.turns is not None:
+        linear.append(titans.turns.rates)
+        others.append(titans.turns)
+    return (
+        all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
+        and all(type(norm) is nn.RMSNorm and norm.eps is None for norm in norms)
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks
+            for module in (*linear, *norms, *others)
+        )
+    )
+
+
+def _supports(given: Arguments) -> bool:
+    dtype = given.x.dtype
+    tensors = [x for x in given[:18] if isinstance(x, Tensor)]
+    tensors += [x for some in given[:18] if isinstance(some, list) for x in some]
+    return dtype in (torch.float32, torch.float64) and all(
+        x.dtype == dtype and type(x) in (Tensor, nn.Parameter) for x in tensors
+    )
+
+
+def _shapes(given: Arguments) -> list[Tensor]:
+    w2, w1, _, _, memory_w2, memory_w1, _, _ = given.weights
+    like = [given.x, w2, w1, memory_w2, memory_w1, *given.tails, given.phase]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+
+
+@operator(SCHEMA, _supports, Arguments, fake=_shapes)
+def block_token(given: Arguments) -> list[Tensor]:
+    """One token of every sequence through one block, all of them at one position.
+
+    Args:
+        given: everything.
+
+    Returns:
+        the residual stream (batch, dim); w2 and w1 of the generating memories, and of mem, after
+        the token; the three tails; and the phase.
+    """
+    x = given.x.unsqueeze(1)
+    dim, (heads, _), d = x.shape[-1], given.gates.shape, given.head_norm.shape[0]
+    normed = F.rms_norm(x, (dim,), given.norm, given.eps)
+    projected = [F.linear(normed, w).mT for w in (given.key, given.value, given.query)]
+    made = [
+        convolved(*each) for each in zip(projected, given.tails, given.convolutions, strict=True)
+    ]
+    key, value, query = (out.unflatten(1, (heads, d)) for out, _ in made)
+    query, phase = unit(query), given.phase
+    if given.turns is not None:
+        rates = F.linear(normed, given.turns).mT
+        query, phase = turned(rates, query, phase, given.sharpness)
+    generators, memory = (
+        MemoryState._make([*given.weights[at : at + 4], None, None]) for at in (0, 4)
+    )
+    initial = Initial(None, None)
+    if given.initial:
+        initial = Initial(*(Weights(*given.initial[at : at + 2]) for at in (0, 2)))
+    form = Form(
+        "l2", "delta", given.max_eta, given.max_erase, given.max_delta, False, 2, 2,
+        given.generator_floor, given.memory_floor, given.sharpness,
+    )  # fmt: skip
+    answers, generators, memory = scan.self_modifying(
+        Inputs(F.silu(key), F.silu(value), query), generators, memory, initial,
+        Gates._make([*given.gates.unbind(-1), None]), form,
+        position=1,  # in mid-chunk: the anchors are given
+    )  # fmt: skip
+    answers = F.rms_norm(answers.permute(0, 3, 1, 2), (d,), given.head_norm, given.eps).flatten(-2)
+    x = x + F.linear(answers * F.silu(F.linear(normed, given.gate)), given.output)
+    for norm, up, down in zip(given.level_norms, given.ups, given.downs, strict=True):
+        x = x + F.linear(F.gelu(F.linear(F.rms_norm(x, (dim,), norm, given.eps), up)), down)
+    tails = [tail for _, tail in made]
+    return [x[:, 0], generators.w2, generators.w1, memory.w2, memory.w1, *tails, phase]
