@@ -330,11 +330,15 @@ def folds(x: float | None) -> str:
 
 
 def data_ratio(group: Group, plans: tuple[Tuning, ...], contender: str, rival: str) -> str:
-    """D_eff with its interval; it is a bound if that of a workload is at an end of the budgets."""
+    """D_eff with its interval; empty while it is not known."""
     x = group.ratio(plans, contender, rival)
-    if x is None:
-        return ""
-    own = [e.ratio() for plan in plans if (e := group.ended(plan, contender, rival))]
+    found = [e for plan in plans if (e := group.ended(plan, contender, rival))]
+    return "" if x is None else ratio_text(x, found)
+
+
+def ratio_text(x: Interval, found: Sequence[Ended]) -> str:
+    """D_eff with its interval; it is a bound if that of a workload is at an end of the budgets."""
+    own = [ended.ratio() for ended in found]
     above, below = max(own) >= max(BUDGETS), min(own) <= min(BUDGETS)
     bound = "" if above == below else ">= " if above else "<= "
     return f"{bound}{x.mean:.2f} [{x.low:.2f}, {x.high:.2f}]"

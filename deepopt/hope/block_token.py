@@ -94,6 +94,8 @@ def forward(
     """
     if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None:
         return None
+    if torch.compiler.is_compiling():  # a graph would hold for one position of a chunk alone
+        return None
     if not isinstance(state, TitansState) or len(state.positions) > MOST_SEQUENCES:
         return None
     titans = block.mixer
