@@ -47,13 +47,13 @@ def gate(group: Group, lines: streams.Lines) -> list[list[str]]:
     found: list[Ended] = []
     rows = [["", "measured", "asked for", ""]]
     for plan in group.plans:
-        losses = {name: group.losses(plan, name) for name in LINEAR}
-        if any(group.ended(plan, MLP, name) is None for name in LINEAR):
+        known = {name: ended for name in LINEAR if (ended := group.ended(plan, MLP, name))}
+        if len(known) < len(LINEAR):
             continue
-        best = min(LINEAR, key=lambda name: fmean(losses[name] or [math.nan]))
-        if ended := group.ended(plan, MLP, best):
-            found.append(ended)
-            rows.append(ratio(f"D_eff against {best}, {plan.workload}", [ended], 0.99))
+        losses = {name: fmean(x.budgets[plan.final_steps]) for name, x in known.items()}
+        best = min(LINEAR, key=losses.__getitem__)
+        found.append(known[best])
+        rows.append(ratio(f"D_eff against {best}, {plan.workload}", [known[best]], 0.99))
     rows.append(ratio(f"the same, mean of {len(found)} workloads", found, 1.03))
     names = [name for name, task in TASKS.items() if task.period]
     return [*rows, *(row(name, lines) for row in (on_stream, forgotten) for name in names)]

@@ -24,7 +24,7 @@ struct Sizes {
   int64_t widest;                 // hidden width of the widest level
 };
 
-struct Rates {
+struct Form {
   double max_eta, max_erase, max_delta, generator_floor, memory_floor, sharpness, eps;
 };
 
@@ -34,14 +34,14 @@ struct Level {
   int64_t hidden;
 };
 
-// The arguments of the operator, in groups. `weights` and `first` have the memories that generate,
-// then the one that answers; of each w2, w1 and, in `weights`, their anchors. `convolutions` and
-// `tails` are those of keys, values and queries.
+// The arguments of the operator, in groups. `weights` and `initial` have the memories that
+// generate, then the one that answers: w2, w1 and, in `weights`, the anchors of both. `convolutions`
+// and `tails` are those of keys, values and queries.
 template <class T>
 struct Given {
   const T *x, *norm, *key, *value, *query, *gate, *output, *turns, *head_norm, *gates, *phase;
   const T *convolutions[3], *tails[3];
-  const T *weights[2][4], *first[2][2];
+  const T *weights[2][4], *initial[2][2];
   std::vector<Level<T>> levels;
 };
 
@@ -50,70 +50,42 @@ struct Made {
   T *y, *weights[2][2], *tails[3], *phase;
 };
 
-#if defined(DEEPOPT_LEVELS)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-constexpr int64_t kBytes = 64;
-constexpr bool kFused = true;
-#include "block_token_level.h"
-}  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-constexpr int64_t kBytes = 32;
-constexpr bool kFused = true;
-#include "block_token_level.h"
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-
-namespace base {
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kBytes = 32;
-#else
-constexpr int64_t kBytes = 16;
-#endif
-constexpr bool kFused = kBytes > 16;
-#include "block_token_level.h"
-}  // namespace base
+#define DEEPOPT_LEVEL_FILE "block_token_level.h"
+#include "every_level.h"
 
 namespace {
 
 template <class T>
-void run(const Sizes& sizes, const Rates& rates, const Given<T>& given, const Made<T>& made) {
+void run(const Sizes& sizes, const Form& form, const Given<T>& given, const Made<T>& made) {
 #if defined(DEEPOPT_LEVELS)
   static const int found = processor_level();
-  if (found == 4) return v4::run(sizes, rates, given, made);
-  if (found == 3) return v3::run(sizes, rates, given, made);
+  if (found == 4) return v4::run(sizes, form, given, made);
+  if (found == 3) return v3::run(sizes, form, given, made);
 #endif
-  base::run(sizes, rates, given, made);
+  base::run(sizes, form, given, made);
 }
 
 struct DEEPOPT_HIDDEN Arguments {
   Tensor x, norm, key, value, query, gate, output;
   std::optional<Tensor> turns;
   Tensor head_norm, gates;
-  std::vector<Tensor> convolutions, level_norms, ups, downs, first, weights, tails;
+  std::vector<Tensor> convolutions, level_norms, ups, downs, initial, weights, tails;
   Tensor phase;
   double max_eta, max_erase, max_delta, generator_floor, memory_floor, sharpness, eps;
 
   void take_from(BoxedCall& call) {
     call.take(x, norm, key, value, query, gate, output, turns, head_norm, gates, convolutions,
-              level_norms, ups, downs, first, weights, tails, phase, max_eta, max_erase, max_delta,
+              level_norms, ups, downs, initial, weights, tails, phase, max_eta, max_erase, max_delta,
               generator_floor, memory_floor, sharpness, eps);
   }
-  Rates rates() const {
+  Form form() const {
     return {max_eta, max_erase, max_delta, generator_floor, memory_floor, sharpness, eps};
   }
 
   // The sizes, for which all tensors are checked and made contiguous.
   Sizes check() {
     STD_TORCH_CHECK(convolutions.size() == 3 && tails.size() == 3 && weights.size() == 8 &&
-                        (first.empty() || first.size() == 4) && level_norms.size() == ups.size() &&
+                        (initial.empty() || initial.size() == 4) && level_norms.size() == ups.size() &&
                         ups.size() == downs.size(),
                     "deepopt::block_token: three convolutions and tails, eight tensors of weights "
                     "and none or four of initial ones, three for every level");
@@ -139,10 +111,10 @@ struct DEEPOPT_HIDDEN Arguments {
       if (i % 2 == 0) fit(weights[i], {b, h, count, rows, d});
       if (i % 2 == 1) fit(weights[i], {b, h, count, d, rows});
     }
-    for (size_t i = 0; i < first.size(); ++i) {
+    for (size_t i = 0; i < initial.size(); ++i) {
       const int64_t count = i < 2 ? 4 : 1, rows = i < 2 ? n : m;
-      if (i % 2 == 0) fit(first[i], {h, count, rows, d});
-      if (i % 2 == 1) fit(first[i], {h, count, d, rows});
+      if (i % 2 == 0) fit(initial[i], {h, count, rows, d});
+      if (i % 2 == 1) fit(initial[i], {h, count, d, rows});
     }
     for (size_t i = 0; i < ups.size(); ++i) {
       STD_TORCH_CHECK(ups[i].dim() == 2, "deepopt::block_token: ups are matrices");
@@ -173,7 +145,7 @@ std::vector<Tensor> result(const Arguments& x, const Sizes& s) {
     given.convolutions[i] = at(x.convolutions[i]), given.tails[i] = at(x.tails[i]);
   }
   for (int i = 0; i < 8; ++i) given.weights[i / 4][i % 4] = at(x.weights[i]);
-  for (size_t i = 0; i < x.first.size(); ++i) given.first[i / 2][i % 2] = at(x.first[i]);
+  for (size_t i = 0; i < x.initial.size(); ++i) given.initial[i / 2][i % 2] = at(x.initial[i]);
   for (size_t i = 0; i < x.ups.size(); ++i) {
     given.levels.push_back({at(x.level_norms[i]), at(x.ups[i]), at(x.downs[i]), x.ups[i].size(0)});
   }
@@ -184,7 +156,7 @@ std::vector<Tensor> result(const Arguments& x, const Sizes& s) {
   }
   const auto to = [&](int i) { return made[i].mutable_data_ptr<T>(); };
   if (s.batch == 0) return made;
-  run<T>(s, x.rates(), given,
+  run<T>(s, x.form(), given,
          {to(0), {{to(1), to(2)}, {to(3), to(4)}}, {to(5), to(6), to(7)}, to(8)});
   return made;
 }

@@ -65,12 +65,6 @@ void times_all(T* out, const T* matrix, int64_t rows, int64_t columns, const T* 
 }
 
 template <class T>
-inline __attribute__((always_inline)) T smooth_step(T x) {  // the logistic sigmoid
-  const T below = decay(x < 0 ? x : -x);
-  return x < 0 ? below / (T(1) + below) : T(1) / (T(1) + below);
-}
-
-template <class T>
 T dot(const T* x, const T* y, int64_t count) {
   T sum;
   dots<1>(&sum, x, count, y);
@@ -109,21 +103,22 @@ T pooled(const T* x, int64_t count) {
   return sum / root(T(count));
 }
 
-// to = kept x + pulled first + factor y, where `first` may be null.
+// to = kept x + pulled initial + factor y, where `initial` may be null.
 template <class T>
-inline void move_row(T* to, const T* x, const T* first, T kept, T pulled, T factor, const T* y,
+inline void move_row(T* to, const T* x, const T* initial, T kept, T pulled, T factor, const T* y,
                      int64_t count) {
-  if (first) {
-    each(count, [=](int64_t j) { to[j] = kept * x[j] + pulled * first[j] + factor * y[j]; });
+  if (initial) {
+    each(count, [=](int64_t j) { to[j] = kept * x[j] + pulled * initial[j] + factor * y[j]; });
   } else {
     each(count, [=](int64_t j) { to[j] = kept * x[j] + factor * y[j]; });
   }
 }
 
-// One of a head's five memories: what it is now, at its anchor and at first, and what it becomes.
+// One of a head's five memories: its weights now, at its anchor and at the start, where they are null
+// if retention leads to zero; and what they become.
 template <class T>
 struct Memory {
-  const T *w2, *w1, *anchor_w2, *anchor_w1, *first_w2, *first_w1;
+  const T *w2, *w1, *anchor_w2, *anchor_w1, *initial_w2, *initial_w1;
   T *to_w2, *to_w1;
   int64_t hidden, d;
   T floor;
@@ -132,11 +127,11 @@ struct Memory {
 // Scratch of a head, in rows that fit a head's width and its memories' hidden widths.
 template <class T>
 struct Head {
-  T *f, *slope, *other, *made, *key, *value, *read, *hat, *error, *back;
-  static constexpr int64_t kRowsOfIt = 13;
+  T *f, *slope, *other, *made, *key, *value, *hat, *error, *back;
+  static constexpr int64_t kRows = 12;
 
   Head(T* memory, int64_t width) {
-    T** each[] = {&f, &slope, &other, &key, &value, &read, &hat, &error, &back, &made};
+    T** each[] = {&f, &slope, &other, &key, &value, &hat, &error, &back, &made};
     for (T** one : each) *one = memory, memory += width;  // `made` has four rows
   }
 };
@@ -171,14 +166,14 @@ void write(Head<T>& to, const Memory<T>& m, T eta, T erase, T delta, T kept, T p
   times(seen, m.w2, n, d, key);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t at = i * d;
-    move_row(m.to_w2 + at, m.w2 + at, m.first_w2 ? m.first_w2 + at : nullptr, kept, pulled,
+    move_row(m.to_w2 + at, m.w2 + at, m.initial_w2 ? m.initial_w2 + at : nullptr, kept, pulled,
              -slope[i] - erase * seen[i], key, d);
   }
   if (delta >= 0) times(seen, m.w1, d, n, f);
   for (int64_t i = 0; i < d; ++i) {
     const int64_t at = i * n;
     const T wrote = delta >= 0 ? delta * (value[i] - key[i] - seen[i]) : -error[i];
-    move_row(m.to_w1 + at, m.w1 + at, m.first_w1 ? m.first_w1 + at : nullptr, kept, pulled, wrote,
+    move_row(m.to_w1 + at, m.w1 + at, m.initial_w1 ? m.initial_w1 + at : nullptr, kept, pulled, wrote,
              f, n);
   }
 }
@@ -186,7 +181,7 @@ void write(Head<T>& to, const Memory<T>& m, T eta, T erase, T delta, T kept, T p
 // Eq 83 to Eq 90 for one token of one head: `out` is what mem answers to the query.
 template <class T>
 void attend(T* out, Head<T>& to, const Memory<T>* memories, const T* x_key, const T* x_value,
-            const T* query, const T* gates, const Rates& form) {
+            const T* query, const T* gates, const Form& form) {
   const Memory<T>& mem = memories[4];
   const int64_t d = mem.d, third = d / 3, keep = d - 2 * third;
   recall(out, to, mem.w2, mem.w1, mem, query);
@@ -239,7 +234,7 @@ void turn(T* query, T* new_phase, const T* phase, const T* rates, const Sizes& s
 }
 
 template <class T>
-void run(const Sizes& s, const Rates& form, const Given<T>& given, const Made<T>& made) {
+void run(const Sizes& s, const Form& form, const Given<T>& given, const Made<T>& made) {
   const int64_t batch = s.batch, dim = s.dim, d = s.d, tail = dim * (s.width - 1);
   const T eps = T(form.eps);
   // Rows of a sequence: the normed input, its projections, and what the heads answer.
@@ -271,7 +266,7 @@ void run(const Sizes& s, const Rates& form, const Given<T>& given, const Made<T>
         at[c] = convolve(after + row, before + row, given.convolutions[which] + c * s.width,
                          s.width, at[c]);
       }
-      if (which < 2) each(dim, [=](int64_t c) { at[c] *= smooth_step(at[c]); });
+      if (which < 2) each(dim, [=](int64_t c) { at[c] *= sigmoid(at[c]); });
     }
     T* queries = query + b * dim;
     for (int64_t h = 0; h < s.heads; ++h) unit(queries + h * d, queries + h * d, d);
@@ -282,7 +277,7 @@ void run(const Sizes& s, const Rates& form, const Given<T>& given, const Made<T>
   const int64_t width = std::max({d, s.hidden, s.memory_hidden});
   const int64_t grain = std::max<int64_t>(1, kAtOnce / (8 * four + 2 * one));
   torch::stable::parallel_for(0, batch * s.heads, grain, [&](int64_t first, int64_t last) {
-    std::vector<T> scratch(Head<T>::kRowsOfIt * width);
+    std::vector<T> scratch(Head<T>::kRows * width);
     Head<T> head(scratch.data(), width);
     for (int64_t pair = first; pair < last; ++pair) {
       const int64_t h = pair % s.heads;
@@ -292,11 +287,11 @@ void run(const Sizes& s, const Rates& form, const Given<T>& given, const Made<T>
         const int64_t at = m < 4 ? (4 * pair + m) * four : pair * one;
         const int64_t start = m < 4 ? (4 * h + m) * four : h * one;
         const auto of = [&](int i) { return given.weights[stack][i] + at; };
-        const auto at_first = [&](int i) {
-          const T* all = given.first[stack][i];
+        const auto at_start = [&](int i) {
+          const T* all = given.initial[stack][i];
           return all ? all + start : nullptr;
         };
-        memories[m] = {of(0), of(1), of(2), of(3), at_first(0), at_first(1),
+        memories[m] = {of(0), of(1), of(2), of(3), at_start(0), at_start(1),
                        made.weights[stack][0] + at, made.weights[stack][1] + at,
                        m < 4 ? s.hidden : s.memory_hidden, d,
                        T(m < 4 ? form.generator_floor : form.memory_floor)};
@@ -306,7 +301,7 @@ void run(const Sizes& s, const Rates& form, const Given<T>& given, const Made<T>
              given.gates + 6 * h, form);
       normalize(out, out, given.head_norm, d, eps);
       const T* by = gate + pair * d;
-      each(d, [=](int64_t j) { out[j] *= by[j] * smooth_step(by[j]); });
+      each(d, [=](int64_t j) { out[j] *= by[j] * sigmoid(by[j]); });
     }
   });
   times_all(branch, given.output, dim, dim, answers, batch);

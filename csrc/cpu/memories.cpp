@@ -64,36 +64,8 @@ struct Gradients {
   T *initial, *gates;
 };
 
-#if defined(DEEPOPT_LEVELS)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-constexpr int64_t kBytes = 64;
-constexpr bool kFused = true;
-#include "memories_level.h"
-}  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-constexpr int64_t kBytes = 32;
-constexpr bool kFused = true;
-#include "memories_level.h"
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-
-namespace base {
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kBytes = 32;
-#else
-constexpr int64_t kBytes = 16;
-#endif
-constexpr bool kFused = kBytes > 16;
-#include "memories_level.h"
-}  // namespace base
+#define DEEPOPT_LEVEL_FILE "memories_level.h"
+#include "every_level.h"
 
 namespace {
 

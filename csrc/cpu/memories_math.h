@@ -1,6 +1,5 @@
-// Vectors of one register, and the functions of one number that Hope's kernels share. Included once
-// for each level of the processor, in a namespace of its own; kBytes is the length of a register,
-// and kFused says whether the processor multiplies and adds in one instruction.
+// Vectors of one register, and the functions of one number that Hope's kernels share: a part of the
+// files that every_level.h compiles.
 
 template <class T>
 struct Register {

@@ -1,13 +1,13 @@
 """One token through one block as one operator, which is what a decoded token calls.
 
-A token is a few products of matrices with vectors. In torch's operators they would take most of
-their time to be called, 450 times per block. The kernel supports the default form of a block,
-without gradients. Everything else goes through the modules.
+A token is a few products of matrices with vectors. Module by module they are 450 torch operators
+per block, and calling these takes longer than the arithmetic. The kernel supports the default form
+of a block, without gradients. Everything else goes through the modules.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,6 @@ from deepopt.ops.operator import operator
 
 if TYPE_CHECKING:
     from deepopt.hope.block import HopeBlock
-
-MOST_SEQUENCES: Final = 32
-"""With more sequences torch's products of matrices are as fast as the kernel's of vectors."""
 
 
 class Arguments(NamedTuple):
@@ -89,17 +86,17 @@ def forward(
 ) -> tuple[Tensor, BlockState] | None:
     """What `block` makes of x (batch, 1, dim), by the kernel; None where it must compute itself.
 
-    The modules' own weights are read. A module that has hooks or another class, as adapters and
-    quantized layers have, is not bypassed.
+    The modules' own weights are read. A module with hooks, a forward of its own or another class,
+    as adapters, quantized and offloaded layers have, is not bypassed.
     """
     if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None:
         return None
     if torch.compiler.is_compiling():  # a graph would hold for one position of a chunk alone
         return None
-    if not isinstance(state, TitansState) or len(state.positions) > MOST_SEQUENCES:
+    if not isinstance(state, TitansState) or len(set(state.positions)) > 1:
         return None
     titans = block.mixer
-    if not _is_plain(block, titans) or len(set(state.positions)) > 1:
+    if not _is_plain(block, titans):
         return None
     config, form, position = titans.config, titans.config.form, state.positions[0]
     generators, memory = state.generators, state.memory
@@ -113,7 +110,7 @@ def forward(
         x[:, 0], block.norm.weight, titans.key.weight, titans.value.weight, titans.query.weight,
         titans.gate.weight, titans.output.weight,
         None if titans.turns is None else titans.turns.rates.weight, titans.norm.weight,
-        torch.stack(titans._gates()[:6], -1),
+        torch.stack(titans.gates()[:6], -1),
         [c.weight for c in (titans.key_conv, titans.value_conv, titans.query_conv)],
         [level.norm.weight for level in levels], [level.up.weight for level in levels],
         [level.down.weight for level in levels],
@@ -140,10 +137,7 @@ def _is_plain(block: HopeBlock, titans: Any) -> bool:
         return False
     config = titans.config
     if (
-        config.update != "delta"
-        or config.objective != "l2"
-        or config.max_erase is None
-        or config.per_channel
+        not config.form.has_kernel
         or config.momentum
         or not config.projections
         or not config.hidden
@@ -163,7 +157,7 @@ def _is_plain(block: HopeBlock, titans: Any) -> bool:
         all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
         and all(type(norm) is nn.RMSNorm and norm.eps is None for norm in norms)
         and not any(
-            module._forward_hooks or module._forward_pre_hooks
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             for module in (*linear, *norms, *others)
         )
     )

@@ -124,10 +124,7 @@ def self_modifying(
 ) -> tuple[Tensor, MemoryState, MemoryState]:
     """`deepopt.hope.scan.self_modifying`, by the kernel if it supports the arguments."""
     if (
-        form.update == "delta"
-        and form.objective == "l2"
-        and form.max_erase is not None
-        and not form.per_channel
+        form.has_kernel
         and gates.theta is None
         and valid is None
         and generators.w2.shape[-2] > 0
@@ -136,7 +133,7 @@ def self_modifying(
         pulls = [weights or (None, None) for weights in initial]
         arguments = Arguments._make(
             [*inputs, *generators[:4], *memory[:4], *pulls[0], *pulls[1],
-             torch.stack(gates[:6], -1), form.max_eta, form.max_erase, form.max_delta,
+             torch.stack(gates[:6], -1), form.max_eta, form.max_erase or 0.0, form.max_delta,
              form.generator_floor, form.memory_floor, form.sharpness, form.projection_chunk,
              form.memory_chunk, position]
         )  # fmt: skip

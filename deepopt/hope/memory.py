@@ -88,6 +88,12 @@ class Form(NamedTuple):
     memory_floor: float = 1e-4
     sharpness: float = 6.0
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether there are kernels for this form, if no memory is linear or has momentum."""
+        exact = self.update == "delta" and self.objective == "l2"
+        return exact and self.max_erase is not None and not self.per_channel
+
     def floor(self, generating: bool) -> float:
         """The floor of the memories that generate, or of the one that answers."""
         return self.generator_floor if generating else self.memory_floor

@@ -254,7 +254,7 @@ class SelfModifyingTitans(nn.Module):
             state.generators,
             state.memory,
             self._initial(),
-            self._gates(),
+            self.gates(),
             config.form,
             position=position,
             valid=valid,
@@ -286,7 +286,8 @@ class SelfModifyingTitans(nn.Module):
             return Initial(None, None)
         return Initial(self.generators.weights, self.memory.weights)
 
-    def _gates(self) -> Gates:
+    def gates(self) -> Gates:
+        """The parameters that turn generated channels into rates; zeros where a form has none."""
         unused = torch.zeros_like(self.eta_bias)
         return Gates(
             self.eta_bias,

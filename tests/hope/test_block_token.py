@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     plain = block_token.block_token
 
     class Watched:
-        backend_for = plain.backend_for
+        backend_for, overload = plain.backend_for, plain.overload
 
         def __call__(self, given: Any) -> Any:
             seen.append(given)
@@ -77,6 +77,14 @@ def test_decoding_gives_the_numbers_of_the_modules(
 
 @needs_kernel
 @torch.no_grad()
+def test_the_operator_keeps_its_schema_and_has_a_fake_kernel(calls: list[Any]) -> None:
+    decoded(model(), torch.randint(11, (2, 1)))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(block_token.block_token.overload, tuple(calls[0]), test_utils=checks)
+
+
+@needs_kernel
+@torch.no_grad()
 def test_a_state_can_be_used_twice() -> None:
     made, tokens = model(), torch.randint(11, (2, 12))
     _, out = decoded(made, tokens)
@@ -95,16 +103,20 @@ class Doubled(nn.Linear):
 @torch.no_grad()
 def test_adapters_and_hooks_are_not_bypassed(calls: list[Any]) -> None:
     tokens = torch.randint(11, (1, 3))
-    hooked, adapted = model(), model()
+    hooked, adapted, patched = model(), model(), model()
     for block in hooked.blocks:
         block.cms.levels[0].up.register_forward_hook(lambda module, args, out: 2 * out)
     for block in adapted.blocks:
         plain = block.cms.levels[0].up
         block.cms.levels[0].up = Doubled(24, plain.out_features, bias=False).double()
         block.cms.levels[0].up.weight = plain.weight
-    outputs = [decoded(each, tokens)[0] for each in (hooked, adapted)]
+    for block in patched.blocks:
+        up = block.cms.levels[0].up
+        up.forward = lambda x, plain=up.forward: 2 * plain(x)
+    outputs = [decoded(each, tokens)[0] for each in (hooked, adapted, patched)]
     assert not calls
-    assert torch.equal(*outputs)
+    assert torch.equal(*outputs[:2])
+    assert torch.equal(*outputs[1:])
     assert not torch.allclose(outputs[0], decoded(model(), tokens)[0])
 
 

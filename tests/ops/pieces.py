@@ -57,6 +57,7 @@ if __name__ == "__main__":
             if not all(torch.equal(*pair) for pair in zip(expected, found, strict=True)):
                 changed.append(f"{name} of {sizes}")
             made = [(loops.pieces(loop), loops.grain(loop)) for loop in range(loops.loops())]
-            if not name.startswith(("memories", "block_token")):  # heads are no matrices
+            # These share out heads, of which a matrix has none.
+            if not name.startswith(("memories", "block_token")):
                 cut.setdefault(name, made)
     print(json.dumps({"cut": cut, "changed": changed}))

@@ -486,17 +486,14 @@ def block_token_arguments(shape: Shape) -> Arguments:
     def weight(*sizes: int) -> torch.Tensor:
         return shape.normal(*sizes) / sizes[-1] ** 0.5
 
-    def memory(*lead: int) -> list[Tensor]:
-        return [weight(*lead, hidden, d), weight(*lead, d, hidden)]
-
-    def mem_(*lead: int) -> list[Tensor]:
-        return [weight(*lead, mem, d), weight(*lead, d, mem)]
+    def memory(rows: int, *lead: int) -> list[Tensor]:
+        return [weight(*lead, rows, d), weight(*lead, d, rows)]
 
     hiddens = ((), (5,), (2 * dim, 17))[seed % 3]
     gates = shape.normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
-    pulls = [*memory(heads, 4), *mem_(heads, 1)] if seed % 2 else []
-    states = [x for make, count in ((memory, 4), (mem_, 1)) for _ in range(2)
-              for x in make(b, heads, count)]  # fmt: skip
+    pulls = [*memory(hidden, heads, 4), *memory(mem, heads, 1)] if seed % 2 else []
+    states = [x for rows, count in ((hidden, 4), (mem, 1)) for _ in range(2)
+              for x in memory(rows, b, heads, count)]  # fmt: skip
     given = BlockTokenArguments(
         shape.normal(b, dim), shape.normal(dim), *(weight(dim, dim) for _ in range(5)),
         weight(2 * turning, dim) if turning else None, shape.normal(d), gates,
