@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.hope.models import build, parameters
+from benchmarks.runs import Line
 from benchmarks.tables import markdown
 from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
 from deepopt.hope import HopeConfig
@@ -32,7 +33,6 @@ READ = (1, 4096)
 """Tokens that Hope has read before it decodes."""
 BATCH = 2048
 """Tokens of a batch; longer sequences come one at a time."""
-Line = dict[str, Any]
 
 
 def train_flops(step: Callable[[], Any]) -> int:

@@ -5,7 +5,6 @@ import platform
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from benchmarks.hope.passkey import Passkey
 from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
+from benchmarks.runs import Line
 from deepopt.hope.optimizers import build_optimizers
 from deepopt.hope.trainer import clipped, lr_factor, prepare
 from deepopt.memory import Delta
@@ -37,7 +37,6 @@ TASKS: dict[str, Task] = {
 }
 WEIGHT_DECAY = 0.1
 WARMUP = 50
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)

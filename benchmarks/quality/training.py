@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.quality.contenders import CONTENDERS, Setting, build, package
 from benchmarks.quality.workload import find
+from benchmarks.runs import Line
 from deepopt.hope.cms import levels_of
 from deepopt.hope.trainer import MAX_GRAD_NORM, clipped, lr_factor, prepare
 from deepopt.optim import Continuum
@@ -24,7 +25,6 @@ from deepopt.optim import Continuum
 WARMUP_SHARE = 16
 """A sixteenth of the steps is warm-up; then the rates fall linearly to zero."""
 CURVE_POINTS = 20
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
