@@ -1,9 +1,7 @@
 """How fast Hope is beside a Transformer++ and a gated DeltaNet of as many parameters.
 
-All models train in one process and by turns, forward and backward, on one thread of the CPU. Hope
-also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, one token at a time,
-from a state. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from
-the lines alone, and ``--report`` writes it again and runs nothing.
+Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from the lines alone,
+and ``--report`` writes it again and runs nothing.
 """
 
 import argparse
@@ -26,6 +24,11 @@ from deepopt.hope import HopeConfig
 from deepopt.hope.fused import FLOPS
 from deepopt.ops import backend
 
+HOW = (
+    "All models train in one process and by turns, forward and backward, on one thread of the CPU. "
+    'Hope also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, one token '
+    "at a time, from a state."
+)
 CONFIG = HopeConfig(layers=4)
 MODELS = ("Hope", "Transformer++", "gated DeltaNet", "Hope, scan")
 LENGTHS = (512, 2048, 4096, 8192)
@@ -121,8 +124,7 @@ def report(lines: Sequence[Line]) -> str:
     c = CONFIG
     return "\n".join([
         "# Hope's speed", "",
-        "Made by `python -m benchmarks hope-speed` from `hope_speed.jsonl`. "
-        + " ".join((__doc__ or "").split("\n\n")[1].split(". Every")[0].split()) + ".", "",
+        f"Made by `python -m benchmarks hope-speed` from `hope_speed.jsonl`. {HOW}", "",
         f"{c.layers} layers, width {c.dim}, {c.heads} heads, chunks of {c.memory_chunk}, "
         f"{train[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or "
         f"one sequence. Medians of CPU time. {machine['processor']}, torch {machine['torch']}; a "

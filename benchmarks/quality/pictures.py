@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.intervals import FARTHEST
 from benchmarks.quality.plan import Swap, Tuning
-from benchmarks.quality.report import metric, swap_rows
+from benchmarks.quality.report import swap_rows, unit_of
 from benchmarks.quality.training import Lines, value
 
 
@@ -98,8 +98,7 @@ def swap_picture(plans: Sequence[Swap], lines: Lines) -> bytes:
         parameters = lines[plan.sweep()[0]]["parameters"]
         name = plan.workload.removeprefix("swap_").capitalize()
         axes.set_title(f"{name}, {parameters / 1e6:.1f} M", fontsize=10)
-        unit = {"val_bits_per_byte": "bits per byte", "val_loss": "loss"}[metric(plan, lines)]
-        axes.set_xlabel(f"{unit} on held-out data, lower is better", fontsize=9)
+        axes.set_xlabel(f"{unit_of(plan, lines)} on held-out data, lower is better", fontsize=9)
         axes.grid(axis="x", alpha=0.3)
     return png(figure, 130)
 

@@ -118,6 +118,10 @@ def metric(plan: Swap, lines: Lines) -> str:
     return bits if any(bits in values for values in found) else "val_loss"
 
 
+def unit_of(plan: Swap, lines: Lines) -> str:
+    return {"val_bits_per_byte": "bits per byte", "val_loss": "loss"}[metric(plan, lines)]
+
+
 def swap_rows(plan: Swap, lr: float, lines: Lines) -> dict[str, list[float | None]]:
     """The outcome of each optimizer's seeds; None for a run that is missing."""
     name = metric(plan, lines)
@@ -128,8 +132,11 @@ def swap_rows(plan: Swap, lr: float, lines: Lines) -> dict[str, list[float | Non
 
 
 def swap_table(plan: Swap, lr: float, lines: Lines) -> str:
-    unit = {"val_bits_per_byte": "bits per byte", "val_loss": "loss"}[metric(plan, lines)]
-    head = ["optimizer", *[f"seed {seed}" for seed in range(plan.seeds)], f"{unit}, mean"]
+    head = [
+        "optimizer",
+        *[f"seed {seed}" for seed in range(plan.seeds)],
+        f"{unit_of(plan, lines)}, mean",
+    ]
     table = [[*head, "less AdamW's", "", "s, all else", "s, optimizer", "state, floats/parameter"]]
     rows = swap_rows(plan, lr, lines)
     pairs = {}

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.contenders import CONTENDERS, RIVALS
@@ -19,7 +19,19 @@ from benchmarks.quality.intervals import (
     share_to_target,
     verdict,
 )
-from benchmarks.quality.plan import BUDGETS, FINALISTS, HIGHEST, LOWEST, NEARBY, PASSES, Tuning
+from benchmarks.quality.plan import (
+    AUX,
+    BETAS,
+    BUDGETS,
+    FINALISTS,
+    HIGHEST,
+    LADDERS,
+    LOWEST,
+    NEARBY,
+    PASSES,
+    WEIGHT_DECAYS,
+    Tuning,
+)
 from benchmarks.quality.training import CURVE_POINTS, Line, Lines, Run, value
 from benchmarks.quality.workload import find
 from benchmarks.tables import markdown
@@ -183,6 +195,15 @@ def state(lines: Sequence[Line]) -> str:
 # -- the section of the page -----------------------------------------------------------------
 
 
+def listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def ends(name: str) -> str:
+    """The lowest and the highest value of the descent."""
+    return f"{min(LADDERS[name]):g} to {max(LADDERS[name]):g}"
+
+
 def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
     """Every optimizer at its own best, found with the same search."""
     names = dict.fromkeys(name for group in found.values() for name in group.contenders)
@@ -192,16 +213,17 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "seed. The first trial is the default, at the rates and decay of AdamW's best. The next "
         "ones are points of one Sobol sequence over the rate of matrices "
         f"({LOWEST:g} to {HIGHEST:g}, widened for all where anybody's best is at an end), the rate "
-        "of everything else (x 0.5, 1, 2), the weight decay (0, 0.03, 0.1, 0.3), the retention "
-        "(0.9, 0.95) and one knob of the optimizer's own. Then a coordinate descent starts at each "
-        f"one's best trial. It changes one setting at a time: the rate by a factor of {NEARBY:g}, "
-        "the knob, the retention (0.5 to 0.98), the rate of everything else (x 0.125 to x 8), the "
-        f"decay (up to 1). It stops when no change is better, or after {PASSES} rounds. The best "
-        f"trials at {FINALISTS} different rates run at all steps, and the best of these with every "
+        f"of everything else (x {listed(AUX)}), the weight decay ({listed(WEIGHT_DECAYS)}), the "
+        f"retention ({listed(BETAS)}) and one knob of the optimizer's own. Then a coordinate "
+        "descent starts at each one's best trial. It changes one setting at a time: the rate by a "
+        f"factor of {NEARBY:g}, the knob, the retention ({ends('beta')}), the rate of everything "
+        f"else (x {ends('aux')}), the decay ({ends('weight_decay')}). It stops when no change is "
+        f"better, or after {PASSES} rounds. The best trials at {FINALISTS} different rates run at "
+        "all steps, and the best of these with every "
         "seed. No interval includes the luck of the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
-        f"{', '.join(f'{x:g}' for x in sorted((*BUDGETS, 1.0)))} times the steps; beyond them it "
+        f"{listed(sorted((*BUDGETS, 1.0)))} times the steps; beyond them it "
         f"is a bound. Its interval is of {RESAMPLES:,} bootstrap drawings, of means by Student's "
         "distribution and of workloads with replacement. Differences are paired by seed, and "
         "corrected by Holm for the workloads.",

@@ -4,7 +4,7 @@
 
 #include "memories_math.h"
 
-constexpr int64_t kAtOnce = 1 << 16;  // products of a thread's share, below which it does not pay
+constexpr int64_t kAtOnce = 1 << 16;  // multiplications below which another thread does not pay
 
 // out = the products of kCount rows of a matrix with x.
 template <int kCount, class T>
@@ -49,7 +49,7 @@ inline void times(T* out, const T* matrix, int64_t rows, int64_t columns, const 
   for (; i < rows; ++i) dots<1>(out + i, matrix + i * columns, columns, x);
 }
 
-// The same for every sequence: rows of `out` and `x` belong to sequences.
+// The same for every sequence: row b of `out` and of `x` belongs to sequence b.
 template <class T>
 void times_all(T* out, const T* matrix, int64_t rows, int64_t columns, const T* x, int64_t batch) {
   const int64_t fours = (rows + 3) / 4;
@@ -132,7 +132,7 @@ struct Head {
 
   Head(T* memory, int64_t width) {
     T** each[] = {&f, &slope, &other, &key, &value, &hat, &error, &back, &made};
-    for (T** one : each) *one = memory, memory += width;  // `made` has four rows
+    for (T** one : each) *one = memory, memory += width;  // `made` comes last: it takes the four rows that are left
   }
 };
 
@@ -178,7 +178,8 @@ void write(Head<T>& to, const Memory<T>& m, T eta, T erase, T delta, T kept, T p
   }
 }
 
-// Eq 83 to Eq 90 for one token of one head: `out` is what mem answers to the query.
+// Eq 83, Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, Eq 89 and Eq 90 for one token of one head. `out` is what mem
+// answers to the query.
 template <class T>
 void attend(T* out, Head<T>& to, const Memory<T>* memories, const T* x_key, const T* x_value,
             const T* query, const T* gates, const Form& form) {
@@ -192,15 +193,15 @@ void attend(T* out, Head<T>& to, const Memory<T>* memories, const T* x_key, cons
   unit(to.key, to.made, d);
   unit(to.value, to.made + d, d);
   const T* alpha = to.made + 3 * d;
-  const T retention = pooled(alpha, keep) + gates[1], kept = sigmoid(retention);
+  const T retention = pooled(alpha, keep) + gates[kAlpha], kept = sigmoid(retention);
   const T half = (T(1) + kept) / 2, sharpness = T(form.sharpness);
-  const T eta = T(form.max_eta) * half * sigmoid(pooled(to.made + 2 * d, d) + gates[0]);
+  const T eta = T(form.max_eta) * half * sigmoid(pooled(to.made + 2 * d, d) + gates[kEta]);
   const auto share = [&](const T* channels, T bias, T range) {
     const T open = sigmoid(sharpness * pooled(channels, third) + bias);
     return half * std::min(T(1), T(1.1) * sigmoid(range) * open);
   };
-  const T erase = T(form.max_erase) * share(alpha + keep, gates[2], gates[4]);
-  const T delta = T(form.max_delta) * share(alpha + keep + third, gates[3], gates[5]);
+  const T erase = T(form.max_erase) * share(alpha + keep, gates[kErase], gates[kEraseRange]);
+  const T delta = T(form.max_delta) * share(alpha + keep + third, gates[kDelta], gates[kDeltaRange]);
   const T pulled = sigmoid(-retention);
   for (int g = 0; g < 4; ++g) write(to, memories[g], eta, eta, T(-1), kept, pulled);
   write(to, mem, eta, erase, delta, kept, pulled);
@@ -273,9 +274,9 @@ void run(const Sizes& s, const Form& form, const Given<T>& given, const Made<T>&
     turn(queries, made.phase + b * s.turning, given.phase + b * s.turning,
          turns + b * 2 * s.turning, s, form.sharpness);
   }
-  const int64_t four = s.hidden * d, one = s.memory_hidden * d;
+  const int64_t generator = s.hidden * d, mem = s.memory_hidden * d;  // entries of their W2
   const int64_t width = std::max({d, s.hidden, s.memory_hidden});
-  const int64_t grain = std::max<int64_t>(1, kAtOnce / (8 * four + 2 * one));
+  const int64_t grain = std::max<int64_t>(1, kAtOnce / (8 * generator + 2 * mem));
   torch::stable::parallel_for(0, batch * s.heads, grain, [&](int64_t first, int64_t last) {
     std::vector<T> scratch(Head<T>::kRows * width);
     Head<T> head(scratch.data(), width);
@@ -284,8 +285,8 @@ void run(const Sizes& s, const Form& form, const Given<T>& given, const Made<T>&
       Memory<T> memories[5];
       for (int m = 0; m < 5; ++m) {
         const int stack = m < 4 ? 0 : 1;
-        const int64_t at = m < 4 ? (4 * pair + m) * four : pair * one;
-        const int64_t start = m < 4 ? (4 * h + m) * four : h * one;
+        const int64_t at = m < 4 ? (4 * pair + m) * generator : pair * mem;
+        const int64_t start = m < 4 ? (4 * h + m) * generator : h * mem;
         const auto of = [&](int i) { return given.weights[stack][i] + at; };
         const auto at_start = [&](int i) {
           const T* all = given.initial[stack][i];

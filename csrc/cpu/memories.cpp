@@ -1,8 +1,8 @@
 // deepopt::memories and deepopt::memories_gradient: Hope's self-modifying memories on the CPU.
 //
-// Heads of all sequences are shared out to the threads. Each goes from chunk to chunk with all of a
-// chunk's tiles in the second cache. The way back has the states at the starts of the chunks, and
-// computes the rest of a chunk once more.
+// The heads of all sequences are divided among the threads. A thread takes a head from chunk to chunk,
+// with all tiles of a chunk in the second-level cache. The backward pass starts from the stored state
+// at the start of each chunk, and computes the rest of the chunk once more.
 #include "../common/boxed.h"
 #include "../common/multi_tensor.h"
 #include "levels.h"
@@ -18,7 +18,7 @@
 
 namespace deepopt::memories {
 
-// A stretch of tokens that ends where a chunk ends, or all tokens.
+// A stretch of tokens up to the next end of a chunk, or up to the last token.
 struct Segment {
   int64_t begin, length;
   bool anchors_generators, anchors_memory;  // whether a chunk begins with it
@@ -69,7 +69,7 @@ struct Gradients {
 
 namespace {
 
-// Calls f(head) with the tiles of the level of this processor, for heads first to last.
+// Calls f(head) once; `head` holds tiles, and is compiled for the level of this processor.
 template <class T, class F>
 void with_tiles(const Shape& shape, const Form& form, bool backward, const F& f) {
   const auto run = [&](auto* kind) {
@@ -191,7 +191,7 @@ struct DEEPOPT_HIDDEN Arguments {
   }
 };
 
-// Calls f(pair) for the heads of all sequences, where f finds the tiles.
+// Calls f(head, pair) for every head of every sequence; `head` holds the tiles of the thread.
 template <class T, class F>
 void for_heads(const Shape& shape, const Form& form, bool backward, const F& f) {
   torch::stable::parallel_for(0, shape.batch * shape.heads, 1, [&](int64_t first, int64_t last) {
@@ -200,8 +200,6 @@ void for_heads(const Shape& shape, const Form& form, bool backward, const F& f) 
     });
   });
 }
-
-using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T, class Tensors>
 Ends<T> ends_of(const Tensors& x, const Shape& s, int64_t pair) {
@@ -251,7 +249,8 @@ std::vector<Tensor> backward(const std::vector<std::optional<Tensor>>& grads, co
   for (const Tensor& each : made) to.push_back(each.mutable_data_ptr<T>());
   const T* kept = starts.const_data_ptr<T>();
   const int64_t tokens = s.dim * s.tokens, four = s.generators(), one = s.memory();
-  // What all sequences share, of each by itself, so that they are added in one order.
+  // All sequences share the initial weights and the gates. Each head of each sequence writes its
+  // gradients into a part of its own, and the parts are added in one fixed order.
   const int64_t shared = s.state() + 6;
   std::vector<T> parts(s.batch * s.heads * shared);
   for_heads<T>(s, x.form(), true, [&](auto& head, int64_t i) {

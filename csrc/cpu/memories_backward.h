@@ -65,8 +65,9 @@
     }
   }
 
-  // The triangular system I + v diag(rate), from minus its gradient d, which becomes the gradient
-  // of the similarities, added to its transpose.
+  // Backward of U = v diag(rate), the part of the system above the diagonal. On entry d is minus the
+  // gradient of U. On exit it is G + G^T, with G the gradient of the similarities y_i^T y_j. Adds to
+  // the gradients of the rate and of log b.
   void system_back(Tile<T> d, Tile<T> v, const T* rate, T* d_rate) {
     T* log_b = d_rate_.log_b;
     for (int64_t i = 0; i < count_; ++i) {
@@ -88,18 +89,18 @@
   void memory_back() {
     const Tile<T> d_feature = of_hidden(d_f_, 4).half(0);
     transpose(memory_f_t_, of_hidden(f_, 4));
-    second_.d_running = w2(d_running_, 4), second_.d_before = w2(d_before_, 4);
-    second_.d_initial = w2(d_initial_, 4), second_.d_key = d_kv_.half(0), second_.key_t = kv_t_;
-    second_.d_written = d_x2_, second_.d_rate = d_rate_.erase;
-    first_.d_running = w1(d_running_, 4), first_.d_before = w1(d_before_, 4);
-    first_.d_initial = w1(d_initial_, 4), first_.d_key = d_feature, first_.key_t = memory_f_t_;
-    first_.d_written = d_x1_, first_.d_rate = d_rate_.delta;
+    mem_w2_.d_running = w2(d_running_, 4), mem_w2_.d_before = w2(d_before_, 4);
+    mem_w2_.d_initial = w2(d_initial_, 4), mem_w2_.d_key = d_kv_.half(0), mem_w2_.key_t = kv_t_;
+    mem_w2_.d_written = d_x2_, mem_w2_.d_rate = d_rate_.erase;
+    mem_w1_.d_running = w1(d_running_, 4), mem_w1_.d_before = w1(d_before_, 4);
+    mem_w1_.d_initial = w1(d_initial_, 4), mem_w1_.d_key = d_feature, mem_w1_.key_t = memory_f_t_;
+    mem_w1_.d_written = d_x1_, mem_w1_.d_rate = d_rate_.delta;
     copy(d_query_, d_out_);
     zero(d_fq_);
-    read_back(first_, d_out_, d_fq_, fq_t_);
+    read_back(mem_w1_, d_out_, d_fq_, fq_t_);
     features_back(d_fq_, d_fq_, fq_, sq_, nq_, nullptr);
-    read_back(second_, d_fq_, d_query_, x_t_);
-    for (const Matrix* each : {&first_, &second_}) end_back(*each), solve_back(*each);
+    read_back(mem_w2_, d_fq_, d_query_, x_t_);
+    for (const Matrix* each : {&mem_w1_, &mem_w2_}) end_back(*each), solve_back(*each);
   }
 
   // The gradients of a read, to = kept X q + pulled X_0 q + written mask.
@@ -144,7 +145,7 @@
 
   // The gradients of the triangular system, written (I + v diag(rate)) = right.
   void solve_back(const Matrix& m) {
-    const Tile<T> t = m.scratch, u = m.scratch2, seen = m.seen, first = m.first;
+    const Tile<T> t = m.scratch, u = m.scratch2, seen = m.seen, first = m.initial_seen;
     const Tile<T> key = kv_.half(0), value = kv_.half(1);
     const Tile<T> d_key = d_kv_.half(0), d_value = d_kv_.half(1), d_slope = of_hidden(d_slope_, 4);
     const T *kept = rate_.kept, *pulled = rate_.pulled, *rate = m.rate;
@@ -153,7 +154,7 @@
     multiply<kSet>(square_.part(0, count_), m.written.transposed(), t.rows, t);
     system_back(square_, m.similarity, m.rate, m.d_rate);
     multiply<kAdd>(m.d_key, m.key.left(), count_, square_);
-    if (is_second(m)) {
+    if (is_w2(m)) {
       each(t.rows, width_, [=](int64_t i, int64_t j) { d_slope[i][j] = -t[i][j]; });
     } else {
       each(t.rows, width_, [=](int64_t i, int64_t j) {
@@ -341,6 +342,8 @@
     each(to.rows, width_, [=](int64_t i, int64_t j) { to[i][j] = by * d[j]; });
   }
 
+  // From the gradients of the rates to those of the gates and of the generated channels. From here on
+  // d_rate_.kept is the gradient of the retention's logit.
   void rates_back() {
     T* log_b = d_rate_.log_b;
     const int64_t c = count_;
@@ -350,7 +353,7 @@
       log_b[c] += end, log_b[j + 1] -= end;
     }
     log_b[c] += rate_.all_kept * (d_rate_.all_kept - d_rate_.all_pulled);
-    const T erase_share = sigmoid(gates_[4]), delta_share = sigmoid(gates_[5]);
+    const T erase_share = sigmoid(gates_[kEraseRange]), delta_share = sigmoid(gates_[kDeltaRange]);
     T later = 0, d_gates[6] = {};
     T *eta = d_rate_.eta, *erase = d_rate_.erase, *delta = d_rate_.delta, *keep = d_rate_.kept;
     std::fill(keep + c, keep + width_, T(0));
@@ -359,7 +362,7 @@
       const T kept = sig_keep_[j], half = (T(1) + kept) / 2;
       T d_half = form_.max_eta * sig_eta_[j] * eta[j];
       eta[j] *= rate_.eta[j] * (T(1) - sig_eta_[j]);
-      d_gates[0] += eta[j];
+      d_gates[kEta] += eta[j];
       const auto share_back = [&](T& d, T most, T share, T sig, int bias, int range) {
         const T part = T(1.1) * share * sig;
         d_half += most * std::min(T(1), part) * d;
@@ -368,10 +371,10 @@
         d *= T(1) - sig;
         d_gates[bias] += d;
       };
-      share_back(erase[j], form_.max_erase, erase_share, sig_erase_[j], 2, 4);
-      share_back(delta[j], form_.max_delta, delta_share, sig_delta_[j], 3, 5);
+      share_back(erase[j], form_.max_erase, erase_share, sig_erase_[j], kErase, kEraseRange);
+      share_back(delta[j], form_.max_delta, delta_share, sig_delta_[j], kDelta, kDeltaRange);
       keep[j] = d_half * kept * (T(1) - kept) / 2 + later * (T(1) - kept);
-      d_gates[1] += keep[j];
+      d_gates[kAlpha] += keep[j];
     }
     for (int i = 0; i < 6; ++i) d_gates_[i] += d_gates[i];
     for (T* each : {eta, erase, delta}) std::fill(each + c, each + width_, T(0));

@@ -7,7 +7,7 @@
     surprise<kBackward>();
     transitions();
     matrices();
-    for (const Matrix* each : {&second_, &first_}) solve(*each);
+    for (const Matrix* each : {&mem_w2_, &mem_w1_}) solve(*each);
     read();
   }
 
@@ -69,16 +69,16 @@
     pool(sig_keep_, alpha.part(0, kept_channels()));
     pool(sig_erase_, alpha.part(kept_channels(), third()));
     pool(sig_delta_, alpha.part(kept_channels() + third(), third()));
-    const T erase_range = T(1.1) * sigmoid(gates_[4]), delta_range = T(1.1) * sigmoid(gates_[5]);
+    const T erase_range = T(1.1) * sigmoid(gates_[kEraseRange]), delta_range = T(1.1) * sigmoid(gates_[kDeltaRange]);
     T* log_b = rate_.log_b;
     log_b[0] = 0;
     for (int64_t j = 0; j < width_; ++j) {
       const bool there = j < count_;
-      const T retention = sig_keep_[j] + gates_[1];
-      sig_eta_[j] = sigmoid(sig_eta_[j] + gates_[0]);
+      const T retention = sig_keep_[j] + gates_[kAlpha];
+      sig_eta_[j] = sigmoid(sig_eta_[j] + gates_[kEta]);
       sig_keep_[j] = sigmoid(retention);
-      sig_erase_[j] = sigmoid(T(form_.sharpness) * sig_erase_[j] + gates_[2]);
-      sig_delta_[j] = sigmoid(T(form_.sharpness) * sig_delta_[j] + gates_[3]);
+      sig_erase_[j] = sigmoid(T(form_.sharpness) * sig_erase_[j] + gates_[kErase]);
+      sig_delta_[j] = sigmoid(T(form_.sharpness) * sig_delta_[j] + gates_[kDelta]);
       const T half = there ? (T(1) + sig_keep_[j]) / 2 : T(0);
       rate_.eta[j] = form_.max_eta * half * sig_eta_[j];
       rate_.erase[j] = form_.max_erase * half * std::min(T(1), erase_range * sig_erase_[j]);
@@ -199,7 +199,7 @@
     Tile<T> key;          // what it sees of the tokens
     Tile<T> similarity, inverse;
     const T* rate;        // of its erasure
-    Tile<T> seen, first;  // X y of the running and of the initial weights
+    Tile<T> seen, initial_seen;  // X y of the running and of the initial weights
     Tile<T> written;      // what tokens write, less what they erase
     Tile<T> query;        // what reads it
     Tile<T> a, b, mask;   // X q of both, and the decayed similarities of keys and queries
@@ -212,11 +212,11 @@
 
   void matrices() {
     const Tile<T> feature = of_hidden(f_, 4).half(0);
-    second_ = {w2(running_, 4), w2(initial_, 4), kv_.half(0), v_,   erase_inverse_, rate_.erase,
+    mem_w2_ = {w2(running_, 4), w2(initial_, 4), kv_.half(0), v_,   erase_inverse_, rate_.erase,
                h2_,             i2_,             x2_,         query_, a2_,          b2_,
                m2_,             fq_,             t_h(4),      u_h(4)};
-    first_ = {w1(running_, 4), w1(initial_, 4), feature, v1_, delta_inverse_, rate_.delta,
-              r1_,             i1_,             x1_,     fq_, a1_,            b1_,
+    mem_w1_ = {w1(running_, 4), w1(initial_, 4), feature, v1_, delta_inverse_, rate_.delta,
+              h1_,             i1_,             x1_,     fq_, a1_,            b1_,
               m1_,             out_,            t_d_,    u_d_};
     similarity(v1_, feature, feature);
   }
@@ -224,11 +224,11 @@
   void solve(const Matrix& m) {
     invert(m.inverse, m.similarity, m.rate);
     multiply<kSet>(m.seen, m.running.left(), m.key.rows, m.key);
-    multiply<kSet>(m.first, m.initial.left(), m.key.rows, m.key);
-    const Tile<T> right = m.scratch, seen = m.seen, first = m.first, slope = of_hidden(slope_, 4);
+    multiply<kSet>(m.initial_seen, m.initial.left(), m.key.rows, m.key);
+    const Tile<T> right = m.scratch, seen = m.seen, first = m.initial_seen, slope = of_hidden(slope_, 4);
     const Tile<T> key = kv_.half(0), value = kv_.half(1);
     const T *rate = m.rate, *kept = rate_.kept, *pulled = rate_.pulled;
-    if (is_second(m)) {
+    if (is_w2(m)) {
       each(right.rows, width_, [=](int64_t i, int64_t j) {
         right[i][j] = -slope[i][j] - rate[j] * (kept[j] * seen[i][j] + pulled[j] * first[i][j]);
       });
@@ -240,13 +240,13 @@
     }
     multiply<kSet>(m.written, right.left(), count_, m.inverse);
   }
-  bool is_second(const Matrix& m) const { return &m == &second_; }
+  bool is_w2(const Matrix& m) const { return &m == &mem_w2_; }
 
   // o_t = M_{t-1}(q_t).
   void read() {
-    read_through(second_);
+    read_through(mem_w2_);
     features<false>(fq_, sq_, fq_, nq_, form_.memory_floor);
-    read_through(first_);
+    read_through(mem_w1_);
     const Tile<T> out = out_, query = query_;
     each(s_.dim, width_, [=](int64_t i, int64_t j) { out[i][j] += query[i][j]; });
   }

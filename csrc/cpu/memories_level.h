@@ -1,6 +1,7 @@
 // The arithmetic of Hope's memories for one head of one sequence, for one level of the processor.
 // memories.cpp includes this once per level, in a namespace of its own; kBytes is the length of a
-// register. docs/hope_chunks.md has the equations, and the names here are those of that page.
+// register. docs/hope_chunks.md has the equations. The list at Head's members says which symbol of
+// that page each tile holds.
 //
 // A tile holds channels or features in its rows and tokens in its columns, or the other way around
 // where its name ends in T. Columns are padded to whole vectors. What is beyond the tokens is zero:
@@ -140,7 +141,7 @@ class Head {
     read_ = tile(5 * d, 2 * w), hat_ = tile(5 * d, w), error_ = tile(5 * d, w);
     scaled_ = tile(5 * d, w), p_ = tile(rows, w), slope_ = tile(rows, w);
     for (Tile<T>* each : {&decay_, &v_, &v1_, &eta_inverse_, &erase_inverse_, &delta_inverse_,
-                          &u_, &m1_, &m2_, &square_, &square_t_}) {
+                          &m1_, &m2_, &square_, &square_t_}) {
       *each = tile(c, w);
     }
     kv_t_ = tile(2 * w, d), r_ = tile(c, d), z_ = tile(c, d);
@@ -148,7 +149,7 @@ class Head {
     ka_ = tile(d, w), kb_ = tile(d, w), keep_ = tile(d, d), pull_ = tile(d, d);
     for (Tile<T>* each : {&h2_, &i2_, &x2_, &a2_, &b2_, &fq_, &sq_}) *each = tile(n, w);
     for (Tile<T>* each : {&t_h_, &u_h_}) *each = tile(std::max(h, n), w);
-    for (Tile<T>* each : {&r1_, &i1_, &x1_, &a1_, &b1_, &out_, &t_d_, &u_d_}) *each = tile(d, w);
+    for (Tile<T>* each : {&h1_, &i1_, &x1_, &a1_, &b1_, &out_, &t_d_, &u_d_}) *each = tile(d, w);
     for (int g = 0; g < 4; ++g) gen_n_[g] = take(w);
     for (int m = 0; m < 5; ++m) n_[m] = take(2 * w), hat_n_[m] = take(w), fp_[m] = take(w);
     key_n_ = take(w), value_n_ = take(w), nq_ = take(w), sum_ = take(2 * w), sum2_ = take(2 * w);
@@ -165,7 +166,7 @@ class Head {
     for (Weights* each : {&d_running_, &d_before_, &d_anchor_, &d_initial_}) *each = weights();
     d_kv_ = tile(d, 2 * w), d_f_ = tile(rows, 2 * w), d_read_ = tile(5 * d, 2 * w);
     d_slope_ = tile(rows, w), d_scaled_ = tile(5 * d, w), d_made_ = tile(4 * d, w);
-    d_square_ = tile(c, w), d_r_ = tile(c, d), d_z_ = tile(c, d), r_t_ = tile(d, w);
+    d_r_ = tile(c, d), d_z_ = tile(c, d), r_t_ = tile(d, w);
     d_keep_ = tile(d, d), d_pull_ = tile(d, d), dd_t_ = tile(d, d), x_t_ = tile(w, d);
     d_x2_ = tile(n, w), d_x1_ = tile(d, w), d_out_ = tile(d, w), d_query_ = tile(d, w);
     d_x_key_ = tile(d, w), d_x_value_ = tile(d, w), d_fq_ = tile(n, w), fq_t_ = tile(w, n);
@@ -212,8 +213,8 @@ class Head {
       if (grads.out) load_columns(d_out_, grads.out + segment.begin, segment.length);
       backward(segment.length);
       std::swap(d_running_, d_before_);
-      if (segment.anchors_generators) release(0, 4);
-      if (segment.anchors_memory) release(4, 1);
+      if (segment.anchors_generators) merge_anchor_gradient(0, 4);
+      if (segment.anchors_memory) merge_anchor_gradient(4, 1);
       store_columns(d_x_key_, to.key + segment.begin, segment.length);
       store_columns(d_x_value_, to.value + segment.begin, segment.length);
       store_columns(d_query_, to.query + segment.begin, segment.length);
@@ -368,8 +369,9 @@ class Head {
       load(w1(anchor_, 4), from + w1_at(4), s_.memory_hidden);
     }
   }
-  // The anchor was the running weights: so are their gradients.
-  void release(int m, int count) {
+  // A chunk begins here, where the anchor became a copy of the running weights: its gradient is
+  // added to theirs.
+  void merge_anchor_gradient(int m, int count) {
     for (auto [to, from] : {std::pair{w2(d_running_, m, count), w2(d_anchor_, m, count)},
                             std::pair{w1(d_running_, m, count), w1(d_anchor_, m, count)}}) {
       each(1, to.rows * to.row, [&](int64_t, int64_t j) { to.at[j] += from.at[j]; });
@@ -387,13 +389,31 @@ class Head {
   const T* gates_ = nullptr;
   T d_gates_[6];
   Weights buffers_[3], running_, anchor_, initial_, d_running_, d_before_, d_anchor_, d_initial_;
+
+  // A suffix 2 or 1 says W2 or W1 of mem. d_x is the gradient of x, x_t is x transposed. t_d, t_h,
+  // u_d, u_h, square, sum and sum2 are scratch. In order:
+  //   x_key, x_value, query  inputs                made           channels of the four generators
+  //   gen_f, gen_s           their features, and the slopes of gelu there
+  //   kv                     keys | values (the left half | the right half)
+  //   f, s2, bend            f, gelu' and gelu'' of all five memories, at keys | values
+  //   n, fp                  what f was multiplied by, and f^T p
+  //   read, hat, error       W1 f(k) | v + W1 f(v), v^, and k + W1 f(k) - v^
+  //   scaled, p, slope       r = eta error, p = W1^T r, and the column of dL/dW2
+  //   decay                  b_{j-1} / b_i for a later token j, 0 for others
+  //   v, v1                  V of the keys and of the features: L without its rates
+  //   ..._inverse            T for one of the rates
+  //   r, z                   R and Z               keep, pull     K and Pi
+  //   ka, kb                 Y E B_0 and Y E (I - B_0)
+  //   h, i, x                X_s y, X_0 y, and what the tokens write less what they erase
+  //   a, b, m                X_s q, X_0 q, and the decayed similarities of keys and queries
+  //   fq, sq, nq             features of the query, slopes of gelu there, and their n
   Tile<T> x_key_, x_value_, query_, gen_f_, gen_s_, made_, kv_, f_, s2_, bend_, read_, hat_, error_;
-  Tile<T> scaled_, p_, slope_, decay_, v_, v1_, eta_inverse_, erase_inverse_, delta_inverse_, u_;
+  Tile<T> scaled_, p_, slope_, decay_, v_, v1_, eta_inverse_, erase_inverse_, delta_inverse_;
   Tile<T> m1_, m2_, square_, square_t_, kv_t_, r_, z_, gen_f_t_, memory_f_t_, ka_, kb_, keep_, pull_;
-  Tile<T> h2_, i2_, x2_, a2_, b2_, fq_, sq_, t_h_, u_h_, r1_, i1_, x1_, a1_, b1_, out_, t_d_, u_d_;
-  Tile<T> d_kv_, d_f_, d_read_, d_slope_, d_scaled_, d_made_, d_square_, d_r_, d_z_, r_t_;
+  Tile<T> h2_, i2_, x2_, a2_, b2_, fq_, sq_, t_h_, u_h_, h1_, i1_, x1_, a1_, b1_, out_, t_d_, u_d_;
+  Tile<T> d_kv_, d_f_, d_read_, d_slope_, d_scaled_, d_made_, d_r_, d_z_, r_t_;
   Tile<T> d_fq_, fq_t_;
-  Matrix second_, first_;
+  Matrix mem_w2_, mem_w1_;
   Tile<T> d_keep_, d_pull_, dd_t_, x_t_, d_x2_, d_x1_, d_out_, d_query_, d_x_key_, d_x_value_;
   T *gen_n_[4], *n_[5], *hat_n_[5], *fp_[5], *key_n_, *value_n_, *nq_, *sum_, *sum2_;
   Rates rate_, d_rate_;

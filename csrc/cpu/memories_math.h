@@ -6,7 +6,11 @@ struct Register {
   typedef T Vector __attribute__((vector_size(kBytes)));
 };
 
-// a b + c, in one instruction where the processor has it.
+// The gates of a head, in the order of Gates in deepopt/hope/memory.py.
+enum Gate { kEta, kAlpha, kErase, kDelta, kEraseRange, kDeltaRange };
+
+// a b + c. Float32 alone is fused into one instruction, where the processor has it (kFused); setup.py
+// forbids the compiler to fuse anything else.
 inline __attribute__((always_inline)) float multiply_add(float a, float b, float c) {
   if constexpr (kFused) return __builtin_fmaf(a, b, c);
   return a * b + c;

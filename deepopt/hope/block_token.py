@@ -84,7 +84,9 @@ float generator_floor, float memory_floor, float sharpness, float eps) -> Tensor
 def forward(
     block: HopeBlock, x: Tensor, state: BlockState | None, lengths: tuple[int, ...] | None
 ) -> tuple[Tensor, BlockState] | None:
-    """What `block` makes of x (batch, 1, dim), by the kernel; None where it must compute itself.
+    """The output of `block` for x (batch, 1, dim) and its state, by the kernel.
+
+    None if the modules must compute it.
 
     The modules' own weights are read. A module with hooks, a forward of its own or another class,
     as adapters, quantized and offloaded layers have, is not bypassed.
@@ -132,7 +134,9 @@ def forward(
 
 
 def _is_plain(block: HopeBlock, titans: Any) -> bool:
-    """Whether the block has the default form, and its modules do nothing but what they are for."""
+    """Whether the block has the default form, and no module is of another class, has hooks or has a
+    forward of its own, which the kernel would bypass.
+    """
     if type(titans) is not SelfModifyingTitans or torch.is_autocast_enabled("cpu"):
         return False
     config = titans.config
@@ -207,6 +211,7 @@ def block_token(given: Arguments) -> list[Tensor]:
     initial = Initial(None, None)
     if given.initial:
         initial = Initial(*(Weights(*given.initial[at : at + 2]) for at in (0, 2)))
+    # Chunks of 2 at position 1: the token lies in mid-chunk, so that the given anchors stay.
     form = Form(
         "l2", "delta", given.max_eta, given.max_erase, given.max_delta, False, 2, 2,
         given.generator_floor, given.memory_floor, given.sharpness,
@@ -214,7 +219,7 @@ def block_token(given: Arguments) -> list[Tensor]:
     answers, generators, memory = scan.self_modifying(
         Inputs(F.silu(key), F.silu(value), query), generators, memory, initial,
         Gates._make([*given.gates.unbind(-1), None]), form,
-        position=1,  # in mid-chunk: the anchors are given
+        position=1,
     )  # fmt: skip
     answers = F.rms_norm(answers.permute(0, 3, 1, 2), (d,), given.head_norm, given.eps).flatten(-2)
     x = x + F.linear(answers * F.silu(F.linear(normed, given.gate)), given.output)

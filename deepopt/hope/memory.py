@@ -57,7 +57,7 @@ Update = Literal["delta", "dgd", "gd"]
 
 
 class Form(NamedTuple):
-    """Which memories these are: what a layer's configuration says about their arithmetic.
+    """The arithmetic of the memories, as a layer's configuration sets it.
 
     Attributes:
         objective: inner objective, "l2" or "dot".
@@ -149,15 +149,15 @@ class MemoryState(NamedTuple):
         zeros = (torch.zeros_like(w2), torch.zeros_like(w1)) if momentum else (None, None)
         return cls(w2, w1, w2, w1, *zeros)
 
-    def anchored(self, valid: Tensor | None = None) -> MemoryState:
+    def anchored(self, moves: Tensor | None = None) -> MemoryState:
         """The same state with its anchor moved to the running weights (Eq 90).
 
         Args:
-            valid: (batch,), False for sequences whose anchor stays; None for none.
+            moves: (batch,), True for sequences whose anchor moves; None for all of them.
         """
-        if valid is None:
+        if moves is None:
             return self._replace(anchor_w2=self.w2, anchor_w1=self.w1)
-        moves = valid[:, None, None, None, None]
+        moves = moves[:, None, None, None, None]
         return self._replace(
             anchor_w2=torch.where(moves, self.w2, self.anchor_w2),
             anchor_w1=torch.where(moves, self.w1, self.anchor_w1),
@@ -268,6 +268,7 @@ def rates(
     third = alpha.shape[-2] // 3
     keep, erase, delta = alpha.split([alpha.shape[-2] - 2 * third, third, third], -2)
     retention = _pooled(keep) + gates.alpha[:, None]
+    # (1 + alpha) / 2: the bounds above are eta C <= half, beta <= 2 half and delta <= 2 half.
     half = (1 + torch.sigmoid(retention)) / 2
     eta_logit = eta if form.per_channel else _pooled(eta).unsqueeze(-2)
     eta = form.max_eta * half.unsqueeze(-2) * torch.sigmoid(eta_logit + gates.eta[:, None, None])

@@ -296,7 +296,7 @@ class Hope(nn.Module):
                     f"state is one of {type(block).__name__}, the blocks have "
                     f"{type(expected).__name__}: give the state of a model with the same mixer"
                 )
-            # Other sizes need not fail: without a momentum in the state, none would be computed.
+            # Another size may go unnoticed: a state without momentum would turn the momentum off.
             if (theirs := block.sizes) != ours:
                 name = next(name for name in ours if theirs[name] != ours[name])
                 raise ValueError(

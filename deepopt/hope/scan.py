@@ -109,7 +109,7 @@ def _chunk_weights(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None
     steps = torch.arange(count + 1, device=log_alpha.device)
     later = steps[1:, None] > steps  # column t knows nothing of a source j > t
     # Differences of logarithms before the exponential: a ratio of two tiny products stays exact.
-    written = _weights(log_b, later)
+    written = _ratios(log_b, later)
     kept, pulled = log_b.exp(), -torch.expm1(log_b)
     if theta is None:
         return _ChunkWeights(kept, pulled, written, None, None, None)
@@ -119,7 +119,7 @@ def _chunk_weights(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None
     )
     log_p = F.pad((log_theta * there).cumsum(-1), (1, 0))
     # Token i's gradient enters X_t through all the momenta S_j, i <= j <= t.
-    decayed = _weights(log_p, later)
+    decayed = _ratios(log_p, later)
     through = there.unsqueeze(-2) * decayed[..., 1:]
     first = there * log_p[..., 1:].exp()
     summed = (first.unsqueeze(-2) @ written).squeeze(-2)
@@ -127,7 +127,7 @@ def _chunk_weights(log_alpha: Tensor, theta: Tensor | None, valid: Tensor | None
     return _ChunkWeights(kept, pulled, written, summed, through @ written, momentum)
 
 
-def _weights(logs: Tensor, later: Tensor) -> Tensor:
+def _ratios(logs: Tensor, later: Tensor) -> Tensor:
     """exp(log b_t - log b_j) for sources j = 1..C at times t = 0..C, 0 for j > t."""
     return (logs[..., None, :] - logs[..., 1:, None]).masked_fill(later, -torch.inf).exp()
 

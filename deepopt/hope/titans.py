@@ -132,7 +132,7 @@ def turned(
     sharpness: float,
     lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The turns of `Turns`, of its linear maps `rates` (batch, 2 heads, tokens)."""
+    """What `Turns` computes from the outputs `rates` (batch, 2 heads, tokens) of its linear map."""
     amount, gate = rates.to(phase.dtype).chunk(2, 1)
     # The gate reaches 0 and 1. A token that is not counted must turn nothing at all, or the sum
     # would drift in texts longer than those trained on.
@@ -170,20 +170,20 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config = config
         dim, heads, d, hidden = config.dim, config.heads, config.head_dim, config.hidden
-        own = config.projections
-        self.key = nn.Linear(dim, dim, bias=False) if own else None
+        projected = config.projections
+        self.key = nn.Linear(dim, dim, bias=False) if projected else None
         self.key_conv = CausalConv(dim, config.conv_width)
-        self.value = nn.Linear(dim, dim, bias=False) if own else None
-        self.value_conv = CausalConv(dim, config.conv_width) if own else None
+        self.value = nn.Linear(dim, dim, bias=False) if projected else None
+        self.value_conv = CausalConv(dim, config.conv_width) if projected else None
         self.query = nn.Linear(dim, dim, bias=False)
         self.query_conv = CausalConv(dim, config.conv_width)
         # The other heads track states by erasing, which a phase in the same head would disturb.
         turning = (heads + 1) // 2 if config.turns else 0
         self.turns = Turns(dim, turning, config.form.sharpness) if turning else None
         self.generators = InitialWeights(heads, len(GENERATORS), d, config.projection_width, 1.0)
-        # In mem a unit key is long enough for the gelu to bend, so that its
-        # features have room for more pairs than d. It starts empty: a key that was not written
-        # recalls nothing.
+        # W2 of mem starts with orthonormal columns times sqrt(d). A unit key is then long enough
+        # for the gelu to bend, so that the features have room for more than d pairs. W1 starts at
+        # zero: a key that was not written recalls nothing.
         self.memory = InitialWeights(heads, 1, d, hidden, math.sqrt(d))
         nn.init.zeros_(self.memory.w1)
         # Eta and the erasure of W2 start small, and with them the drift of the features: what was
@@ -193,11 +193,11 @@ class SelfModifyingTitans(nn.Module):
         self.alpha_bias = nn.Parameter(torch.full((heads,), 7.0))
         exact = config.update == "delta"
         erases = (
-            config.update != "gd" and config.max_erase is not None and not (exact and not hidden)
+            config.update != "gd" and config.max_erase is not None and (hidden > 0 or not exact)
         )
         self.erase_bias = nn.Parameter(torch.zeros(heads)) if erases else None
         self.erase_range = nn.Parameter(torch.full((heads,), -7.0)) if erases else None
-        # Delta starts near 0.5 of its range of 2: from 1, recall is learned much later.
+        # Delta starts near 0.5, in a range up to 2. From 1, recall is learned much later.
         self.delta_bias = nn.Parameter(torch.full((heads,), -1.1)) if exact else None
         self.delta_range = nn.Parameter(torch.full((heads,), 7.0)) if exact else None
         self.theta_logit = nn.Parameter(torch.zeros(heads)) if config.momentum else None

@@ -50,8 +50,8 @@ OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png",
 MAX_GRAD_NORM = 1.0
 ASIDE = {"out", "data", "eval_every", "eval_windows", "save_every", "device", "resume", "overwrite",
          "quiet", "model"}  # fmt: skip
-"""Fields of `TrainConfig` that do not decide what is trained, with `data`, which counts by its
-digest, and `model`, whose fields count one by one."""
+"""Fields of `TrainConfig` that `trajectory` leaves out. Most do not change what is trained. `data`
+and `model` do: `trajectory` has the digest of the data and every field of the model instead."""
 
 
 @documented
@@ -95,7 +95,7 @@ class TrainConfig:
     steps: int = field(
         default=800,
         metadata=about(
-            "optimizer steps, with --resume more than before to extend the run",
+            "optimizer steps; with --resume, a larger number extends the run",
             "The learning rate then goes on as in a run that had this many steps from the start.",
         ),
     )
@@ -139,7 +139,7 @@ class TrainConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """The steps of warm-up, also where they follow the number of steps."""
+        """The steps of warm-up; a sixteenth of all steps if `warmup` is None."""
         return self.steps // 16 if self.warmup is None else self.warmup
 
     @property

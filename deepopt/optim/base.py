@@ -91,7 +91,7 @@ class MemoryOptimizer(Optimizer):
     """Which arguments are numbers and flags: those of AdamW, and those that the annotations of a
     subclass's constructor add."""
     _transforms_gradients: ClassVar[bool] = False
-    """Whether a step calls :meth:`_transform_gradients`; all others save the call."""
+    """Whether a step calls :meth:`_transform_gradients`. False saves the call."""
     _unscheduled: ClassVar[frozenset[str]] = frozenset()
     """Arguments that no scheduler changes. When one changes, all checks of the class run again;
     when a scheduled one changes, only those of the base class do."""
@@ -302,7 +302,14 @@ class MemoryOptimizer(Optimizer):
     def _buckets(
         self, group: Group, grads: list[Tensor | None], transform_gradients: bool = False
     ) -> list[Bucket]:
-        """The parameters of a group that have gradients, in the buckets of one call each."""
+        """The parameters of a group that have gradients, in the buckets of one call each.
+
+        Args:
+            group: the group.
+            grads: a gradient, or None, for each of its parameters.
+            transform_gradients: False for ``functional``, whose parameters are copies: what a
+                subclass has recorded belongs to the originals.
+        """
         # By identity: `==` may raise for a user's objects, or wait for a device.
         values, checked = list(group.values()), self._checked_values.get(id(group), [])
         if len(values) != len(checked):
@@ -427,7 +434,7 @@ class MemoryOptimizer(Optimizer):
         layout = (*kind.sides, kind.state_dtype)
         if layout not in keys:  # init has not run yet: after a checkpoint, or with new parts
             like = torch.empty(1, *kind.sides, dtype=kind.state_dtype, device="meta")
-            _init(bucket.parts, like)
+            _init(bucket.parts, like)  # for its record in `keys`
         return keys[layout]
 
     def _expected_state(
@@ -630,7 +637,10 @@ class _RecordingGroup(dict[str, Any]):
 
 
 def _init(parts: Parts, like: Tensor) -> State:
-    """State for matrices ``like``, shape (B, m, n): tensors with leading size B."""
+    """State for matrices ``like``, shape (B, m, n): tensors with leading size B.
+
+    ``parts.keys`` also gets what one matrix's state looks like.
+    """
     state = dict(parts.memory.init(like))
     map_state = parts.output_map.init(like)
     if clashes := state.keys() & {*RESERVED_KEYS, *map_state}:

@@ -127,7 +127,7 @@ class Continuum(Optimizer):
             "lifetime": lifetime,
         }
         defaults |= {"pending_steps": 0, "pending_tokens": 0, "lived_tokens": 0}
-        for group in ({}, *optimizer.param_groups):
+        for group in ({}, *optimizer.param_groups):  # {}: the arguments themselves
             _check({**defaults, **group})
         self.optimizer = optimizer
         self.pending: dict[Tensor, Tensor] = {}
@@ -227,7 +227,7 @@ class Continuum(Optimizer):
                 counts.append((group, 0 if ends else count, tokens % group["chunk"]))
                 if ends:
                     due.append(group)
-                if ends and count == 1:
+                if ends and count == 1:  # a chunk of one step: .grad is taken as it is
                     continue
                 for param in group["params"]:
                     total = _plus(pending.pop(param, None), param, group)
@@ -245,7 +245,7 @@ class Continuum(Optimizer):
     def _age(self, group: Group) -> None:
         """Count a step's tokens, and reset the parameters when their lifetime is over.
 
-        The pending gradients go too: the old values had them.
+        The pending gradients are dropped too, because they were taken at the old values.
         """
         lived = group["lived_tokens"] + group["tokens"]
         group["lived_tokens"] = lived % group["lifetime"]

@@ -1,4 +1,7 @@
-"""How a batched step is carried out; nothing here knows what the step computes."""
+"""How a batched step is carried out: buckets, sharding, rounding, and the AdamW path.
+
+Nothing here knows how a memory is written or read.
+"""
 
 from typing import Any, TypeAlias
 

@@ -51,10 +51,10 @@ def init(param: Tensor, group: dict[str, Any]) -> State:
 def step(bucket: "Bucket", states: list[State], found_inf: Tensor | None = None) -> None:
     """One step of AdamW; if ``found_inf`` is 1, nothing changes.
 
-    If the group sets ``foreach``, torch's implementation runs, with torch's bits if the state has
-    the parameter's dtype. Otherwise the kernel runs, for tensors of any strides. It has the bits of
+    The kernel runs where `_has_kernel` says so, for tensors of any strides. It has the bits of
     torch's fused AdamW, except for the second moments beyond the last whole vector. Narrower
-    parameters are stepped in float32 and rounded once.
+    parameters are stepped in float32 and rounded once. Elsewhere torch's implementation runs, with
+    torch's bits if the state has the parameter's dtype.
     """
     params, grads, group = bucket.params, bucket.grads, bucket.group
     fused = bool(group["fused"])

@@ -32,7 +32,8 @@ ENTRIES_AT_ONCE = 2**19
 
 A single larger matrix still goes alone. The temporaries of a call are then small enough that the
 allocator keeps them for the next one. It returns larger ones to the system, and touching fresh
-memory can cost more than the arithmetic.
+memory can cost more than the arithmetic. On every device this also bounds the updates that a batch
+holds at once.
 """
 PLAIN = {Tensor, torch.nn.Parameter}
 """Types of parameters that kernels can write to."""
@@ -130,7 +131,8 @@ class SortedGroup(NamedTuple):
     """Indices of the parameters of each kind."""
     state_dtypes: list[torch.dtype]
     reusable: bool
-    """False for DTensors: none of the attributes above shows that one has been redistributed."""
+    """False if there are DTensors on the matrix or stack path: none of the attributes above shows
+    that one has been redistributed."""
 
     @classmethod
     def of(
@@ -146,7 +148,8 @@ class SortedGroup(NamedTuple):
         types, shapes = list(map(type, params)), list(map(SHAPE, params))
         dtypes, devices = list(map(DTYPE, params)), list(map(DEVICE, params))
         addresses, strides = _addresses(params), list(map(Tensor.stride, params))
-        # map() in the last line stops at the shorter list; equal shapes rule out that there is one.
+        # map() in the last line would stop at the shorter list, but the shapes before it are equal,
+        # so that both lists are equally long.
         same = (
             previous is not None
             and previous.addresses == addresses

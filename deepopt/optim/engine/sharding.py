@@ -31,7 +31,8 @@ Box: TypeAlias = tuple[tuple[int, int], ...]
 _GRAD = ""
 """The gradient's key, and its update's, beside those of the state."""
 ROUND_BYTES = 1 << 26
-"""Whole gradients that an owner gets in one round; larger matrices come one by one."""
+"""Upper bound on the bytes of whole gradients that an owner gets in one round. A single larger
+matrix still goes alone."""
 ROUNDS_AHEAD = 2
 """Rounds that travel while one is computed."""
 
@@ -99,7 +100,10 @@ def sharded_along(placement: Any) -> int | None:
 
 
 def has_to_send(layout: Layout, position: int, owner: int) -> bool:
-    """Whether ``position`` sends its piece to the owner: of several replicas, the owner's own."""
+    """Whether ``position`` sends its piece to the owner.
+
+    Where the tensor is replicated, only the replica with the owner's coordinate does.
+    """
     all_coordinates = coordinates(layout.mesh)
     return all(
         mine == owners or sharded_along(placement) is not None
@@ -320,7 +324,8 @@ def _process_group(mesh: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _subgroup(ranks: tuple[int, ...], world: Any) -> Any:
-    # The other ranks may have no parameter on this mesh, and do not call this.
+    # The other ranks may have no parameter on this mesh, and do not call this. `world` is part of
+    # the cache's key: a process group that is made anew needs a subgroup of its own.
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
