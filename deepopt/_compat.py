@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
@@ -39,7 +41,9 @@ __all__ = [
     "count_function_modes",
     "disable_dynamo",
     "graph_capture_health_check",
+    "has_global_hook",
     "has_kernel",
+    "in_forward_ad",
     "inside_transform",
     "is_distributed",
     "multiplies_bfloat16_faster",
@@ -63,9 +67,14 @@ def constant_to_compile(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
+def in_forward_ad() -> bool:
+    """Whether tensors may have tangents. ``torch.no_grad`` does not switch these off."""
+    return forward_ad._current_level >= 0
+
+
 def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform, such as vmap or grad, is looking at operators."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a ``torch.func`` transform or forward-mode AD is looking at operators."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or in_forward_ad()
 
 
 def is_distributed(tensor: Tensor) -> bool:

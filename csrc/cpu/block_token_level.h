@@ -144,9 +144,9 @@ void recall(T* out, Head<T>& to, const T* w2, const T* w1, const Memory<T>& m, c
   each(m.d, [=](int64_t j) { out[j] += x[j]; });
 }
 
-// Writes the token into one memory. `delta` is below 0 in those that generate.
+// Writes the token into one memory. `delta` is null in those that generate.
 template <class T>
-void write(Head<T>& to, const Memory<T>& m, T eta, T erase, T delta, T kept, T pulled) {
+void write(Head<T>& to, const Memory<T>& m, T eta, T erase, const T* delta, T kept, T pulled) {
   const int64_t d = m.d, n = m.hidden;
   recall(to.hat, to, m.anchor_w2, m.anchor_w1, m, to.value);
   unit(to.hat, to.hat, d);
@@ -169,10 +169,10 @@ void write(Head<T>& to, const Memory<T>& m, T eta, T erase, T delta, T kept, T p
     move_row(m.to_w2 + at, m.w2 + at, m.initial_w2 ? m.initial_w2 + at : nullptr, kept, pulled,
              -slope[i] - erase * seen[i], key, d);
   }
-  if (delta >= 0) times(seen, m.w1, d, n, f);
+  if (delta) times(seen, m.w1, d, n, f);
   for (int64_t i = 0; i < d; ++i) {
     const int64_t at = i * n;
-    const T wrote = delta >= 0 ? delta * (value[i] - key[i] - seen[i]) : -error[i];
+    const T wrote = delta ? *delta * (value[i] - key[i] - seen[i]) : -error[i];
     move_row(m.to_w1 + at, m.w1 + at, m.initial_w1 ? m.initial_w1 + at : nullptr, kept, pulled, wrote,
              f, n);
   }
@@ -198,13 +198,13 @@ void attend(T* out, Head<T>& to, const Memory<T>* memories, const T* x_key, cons
   const T eta = T(form.max_eta) * half * sigmoid(pooled(to.made + 2 * d, d) + gates[kEta]);
   const auto share = [&](const T* channels, T bias, T range) {
     const T open = sigmoid(sharpness * pooled(channels, third) + bias);
-    return half * std::min(T(1), T(1.1) * sigmoid(range) * open);
+    return half * at_most_1(T(1.1) * sigmoid(range) * open);
   };
   const T erase = T(form.max_erase) * share(alpha + keep, gates[kErase], gates[kEraseRange]);
   const T delta = T(form.max_delta) * share(alpha + keep + third, gates[kDelta], gates[kDeltaRange]);
   const T pulled = sigmoid(-retention);
-  for (int g = 0; g < 4; ++g) write(to, memories[g], eta, eta, T(-1), kept, pulled);
-  write(to, mem, eta, erase, delta, kept, pulled);
+  for (int g = 0; g < 4; ++g) write(to, memories[g], eta, eta, static_cast<const T*>(nullptr), kept, pulled);
+  write(to, mem, eta, erase, &delta, kept, pulled);
 }
 
 // A causal convolution of one channel for one token, which moves on the channel's tail.

@@ -365,7 +365,7 @@
       d_gates[kEta] += eta[j];
       const auto share_back = [&](T& d, T most, T share, T sig, int bias, int range) {
         const T part = T(1.1) * share * sig;
-        d_half += most * std::min(T(1), part) * d;
+        d_half += most * at_most_1(part) * d;
         d = part > 1 ? T(0) : most * half * part * d;
         d_gates[range] += d * (T(1) - share);
         d *= T(1) - sig;

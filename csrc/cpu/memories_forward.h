@@ -81,8 +81,8 @@
       sig_delta_[j] = sigmoid(T(form_.sharpness) * sig_delta_[j] + gates_[kDelta]);
       const T half = there ? (T(1) + sig_keep_[j]) / 2 : T(0);
       rate_.eta[j] = form_.max_eta * half * sig_eta_[j];
-      rate_.erase[j] = form_.max_erase * half * std::min(T(1), erase_range * sig_erase_[j]);
-      rate_.delta[j] = form_.max_delta * half * std::min(T(1), delta_range * sig_delta_[j]);
+      rate_.erase[j] = form_.max_erase * half * at_most_1(erase_range * sig_erase_[j]);
+      rate_.delta[j] = form_.max_delta * half * at_most_1(delta_range * sig_delta_[j]);
       log_b[j + 1] = log_b[j] + (there ? log_sigmoid(retention) : T(0));
       rate_.kept[j] = there ? std::exp(log_b[j]) : T(0);
       rate_.pulled[j] = there ? -std::expm1(log_b[j]) : T(0);

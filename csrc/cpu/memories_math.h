@@ -104,6 +104,11 @@ template <class T>
 T sigmoid(T x) {
   return T(1) / (T(1) + std::exp(-x));
 }
+// As torch's clamp: not a number stays what it is.
+template <class T>
+T at_most_1(T x) {
+  return x > T(1) ? T(1) : x;
+}
 template <class T>
 T log_sigmoid(T x) {
   return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));

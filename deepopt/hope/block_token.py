@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepopt._compat import has_global_hook, in_forward_ad
 from deepopt.hope import scan
+from deepopt.hope.cms import CMS, CMSLevel
 from deepopt.hope.memory import Form, Gates, Initial, Inputs, MemoryState, Weights, unit
 from deepopt.hope.state import BlockState, TitansState
-from deepopt.hope.titans import SelfModifyingTitans, convolved, turned
+from deepopt.hope.titans import CausalConv, SelfModifyingTitans, Turns, convolved, turned
 from deepopt.ops.operator import operator
 
 if TYPE_CHECKING:
@@ -91,21 +93,21 @@ def forward(
     The modules' own weights are read. A module with hooks, a forward of its own or another class,
     as adapters, quantized and offloaded layers have, is not bypassed.
     """
-    if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None:
+    if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None or in_forward_ad():
         return None
     if torch.compiler.is_compiling():  # a graph would hold for one position of a chunk alone
         return None
     if not isinstance(state, TitansState) or len(set(state.positions)) > 1:
         return None
-    titans = block.mixer
-    if not _is_plain(block, titans):
+    if not _is_plain(block):
         return None
+    titans = block.mixer
     config, form, position = titans.config, titans.config.form, state.positions[0]
     generators, memory = state.generators, state.memory
     if position % config.projection_chunk == 0:
-        generators = generators.anchored()
+        generators = generators.anchored().owned()
     if position % config.memory_chunk == 0:
-        memory = memory.anchored()
+        memory = memory.anchored().owned()
     levels: Any = block.cms.levels
     pulled = config.retention == "initial"
     given = Arguments(
@@ -133,38 +135,63 @@ def forward(
     )
 
 
-def _is_plain(block: HopeBlock, titans: Any) -> bool:
-    """Whether the block has the default form, and no module is of another class, has hooks or has a
-    forward of its own, which the kernel would bypass.
+METHODS: dict[type, dict[str, Any]] = {
+    known: {name: value for name, value in vars(known).items() if callable(value)}
+    for known in (nn.Linear, nn.RMSNorm, CausalConv, Turns, SelfModifyingTitans, CMS, CMSLevel)
+}
+"""The classes that the kernel stands for, and their methods."""
+
+
+def _is_plain(block: HopeBlock) -> bool:
+    """Whether the kernel computes what the block's modules would.
+
+    The block has the default form, and each module is of the very class that belongs there, without
+    hooks and without a method that somebody has replaced.
     """
-    if type(titans) is not SelfModifyingTitans or torch.is_autocast_enabled("cpu"):
+    titans, cms = block.mixer, block.cms
+    if type(titans) is not SelfModifyingTitans or type(cms) is not CMS:
         return False
-    config = titans.config
+    config, turns, levels = titans.config, titans.turns, list(cms.levels)
     if (
         not config.form.has_kernel
         or config.momentum
-        or not config.projections
         or not config.hidden
         or not config.projection_width
-        or config.cms_variant != "sequential"
+        or cms.weights is not None
+        or torch.is_autocast_enabled("cpu")
+        or has_global_hook()
+        or not all(type(level) is CMSLevel and level.up_change is None for level in levels)
+        or (turns is not None and turns.sharpness != config.form.sharpness)
     ):
         return False
-    levels: Any = block.cms.levels
+    parts: Any = levels  # which the type checker knows as modules
     linear = [titans.key, titans.value, titans.query, titans.gate, titans.output]
-    linear += [layer for level in levels for layer in (level.up, level.down)]
-    norms = [block.norm, titans.norm, *(level.norm for level in levels)]
-    others = [titans, titans.key_conv, titans.value_conv, titans.query_conv, block.cms, *levels]
-    if titans.turns is not None:
-        linear.append(titans.turns.rates)
-        others.append(titans.turns)
+    linear += [layer for level in parts for layer in (level.up, level.down)]
+    linear += [] if turns is None else [turns.rates]
+    norms = [block.norm, titans.norm, *(level.norm for level in parts)]
     return (
         all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
-        and all(type(norm) is nn.RMSNorm and norm.eps is None for norm in norms)
-        and not any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            for module in (*linear, *norms, *others)
+        and all(type(x) is nn.RMSNorm and x.eps is None and x.weight is not None for x in norms)
+        and all(
+            type(conv) is CausalConv
+            for conv in (titans.key_conv, titans.value_conv, titans.query_conv)
         )
-    )
+        and (turns is None or type(turns) is Turns)
+        and all(
+            vars(known).get(name) is method
+            for known, methods in METHODS.items()
+            for name, method in methods.items()
+        )
+        and not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or not vars(module).keys().isdisjoint(METHODS[type(module)])
+            for module in (
+                titans, cms, *linear, *norms, *levels, *([] if turns is None else [turns]),
+                titans.key_conv, titans.value_conv, titans.query_conv,
+            )
+        )
+    )  # fmt: skip
 
 
 def _supports(given: Arguments) -> bool:

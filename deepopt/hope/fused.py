@@ -143,9 +143,11 @@ def self_modifying(
             out, *ends, _ = memories(keep, arguments)
             first, last = (MemoryState._make([*x, None, None]) for x in (ends[:4], ends[4:]))
             return out, first, last
-    return scan.self_modifying(
+    out, generators, memory = scan.self_modifying(
         inputs, generators, memory, initial, gates, form, position=position, valid=valid
     )
+    # The anchors of a first chunk are the model's own weights, which training changes in place.
+    return out, generators.owned(), memory.owned()
 
 
 def _weights(w2: Tensor | None, w1: Tensor | None) -> Weights | None:

@@ -163,6 +163,10 @@ class MemoryState(NamedTuple):
             anchor_w1=torch.where(moves, self.w1, self.anchor_w1),
         )
 
+    def owned(self) -> MemoryState:
+        """The same state with anchors of its own, not those of the model or of another state."""
+        return self._replace(anchor_w2=self.anchor_w2.clone(), anchor_w1=self.anchor_w1.clone())
+
 
 class Gates(NamedTuple):
     """Parameters that turn generated channels into the rates of a head; shapes (heads,).

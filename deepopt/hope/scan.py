@@ -348,14 +348,23 @@ class _TimesGeluSlope(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, h = ctx.saved_tensors
-        square = h * h
-        # gelu''(h) = (2 - h^2) exp(-h^2 / 2) / sqrt(2 pi)
-        bend = torch.exp(square * -0.5) * (square - 2.0) * (-1 / math.sqrt(2 * math.pi))
-        return _times_gelu_slope(grad, h), bend * grad * x
+        return _times_gelu_slope(grad, h), _gelu_bend(h) * grad * x
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor, d_h: Tensor) -> Tensor:
+        x, h = ctx.saved_tensors
+        return _times_gelu_slope(d_x, h) + _gelu_bend(h) * x * d_h
+
+
+def _gelu_bend(h: Tensor) -> Tensor:
+    """gelu''(h) = (2 - h^2) exp(-h^2 / 2) / sqrt(2 pi)"""
+    square = h * h
+    return torch.exp(square * -0.5) * (square - 2.0) * (-1 / math.sqrt(2 * math.pi))
 
 
 def _times_gelu_slope(x: Tensor, h: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 
-from deepopt.hope import Hope, HopeConfig, block_token
+from deepopt.hope import Hope, HopeConfig, block_token, titans
+from deepopt.hope.block import HopeBlock
+from deepopt.hope.cms import CMS, CMSLevel
 from deepopt.hope.model import HopeOutput
 from deepopt.ops import backend
 from deepopt.ops.operator import UNAVAILABLE
@@ -92,6 +97,47 @@ def test_a_state_can_be_used_twice() -> None:
     assert torch.equal(first, second)
 
 
+def tensors_of(state: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update": "gd"}, {"memory_hidden": 0}, {"momentum": True}], ids=str
+)
+def test_a_state_stays_what_it_is_when_weights_change(options: dict[str, Any]) -> None:
+    made = model(memory_chunk=3, projection_chunk=5, **options)
+    weights = {name: x.clone() for name, x in made.state_dict().items()}
+    state = None
+    with torch.no_grad():
+        for token in torch.randint(11, (1, 7)).split(1, 1):
+            state = made(token, state=state).state
+            kept = [x.clone() for x in tensors_of(state)]
+            for param in made.parameters():
+                param.add_(1.0)
+            assert all(map(torch.equal, tensors_of(state), kept))
+            made.load_state_dict(weights)
+    tokens = torch.randint(11, (1, 4))
+    for _ in range(2):
+        made(tokens, tokens, state).loss.backward()
+        torch.optim.SGD(made.parameters(), 0.01).step()
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_state_can_be_kept_in_buffers_that_are_filled_in_place() -> None:
+    made, tokens = model(memory_chunk=3, projection_chunk=5), torch.randint(11, (1, 12))
+    expected, _ = decoded(made, tokens)
+    state, logits = made(tokens[:, :1]).state, []
+    for token in tokens[:, 1:].split(1, 1):
+        out = made(token, state=state)
+        logits.append(out.logits)
+        state = tree_map(
+            lambda buffer, new: buffer.copy_(new) if isinstance(new, Tensor) else new,
+            state, out.state,
+        )  # fmt: skip
+    torch.testing.assert_close(torch.cat(logits, 1), expected[:, 1:], rtol=1e-12, atol=1e-12)
+
+
 class Doubled(nn.Linear):
     """An adapter of the simplest kind."""
 
@@ -118,6 +164,117 @@ def test_adapters_and_hooks_are_not_bypassed(calls: list[Any]) -> None:
     assert torch.equal(*outputs[:2])
     assert torch.equal(*outputs[1:])
     assert not torch.allclose(outputs[0], decoded(model(), tokens)[0])
+
+
+class TwiceTheLevel(CMSLevel):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 2 * self.branch(x)
+
+
+class NegatedConv(titans.CausalConv):
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        out, tail = super().forward(*args)
+        return -out, tail
+
+
+def with_class(module: nn.Module, other: type) -> None:
+    module.__class__ = other
+
+
+def levels_side_by_side(block: HopeBlock) -> None:
+    block.cms = CMS(24, 48, (8, 16), "independent").double()
+
+
+def without_levels(block: HopeBlock) -> None:
+    block.cms = nn.Identity()  # type: ignore[assignment]
+
+
+def without_a_level(block: HopeBlock) -> None:
+    block.cms.levels[1] = nn.Identity()
+
+
+def without_a_norms_weight(block: HopeBlock) -> None:
+    block.norm = nn.RMSNorm(24, elementwise_affine=False)
+
+
+def another_branch(block: HopeBlock) -> None:
+    level: Any = block.cms.levels[0]
+    level.branch = lambda x: 0.5 * x
+
+
+def blunt_turns(block: HopeBlock) -> None:
+    block.mixer.turns.sharpness = 1.0
+
+
+CHANGES: dict[str, Callable[[HopeBlock], None]] = {
+    "a level of another class": lambda b: with_class(b.cms.levels[0], TwiceTheLevel),
+    "a convolution of another class": lambda b: with_class(b.mixer.key_conv, NegatedConv),
+    "levels side by side": levels_side_by_side,
+    "no levels": without_levels,
+    "one level less": without_a_level,
+    "a norm without a weight": without_a_norms_weight,
+    "another method of a level": another_branch,
+    "blunt turns": blunt_turns,
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_what_has_been_replaced_is_not_bypassed(
+    change: Callable[[HopeBlock], None], calls: list[Any]
+) -> None:
+    made, tokens = model(), torch.randint(11, (1, 3))
+    for block in made.blocks:
+        change(block)
+    logits, _ = decoded(made, tokens)
+    assert not calls
+    torch.testing.assert_close(logits, made(tokens).logits, rtol=1e-10, atol=1e-11)
+
+
+@needs_kernel
+@torch.no_grad()
+def test_methods_replaced_on_a_class_and_global_hooks_are_not_bypassed(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, tokens = model(), torch.randint(11, (1, 3))
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    decoded(made, tokens)
+    hook.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: -(x @ self.weight.mT))
+        decoded(made, tokens)
+    assert not calls
+    decoded(made, tokens)
+    assert calls
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own decompositions
+@torch.no_grad()
+def test_tangents_pass_through_a_decoded_token() -> None:
+    block = model().blocks[0]
+    state = block.mixer.initial_state(2)
+    x, tangent = torch.randn(2, 2, 1, 24, dtype=torch.float64)
+
+    def answer(x: Tensor) -> Tensor:
+        _, after = block(x, state)
+        return block(x, after)[0]
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(answer(forward_ad.make_dual(x, tangent))).tangent
+    step = 1e-6 * tangent
+    expected = (answer(x + step) - answer(x - step)) / 2e-6
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gate", ["eta", "alpha", "erase", "delta"])
+@torch.no_grad()
+def test_a_gate_that_is_not_a_number_shows(gate: str) -> None:
+    made, tokens = model(), torch.randint(11, (1, 6))
+    for block in made.blocks:
+        getattr(block.mixer, f"{gate}_bias").fill_(torch.nan)
+    for logits in (decoded(made, tokens)[0], made(tokens).logits):
+        assert not logits[:, 2:].isfinite().any()
 
 
 @needs_kernel
