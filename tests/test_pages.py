@@ -95,7 +95,7 @@ ASSUMED = {
 }
 ELSEWHERE = {  # where more is asked of them
     "README.md": "tests/test_project.py",
-    "docs/routing.md": "tests/routing/test_routing.py",
+    "docs/routing.md": "tests/routing/test_groups.py",
     "docs/your_workload.md": "tests/benchmarks/quality/test_workloads.py",
 }
 NEEDS = {
