@@ -12,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-pytest.register_assert_rewrite("tests.optim.contract.helpers")  # for the messages of its asserts
+# For the messages of their asserts.
+pytest.register_assert_rewrite("tests.hope.runs", "tests.optim.contract.helpers")
 
 torch.set_num_threads(1)
 
