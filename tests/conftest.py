@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 # For the messages of their asserts.
-pytest.register_assert_rewrite("tests.hope.runs", "tests.optim.contract.helpers")
+pytest.register_assert_rewrite(
+    "tests.hope.runs", "tests.ops.comparison", "tests.optim.contract.helpers"
+)
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from deepopt.ops import polar_express
 from deepopt.ops.operator import OPERATORS
 from deepopt.ops.products import multiplies_bfloat16
-from tests.ops.test_parity import TABLE, Shape, run
+from tests.ops.comparison import run
+from tests.ops.parity import TABLE, Shape
 
 
 def given(*sizes: int) -> dict[str, list[Any]]:

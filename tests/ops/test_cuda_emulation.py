@@ -1,7 +1,6 @@
 """The CUDA operators, run on the CPU: kernels and launchers as they are, threads taken in turns."""
 
 import ctypes
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -12,20 +11,10 @@ import torch
 from hypothesis import given, settings
 
 from deepopt.ops.operator import OPERATORS, UNAVAILABLE, Implementation, backend
+from tests.ops import comparison, parity
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
-
-
-def parity():
-    """The table of test_parity.py, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location("parity_table", HERE / "test_parity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table = parity()
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +68,11 @@ def in_place_of_cpu(library, monkeypatch):
 @pytest.mark.parametrize("name", EMULATED)
 def test_errors_are_those_of_the_arithmetic(in_place_of_cpu, name):
     @settings(derandomize=True, deadline=None, max_examples=40, database=None)
-    @given(shape=table.drawn)
+    @given(shape=parity.drawn)
     def check(shape):
-        if not table.TABLE[name].empty and 0 in shape.sizes[1:]:
+        if not parity.TABLE[name].empty and 0 in shape.sizes[1:]:
             shape.sizes = (2, 1, 1)
-        table.check(name, "cpu", shape)
+        comparison.check(name, "cpu", shape)
 
     check()
 
@@ -93,20 +82,20 @@ def test_errors_are_those_of_the_arithmetic(in_place_of_cpu, name):
 def test_a_stack_beyond_one_block_and_pointers_off_16_bytes(in_place_of_cpu, name, entry):
     """More than a chunk of each kernel; the lists' other tensors begin at odd places."""
     dtype = (torch.float32, torch.bfloat16)[entry]
-    table.check(name, "cpu", table.Shape(sizes=(2, 130, 301 + entry), dtype=dtype, terms=2))
+    comparison.check(name, "cpu", parity.Shape(sizes=(2, 130, 301 + entry), dtype=dtype, terms=2))
 
 
 @pytest.mark.parametrize("name", EMULATED)
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(library, in_place_of_cpu, name):
-    arguments = table.TABLE[name].arguments(table.Shape(sizes=(3, 33, 401)))
-    first = table.run(name, "cpu", arguments)
+    arguments = parity.TABLE[name].arguments(parity.Shape(sizes=(3, 33, 401)))
+    first = comparison.run(name, "cpu", arguments)
     library.deepopt_turn_around()
-    again = table.run(name, "cpu", arguments)
+    again = comparison.run(name, "cpu", arguments)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
 def test_momenta_that_begin_off_16_bytes_are_written_alike(library):
-    given = table.TABLE["multi_scale_write"].arguments(table.Shape(sizes=(2, 4, 8)))
+    given = parity.TABLE["multi_scale_write"].arguments(parity.Shape(sizes=(2, 4, 8)))
     off = torch.cat([torch.zeros(1), given[2].reshape(-1)])[1:].view(2, 4, 8)
     assert off.data_ptr() % 16
     results = [emulated("multi_scale_write")(*given[:2], g, *given[3:]) for g in (given[2], off)]
@@ -132,7 +121,7 @@ def both(library, lists, *rest, steps="device"):
     """The lists after the emulated kernels, after the CPU's, and the number of launches."""
     if "cpu" in UNAVAILABLE:
         pytest.skip(UNAVAILABLE["cpu"])
-    ours, theirs = table.mapped(lists, torch.clone), table.mapped(lists, torch.clone)
+    ours, theirs = parity.mapped(lists, torch.clone), parity.mapped(lists, torch.clone)
     before = library.deepopt_launches()
     for step in ours[4] if steps == "host" else []:
         library.deepopt_on_host(ctypes.c_void_p(step.data_ptr()))
@@ -154,7 +143,7 @@ def test_adamw_has_the_bits_of_the_cpu_and_few_launches(library, dtype, steps):
     sizes = [*range(290), 16383, 16384, 16385, 40000]
     lists = adamw_lists([torch.randn(size).to(dtype) for size in sizes])
     ours, theirs, launches = both(library, lists, [], [], *RATES, steps=steps)
-    for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
+    for mine, other in zip(parity.tensors(ours), parity.tensors(theirs), strict=True):
         assert torch.equal(mine, other)
     assert launches == (7 if dtype == torch.float64 else 6) + (steps == "device")
 
@@ -162,11 +151,11 @@ def test_adamw_has_the_bits_of_the_cpu_and_few_launches(library, dtype, steps):
 @pytest.mark.parametrize("rounding", ["stochastic", "exact"])
 @pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
 def test_bfloat16_is_rounded_to_the_bits_of_the_cpu(library, rounding, layout):
-    shape = table.Shape(sizes=(2, 65, 301), dtype=torch.bfloat16, rounding=rounding, layout=layout)
+    shape = parity.Shape(sizes=(2, 65, 301), dtype=torch.bfloat16, rounding=rounding, layout=layout)
     lists = adamw_lists([shape.matrices(torch.bfloat16), torch.randn(77).bfloat16()])
-    lows, seeds = table.rounding_arguments(shape, lists[0])
+    lows, seeds = parity.rounding_arguments(shape, lists[0])
     ours, theirs, _ = both(library, [*lists, lows], seeds, *RATES)
-    for mine, other in zip(table.tensors(ours), table.tensors(theirs), strict=True):
+    for mine, other in zip(parity.tensors(ours), parity.tensors(theirs), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -187,10 +176,10 @@ def test_more_terms_than_a_launch_takes(library):
 
 def test_more_units_than_shared_memory_takes(in_place_of_cpu):
     """Weights come in groups of 64 units."""
-    shape = table.Shape(sizes=(2, 5, 40), terms=2)
+    shape = parity.Shape(sizes=(2, 5, 40), terms=2)
     for name in ("coordinate_mlp", "coordinate_mlp_gradient"):
-        arguments = table.TABLE[name].arguments(shape)
+        arguments = parity.TABLE[name].arguments(shape)
         arguments[4] = 0.1 * shape.normal(2, 70, 3)
-        double = table.in_double(name, arguments)
+        double = comparison.in_double(name, arguments)
         exact = OPERATORS[name].reference(*double)
         assert torch.allclose(emulated(name)(*arguments).double(), exact, rtol=1e-4, atol=1e-6)
