@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deepopt.hope import fused
-from deepopt.ops.triton.memories import fits, memories, memories_gradient
+from deepopt.ops.triton.memories import fits, memories
+from deepopt.ops.triton.memories_gradient import memories_gradient
 from tests.hope import test_memory
 from tests.hope.test_fused import arguments
 from tests.triton import interpreter  # noqa: F401  # as the other kernels are run

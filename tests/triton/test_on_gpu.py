@@ -22,7 +22,8 @@ from deepopt.ops.triton import (
     split_product,
     symmetric_product,
 )
-from deepopt.ops.triton.memories import memories, memories_gradient
+from deepopt.ops.triton.memories import memories
+from deepopt.ops.triton.memories_gradient import memories_gradient
 from tests.gpu import captured, no_waiting
 
 reference = deepopt.ops.newton_schulz.reference
