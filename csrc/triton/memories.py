@@ -72,6 +72,12 @@ def sigmoid(x):
 
 
 @triton.jit
+def at_most_1(x):
+    """As torch's clamp: not a number stays what it is."""
+    return tl.where(x > 1.0, 1.0, x)
+
+
+@triton.jit
 def features(h, floor):
     """f = n gelu(h), with the slopes of the gelu, and n."""
     share = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
@@ -339,8 +345,8 @@ def memories_kernel(
         )
         half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
         eta = max_eta * half * sig_eta
-        erase = max_erase * half * tl.minimum(1.0, most_erase * sig_erase)
-        delta = max_delta * half * tl.minimum(1.0, most_delta * sig_delta)
+        erase = max_erase * half * at_most_1(most_erase * sig_erase)
+        delta = max_delta * half * at_most_1(most_delta * sig_delta)
         kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
         similarity = decay * product(tl.trans(key), key)
 

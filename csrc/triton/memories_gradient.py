@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deepopt.ops.triton.memories import (
     anchor_of,
+    at_most_1,
     carried,
     channels,
     expm1,
@@ -163,7 +164,7 @@ def share_back(d, most, share, sig):
     """The gradients of half, of the logit and of the range's logit in most half min(1, part)."""
     part = 1.1 * share * sig
     inside = tl.where(part > 1.0, 0.0, most * part * d)
-    return most * tl.minimum(1.0, part) * d, inside * (1.0 - sig), inside * (1.0 - share)
+    return most * at_most_1(part) * d, inside * (1.0 - sig), inside * (1.0 - share)
 
 
 @triton.jit
@@ -396,8 +397,8 @@ def memories_gradient_kernel(
         )
         half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
         eta = max_eta * half * sig_eta
-        erase = max_erase * half * tl.minimum(1.0, 1.1 * erase_share * sig_erase)
-        delta = max_delta * half * tl.minimum(1.0, 1.1 * delta_share * sig_delta)
+        erase = max_erase * half * at_most_1(1.1 * erase_share * sig_erase)
+        delta = max_delta * half * at_most_1(1.1 * delta_share * sig_delta)
         kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
         similarity = decay * product(tl.trans(key), key)
 
