@@ -369,3 +369,19 @@ def test_gradients_of_single_texts_and_second_derivatives(options: dict[str, Any
     second = torch.stack([g.sum() for g in torch.autograd.grad(total, leaves)]).sum()
     numeric = (slope(1e-6) - slope(-1e-6)) / 2e-6
     torch.testing.assert_close(second, numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own decompositions
+@pytest.mark.parametrize("options", [{}, {"update": "dgd"}, {"memory_hidden": 0}], ids=str)
+def test_forward_mode_derivatives_are_those_of_backward_mode(options: dict[str, Any]) -> None:
+    model, tokens = make(layers=1, **options), text(7, batch=2)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    tangents = {n: torch.randn_like(p) for n, p in params.items()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, params, (tokens, tokens)).loss
+
+    _, found = torch.func.jvp(loss, (params,), (tangents,))
+    grads = torch.func.grad(loss)(params)
+    expected = torch.stack([(grads[n] * tangents[n]).sum() for n in params]).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
