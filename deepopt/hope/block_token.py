@@ -99,30 +99,27 @@ def forward(
         return None
     if not isinstance(state, TitansState) or len(set(state.positions)) > 1:
         return None
-    if not _is_plain(block):
+    parts = _parts_of(block)
+    if parts is None or not _is_plain(parts):
         return None
-    titans = block.mixer
+    titans = parts.titans
     config, form, position = titans.config, titans.config.form, state.positions[0]
     generators, memory = state.generators, state.memory
     if position % config.projection_chunk == 0:
         generators = generators.anchored().owned()
     if position % config.memory_chunk == 0:
         memory = memory.anchored().owned()
-    levels: Any = block.cms.levels
     pulled = config.retention == "initial"
-    given = Arguments(
-        x[:, 0], block.norm.weight, titans.key.weight, titans.value.weight, titans.query.weight,
-        titans.gate.weight, titans.output.weight,
-        None if titans.turns is None else titans.turns.rates.weight, titans.norm.weight,
-        torch.stack(titans.gates()[:6], -1),
-        [c.weight for c in (titans.key_conv, titans.value_conv, titans.query_conv)],
-        [level.norm.weight for level in levels], [level.up.weight for level in levels],
-        [level.down.weight for level in levels],
+    norm, head_norm, *level_norms = map(_weight, parts.norms)
+    given = Arguments._make([
+        x[:, 0], norm, *map(_weight, parts.maps), _weight(parts.rates), head_norm,
+        torch.stack(titans.gates()[:6], -1), [*map(_weight, parts.convolutions)], level_norms,
+        [*map(_weight, parts.ups)], [*map(_weight, parts.downs)],
         [*titans.generators.weights, *titans.memory.weights] if pulled else [],
         [*generators[:4], *memory[:4]], list(state.tails), state.phase,
         form.max_eta, form.max_erase or 0.0, form.max_delta, form.generator_floor,
         form.memory_floor, form.sharpness, torch.finfo(x.dtype).eps,
-    )  # fmt: skip
+    ])  # fmt: skip
     if block_token.backend_for(given) == "reference":
         return None
     y, w2, w1, memory_w2, memory_w1, *tails, phase = block_token(given)
@@ -135,63 +132,102 @@ def forward(
     )
 
 
-METHODS: dict[type, dict[str, Any]] = {
-    known: {name: value for name, value in vars(known).items() if callable(value)}
+class _Parts(NamedTuple):
+    """The modules that a block computes with.
+
+    Attributes:
+        titans, cms: the mixer and the levels.
+        levels: those of `cms`.
+        turns, rates: what turns the queries, and its linear map; None if none turns.
+        maps: linear maps of the mixer: key, value, query, gate and output.
+        convolutions: those of keys, values and queries.
+        norms: before the mixer, of every head, and of every level.
+        ups, downs: linear maps of the levels.
+    """
+
+    titans: SelfModifyingTitans
+    cms: CMS
+    levels: list[Any]
+    turns: Any
+    rates: Any
+    maps: list[Any]
+    convolutions: list[Any]
+    norms: list[Any]
+    ups: list[Any]
+    downs: list[Any]
+
+
+def _parts_of(block: HopeBlock) -> _Parts | None:
+    """The parts of a block; None if the main ones are of other classes.
+
+    They are taken from `_modules`, because nn.Module looks attributes up in Python. With attributes
+    this and the checks took 0.19 ms instead of 0.05.
+    """
+    titans, cms = block._modules.get("titans"), block._modules["cms"]
+    if type(titans) is not SelfModifyingTitans or type(cms) is not CMS:
+        return None
+    levels, mixer = [*cms.levels], titans._modules
+    turns = mixer.get("turns")
+    if not all(type(level) is CMSLevel for level in levels) or type(turns) not in (
+        Turns,
+        type(None),
+    ):
+        return None
+    inner = [level._modules for level in levels]
+    return _Parts(
+        titans, cms, levels, turns, turns._modules["rates"] if turns is not None else None,
+        [mixer.get(name) for name in ("key", "value", "query", "gate", "output")],
+        [mixer.get(name) for name in ("key_conv", "value_conv", "query_conv")],
+        [block._modules["norm"], mixer["norm"], *(each["norm"] for each in inner)],
+        [each["up"] for each in inner], [each["down"] for each in inner],
+    )  # fmt: skip
+
+
+def _weight(module: nn.Module | None) -> Any:
+    return None if module is None else module._parameters["weight"]
+
+
+METHODS: dict[type, set[str]] = {
+    known: {name for name, value in vars(known).items() if callable(value)}
     for known in (nn.Linear, nn.RMSNorm, CausalConv, Turns, SelfModifyingTitans, CMS, CMSLevel)
 }
-"""The classes that the kernel stands for, and their methods."""
+"""The classes that the kernel stands for, and the names of their methods."""
+ORIGINALS = [(vars(known), name, vars(known)[name]) for known in METHODS for name in METHODS[known]]
+"""The methods themselves, with the live dicts of their classes."""
 
 
-def _is_plain(block: HopeBlock) -> bool:
-    """Whether the kernel computes what the block's modules would.
+def _is_plain(parts: _Parts) -> bool:
+    """Whether the kernel computes what the modules would.
 
-    The block has the default form, and each module is of the very class that belongs there, without
-    hooks and without a method that somebody has replaced.
+    They have the default form. Each is of the very class that belongs there, has no hooks, and no
+    method of it has been replaced.
     """
-    titans, cms = block.mixer, block.cms
-    if type(titans) is not SelfModifyingTitans or type(cms) is not CMS:
-        return False
-    config, turns, levels = titans.config, titans.turns, list(cms.levels)
-    if (
-        not config.form.has_kernel
-        or config.momentum
-        or not config.hidden
-        or not config.projection_width
-        or cms.weights is not None
-        or torch.is_autocast_enabled("cpu")
-        or has_global_hook()
-        or not all(type(level) is CMSLevel and level.up_change is None for level in levels)
-        or (turns is not None and turns.sharpness != config.form.sharpness)
-    ):
-        return False
-    parts: Any = levels  # which the type checker knows as modules
-    linear = [titans.key, titans.value, titans.query, titans.gate, titans.output]
-    linear += [layer for level in parts for layer in (level.up, level.down)]
-    linear += [] if turns is None else [turns.rates]
-    norms = [block.norm, titans.norm, *(level.norm for level in parts)]
+    titans, turns, config = parts.titans, parts.turns, parts.titans.config
+    linear = [*parts.maps, *parts.ups, *parts.downs, *([] if turns is None else [parts.rates])]
+    modules = [titans, parts.cms, *parts.levels, *([] if turns is None else [turns])]
     return (
-        all(type(layer) is nn.Linear and layer.bias is None for layer in linear)
-        and all(type(x) is nn.RMSNorm and x.eps is None and x.weight is not None for x in norms)
+        config.form.has_kernel
+        and not config.momentum
+        and config.hidden > 0
+        and config.projection_width > 0
+        and (turns is None or turns.sharpness == config.form.sharpness)
+        and parts.cms.weights is None
+        and all(level.up_change is None for level in parts.levels)
+        and all(type(layer) is nn.Linear and layer._parameters["bias"] is None for layer in linear)
         and all(
-            type(conv) is CausalConv
-            for conv in (titans.key_conv, titans.value_conv, titans.query_conv)
+            type(x) is nn.RMSNorm and x.eps is None and x.elementwise_affine for x in parts.norms
         )
-        and (turns is None or type(turns) is Turns)
-        and all(
-            vars(known).get(name) is method
-            for known, methods in METHODS.items()
-            for name, method in methods.items()
-        )
+        and all(type(convolution) is CausalConv for convolution in parts.convolutions)
+        and not torch.is_autocast_enabled("cpu")
+        and not has_global_hook()
+        and all(of_class.get(name) is method for of_class, name, method in ORIGINALS)
         and not any(
             module._forward_hooks
             or module._forward_pre_hooks
             or not vars(module).keys().isdisjoint(METHODS[type(module)])
-            for module in (
-                titans, cms, *linear, *norms, *levels, *([] if turns is None else [turns]),
-                titans.key_conv, titans.value_conv, titans.query_conv,
-            )
+            for module in (*modules, *linear, *parts.norms, *parts.convolutions)
         )
-    )  # fmt: skip
+    )
 
 
 def _supports(given: Arguments) -> bool:
