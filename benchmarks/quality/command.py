@@ -181,8 +181,7 @@ def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
         own = dataclasses.replace(plan, contenders=(), seeds=0)
         return dataclasses.replace(own, trials=0) if isinstance(own, Tuning) else own
 
-    tiers = ("swap", "rates", "long", "standard", "locked", "full", "gpu")
-    every = [plan for tier in tiers for plan in plans(tier, None, None)]
+    every = [plan for tier in TIERS if tier != "smoke" for plan in plans(tier, None, None)]
     found: dict[Plan, Plan] = {}
     for plan in every:
         found.setdefault(key(plan), plan)

@@ -106,15 +106,22 @@ class Tuning:
 
     def adamw_setting(self, lines: Lines) -> Setting | None:
         """The rates and decay of AdamW's best trial before any widening; defaults for the rest."""
-        first = [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
-        best = best_of(first, lines)
+        best = best_of(self.first_trials(), lines)
         if best is None:
             return None
         return Setting(best.setting.lr, best.setting.aux, best.setting.weight_decay)
 
+    def first_trials(self) -> list[Run]:
+        """AdamW's trials before any widening."""
+        return [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
+
+    def default_setting(self, contender: str, lines: Lines) -> Setting | None:
+        """The setting of an optimizer's first trial; None while AdamW's trials are missing."""
+        return Setting(1e-3) if contender == "AdamW" else self.adamw_setting(lines)
+
     def trials_of(self, contender: str, lines: Lines) -> list[Run]:
         """The trials that there are so far."""
-        default = Setting(1e-3) if contender == "AdamW" else self.adamw_setting(lines)
+        default = self.default_setting(contender, lines)
         settings = [default] if default else []
         for low, high, skipped, count in self.ranges(lines):
             settings += points(count, low, high, skipped)
@@ -148,7 +155,7 @@ class Tuning:
         rates = [setting.lr for setting in settings]
         lowest = highest = False
         for contender in self.contenders:
-            default = Setting(1e-3) if contender == "AdamW" else self.adamw_setting(lines)
+            default = self.default_setting(contender, lines)
             if default is None:
                 return False, False
             runs = [self.trial(contender, setting) for setting in (default, *settings)]
@@ -234,7 +241,7 @@ class Tuning:
     def next(self, lines: Lines) -> list[Run]:
         """The missing runs that are known by now; empty when all are done."""
         stages = (
-            lambda: self.trials_of("AdamW", lines)[: 1 + self.trials],
+            lambda: self.first_trials(),
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
             lambda: [run for c in self.contenders for run in self.descent(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],

@@ -76,7 +76,7 @@ def shown(plan: Plan, lines: Lines) -> bool:
         return plan.best_rate(lines) is not None
     if isinstance(plan, Rates):
         return any(run in lines for lr in THREE_RATES for run in plan.runs("AdamW", lr))
-    return all(run in lines for run in plan.trials_of("AdamW", lines)[: 1 + plan.trials])
+    return all(run in lines for run in plan.first_trials())
 
 
 # -- the swap --------------------------------------------------------------------------------

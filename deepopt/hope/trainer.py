@@ -275,13 +275,18 @@ class Trainer:
             )
 
     @property
+    def parameters(self) -> int:
+        """The number of the model's parameters."""
+        return sum(param.numel() for param in self.model.parameters())
+
+    @property
     def size(self) -> str:
         """Parameters, and floating-point operations per token, of the model."""
-        parameters = sum(param.numel() for param in self.model.parameters())
         flops = flops_per_token(self.model, self.config.seq_len)
         return (
-            f"{type(self.model).__name__}: {parameters:,} parameters, {flops / 1e6:,.2f} MFLOP per "
-            f"token in the forward pass at {self.config.seq_len} tokens, three times that to train"
+            f"{type(self.model).__name__}: {self.parameters:,} parameters, "
+            f"{flops / 1e6:,.2f} MFLOP per token in the forward pass at "
+            f"{self.config.seq_len} tokens, three times that to train"
         )
 
     def run(self, stop: threading.Event | None = None) -> TrainResult:
@@ -435,7 +440,7 @@ class Trainer:
             "data_sha256": self.corpus.sha256,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "parameters": sum(param.numel() for param in self.model.parameters()),
+            "parameters": self.parameters,
             "val_bits_per_byte": round(val_loss / math.log(2), 4),
             "model_sha256": hashlib.sha256(weights).hexdigest(),
         }
@@ -487,7 +492,6 @@ class Trainer:
         self.rng_state = state["rng_state"]
 
     def _result(self, val_loss: float) -> TrainResult:
-        parameters = sum(param.numel() for param in self.model.parameters())
         state_bytes = sum(
             value.numel() * value.element_size()
             for optimizer in self.optimizers
@@ -498,8 +502,8 @@ class Trainer:
         return TrainResult(
             val_loss=val_loss,
             val_bits_per_byte=val_loss / math.log(2),
-            parameters=parameters,
-            state_floats_per_parameter=state_bytes / 4 / parameters,
+            parameters=self.parameters,
+            state_floats_per_parameter=state_bytes / 4 / self.parameters,
             model_cpu_seconds=statistics.fmean(self.model_seconds[1:] or [math.nan]),
             optimizer_cpu_seconds=statistics.fmean(self.optimizer_seconds[1:] or [math.nan]),
         )
