@@ -74,6 +74,10 @@ class Arguments(NamedTuple):
     eps: float
 
 
+TENSORS = 18
+"""Number of the first fields of `Arguments`, which are tensors and lists of them."""
+SCALARS = slice(18, 24)
+"""Those of `Form.scalars` in `Arguments`."""
 SCHEMA = """(Tensor x, Tensor norm, Tensor key, Tensor value, Tensor query, Tensor gate,
 Tensor output, Tensor? turns, Tensor head_norm, Tensor gates, Tensor[] convolutions,
 Tensor[] level_norms, Tensor[] ups, Tensor[] downs, Tensor[] initial, Tensor[] weights,
@@ -113,12 +117,11 @@ def forward(
     norm, head_norm, *level_norms = map(_weight, parts.norms)
     given = Arguments._make([
         x[:, 0], norm, *map(_weight, parts.maps), _weight(parts.rates), head_norm,
-        torch.stack(titans.gates()[:6], -1), [*map(_weight, parts.convolutions)], level_norms,
+        titans.gates().stacked(), [*map(_weight, parts.convolutions)], level_norms,
         [*map(_weight, parts.ups)], [*map(_weight, parts.downs)],
         [*titans.generators.weights, *titans.memory.weights] if pulled else [],
-        [*generators[:4], *memory[:4]], list(state.tails), state.phase,
-        form.max_eta, form.max_erase or 0.0, form.max_delta, form.generator_floor,
-        form.memory_floor, form.sharpness, torch.finfo(x.dtype).eps,
+        [*generators[:4], *memory[:4]], list(state.tails), state.phase, *form.scalars,
+        torch.finfo(x.dtype).eps,
     ])  # fmt: skip
     if block_token.backend_for(given) == "reference":
         return None
@@ -232,8 +235,8 @@ def _is_plain(parts: _Parts) -> bool:
 
 def _supports(given: Arguments) -> bool:
     dtype = given.x.dtype
-    tensors = [x for x in given[:18] if isinstance(x, Tensor)]
-    tensors += [x for some in given[:18] if isinstance(some, list) for x in some]
+    tensors = [x for x in given[:TENSORS] if isinstance(x, Tensor)]
+    tensors += [x for some in given[:TENSORS] if isinstance(some, list) for x in some]
     return dtype in (torch.float32, torch.float64) and all(
         x.dtype == dtype and type(x) in (Tensor, nn.Parameter) for x in tensors
     )
@@ -275,13 +278,10 @@ def block_token(given: Arguments) -> list[Tensor]:
     if given.initial:
         initial = Initial(*(Weights(*given.initial[at : at + 2]) for at in (0, 2)))
     # Chunks of 2 at position 1: the token lies in mid-chunk, so that the given anchors stay.
-    form = Form(
-        "l2", "delta", given.max_eta, given.max_erase, given.max_delta, False, 2, 2,
-        given.generator_floor, given.memory_floor, given.sharpness,
-    )  # fmt: skip
+    form = Form.of_scalars(given[SCALARS], 2, 2)
     answers, generators, memory = scan.self_modifying(
         Inputs(F.silu(key), F.silu(value), query), generators, memory, initial,
-        Gates._make([*given.gates.unbind(-1), None]), form,
+        Gates.unstacked(given.gates), form,
         position=1,
     )  # fmt: skip
     answers = F.rms_norm(answers.permute(0, 3, 1, 2), (d,), given.head_norm, given.eps).flatten(-2)

@@ -79,16 +79,13 @@ class Arguments(NamedTuple):
             _weights(self.initial_w2, self.initial_w1),
             _weights(self.memory_initial_w2, self.memory_initial_w1),
         )
-        form = Form(
-            "l2", "delta", self.max_eta, self.max_erase, self.max_delta, False, self.memory_chunk,
-            self.projection_chunk, self.generator_floor, self.memory_floor, self.sharpness,
-        )  # fmt: skip
+        form = Form.of_scalars(self[SCALARS], self.memory_chunk, self.projection_chunk)
         return (
             Inputs(*self[:3]),
             MemoryState(*self[3:7], s2=None, s1=None),
             MemoryState(*self[7:11], s2=None, s1=None),
             initial,
-            Gates._make([*self.gates.unbind(-1), None]),
+            Gates.unstacked(self.gates),
             form,
         )
 
@@ -101,6 +98,8 @@ class Arguments(NamedTuple):
 
 TENSORS: Final = 16
 """Number of the first fields of `Arguments`, which are tensors."""
+SCALARS = slice(16, 22)
+"""Those of `Form.scalars` in `Arguments`."""
 PULLS = slice(11, 15)
 """The initial weights in `Arguments`, which are None where retention leads to zero."""
 SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
@@ -133,9 +132,7 @@ def self_modifying(
         pulls = [weights or (None, None) for weights in initial]
         arguments = Arguments._make(
             [*inputs, *generators[:4], *memory[:4], *pulls[0], *pulls[1],
-             torch.stack(gates[:6], -1), form.max_eta, form.max_erase or 0.0, form.max_delta,
-             form.generator_floor, form.memory_floor, form.sharpness, form.projection_chunk,
-             form.memory_chunk, position]
+             gates.stacked(), *form.scalars, form.projection_chunk, form.memory_chunk, position]
         )  # fmt: skip
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

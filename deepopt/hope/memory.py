@@ -44,7 +44,8 @@ from matrix products over chunks.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,22 @@ class Form(NamedTuple):
         """Whether there are kernels for this form, if no memory is linear or has momentum."""
         exact = self.update == "delta" and self.objective == "l2"
         return exact and self.max_erase is not None and not self.per_channel
+
+    @property
+    def scalars(self) -> tuple[float, float, float, float, float, float]:
+        """What a kernel is given of a form that has one, besides the chunks."""
+        erase = self.max_erase or 0.0  # None has no kernel
+        return (
+            self.max_eta, erase, self.max_delta, self.generator_floor, self.memory_floor,
+            self.sharpness,
+        )  # fmt: skip
+
+    @classmethod
+    def of_scalars(cls, scalars: Sequence[Any], memory_chunk: int, projection_chunk: int) -> Form:
+        """The form that has these `scalars`, and a kernel."""
+        max_eta, max_erase, max_delta, *others = scalars
+        chunks = (memory_chunk, projection_chunk)
+        return cls("l2", "delta", max_eta, max_erase, max_delta, False, *chunks, *others)
 
     def floor(self, generating: bool) -> float:
         """The floor of the memories that generate, or of the one that answers."""
@@ -187,6 +204,15 @@ class Gates(NamedTuple):
     erase_range: Tensor
     delta_range: Tensor
     theta: Tensor | None
+
+    def stacked(self) -> Tensor:
+        """All but theta, for kernels, (heads, 6)."""
+        return torch.stack(self[:6], -1)
+
+    @classmethod
+    def unstacked(cls, gates: Tensor) -> Gates:
+        """The gates that `stacked` has put together."""
+        return cls._make([*gates.unbind(-1), None])
 
 
 class Inputs(NamedTuple):
