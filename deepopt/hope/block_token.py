@@ -278,7 +278,8 @@ def block_token(given: Arguments) -> list[Tensor]:
     if given.initial:
         initial = Initial(*(Weights(*given.initial[at : at + 2]) for at in (0, 2)))
     # Chunks of 2 at position 1: the token lies in mid-chunk, so that the given anchors stay.
-    form = Form.of_scalars(given[SCALARS], 2, 2)
+    scalars: Any = given[SCALARS]
+    form = Form.of_scalars(scalars, 2, 2)
     answers, generators, memory = scan.self_modifying(
         Inputs(F.silu(key), F.silu(value), query), generators, memory, initial,
         Gates.unstacked(given.gates), form,

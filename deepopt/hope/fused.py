@@ -79,7 +79,8 @@ class Arguments(NamedTuple):
             _weights(self.initial_w2, self.initial_w1),
             _weights(self.memory_initial_w2, self.memory_initial_w1),
         )
-        form = Form.of_scalars(self[SCALARS], self.memory_chunk, self.projection_chunk)
+        scalars: Any = self[SCALARS]
+        form = Form.of_scalars(scalars, self.memory_chunk, self.projection_chunk)
         return (
             Inputs(*self[:3]),
             MemoryState(*self[3:7], s2=None, s1=None),

@@ -45,7 +45,7 @@ from matrix products over chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ class Form(NamedTuple):
         )  # fmt: skip
 
     @classmethod
-    def of_scalars(cls, scalars: Sequence[Any], memory_chunk: int, projection_chunk: int) -> Form:
+    def of_scalars(cls, scalars: Sequence[float], memory_chunk: int, projection_chunk: int) -> Form:
         """The form that has these `scalars`, and a kernel."""
         max_eta, max_erase, max_delta, *others = scalars
         chunks = (memory_chunk, projection_chunk)
