@@ -202,8 +202,8 @@ ORIGINALS = [(vars(known), name, vars(known)[name]) for known in METHODS for nam
 def _is_plain(parts: _Parts) -> bool:
     """Whether the kernel computes what the modules would.
 
-    They have the default form. Each is of the very class that belongs there, has no hooks, and no
-    method of it has been replaced.
+    They have the default form and parameters for weights. Each is of the very class that belongs
+    there, has no hooks, and no method of it has been replaced.
     """
     titans, turns, config = parts.titans, parts.turns, parts.titans.config
     linear = [*parts.maps, *parts.ups, *parts.downs, *([] if turns is None else [parts.rates])]
@@ -216,11 +216,18 @@ def _is_plain(parts: _Parts) -> bool:
         and (turns is None or turns.sharpness == config.form.sharpness)
         and parts.cms.weights is None
         and all(level.up_change is None for level in parts.levels)
-        and all(type(layer) is nn.Linear and layer._parameters["bias"] is None for layer in linear)
+        and all(
+            type(layer) is nn.Linear and layer._parameters.get("bias", 0) is None
+            for layer in linear
+        )
         and all(
             type(x) is nn.RMSNorm and x.eps is None and x.elementwise_affine for x in parts.norms
         )
         and all(type(convolution) is CausalConv for convolution in parts.convolutions)
+        and all(
+            module._parameters.get("weight") is not None
+            for module in (*linear, *parts.norms, *parts.convolutions)
+        )
         and not torch.is_autocast_enabled("cpu")
         and not has_global_hook()
         and all(of_class.get(name) is method for of_class, name, method in ORIGINALS)

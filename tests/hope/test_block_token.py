@@ -206,6 +206,13 @@ def blunt_turns(block: HopeBlock) -> None:
     block.mixer.turns.sharpness = 1.0
 
 
+def a_plain_tensor(block: HopeBlock) -> None:
+    up: Any = block.cms.levels[0].up
+    weight = up.weight.detach()
+    del up.weight
+    up.weight = weight
+
+
 CHANGES: dict[str, Callable[[HopeBlock], None]] = {
     "a level of another class": lambda b: with_class(b.cms.levels[0], TwiceTheLevel),
     "a convolution of another class": lambda b: with_class(b.mixer.key_conv, NegatedConv),
@@ -215,6 +222,7 @@ CHANGES: dict[str, Callable[[HopeBlock], None]] = {
     "a norm without a weight": without_a_norms_weight,
     "another method of a level": another_branch,
     "blunt turns": blunt_turns,
+    "a plain tensor for a weight": a_plain_tensor,
 }
 
 
