@@ -57,7 +57,8 @@ def convolved(
         for i in range(1, weight.shape[1]):
             out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])
     if lengths is None:
-        return out, padded[..., tokens:]
+        # A copy, because a view would keep all the tokens before the tail in memory.
+        return out, padded[..., tokens:].contiguous()
     width = tail.shape[-1]
     ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
     return out, torch.stack(ends)

@@ -193,6 +193,17 @@ def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
     assert moved.blocks[0].positions == (12,)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_state_keeps_nothing_alive_but_its_own_numbers(model: Hope, grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        for steps in ((14,), (13, 1), (1, 1)):
+            state = None
+            for text in texts(steps):
+                state = model(text, state=state).state
+            for tensor in tensors(state):
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_a_saved_state_that_lacks_an_entry_is_refused_by_its_name(model: Hope) -> None:
     entries = model(*texts((12,))).state.state_dict()
     for name in entries:
