@@ -21,7 +21,9 @@ from benchmarks.runs import Line
 from benchmarks.tables import markdown
 from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
 from deepopt.hope import HopeConfig
+from deepopt.hope.files import write_atomically
 from deepopt.hope.fused import FLOPS
+from deepopt.hope.report import read_metrics
 from deepopt.ops import backend
 
 HOW = (
@@ -102,6 +104,19 @@ def decode_lines(seconds: float) -> list[Line]:
     return lines
 
 
+def keep(path: Path, lines: Sequence[Line]) -> None:
+    """Add lines to a file, in place of those that measured the same."""
+
+    def what(line: Line) -> tuple[Any, ...]:
+        return line["kind"], line.get("tokens", 0), line.get("model"), line.get("read")
+
+    found = {what(line): line for line in [*read_metrics(path), *lines]}
+    order = ("machine", "train", "decode")
+    ordered = sorted(found.values(), key=lambda x: (order.index(x["kind"]), x.get("tokens", 0)))
+    text = "".join(json.dumps(line) + "\n" for line in ordered)
+    write_atomically(path, text.encode())
+
+
 def report(lines: Sequence[Line]) -> str:
     train = [line for line in lines if line["kind"] == "train"]
     decode = [line for line in lines if line["kind"] == "decode"]
@@ -138,7 +153,11 @@ def report(lines: Sequence[Line]) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks hope-speed", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="(512 ... 8192)")
+    parser.add_argument(
+        "--lengths", nargs="*", type=int, default=LENGTHS,
+        help="of the texts; other lengths keep their lines; none for decoding alone "
+        f"({' '.join(map(str, LENGTHS))})",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=30.0, help="for each length (30)")
     parser.add_argument("--report", action="store_true", help="write the page, run nothing")
     arguments = parser.parse_args(argv)
@@ -146,16 +165,15 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.report:
         torch.set_num_threads(1)
         rates = measure_rates("cpu", elements=2**22, size=1024)
-        lines: list[Line] = [
-            {"kind": "machine", "processor": platform.machine(), "torch": torch.__version__,
-             "float32": rates.float32}
-        ]  # fmt: skip
+        machine: Line = {"kind": "machine", "processor": platform.machine(),
+                         "torch": torch.__version__, "float32": rates.float32}  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.lengths or not path.is_file():  # shares of the peak are those of this process
+            keep(path, [machine])
         for tokens in arguments.lengths:
-            lines += train_lines(tokens, arguments.seconds, rates.float32)
+            keep(path, train_lines(tokens, arguments.seconds, rates.float32))
             print(f"{tokens} tokens: done", flush=True)
-        lines += decode_lines(min(5.0, arguments.seconds))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        keep(path, decode_lines(min(5.0, arguments.seconds)))
     if not path.is_file():
         parser.error(f"--report: {path} is not there yet; run without it first")
     page = report([json.loads(line) for line in path.read_text().splitlines()])

@@ -24,6 +24,11 @@ def test_every_model_has_a_row_and_the_page_is_made_from_the_lines(tmp_path, mon
     page = (tmp_path / "hope_speed.md").read_text()
     for model in speed.MODELS:
         assert f"| 8 | {model} |" in page
+    assert speed.main([*options, "--lengths", "--seconds", "0.01"]) == 0  # decoding alone
+    again = [json.loads(line) for line in (tmp_path / "hope_speed.jsonl").read_text().splitlines()]
+    assert [line for line in again if line["kind"] == "train"] == list(train.values())
+    assert len(again) == len(lines)
+    page = (tmp_path / "hope_speed.md").read_text()
     (tmp_path / "hope_speed.md").unlink()
     assert speed.main([*options, "--report"]) == 0
     assert (tmp_path / "hope_speed.md").read_text() == page
