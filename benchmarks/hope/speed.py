@@ -27,9 +27,9 @@ from deepopt.hope.report import read_metrics
 from deepopt.ops import backend
 
 HOW = (
-    "All models train in one process and by turns, forward and backward, on one thread of the CPU. "
-    'Hope also runs with its memories in plain torch ("Hope, scan"). Then Hope decodes, one token '
-    "at a time, from a state."
+    "The models of one length train in one process and by turns, forward and backward, on one "
+    'thread of the CPU. Hope also runs with its memories in plain torch ("Hope, scan"). Decoding, '
+    "maybe in a process of its own, is one token at a time from a state, in both forms by turns."
 )
 CONFIG = HopeConfig(layers=4)
 MODELS = ("Hope", "Transformer++", "gated DeltaNet", "Hope, scan")
@@ -100,7 +100,10 @@ def decode_lines(seconds: float) -> list[Line]:
         for contender, times in zip(
             contenders, interleave(contenders, seconds, "cpu"), strict=True
         ):
-            lines.append({"kind": "decode", "model": contender.name, "read": read, **times})
+            lines.append(
+                {"kind": "decode", "model": contender.name, "read": read,
+                 "parameters": parameters(model), **times}
+            )  # fmt: skip
     return lines
 
 
@@ -111,16 +114,16 @@ def keep(path: Path, lines: Sequence[Line]) -> None:
         return line["kind"], line.get("tokens", 0), line.get("model"), line.get("read")
 
     found = {what(line): line for line in [*read_metrics(path), *lines]}
-    order = ("machine", "train", "decode")
-    ordered = sorted(found.values(), key=lambda x: (order.index(x["kind"]), x.get("tokens", 0)))
-    text = "".join(json.dumps(line) + "\n" for line in ordered)
+    train_first = sorted(found.values(), key=lambda x: (x["kind"] != "train", x.get("tokens", 0)))
+    text = "".join(json.dumps(line) + "\n" for line in train_first)
     write_atomically(path, text.encode())
 
 
 def report(lines: Sequence[Line]) -> str:
     train = [line for line in lines if line["kind"] == "train"]
     decode = [line for line in lines if line["kind"] == "decode"]
-    machine = next(line for line in lines if line["kind"] == "machine")
+    machines = sorted({f"{x['processor']} with torch {x['torch']}" for x in lines})
+    rates = [x["float32"] / 1e9 for x in lines]
     beside = {x["tokens"]: x for x in train if x["model"] == "Transformer++"}
     rows = [("tokens", "model", "tokens/s", "of the Transformer's", "us a token", "peak MB",
              "of the Transformer's", "MFLOP a token", "of the product's peak")]  # fmt: skip
@@ -141,10 +144,10 @@ def report(lines: Sequence[Line]) -> str:
         "# Hope's speed", "",
         f"Made by `python -m benchmarks hope-speed` from `hope_speed.jsonl`. {HOW}", "",
         f"{c.layers} layers, width {c.dim}, {c.heads} heads, chunks of {c.memory_chunk}, "
-        f"{train[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or "
-        f"one sequence. Medians of CPU time. {machine['processor']}, torch {machine['torch']}; a "
-        f"product of two large matrices reaches {machine['float32'] / 1e9:.0f} GFLOP/s in float32. "
-        "FLOPs are those of products, and what the backward pass computes again counts.", "",
+        f"{lines[0]['parameters'] / 1e6:.2f} M parameters each; batches of {BATCH} tokens or "
+        f"one sequence. Medians of CPU time. {' and '.join(machines)}; products of two large "
+        f"matrices reached {min(rates):.0f} to {max(rates):.0f} GFLOP/s in float32. FLOPs are "
+        "those of products, and what the backward pass computes again counts.", "",
         "## Training, forward and backward", "", markdown(rows), "",
         "## Decoding", "", markdown(decoded), "",
     ])  # fmt: skip
@@ -155,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
     parser.add_argument(
         "--lengths", nargs="*", type=int, default=LENGTHS,
-        help="of the texts; other lengths keep their lines; none for decoding alone "
+        help="tokens of a text, one run each; lines of other lengths stay; none: decoding alone "
         f"({' '.join(map(str, LENGTHS))})",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=30.0, help="for each length (30)")
@@ -165,15 +168,13 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.report:
         torch.set_num_threads(1)
         rates = measure_rates("cpu", elements=2**22, size=1024)
-        machine: Line = {"kind": "machine", "processor": platform.machine(),
-                         "torch": torch.__version__, "float32": rates.float32}  # fmt: skip
+        machine = {"processor": platform.machine(), "torch": torch.__version__,
+                   "float32": rates.float32}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        if arguments.lengths or not path.is_file():  # shares of the peak are those of this process
-            keep(path, [machine])
         for tokens in arguments.lengths:
-            keep(path, train_lines(tokens, arguments.seconds, rates.float32))
+            keep(path, [x | machine for x in train_lines(tokens, arguments.seconds, rates.float32)])
             print(f"{tokens} tokens: done", flush=True)
-        keep(path, decode_lines(min(5.0, arguments.seconds)))
+        keep(path, [x | machine for x in decode_lines(min(5.0, arguments.seconds))])
     if not path.is_file():
         parser.error(f"--report: {path} is not there yet; run without it first")
     page = report([json.loads(line) for line in path.read_text().splitlines()])

@@ -241,7 +241,7 @@ class Tuning:
     def next(self, lines: Lines) -> list[Run]:
         """The missing runs that are known by now; empty when all are done."""
         stages = (
-            lambda: self.first_trials(),
+            self.first_trials,
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
             lambda: [run for c in self.contenders for run in self.descent(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],

@@ -132,7 +132,8 @@ struct Head {
 
   Head(T* memory, int64_t width) {
     T** each[] = {&f, &slope, &other, &key, &value, &hat, &error, &back, &made};
-    for (T** one : each) *one = memory, memory += width;  // `made` comes last: it takes the four rows that are left
+    // `made` comes last and takes the four rows that are left.
+    for (T** one : each) *one = memory, memory += width;
   }
 };
 
@@ -178,8 +179,8 @@ void write(Head<T>& to, const Memory<T>& m, T eta, T erase, const T* delta, T ke
   }
 }
 
-// Eq 83, Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, Eq 89 and Eq 90 for one token of one head. `out` is what mem
-// answers to the query.
+// Eq 83, Eq 84, Eq 85, Eq 86, Eq 87, Eq 88, Eq 89 and Eq 90 for one token of one head. `out` is
+// what mem answers to the query.
 template <class T>
 void attend(T* out, Head<T>& to, const Memory<T>* memories, const T* x_key, const T* x_value,
             const T* query, const T* gates, const Form& form) {
@@ -201,9 +202,11 @@ void attend(T* out, Head<T>& to, const Memory<T>* memories, const T* x_key, cons
     return half * at_most_1(T(1.1) * sigmoid(range) * open);
   };
   const T erase = T(form.max_erase) * share(alpha + keep, gates[kErase], gates[kEraseRange]);
-  const T delta = T(form.max_delta) * share(alpha + keep + third, gates[kDelta], gates[kDeltaRange]);
+  const T delta =
+      T(form.max_delta) * share(alpha + keep + third, gates[kDelta], gates[kDeltaRange]);
   const T pulled = sigmoid(-retention);
-  for (int g = 0; g < 4; ++g) write(to, memories[g], eta, eta, static_cast<const T*>(nullptr), kept, pulled);
+  const T* none = nullptr;
+  for (int g = 0; g < 4; ++g) write(to, memories[g], eta, eta, none, kept, pulled);
   write(to, mem, eta, erase, &delta, kept, pulled);
 }
 

@@ -99,7 +99,7 @@
     zero(d_fq_);
     read_back(mem_w1_, d_out_, d_fq_, fq_t_);
     features_back(d_fq_, d_fq_, fq_, sq_, nq_, nullptr);
-    read_back(mem_w2_, d_fq_, d_query_, x_t_);
+    read_back(mem_w2_, d_fq_, d_query_, input_t_);
     for (const Matrix* each : {&mem_w1_, &mem_w2_}) end_back(*each), solve_back(*each);
   }
 
@@ -265,7 +265,7 @@
 
   void surprise_back(int m) {
     const Tile<T> f = of_hidden(f_, m).half(0), d_f = of_hidden(d_f_, m).half(0);
-    const Tile<T> s = of_hidden(s2_, m).half(0), bend = of_hidden(bend_, m), p = of_hidden(p_, m);
+    const Tile<T> s = of_hidden(slopes_, m).half(0), bend = of_hidden(bend_, m), p = of_hidden(p_, m);
     const Tile<T> d_slope = of_hidden(d_slope_, m), d_p = t_h(m), direct = u_h(m);
     const Tile<T> feature_t = f_t(m);
     const T *n = n_[m], *fp = fp_[m], *eta = rate_.eta;
@@ -303,7 +303,7 @@
     multiply<kAdd>(w1(d_anchor_, m), d_read.left(), 2 * width_, feature_t);
     multiply<kAdd>(d_both, w1(anchor_, m).transposed(), s_.dim, d_read);
     features_back(d_f, d_f, f, s, n, d_n);
-    features_back(d_both.half(1), d_both.half(1), both.half(1), of_hidden(s2_, m).half(1),
+    features_back(d_both.half(1), d_both.half(1), both.half(1), of_hidden(slopes_, m).half(1),
                   n + width_, nullptr);
     each(f.rows, width_, [=](int64_t i, int64_t j) { d_f[i][j] += direct[i][j]; });
     multiply<kAdd>(w2(d_anchor_, m), d_both.left(), 2 * width_, kv_t_);
@@ -329,8 +329,8 @@
     }
     const auto through = [&](int g, int count, Tile<T> x, Tile<T> d_x) {
       const Tile<T> d_h = of_hidden(gen_s_, g, count);
-      transpose(x_t_, x);
-      multiply<kAdd>(w2(d_anchor_, g, count), d_h.left(), count_, x_t_);
+      transpose(input_t_, x);
+      multiply<kAdd>(w2(d_anchor_, g, count), d_h.left(), count_, input_t_);
       multiply<kAdd>(d_x, w2(anchor_, g, count).transposed(), count * s_.hidden, d_h);
     };
     through(0, 1, x_key_, d_x_key_), through(2, 2, x_key_, d_x_key_);

@@ -69,7 +69,8 @@
     pool(sig_keep_, alpha.part(0, kept_channels()));
     pool(sig_erase_, alpha.part(kept_channels(), third()));
     pool(sig_delta_, alpha.part(kept_channels() + third(), third()));
-    const T erase_range = T(1.1) * sigmoid(gates_[kEraseRange]), delta_range = T(1.1) * sigmoid(gates_[kDeltaRange]);
+    const T erase_range = T(1.1) * sigmoid(gates_[kEraseRange]);
+    const T delta_range = T(1.1) * sigmoid(gates_[kDeltaRange]);
     T* log_b = rate_.log_b;
     log_b[0] = 0;
     for (int64_t j = 0; j < width_; ++j) {
@@ -107,7 +108,7 @@
     const T* eta = rate_.eta;
     const Tile<T> key = kv_.half(0), value = kv_.half(1);
     for (int m = 0; m < 5; ++m) {
-      const Tile<T> both = of_hidden(f_, m), f = both.half(0), slopes = of_hidden(s2_, m);
+      const Tile<T> both = of_hidden(f_, m), f = both.half(0), slopes = of_hidden(slopes_, m);
       multiply<kSet>(both, w2(anchor_, m).left(), s_.dim, kv_);
       const Tile<T> bend = kBackward ? of_hidden(bend_, m) : f;
       const T floor = m < 4 ? form_.generator_floor : form_.memory_floor;
@@ -225,7 +226,8 @@
     invert(m.inverse, m.similarity, m.rate);
     multiply<kSet>(m.seen, m.running.left(), m.key.rows, m.key);
     multiply<kSet>(m.initial_seen, m.initial.left(), m.key.rows, m.key);
-    const Tile<T> right = m.scratch, seen = m.seen, first = m.initial_seen, slope = of_hidden(slope_, 4);
+    const Tile<T> right = m.scratch, seen = m.seen, first = m.initial_seen;
+    const Tile<T> slope = of_hidden(slope_, 4);
     const Tile<T> key = kv_.half(0), value = kv_.half(1);
     const T *rate = m.rate, *kept = rate_.kept, *pulled = rate_.pulled;
     if (is_w2(m)) {

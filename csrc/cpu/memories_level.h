@@ -136,7 +136,7 @@ class Head {
     running_ = buffers_[0], anchor_ = buffers_[1];
     for (Tile<T>* each : {&x_key_, &x_value_, &query_}) *each = tile(d, w);
     gen_f_ = tile(4 * h, w), gen_s_ = tile(4 * h, w), made_ = tile(4 * d, w);
-    kv_ = tile(d, 2 * w), f_ = tile(rows, 2 * w), s2_ = tile(rows, 2 * w);
+    kv_ = tile(d, 2 * w), f_ = tile(rows, 2 * w), slopes_ = tile(rows, 2 * w);
     bend_ = tile(backward ? rows : 0, w);
     read_ = tile(5 * d, 2 * w), hat_ = tile(5 * d, w), error_ = tile(5 * d, w);
     scaled_ = tile(5 * d, w), p_ = tile(rows, w), slope_ = tile(rows, w);
@@ -167,7 +167,7 @@ class Head {
     d_kv_ = tile(d, 2 * w), d_f_ = tile(rows, 2 * w), d_read_ = tile(5 * d, 2 * w);
     d_slope_ = tile(rows, w), d_scaled_ = tile(5 * d, w), d_made_ = tile(4 * d, w);
     d_r_ = tile(c, d), d_z_ = tile(c, d), r_t_ = tile(d, w);
-    d_keep_ = tile(d, d), d_pull_ = tile(d, d), dd_t_ = tile(d, d), x_t_ = tile(w, d);
+    d_keep_ = tile(d, d), d_pull_ = tile(d, d), dd_t_ = tile(d, d), input_t_ = tile(w, d);
     d_x2_ = tile(n, w), d_x1_ = tile(d, w), d_out_ = tile(d, w), d_query_ = tile(d, w);
     d_x_key_ = tile(d, w), d_x_value_ = tile(d, w), d_fq_ = tile(n, w), fq_t_ = tile(w, n);
   }
@@ -390,12 +390,13 @@ class Head {
   T d_gates_[6];
   Weights buffers_[3], running_, anchor_, initial_, d_running_, d_before_, d_anchor_, d_initial_;
 
-  // A suffix 2 or 1 says W2 or W1 of mem. d_x is the gradient of x, x_t is x transposed. t_d, t_h,
-  // u_d, u_h, square, sum and sum2 are scratch. In order:
+  // A suffix 2 or 1 says W2 or W1 of mem. d_x is the gradient of x, and x_t is x transposed (input_t
+  // one of the three inputs). t_d, t_h, u_d, u_h, square, sum and sum2 are scratch. In order:
   //   x_key, x_value, query  inputs                made           channels of the four generators
   //   gen_f, gen_s           their features, and the slopes of gelu there
   //   kv                     keys | values (the left half | the right half)
-  //   f, s2, bend            f, gelu' and gelu'' of all five memories, at keys | values
+  //   f, slopes              f and gelu' of all five memories, at keys | values
+  //   bend                   gelu'' of all five, at keys, in the backward pass alone
   //   n, fp                  what f was multiplied by, and f^T p
   //   read, hat, error       W1 f(k) | v + W1 f(v), v^, and k + W1 f(k) - v^
   //   scaled, p, slope       r = eta error, p = W1^T r, and the column of dL/dW2
@@ -407,14 +408,14 @@ class Head {
   //   h, i, x                X_s y, X_0 y, and what the tokens write less what they erase
   //   a, b, m                X_s q, X_0 q, and the decayed similarities of keys and queries
   //   fq, sq, nq             features of the query, slopes of gelu there, and their n
-  Tile<T> x_key_, x_value_, query_, gen_f_, gen_s_, made_, kv_, f_, s2_, bend_, read_, hat_, error_;
+  Tile<T> x_key_, x_value_, query_, gen_f_, gen_s_, made_, kv_, f_, slopes_, bend_, read_, hat_, error_;
   Tile<T> scaled_, p_, slope_, decay_, v_, v1_, eta_inverse_, erase_inverse_, delta_inverse_;
   Tile<T> m1_, m2_, square_, square_t_, kv_t_, r_, z_, gen_f_t_, memory_f_t_, ka_, kb_, keep_, pull_;
   Tile<T> h2_, i2_, x2_, a2_, b2_, fq_, sq_, t_h_, u_h_, h1_, i1_, x1_, a1_, b1_, out_, t_d_, u_d_;
   Tile<T> d_kv_, d_f_, d_read_, d_slope_, d_scaled_, d_made_, d_r_, d_z_, r_t_;
   Tile<T> d_fq_, fq_t_;
   Matrix mem_w2_, mem_w1_;
-  Tile<T> d_keep_, d_pull_, dd_t_, x_t_, d_x2_, d_x1_, d_out_, d_query_, d_x_key_, d_x_value_;
+  Tile<T> d_keep_, d_pull_, dd_t_, input_t_, d_x2_, d_x1_, d_out_, d_query_, d_x_key_, d_x_value_;
   T *gen_n_[4], *n_[5], *hat_n_[5], *fp_[5], *key_n_, *value_n_, *nq_, *sum_, *sum2_;
   Rates rate_, d_rate_;
   T *sig_keep_, *sig_eta_, *sig_erase_, *sig_delta_;

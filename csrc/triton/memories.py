@@ -1,7 +1,8 @@
 """Hope's memories: a program for each head of each sequence, which goes from chunk to chunk.
 
-The equations are those of docs/hope_chunks.md, and the names those of csrc/cpu/memories_forward.h.
-A tile holds channels or features in its rows and tokens in its columns, padded to powers of two.
+The equations are those of docs/hope_chunks.md. What csrc/cpu/memories_forward.h does too mostly has
+its name there. A tile holds channels or features in its rows and tokens in its columns, padded to
+powers of two.
 What is beyond the sizes is zero: a padded token has a key of zero and rates of zero, so that it
 writes and forgets nothing. memories_gradient.py has the way back.
 

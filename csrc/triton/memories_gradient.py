@@ -2,8 +2,8 @@
 
 The kernel goes from the last chunk to the first, from the gradients of the end to those of the
 start. It computes each chunk once more from the weights at its start, which the forward kernel of
-memories.py kept. The names are those of csrc/cpu/memories_backward.h; `d_` is for gradients of the
-outer loss.
+memories.py kept. What csrc/cpu/memories_backward.h does too mostly has its name there; `d_` is for
+gradients of the outer loss.
 """
 
 from collections.abc import Sequence
@@ -168,8 +168,11 @@ def share_back(d, most, share, sig):
 
 
 @triton.jit
-def release(d_running_ptr, d_anchor_ptr, g, rows, d, h, m, ROWS: tl.constexpr, D: tl.constexpr):
-    """The anchor was the running weights: so are their gradients."""
+def merge_anchor_gradient(
+    d_running_ptr, d_anchor_ptr, g, rows, d, h, m, ROWS: tl.constexpr, D: tl.constexpr
+):
+    """A chunk begins here, where the anchor became a copy of the running weights: its gradient is
+    added to theirs."""
     at2, at1 = g * h * d, d * (4 * h + m) + g * h * d
     old = load(d_anchor_ptr + at2, rows, d, d, ROWS, D)
     add_to(d_running_ptr + at2, old, rows, d)
@@ -487,9 +490,9 @@ def memories_gradient_kernel(
         tl.debug_barrier()  # all threads have written what all will read
         if start % projection_chunk == 0:
             for g in range(4):
-                release(d_running_ptr, d_anchor_ptr, g, h, d, h, m, H, D)
+                merge_anchor_gradient(d_running_ptr, d_anchor_ptr, g, h, d, h, m, H, D)
         if start % memory_chunk == 0:
-            release(d_running_ptr, d_anchor_ptr, 4, m, d, h, m, M, D)
+            merge_anchor_gradient(d_running_ptr, d_anchor_ptr, 4, m, d, h, m, M, D)
         tl.debug_barrier()
         stop = start
     tl.store(d_gates_ptr, d_bias_eta)

@@ -97,7 +97,7 @@ class Form(NamedTuple):
 
     @property
     def scalars(self) -> tuple[float, float, float, float, float, float]:
-        """What a kernel is given of a form that has one, besides the chunks."""
+        """The numbers of this form that its kernel takes, if it has one, besides the chunks."""
         erase = self.max_erase or 0.0  # None has no kernel
         return (
             self.max_eta, erase, self.max_delta, self.generator_floor, self.memory_floor,

@@ -58,7 +58,7 @@ def convolved(
             out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])
     if lengths is None:
         # A copy, because a view would keep all the tokens before the tail in memory.
-        return out, padded[..., tokens:].contiguous()
+        return out, padded[..., tokens:].clone(memory_format=torch.contiguous_format)
     width = tail.shape[-1]
     ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
     return out, torch.stack(ends)

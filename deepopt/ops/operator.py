@@ -405,14 +405,14 @@ def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _needs_autograd(args: Sequence[Any]) -> bool:
-    """Whether autograd, or a transform such as vmap, must see the operations inside."""
+    """Whether autograd, forward-mode AD or a transform such as vmap must see what is inside."""
     if _inside_func_transform():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
 
 
 def _inside_func_transform() -> bool:
-    """Whether a ``torch.func`` transform must see the operations inside."""
+    """Whether a ``torch.func`` transform or forward-mode AD must see the operations inside."""
     return not torch.compiler.is_compiling() and inside_transform()
 
 

@@ -206,6 +206,12 @@ def blunt_turns(block: HopeBlock) -> None:
     block.mixer.turns.sharpness = 1.0
 
 
+def a_function_for_a_norm(block: HopeBlock) -> None:
+    norm = block.norm
+    del block.norm
+    block.__dict__["norm"] = lambda x: 2 * norm(x)
+
+
 def a_plain_tensor(block: HopeBlock) -> None:
     up: Any = block.cms.levels[0].up
     weight = up.weight.detach()
@@ -222,6 +228,7 @@ CHANGES: dict[str, Callable[[HopeBlock], None]] = {
     "a norm without a weight": without_a_norms_weight,
     "another method of a level": another_branch,
     "blunt turns": blunt_turns,
+    "a function for a norm": a_function_for_a_norm,
     "a plain tensor for a weight": a_plain_tensor,
 }
 

@@ -21,8 +21,14 @@ LENGTHS = (9, 1, 14, 5)
 
 
 @pytest.fixture(
-    params=[{}, {"turns": False}, {"momentum": True, "memory_hidden": 0}, {"mixer": "attention"}],
-    ids=["default", "still", "linear", "attention"],
+    params=[
+        {},
+        {"turns": False},
+        {"momentum": True, "memory_hidden": 0},
+        {"conv_width": 1},
+        {"mixer": "attention"},
+    ],
+    ids=["default", "still", "linear", "narrow", "attention"],
 )
 def model(request: pytest.FixtureRequest) -> Hope:
     torch.manual_seed(0)

@@ -28,10 +28,18 @@ def test_every_model_has_a_row_and_the_page_is_made_from_the_lines(tmp_path, mon
     again = [json.loads(line) for line in (tmp_path / "hope_speed.jsonl").read_text().splitlines()]
     assert [line for line in again if line["kind"] == "train"] == list(train.values())
     assert len(again) == len(lines)
+    assert all(new != old for new, old in zip(again[-4:], lines[-4:], strict=True))
     page = (tmp_path / "hope_speed.md").read_text()
     (tmp_path / "hope_speed.md").unlink()
     assert speed.main([*options, "--report"]) == 0
     assert (tmp_path / "hope_speed.md").read_text() == page
+
+
+def test_decoding_alone_has_a_page_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "CONFIG", SMALL)
+    monkeypatch.setattr(speed, "READ", (1, 8))
+    assert speed.main(["--out", str(tmp_path), "--lengths", "--seconds", "0.01"]) == 0
+    assert "| 8 | Hope, scan |" in (tmp_path / "hope_speed.md").read_text()
 
 
 def test_a_report_without_lines_says_what_to_do(tmp_path, capsys):
