@@ -82,15 +82,19 @@ class Results(Generic[R]):
             print(f"{place}, {duration(left)} left: {run}: {told(run, line)}", flush=True)
 
     def _write(self, run: R, line: Line) -> None:
-        """Put the line into the file of the run, in place of the run's earlier one.
-
-        The file is read again: another process may have added lines, or a kill have torn the last.
-        """
-        path = self.path_of(run)
-        with locked(path.parent):
-            kept = {self.run_of(other): other for other in read_metrics(path)} | {run: line}
-            write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept.values()).encode())
+        """Put the line into the file of the run, in place of the run's earlier one."""
+        keep(self.path_of(run), [line], self.run_of)
         self.lines[run] = line
+
+
+def keep(path: Path, lines: Sequence[Line], run_of: Callable[[Line], Any]) -> None:
+    """Put lines into a file, each in place of an earlier one of the same run.
+
+    The file is read again: another process may have added lines, or a kill have torn the last.
+    """
+    with locked(path.parent):
+        kept = {run_of(line): line for line in [*read_metrics(path), *lines]}
+        write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept.values()).encode())
 
 
 @contextmanager

@@ -17,19 +17,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.hope.models import build, parameters
-from benchmarks.runs import Line
+from benchmarks.runs import Line, keep
 from benchmarks.tables import markdown
 from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
 from deepopt.hope import HopeConfig
-from deepopt.hope.files import write_atomically
 from deepopt.hope.fused import FLOPS
-from deepopt.hope.report import read_metrics
 from deepopt.ops import backend
 
 HOW = (
     "The models of one length train in one process and by turns, forward and backward, on one "
     'thread of the CPU. Hope also runs with its memories in plain torch ("Hope, scan"). Decoding, '
-    "maybe in a process of its own, is one token at a time from a state, in both forms by turns."
+    "possibly in a process of its own, is one token at a time from a state, in both forms by turns."
 )
 CONFIG = HopeConfig(layers=4)
 MODELS = ("Hope", "Transformer++", "gated DeltaNet", "Hope, scan")
@@ -107,20 +105,13 @@ def decode_lines(seconds: float) -> list[Line]:
     return lines
 
 
-def keep(path: Path, lines: Sequence[Line]) -> None:
-    """Add lines to a file, in place of those that measured the same."""
-
-    def what(line: Line) -> tuple[Any, ...]:
-        return line["kind"], line.get("tokens", 0), line.get("model"), line.get("read")
-
-    found = {what(line): line for line in [*read_metrics(path), *lines]}
-    train_first = sorted(found.values(), key=lambda x: (x["kind"] != "train", x.get("tokens", 0)))
-    text = "".join(json.dumps(line) + "\n" for line in train_first)
-    write_atomically(path, text.encode())
+def measured(line: Line) -> tuple[Any, ...]:
+    """What a line is of: the next one of the same takes its place."""
+    return line["kind"], line["model"], line.get("tokens"), line.get("read")
 
 
 def report(lines: Sequence[Line]) -> str:
-    train = [line for line in lines if line["kind"] == "train"]
+    train = sorted((x for x in lines if x["kind"] == "train"), key=lambda x: x["tokens"])
     decode = [line for line in lines if line["kind"] == "decode"]
     machines = sorted({f"{x['processor']} with torch {x['torch']}" for x in lines})
     rates = [x["float32"] / 1e9 for x in lines]
@@ -172,9 +163,11 @@ def main(argv: Sequence[str]) -> int:
                    "float32": rates.float32}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         for tokens in arguments.lengths:
-            keep(path, [x | machine for x in train_lines(tokens, arguments.seconds, rates.float32)])
+            found = train_lines(tokens, arguments.seconds, rates.float32)
+            keep(path, [line | machine for line in found], measured)
             print(f"{tokens} tokens: done", flush=True)
-        keep(path, [x | machine for x in decode_lines(min(5.0, arguments.seconds))])
+        found = decode_lines(min(5.0, arguments.seconds))
+        keep(path, [line | machine for line in found], measured)
     if not path.is_file():
         parser.error(f"--report: {path} is not there yet; run without it first")
     page = report([json.loads(line) for line in path.read_text().splitlines()])

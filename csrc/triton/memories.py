@@ -4,7 +4,7 @@ The equations are those of docs/hope_chunks.md. What csrc/cpu/memories_forward.h
 its name there. A tile holds channels or features in its rows and tokens in its columns, padded to
 powers of two.
 What is beyond the sizes is zero: a padded token has a key of zero and rates of zero, so that it
-writes and forgets nothing. memories_gradient.py has the way back.
+writes and forgets nothing. memories_gradient.py has the backward pass.
 
 Between chunks the weights lie in global memory, each state in a slot of its own. So a program reads
 what it wrote before, but never writes where it may still be read. The four generating memories are

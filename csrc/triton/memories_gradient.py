@@ -1,4 +1,4 @@
-"""The way back through Hope's memories: a program for each head of each sequence, back to front.
+"""The backward pass of Hope's memories: a program for each head of each sequence, back to front.
 
 The kernel goes from the last chunk to the first, from the gradients of the end to those of the
 start. It computes each chunk once more from the weights at its start, which the forward kernel of

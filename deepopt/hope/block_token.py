@@ -92,10 +92,8 @@ def forward(
 ) -> tuple[Tensor, BlockState] | None:
     """The output of `block` for x (batch, 1, dim) and its state, by the kernel.
 
-    None if the modules must compute it.
-
-    The modules' own weights are read. A module with hooks, a forward of its own or another class,
-    as adapters, quantized and offloaded layers have, is not bypassed.
+    None if the modules must compute it: the kernel reads their weights, and so would bypass hooks
+    and replaced parts, as adapters, quantized and offloaded layers have them.
     """
     if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None or in_forward_ad():
         return None
@@ -171,10 +169,9 @@ def _parts_of(block: HopeBlock) -> _Parts | None:
         return None
     levels, mixer = [*cms.levels], titans._modules
     turns = mixer.get("turns")
-    if not all(type(level) is CMSLevel for level in levels) or type(turns) not in (
-        Turns,
-        type(None),
-    ):
+    if turns is not None and type(turns) is not Turns:
+        return None
+    if not all(type(level) is CMSLevel for level in levels):
         return None
     inner = [level._modules for level in levels]
     return _Parts(
@@ -191,7 +188,7 @@ def _weight(module: nn.Module | None) -> Any:
 
 
 OF_NO_EFFECT = {"__init__", "reset_parameters", "extra_repr"}
-"""Methods that no call of a made module comes to."""
+"""Methods that a call of a module does not use."""
 METHODS: dict[type, set[str]] = {
     known: {name for name, value in vars(known).items() if callable(value)} - OF_NO_EFFECT
     for known in (nn.Linear, nn.RMSNorm, CausalConv, Turns, SelfModifyingTitans, CMS, CMSLevel)
