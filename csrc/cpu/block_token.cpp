@@ -5,6 +5,7 @@
 #include "../common/boxed.h"
 #include "../common/multi_tensor.h"
 #include "levels.h"
+#include "operators.h"
 
 #include <cmath>
 #include <cstring>
@@ -126,12 +127,7 @@ struct DEEPOPT_HIDDEN Arguments {
     return s;
   }
   void fit(Tensor& tensor, std::initializer_list<int64_t> sizes) const {
-    const auto found = tensor.sizes();
-    STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()) &&
-                        tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(),
-                    "deepopt::block_token: tensors must be of one dtype, on the CPU, and of the "
-                    "shapes that the operator's documentation says");
-    if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
+    make_fit(tensor, x, sizes, "block_token");
   }
 };
 

@@ -6,6 +6,7 @@
 #include "../common/boxed.h"
 #include "../common/multi_tensor.h"
 #include "levels.h"
+#include "operators.h"
 
 #include <cmath>
 #include <cstring>
@@ -156,12 +157,7 @@ struct DEEPOPT_HIDDEN Arguments {
     fit(gates, {h, 6});
   }
   void fit(Tensor& tensor, std::initializer_list<int64_t> sizes) const {
-    const auto found = tensor.sizes();
-    STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()) &&
-                        tensor.scalar_type() == key.scalar_type() && tensor.is_cpu(),
-                    "deepopt::memories: tensors must be of one dtype, on the CPU, and of the shapes "
-                    "that the operator's documentation says");
-    tensor = torch::stable::contiguous(tensor);
+    make_fit(tensor, key, sizes, "memories");
   }
 
   template <class T>

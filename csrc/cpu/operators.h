@@ -1,5 +1,8 @@
-// Operators on the CPU that others are made of.
+// Operators on the CPU that others are made of, and what they check.
 #pragma once
+#include <algorithm>
+#include <initializer_list>
+
 #include "../common/matrices.h"
 
 namespace deepopt {
@@ -14,5 +17,17 @@ void combine_into(const Tensor& result, const std::vector<Tensor>& tensors,
 
 // The three products of two rows of entries, summed up in double: x x, x y and y y.
 void products(const float* x, const float* y, int64_t count, double* sums);
+
+// Checks that a tensor has these sizes, and the dtype of `like`, and makes it contiguous.
+inline void make_fit(Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes,
+                     const char* name) {
+  const auto found = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()) &&
+                      tensor.scalar_type() == like.scalar_type() && tensor.is_cpu(),
+                  "deepopt::", name,
+                  ": tensors must be of one dtype, on the CPU, and of the shapes that the "
+                  "operator's documentation says");
+  if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
+}
 
 }  // namespace deepopt

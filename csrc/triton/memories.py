@@ -293,6 +293,37 @@ def learn(
 
 
 @triton.jit
+def set_up(
+    key_ptr, value_ptr, count, tokens, anchor_ptr, gates_ptr,
+    max_eta, max_erase, max_delta, floor, sharpness, d, h, m,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What all memories of a chunk need: keys, values, rates, and how much of what was there is
+    left at each token. The gradient also needs what these were made from."""
+    x_key = load(key_ptr, d, count, tokens, D, C)
+    x_value = load(value_ptr, d, count, tokens, D, C)
+    key, key_n, value, value_n, of_eta, of_alpha = generate(
+        x_key, x_value, anchor_ptr, d, h, m, floor, H, D
+    )
+    sig_eta, keep, sig_erase, sig_delta, log_alpha = set_rates(
+        of_eta, of_alpha, gates_ptr, sharpness, d
+    )
+    is_token = tl.arange(0, C) < count
+    half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
+    eta = max_eta * half * sig_eta
+    most_erase = 1.1 * sigmoid(tl.load(gates_ptr + 4))
+    most_delta = 1.1 * sigmoid(tl.load(gates_ptr + 5))
+    erase = max_erase * half * at_most_1(most_erase * sig_erase)
+    delta = max_delta * half * at_most_1(most_delta * sig_delta)
+    kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
+    similarity = decay * product(tl.trans(key), key)
+    return (
+        key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
+        x_key, x_value, key_n, value_n, sig_eta, keep, sig_erase, sig_delta, half,
+    )  # fmt: skip
+
+
+@triton.jit
 def memories_kernel(
     key_ptr, value_ptr, query_ptr, anchors_ptr, states_ptr, ends_ptr, initial_ptr, gates_ptr,
     out_ptr,
@@ -312,8 +343,6 @@ def memories_kernel(
     states_ptr += pair * slots * size
     initial_ptr += (pair % heads) * size
     gates_ptr += (pair % heads) * 6
-    most_erase = 1.1 * sigmoid(tl.load(gates_ptr + 4))
-    most_delta = 1.1 * sigmoid(tl.load(gates_ptr + 5))
     start = position
     for n in range(segments):
         stop = tl.minimum(
@@ -322,7 +351,6 @@ def memories_kernel(
         )
         stop = tl.minimum(stop, position + tokens)
         count, at = stop - start, start - position
-        is_token = tl.arange(0, C) < count
         running_ptr = states_ptr + (n % slots).to(tl.int64) * size
         next_ptr = states_ptr + ((n + 1) % slots).to(tl.int64) * size
         if n + 1 == segments:
@@ -336,21 +364,13 @@ def memories_kernel(
             projection_chunk, memory_chunk, period,
         )  # fmt: skip
 
-        x_key = load(key_ptr + at, d, count, tokens, D, C)
-        x_value = load(value_ptr + at, d, count, tokens, D, C)
-        key, _, value, _, of_eta, of_alpha = generate(
-            x_key, x_value, anchor_ptr, d, h, m, generator_floor, H, D
-        )
-        sig_eta, keep, sig_erase, sig_delta, log_alpha = set_rates(
-            of_eta, of_alpha, gates_ptr, sharpness, d
-        )
-        half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
-        eta = max_eta * half * sig_eta
-        erase = max_erase * half * at_most_1(most_erase * sig_erase)
-        delta = max_delta * half * at_most_1(most_delta * sig_delta)
-        kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
-        similarity = decay * product(tl.trans(key), key)
-
+        (
+            key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
+            _, _, _, _, _, _, _, _, _,
+        ) = set_up(
+            key_ptr + at, value_ptr + at, count, tokens, anchor_ptr, gates_ptr, max_eta, max_erase,
+            max_delta, generator_floor, sharpness, d, h, m, H, D, C,
+        )  # fmt: skip
         query = load(query_ptr + at, d, count, tokens, D, C)
         read = answer(
             query, key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,

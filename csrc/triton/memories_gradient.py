@@ -21,7 +21,6 @@ from deepopt.ops.triton.memories import (
     channels,
     expm1,
     features,
-    generate,
     initial,
     invert,
     load,
@@ -30,12 +29,11 @@ from deepopt.ops.triton.memories import (
     options,
     packed,
     product,
-    set_rates,
+    set_up,
     sigmoid,
     sizes,
     store,
     surprise,
-    times,
     unpacked,
 )
 
@@ -390,21 +388,13 @@ def memories_gradient_kernel(
         )  # fmt: skip
 
         # The chunk once more, as far as the generated keys, values and rates.
-        x_key = load(key_ptr + at, d, count, tokens, D, C)
-        x_value = load(value_ptr + at, d, count, tokens, D, C)
-        key, key_n, value, value_n, of_eta, of_alpha = generate(
-            x_key, x_value, anchor_ptr, d, h, m, generator_floor, H, D
-        )
-        sig_eta, keep, sig_erase, sig_delta, log_alpha = set_rates(
-            of_eta, of_alpha, gates_ptr, sharpness, d
-        )
-        half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
-        eta = max_eta * half * sig_eta
-        erase = max_erase * half * at_most_1(1.1 * erase_share * sig_erase)
-        delta = max_delta * half * at_most_1(1.1 * delta_share * sig_delta)
-        kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
-        similarity = decay * product(tl.trans(key), key)
-
+        (
+            key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
+            x_key, x_value, key_n, value_n, sig_eta, keep, sig_erase, sig_delta, half,
+        ) = set_up(
+            key_ptr + at, value_ptr + at, count, tokens, anchor_ptr, gates_ptr, max_eta, max_erase,
+            max_delta, generator_floor, sharpness, d, h, m, H, D, C,
+        )  # fmt: skip
         query = load(query_ptr + at, d, count, tokens, D, C)
         d_out = load(d_out_ptr + at, d, count, tokens, D, C)
         (
@@ -466,7 +456,7 @@ def memories_gradient_kernel(
         d_bias_delta += tl.sum(d_delta, 0)
 
         # Eq 83 back.
-        to_eta, to_kept, to_erase, to_delta = channels(d, of_alpha)
+        to_eta, to_kept, to_erase, to_delta = channels(d, key)
         d_eta_made = to_eta * d_eta[None, :]
         d_alpha_made = to_kept * d_keep[None, :] + sharpness * (
             to_erase * d_erase[None, :] + to_delta * d_delta[None, :]
