@@ -1,7 +1,8 @@
 """Which runs there are. A plan is a function of the lines so far, so that it can stop anywhere."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,9 @@ FINALISTS = 3
 better than it is."""
 BUDGETS = (0.5, 1.5, 2.0)
 """Numbers of steps at which the rivals' loss is also measured, as multiples of the workload's."""
+LONGER = (3.0, 4.0)
+"""The same for a rival that at the largest of these is still behind another optimizer: else the
+ratio of their steps would be no more than a bound."""
 BUDGET_SEEDS = 3
 
 THREE_RATES = (3e-4, 1e-3, 3e-3)
@@ -59,7 +63,8 @@ class Tuning:
        the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
        until nothing changes, three times at most.
     4. The best trials of each at three rates at all of its steps, and the best of them with every
-       seed; the swap with every seed; the rivals at their best at other budgets.
+       seed; the swap with every seed; the rivals at their best at other budgets, and at longer
+       ones until none of the others is ahead of them.
 
     Attributes:
         workload: its name.
@@ -225,21 +230,38 @@ class Tuning:
 
     def budgets(self, rival: str, lines: Lines) -> list[Run]:
         """The rival at its best setting with other numbers of steps."""
+        return [run for share in BUDGETS for run in self._budget(rival, share, lines)]
+
+    def longer(self, rival: str, least: float, lines: Lines) -> list[Run]:
+        """The same with more steps, for as long as the rival's mean loss is above ``least``."""
+        found: list[Run] = []
+        last = self._budget(rival, max(BUDGETS), lines)
+        for share in LONGER:
+            if not last or any(run not in lines for run in last):
+                break
+            if not least < statistics.fmean(value(lines[run]) for run in last) < math.inf:
+                break
+            last = self._budget(rival, share, lines)
+            found += last
+        return found
+
+    def _budget(self, rival: str, share: float, lines: Lines) -> list[Run]:
         setting = self.best(rival, lines)
-        if setting is None:
-            return []
         seeds = range(min(BUDGET_SEEDS, self.seeds))
-        return [self.run(rival, setting, s, share) for share in BUDGETS for s in seeds]
+        return [self.run(rival, setting, seed, share) for seed in seeds] if setting else []
 
     def runs(self, contender: str, lines: Lines) -> list[Run]:
         """All runs of an optimizer that are known by now."""
         found = [*self.trials_of(contender, lines), *self.descent(contender, lines)]
         found += self.finalists(contender, lines)
         found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
-        return list(dict.fromkeys([*found, *self.budgets(contender, lines)]))
+        found += [*self.budgets(contender, lines), *self.longer(contender, -math.inf, lines)]
+        return list(dict.fromkeys(found))
 
     def next(self, lines: Lines) -> list[Run]:
         """The missing runs that are known by now; empty when all are done."""
+        rivals = [rival for rival in RIVALS if rival in self.contenders]
+        least = cache(lambda: least_mean((self.tuned(c, lines) for c in self.contenders), lines))
         stages = (
             self.first_trials,
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
@@ -247,7 +269,8 @@ class Tuning:
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
             lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
-            lambda: [run for c in RIVALS if c in self.contenders for run in self.budgets(c, lines)],
+            lambda: [run for rival in rivals for run in self.budgets(rival, lines)],
+            lambda: [run for rival in rivals for run in self.longer(rival, least(), lines)],
         )
         for stage in stages:
             if missing := [run for run in dict.fromkeys(stage()) if run not in lines]:
@@ -386,6 +409,13 @@ def _sequence(count: int) -> list[list[float]]:
 
 def _choice(values: Sequence[float], share: float) -> float:
     return values[int(share * len(values))]
+
+
+def least_mean(every: Iterable[Sequence[Run]], lines: Lines) -> float:
+    """The least of the mean losses of groups of runs, of those that are all there."""
+    done = [runs for runs in every if runs and all(run in lines for run in runs)]
+    means = [statistics.fmean(value(lines[run]) for run in runs) for runs in done]
+    return min(means, default=math.inf)
 
 
 def best_of(runs: Sequence[Run], lines: Lines) -> Run | None:

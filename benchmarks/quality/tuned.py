@@ -26,11 +26,13 @@ from benchmarks.quality.plan import (
     FINALISTS,
     HIGHEST,
     LADDERS,
+    LONGER,
     LOWEST,
     NEARBY,
     PASSES,
     WEIGHT_DECAYS,
     Tuning,
+    least_mean,
 )
 from benchmarks.quality.training import CURVE_POINTS, Line, Lines, Run, value
 from benchmarks.quality.workload import find
@@ -106,6 +108,8 @@ class Group:
             return None
         own = self.losses(plan, contender)
         others = plan.budgets(rival, self.lines)
+        least = least_mean((self.tuned(plan, c) for c in plan.contenders), self.lines)
+        others += [run for run in plan.longer(rival, least, self.lines) if run in self.lines]
         runs = [*self.tuned(plan, rival), *others]
         found = losses(runs, self.lines)
         if not own or not found or not others or not all(map(math.isfinite, own + found)):
@@ -223,8 +227,9 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "seed. No interval includes the luck of the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
-        f"{listed(sorted((*BUDGETS, 1.0)))} times the steps; beyond them it "
-        f"is a bound. Its interval is of {RESAMPLES:,} bootstrap drawings, of means by Student's "
+        f"{listed(sorted((*BUDGETS, 1.0)))} times the steps, and {listed(LONGER)} while another "
+        "optimizer is still ahead; beyond them it is a bound. "
+        f"Its interval is of {RESAMPLES:,} bootstrap drawings, of means by Student's "
         "distribution and of workloads with replacement. Differences are paired by seed, and "
         "corrected by Holm for the workloads.",
         "*Time to target* is when the training loss is first at the last one of AdamW tuned, with "
@@ -360,8 +365,8 @@ def data_ratio(group: Group, plans: tuple[Tuning, ...], contender: str, rival: s
 
 def ratio_text(x: Interval, found: Sequence[Ended]) -> str:
     """D_eff with its interval; it is a bound if that of a workload is at an end of the budgets."""
-    own = [ended.ratio() for ended in found]
-    above, below = max(own) >= max(BUDGETS), min(own) <= min(BUDGETS)
+    above = any(ended.ratio() >= max(ended.budgets) / ended.steps for ended in found)
+    below = any(ended.ratio() <= min(ended.budgets) / ended.steps for ended in found)
     bound = "" if above == below else ">= " if above else "<= "
     return f"{bound}{x.mean:.2f} [{x.low:.2f}, {x.high:.2f}]"
 

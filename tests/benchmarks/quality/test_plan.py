@@ -126,6 +126,20 @@ def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():
     assert max(ours) == plan.final_steps
 
 
+@pytest.mark.parametrize(("ahead", "longest"), [(0.9, 2.0), (2.5, 3.0), (3.5, 4.0), (9.0, 4.0)])
+def test_a_rival_that_is_behind_at_its_largest_budget_gets_more_steps(ahead, longest):
+    plan = Tuning("friedman", ("AdamW", "DeepMomentum, delta"), trials=3, seeds=2)
+
+    def loss(run):
+        worth = ahead if run.contender == "DeepMomentum, delta" else 1.0
+        return abs(math.log(run.setting.lr / 4e-3)) + 100 / (run.steps * worth)
+
+    lines, _ = finished(plan, loss)
+    setting = plan.best("AdamW", lines)
+    steps = max(run.steps for run in lines if run.setting == setting)
+    assert steps == round(plan.final_steps * longest)
+
+
 def test_no_run_is_asked_for_twice_and_a_plan_goes_on_from_any_lines():
     plan = Tuning("friedman", PAIR, trials=4, seeds=2)
     lines, stages = finished(plan, bowl(4e-3))
