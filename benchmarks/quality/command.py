@@ -190,12 +190,8 @@ def with_all_tiers(asked: Sequence[Plan], lines: Lines) -> list[Plan]:
 
 
 def with_lines(plan: Tuning, lines: Lines) -> Tuning:
-    """The plan with its optimizers of the standard tier and all others that have begun.
-
-    A part of the default that is left out counts only where the plan has it: its trials would leave
-    the search of all the others unfinished, because the range of rates is the same for all.
-    """
-    known = dict.fromkeys([*plan.contenders, *(c for c in CONTENDERS if c not in ABLATIONS)])
+    """The plan with its optimizers of the standard tier and all others that have begun."""
+    known = dict.fromkeys([*plan.contenders, *CONTENDERS])
     own = {*MAIN} & {*plan.contenders}
     begun = [c for c in known if c in own or lines.keys() & plan.trials_of(c, lines)]
     return dataclasses.replace(plan, contenders=tuple(begun))

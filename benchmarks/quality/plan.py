@@ -118,7 +118,13 @@ class Tuning:
 
     def first_trials(self) -> list[Run]:
         """AdamW's trials before any widening."""
-        return [self.trial("AdamW", s) for s in (Setting(1e-3), *points(self.trials))]
+        return self.unwidened("AdamW", {})
+
+    def unwidened(self, contender: str, lines: Lines) -> list[Run]:
+        """The trials before any widening, as far as they are known."""
+        default = self.default_setting(contender, lines)
+        settings = [*([default] if default else []), *points(self.trials)]
+        return [self.trial(contender, setting) for setting in settings]
 
     def default_setting(self, contender: str, lines: Lines) -> Setting | None:
         """The setting of an optimizer's first trial; None while AdamW's trials are missing."""
@@ -154,7 +160,8 @@ class Tuning:
     ) -> tuple[bool, bool]:
         """Whether anybody's best trial has the lowest, or the highest, of all rates of the ranges.
 
-        Neither while a trial is missing.
+        An optimizer decides once all its trials are there. So one that is new on a workload leaves
+        the finished searches of the others as they are.
         """
         settings = [s for low, high, skip, count in ranges for s in points(count, low, high, skip)]
         rates = [setting.lr for setting in settings]
@@ -162,11 +169,8 @@ class Tuning:
         for contender in self.contenders:
             default = self.default_setting(contender, lines)
             if default is None:
-                return False, False
-            runs = [self.trial(contender, setting) for setting in (default, *settings)]
-            if any(run not in lines for run in runs):
-                return False, False
-            best = best_of(runs, lines)
+                continue
+            best = best_of([self.trial(contender, s) for s in (default, *settings)], lines)
             if best is not None:
                 lowest |= best.setting.lr <= min(rates)
                 highest |= best.setting.lr >= max(rates)
@@ -264,6 +268,7 @@ class Tuning:
         least = cache(lambda: least_mean((self.tuned(c, lines) for c in self.contenders), lines))
         stages = (
             self.first_trials,
+            lambda: [run for c in self.contenders for run in self.unwidened(c, lines)],
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
             lambda: [run for c in self.contenders for run in self.descent(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],

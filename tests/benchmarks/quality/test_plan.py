@@ -65,6 +65,19 @@ def test_the_range_is_widened_for_all_when_anybodys_best_is_at_its_end(best, wid
     assert all((lr > plans.HIGHEST) == (widened == "high") for lr in beyond)
 
 
+@pytest.mark.parametrize("begun", [0, 2])
+def test_an_optimizer_that_is_new_leaves_the_finished_searches_as_they_are(begun):
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    lines, _ = finished(plan, bowl(1.0))
+    assert max(run.setting.lr for run in plan.trials_of("AdamW", lines)) > plans.HIGHEST
+    joined = Tuning("friedman", (*PAIR, "DeepMomentum, delta"), trials=6, seeds=2)
+    trials = joined.unwidened("DeepMomentum, delta", lines)[:begun]
+    lines |= {run: line(0.0) for run in trials}
+    for contender in PAIR:
+        assert joined.tuned(contender, lines) == plan.tuned(contender, lines) != []
+    assert {run.contender for run in joined.next(lines)} == {"DeepMomentum, delta"}
+
+
 def test_the_best_trials_run_in_full_and_the_best_of_them_with_every_seed():
     plan = Tuning("friedman", PAIR, trials=6, seeds=3)
     lines, _ = finished(plan, bowl(4e-3))
