@@ -19,9 +19,13 @@ BENCHMARKS = {
 def main() -> int:
     about = {name: (module.__doc__ or "").partition("\n")[0] for name, module in BENCHMARKS.items()}
     names = "\n".join(f"  {name}: {line}" for name, line in about.items())
+    usage = f"usage: python -m benchmarks NAME [options]\n\n{names}"
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
-        print(f"usage: python -m benchmarks NAME [options]\n\n{names}", file=sys.stderr)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+        print(usage, file=sys.stderr)
+        return 2
     return BENCHMARKS[sys.argv[1]].main(sys.argv[2:])
 
 

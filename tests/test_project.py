@@ -95,8 +95,10 @@ def test_nothing_claims_to_be_on_a_package_index():
 
 
 def test_make_commands_of_the_documents_exist():
-    targets = set(re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE))
-    named = re.findall(r"^\s*(?:\$ )?make (\w+)", read("README.md") + read(".ci/run"), re.MULTILINE)
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE))
+    named = re.findall(
+        r"^\s*(?:\$ )?make ([\w-]+)", read("README.md") + read(".ci/run"), re.MULTILINE
+    )
     assert {"train", "test", "lint"} <= targets
     assert set(named) <= targets
     assert named

@@ -5,6 +5,7 @@ the card's of docs/results/gpu/rows.jsonl, and for the rows of the last stage th
 docs/results/speed.jsonl.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -120,4 +121,5 @@ def predictions() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks.gpu.roofline", description=__doc__).parse_args()
     put_between(PAGE, MARKS, predictions())

@@ -27,7 +27,12 @@ from deepopt.meta.tasks import KINDS
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, or go on with a search, and write what was found; 0."""
     default = Evolution()
-    parser = argparse.ArgumentParser("python -m deepopt.meta", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m deepopt.meta",
+        description="Train the MLP of a memory, or go on with an interrupted search. The folder "
+        "then has log.jsonl with every generation, phi.json with the φ that was found and its "
+        "losses on tasks that the search has not seen, and progress.png.",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder of the search")
     parser.add_argument("--generations", type=int, default=150, help="(150)")
     parser.add_argument("--validation", type=int, default=8, help="tasks at the end (8)")

@@ -1,5 +1,7 @@
 """``python -m deepopt.ops``: which backends are available, why not, and which are used."""
 
+import argparse
+
 import deepopt.hope.fused  # noqa: F401 - an operator that lies with its reference
 from deepopt._output import outlive_readers
 from deepopt._table import in_columns
@@ -38,5 +40,6 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m deepopt.ops", description="List the backends.").parse_args()
     outlive_readers()
     print(report())

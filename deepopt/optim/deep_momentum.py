@@ -33,11 +33,11 @@ class DeepMomentum(MemoryOptimizer):
         a_t = \max\big(r_t,\ \min(0.4,\ 3 r_t)\big) \\
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, a_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
-    Embeddings, output heads, norms, biases and tiny matrices take AdamW, with the bits of torch's
-    fused AdamW.
-    An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1, and r_t is that of
-    AdamW's update, taken over the matrix as a whole: large while gradients agree, about 0.2 when
-    they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay`` carry over.
+    Embeddings, output heads, norms, biases and tiny matrices take the steps of torch's fused AdamW.
+    An orthogonal matrix times sqrt(max(m,n)) has a root mean square of 1. AdamW's update would have
+    a root mean square of r_t, taken over the matrix as a whole: large while gradients agree, about
+    0.2 when they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay``
+    carry over.
     An orthogonal matrix spreads its size over all directions, where AdamW's update has most of it
     in a few. So a small size is enlarged to 0.4, but at most threefold, so that it still fades.
 

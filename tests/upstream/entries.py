@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch.testing._internal import common_optimizers as upstream
 
-from deepopt import routing
 from deepopt.optim.registry import REGISTRY
+from deepopt.routing import rules
 from tests.optim.contract.inputs import INPUTS, Inputs
 
 
 def set_smallest_side(side: int) -> None:
-    routing.SMALLEST_SIDE = side
-    routing._route_shape.cache_clear()
+    rules.SMALLEST_SIDE = side
+    rules._route_shape.cache_clear()
 
 
 def with_usual_routes(test: Any) -> Any:
@@ -34,9 +34,9 @@ def with_usual_routes(test: Any) -> Any:
 
 
 # Upstream's matrices, of 10 x 5 and less, would otherwise all be stepped by AdamW.
-USUAL_SIDE = routing.SMALLEST_SIDE
+USUAL_SIDE = rules.SMALLEST_SIDE
 set_smallest_side(1)
-assert routing.route(torch.empty(10, 5)).path == "matrix"
+assert rules.route(torch.empty(10, 5)).path == "matrix"
 # Complex tensors go to AdamW, and upstream compares them with their real views: let those go too.
 COMPLEX = upstream.DecorateInfo(with_usual_routes, "TestOptimRenewed", "test_complex")
 

@@ -39,6 +39,24 @@ def outcomes(report: Path, names: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def test_the_entries_take_small_matrices_and_give_complex_tests_their_usual_routes_back():
+    code = """
+import torch
+from tests.upstream import entries
+from deepopt.routing import rules
+
+assert [info.optim_cls for info in entries.upstream.optim_db[:1]] == [torch.optim.AdamW]
+assert rules.route(torch.empty(10, 5)).path == "matrix"
+entries.with_usual_routes(lambda: rules.route(torch.empty(10, 5)).path == "elementwise" or 1 / 0)()
+assert rules.route(torch.empty(10, 5)).path == "matrix"
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not UPSTREAM, reason="DEEPOPT_TORCH_TESTS does not name torch's test_optim.py")
 def test_torchs_own_optimizer_tests_pass_where_they_pass_for_its_adamw(tmp_path):
     root, report = Path(__file__).parents[2], tmp_path / "report.xml"

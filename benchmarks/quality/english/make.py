@@ -6,11 +6,11 @@
 Without a folder it makes the merges alone, which needs the package ``tokenizers``.
 """
 
+import argparse
 import json
 import lzma
 import re
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -68,9 +68,16 @@ def merges_of(text: bytes, tokens: int) -> list[tuple[str, str]]:
     return [(first, second) for first, second in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-def main(arguments: list[str]) -> None:
-    if arguments:
-        text = text_of(Path(arguments[0]) / MODULE)
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.quality.english.make",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help="the unpacked package")
+    folder = parser.parse_args().folder
+    if folder is not None:
+        text = text_of(folder / MODULE)
         english.TEXT.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
     merges = merges_of(english.text(), TOKENS)
     english.MERGES.write_text(json.dumps(merges) + "\n")
@@ -79,4 +86,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
