@@ -13,21 +13,21 @@ from deepopt.memory.covariance import Covariance
 from deepopt.memory.delta import Delta
 from deepopt.memory.delta_rule import DeltaRule
 from deepopt.memory.elementwise import Elementwise, OuterProduct
+from deepopt.memory.entrywise_mlp import EntrywiseMLP
 from deepopt.memory.gradient import Gradient
 from deepopt.memory.horizons import Horizons
 from deepopt.memory.linear import Linear
-from deepopt.memory.mlp import MLP
 from deepopt.memory.module import Module
 from deepopt.memory.multi_scale import MultiScale
 from deepopt.memory.preconditioned import Preconditioned
 
 __all__ = [
     "BUILT_IN",
-    "MLP",
     "Covariance",
     "Delta",
     "DeltaRule",
     "Elementwise",
+    "EntrywiseMLP",
     "Gradient",
     "Horizons",
     "Linear",

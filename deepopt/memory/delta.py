@@ -16,8 +16,8 @@ class Delta:
     Eq 49 with the rate on the erase term that its derivation asks for, and with normalized keys:
 
     .. math::
-        K_t &= G_t / s_t, \qquad s_t^2 = \max(a_t,\ \bar\sigma^2(G_t)),
-        \quad a_t = 0.9\, a_{t-1} + 0.1\, \bar\sigma^2(G_t) \\
+        K_t &= G_t / \max(s_t,\ \bar\sigma(G_t)), \qquad
+        s_t^2 = 0.9\, s_{t-1}^2 + 0.1\, \bar\sigma^2(G_t) \\
         M_t &= \beta M_{t-1} - \eta\, M_{t-1} K_t^\top K_t + (1-\beta)\, G_t
 
     The write is one step of inner learning on
@@ -44,9 +44,9 @@ class Delta:
 
     or, without look-ahead, :math:`g M_t`. The second write is assumed to erase :math:`\beta` times
     what the first one erased. This saves a product, and erases nothing of the new gradient.
-    :math:`\varepsilon` is the running share of the momentum that a write erases. M fades by
-    :math:`\beta - \varepsilon`, so that it is smaller than an average of gradients; g restores that
-    size.
+    :math:`\varepsilon` is the running share of the momentum that a write erases. A write keeps
+    :math:`\beta - \varepsilon` of M, so that M is smaller than an average of gradients; g restores
+    that size.
 
     Args:
         rate: eta of the erase term, in [0, 1] (default: 0.3).

@@ -3,9 +3,9 @@
 ``log.jsonl`` in that folder holds every generation, and an interrupted search goes on from it. At
 the end ``phi.json`` holds the φ that was found, what made it, and its losses on tasks that the
 search has not seen; ``progress.png`` shows the way there. Use the φ as
-``DeepMomentum(memory=Horizons(time_scales, phi))``; one found with ``--memory mlp`` as
-``MLP(time_scales, phi=phi)``, one with ``"mlp online"`` as ``MLP(time_scales, inner_lr=0.1,
-phi=phi)``, and one with ``rows`` or ``directions`` by
+``DeepMomentum(memory=Horizons(time_scales, phi))``. One found with ``--memory mlp`` is for
+``EntrywiseMLP(time_scales, phi=phi)``, one with ``"mlp online"`` for
+``EntrywiseMLP(time_scales, inner_lr=0.1, phi=phi)``, and one with ``rows`` or ``directions`` for
 ``deepopt.meta.gains.with_gains(Gains(directions, phi))``.
 """
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepopt.memory import MLP, AnyMemory, Horizons, Linear
+from deepopt.memory import AnyMemory, EntrywiseMLP, Horizons, Linear
+from deepopt.memory.entrywise_mlp import untrained_weights
 from deepopt.memory.horizons import width
-from deepopt.memory.mlp import untrained_weights
 from deepopt.meta.gains import FEATURES, Gains
 from deepopt.meta.tasks import KINDS, Task, draw
 from deepopt.meta.training import train
@@ -62,9 +62,9 @@ def no_gains(scales: int, units: int) -> Tensor:
 
 SEARCHED = {
     "horizons": Searched(Horizons, mean_of_averages, 2),
-    "mlp": Searched(lambda scales, phi: MLP(scales, phi=phi), untrained_weights, 4),
+    "mlp": Searched(lambda scales, phi: EntrywiseMLP(scales, phi=phi), untrained_weights, 4),
     "mlp online": Searched(
-        lambda scales, phi: MLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 4
+        lambda scales, phi: EntrywiseMLP(scales, inner_lr=INNER_LR, phi=phi), untrained_weights, 4
     ),
     "rows": Searched(lambda scales, phi: Gains(False, phi), no_gains, 4),
     "directions": Searched(lambda scales, phi: Gains(True, phi), no_gains, 4),

@@ -61,24 +61,24 @@ def delta_write(
     that size.
     """
     info = torch.finfo(grad.dtype)
-    # Powers of a singular value leave float32's range long before the value does. So keys are
-    # relative to the largest entry, and norms are squared relative to the larger of the two.
+    # Powers of a singular value leave float32's range long before the value does. So the gradient
+    # is scaled by its largest entry, and norms are squared relative to the larger of the two.
     scale = grad.abs().amax((-2, -1)).clamp_min(info.tiny)
-    keys = grad / scale[:, None, None]
+    scaled = grad / scale[:, None, None]
     wide = grad.shape[-2] < grad.shape[-1]
-    gram = keys @ keys.mT if wide else keys.mT @ keys
+    gram = scaled @ scaled.mT if wide else scaled.mT @ scaled
     root = torch.linalg.matrix_norm(gram @ gram).pow(0.25)
     counted = torch.minimum(scale, info.max / HEADROOM / root)
     cut, bound = counted / scale, root * counted
     norm = running_root(norm, bound, 0.1)
-    ratio = (counted / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
-    # E = eta M KᵀK, where KᵀK = ratio keysᵀ keys, and M = momentum.
-    # Products of a huge momentum would overflow before the small ratio brings them back.
+    square = (counted / torch.maximum(norm, bound).clamp_min(info.tiny)).square()
+    # E = eta M KᵀK, where KᵀK = square scaledᵀ scaled, and M = momentum.
+    # Products of a huge momentum would overflow before the small factor brings them back.
     size = frobenius(momentum)
     unit = torch.where(size > 2.0**64, 2.0**-64, 1.0).to(grad.dtype)
-    shrunk = unit[:, None, None] * (keys.mT if wide else gram)
-    erased = (momentum @ shrunk) @ keys if wide else momentum @ shrunk
-    erased = erased * (rate * ratio / unit)[:, None, None]
+    shrunk = unit[:, None, None] * (scaled.mT if wide else gram)
+    erased = (momentum @ shrunk) @ scaled if wide else momentum @ shrunk
+    erased = erased * (rate * square / unit)[:, None, None]
     # The share is at most the rate; clamped norms at the end of the range may say otherwise.
     share = (frobenius(erased) / size.clamp_min(info.tiny)).clamp_max(rate)
     # beta M - E, and (1 - beta) G

@@ -98,7 +98,7 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
     rows, columns = updates[0].shape[-2:]
     tiny = torch.finfo(updates[0].dtype).tiny
     state = []
-    weights = updates[0].new_ones(1, len(updates[0]))
+    weights = updates[0].new_ones(1, len(updates[0]))  # (updates, B), and later (updates, B, m)
     square = updates[0].square().sum(-1)
     norm = square.sum(-1).clamp_min(tiny).sqrt()
     if weight is not None:

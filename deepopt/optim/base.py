@@ -377,6 +377,7 @@ class MemoryOptimizer(Optimizer):
         states_by_bucket: list[list[State]] = []
         fresh: list[tuple[Tensor, State]] = []
         for bucket in buckets:
+            # One dict stands for all that are missing; nothing is written to it.
             found: list[Any] = list(map(states.get, bucket.params, itertools.repeat({})))
             if not set(map(type, found)) <= {dict}:
                 check_dicts(bucket, found)
@@ -430,12 +431,12 @@ class MemoryOptimizer(Optimizer):
         """The state tensors that ``init`` makes, by name; all others are the user's."""
         if bucket.kind.elementwise:
             return adamw_path.KEYS
-        keys, kind = bucket.parts.keys, bucket.kind
+        layouts, kind = bucket.parts.layouts, bucket.kind
         layout = (*kind.sides, kind.state_dtype)
-        if layout not in keys:  # init has not run yet: after a checkpoint, or with new parts
+        if layout not in layouts:  # init has not run yet: after a checkpoint, or with new parts
             like = torch.empty(1, *kind.sides, dtype=kind.state_dtype, device="meta")
-            _init(bucket.parts, like)  # for its record in `keys`
-        return keys[layout]
+            _init(bucket.parts, like)  # for its record in `layouts`
+        return layouts[layout]
 
     def _expected_state(
         self, param: Tensor, route: routing.Route, group: Group
@@ -456,20 +457,22 @@ class MemoryOptimizer(Optimizer):
         For a tiny matrix, calling an operator costs more than its arithmetic. So the operators that
         take any number of tensors of any shapes run once for the whole batch.
         """
-        counts: list[Tensor] = []  # the step count of each matrix
-        matrices: list[int] = []  # how many matrices each bucket has
+        step_counts: list[Tensor] = []  # one for each matrix
+        matrix_counts: list[int] = []  # one for each bucket
         for bucket, bucket_states in batch:
-            size, before = math.prod(bucket.kind.sides), len(counts)
+            size, before = math.prod(bucket.kind.sides), len(step_counts)
             for grad, state in zip(bucket.grads, bucket_states, strict=True):
-                counts += [state["step"]] * (grad.numel() // size)
-            matrices.append(len(counts) - before)
+                step_counts += [state["step"]] * (grad.numel() // size)
+            matrix_counts.append(len(step_counts) - before)
         params: list[Tensor] = []
         updates: list[Tensor] = []
         states: list[State] = []
         try:
             # Memories see the count that includes this gradient; state["step"] itself is counted up
             # only after the parameters have moved.
-            steps = (torch.stack(counts) + 1).split(matrices) if counts else [counts] * len(batch)
+            steps: Sequence[Any] = [[]] * len(batch)
+            if step_counts:
+                steps = (torch.stack(step_counts) + 1).split(matrix_counts)
             for (bucket, bucket_states), step in zip(batch, steps, strict=True):
                 if len(step):  # a rank of expert parallelism may hold no matrix
                     updates += self._updates(bucket, bucket_states, step, found_inf)
@@ -639,7 +642,7 @@ class _RecordingGroup(dict[str, Any]):
 def _init(parts: Parts, like: Tensor) -> State:
     """State for matrices ``like``, shape (B, m, n): tensors with leading size B.
 
-    ``parts.keys`` also gets what one matrix's state looks like.
+    ``parts.layouts`` also gets what one matrix's state looks like.
     """
     state = dict(parts.memory.init(like))
     map_state = parts.output_map.init(like)
@@ -655,7 +658,7 @@ def _init(parts: Parts, like: Tensor) -> State:
                 f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
                 f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
             )
-    parts.keys[like.shape[1], like.shape[2], like.dtype] = {
+    parts.layouts[like.shape[1], like.shape[2], like.dtype] = {
         key: torch.empty(1, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
         for key, tensor in state.items()
     }

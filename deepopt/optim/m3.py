@@ -26,14 +26,14 @@ class M3(MemoryOptimizer):
     .. math::
         M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1-\beta_1)\, G_t, \qquad
         \hat M^{(1)}_t = \beta_1 M^{(1)}_t + (1-\beta_1)\, G_t \\
-        M^{(2)}_k &= \beta_{3,k} M^{(2)}_{k-1} + (1-\beta_{3,k})\,
-        \frac1f \sum_{t=(k-1)f+1}^{kf} G_t, \qquad O^{(2)}_k = \text{NS}(M^{(2)}_k) \\
+        M^{(2)}_{k+1} &= \beta_{3,k} M^{(2)}_k + (1-\beta_{3,k})\,
+        \frac1f \sum_{t=kf+1}^{(k+1)f} G_t, \qquad O^{(2)}_k = \text{NS}(M^{(2)}_k) \\
         O_t &= \text{NS}(\hat M^{(1)}_t) + \alpha_t\, O^{(2)}_k \quad(\texttt{mix="post"}), \qquad
         \text{NS}\Big(\hat M^{(1)}_t + \alpha_t \frac{\|\hat M^{(1)}_t\|_F}{\|M^{(2)}\|_F} M^{(2)}
         \Big) \quad(\texttt{mix="pre"}) \\
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, a_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
-    with :math:`\beta_{3,k} = \min(\beta_3, \frac{k-1}{k+3})`, an average over about the last
+    with :math:`\beta_{3,k} = \min(\beta_3, \frac{k}{k+4})`, an average over about the last
     quarter of the run until :math:`\beta_3` limits it, and
     :math:`\alpha_t = \alpha \min(1, kf/\texttt{ramp})`, times the gate of
     :class:`deepopt.memory.MultiScale` where asked for. :math:`\hat O_t` has the norm of

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import deepopt
+from deepopt.memory import BUILT_IN
 from tests.gpu import DEVICE, HERE, needs_gpu
 
 pytestmark = [
@@ -28,7 +29,7 @@ def group(tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("memory", ["linear", "delta", "covariance", "mlp"])
+@pytest.mark.parametrize("memory", BUILT_IN)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # NCCL's and DTensor's own
 def test_fsdp2_on_one_rank_equals_the_model_without_it(group, memory):

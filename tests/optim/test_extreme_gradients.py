@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deepopt
-from deepopt.memory import MLP, Covariance, DeltaRule, Elementwise, Preconditioned
+from deepopt.memory import (
+    BUILT_IN,
+    Covariance,
+    DeltaRule,
+    Elementwise,
+    EntrywiseMLP,
+    Preconditioned,
+)
 from deepopt.ops import backend
 from deepopt.ops.operator import UNAVAILABLE
 
@@ -15,9 +22,9 @@ SHAPES = ((64, 64), (72, 200), (200, 72), (32, 32), (20, 24), (1, 7), (9, 1))
 """Square, wide and tall for the kernels in bfloat16 and for those of small matrices; vectors."""
 
 MEMORIES = {
-    **{name: name for name in ("linear", "delta", "covariance", "mlp")},
+    **{name: name for name in BUILT_IN},
     "covariance of both sides": Covariance(sides="both", refresh=2),
-    "mlp that learns": MLP(inner_lr=0.1),
+    "mlp that learns": EntrywiseMLP(inner_lr=0.1),
     "delta rule": DeltaRule(),
     "preconditioned": Preconditioned(),
     "elementwise": Elementwise(),

@@ -82,7 +82,7 @@ class Parts(NamedTuple):
     memory: AnyMemory
     output_map: OutputMap
     arguments: dict[str, Any]
-    keys: dict[tuple[Any, ...], dict[str, Tensor]]
+    layouts: dict[tuple[Any, ...], dict[str, Tensor]]
     """The state tensors that ``init`` makes for one matrix, on the meta device, by the sides and
     dtype of the matrix. Other entries of a state are the user's."""
 
@@ -148,8 +148,6 @@ class SortedGroup(NamedTuple):
         types, shapes = list(map(type, params)), list(map(SHAPE, params))
         dtypes, devices = list(map(DTYPE, params)), list(map(DEVICE, params))
         addresses, strides = _addresses(params), list(map(Tensor.stride, params))
-        # map() in the last line would stop at the shorter list, but the shapes before it are equal,
-        # so that both lists are equally long.
         same = (
             previous is not None
             and previous.addresses == addresses
@@ -159,6 +157,7 @@ class SortedGroup(NamedTuple):
             and previous.shapes == shapes
             and previous.dtypes == dtypes
             and previous.devices == devices
+            # The lists are equally long, because the shapes are equal.
             and all(map(operator.is_, previous.params, params))
         )
         if previous is not None and same and previous.reusable:

@@ -7,7 +7,7 @@ from torch import tensor
 from torch.nn import Linear
 from torch.nn.functional import softsign
 
-from deepopt.memory import MLP, Covariance
+from deepopt.memory import Covariance, EntrywiseMLP
 
 Options = dict[str, Any]
 Refusal = tuple[Options, type[Exception], str]
@@ -82,8 +82,8 @@ INPUTS: dict[str, Inputs] = {
             {"memory": "covariance", "weight_decay": 0.1},
             {"memory": Covariance(sides="both", refresh=2)},
             {"memory": "mlp"},
-            {"memory": MLP(time_scales=(0.5, 0.99), inner_lr=1.0)},
-            {"memory": MLP()},
+            {"memory": EntrywiseMLP(time_scales=(0.5, 0.99), inner_lr=1.0)},
+            {"memory": EntrywiseMLP()},
             {"row_norm": False, "ns_steps": 3, "maximize": True},
             {"update_rms": 0.2, "rms_cap": 1.0, "ns_coefficients": (3.4445, -4.7750, 2.0315)},
             {"momentum_share": 0.3},

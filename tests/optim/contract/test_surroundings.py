@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepopt
+from deepopt.memory import BUILT_IN
 from deepopt.ops import backend
 from tests.optim.contract.helpers import EXPECTED_WARNINGS, every_settled
 
@@ -113,7 +114,7 @@ def test_motion_and_continuum_are_the_same_in_all_surroundings(name):
             assert not ours.is_inference()
 
 
-@pytest.mark.parametrize("memory", ["linear", "delta", "covariance", "mlp"])
+@pytest.mark.parametrize("memory", BUILT_IN)
 @pytest.mark.parametrize("name", ["autocast", "default dtype"])
 def test_the_reference_is_the_same_in_them(memory, name):
     def final(surroundings):

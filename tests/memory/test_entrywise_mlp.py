@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import MLP, Linear
+from deepopt.memory import EntrywiseMLP, Linear
 
 RETENTION = 0.9
 
@@ -30,7 +30,7 @@ def train(params, optimizer, grads):
 def test_a_zero_readout_makes_it_exactly_the_linear_memory(dtype):
     start, grads = torch.randn(3, 16, 24).to(dtype), torch.randn(6, 3, 16, 24).to(dtype)
     ends = []
-    for memory in ("linear", MLP(time_scales=(0.5, 0.99, 0.999))):
+    for memory in ("linear", EntrywiseMLP(time_scales=(0.5, 0.99, 0.999))):
         params = [nn.Parameter(w.clone()) for w in start]
         train(params, deepopt.DeepMomentum(params, 0.1, memory=memory), grads)
         ends.append(params)
@@ -39,7 +39,7 @@ def test_a_zero_readout_makes_it_exactly_the_linear_memory(dtype):
 
 
 def test_averages_and_correction_follow_the_formula():
-    memory = MLP(time_scales=(0.5, 0.99), authority=0.4)
+    memory = EntrywiseMLP(time_scales=(0.5, 0.99), authority=0.4)
     grads = torch.randn(5, 2, 3, 4, dtype=torch.float64)
     state = with_readout(memory, grads[0])
     for grad in grads:
@@ -58,7 +58,7 @@ def test_averages_and_correction_follow_the_formula():
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_no_entry_is_moved_beyond_the_authority(scale):
-    memory = MLP(authority=0.25, inner_lr=50.0)
+    memory = EntrywiseMLP(authority=0.25, inner_lr=50.0)
     grads = torch.randn(10, 2, 5, 7) * scale
     state = with_readout(memory, grads[0], 1000.0)
     for grad in grads:
@@ -71,7 +71,7 @@ def test_no_entry_is_moved_beyond_the_authority(scale):
 
 
 def test_learning_is_a_gradient_step_on_the_error_of_the_prediction():
-    memory = MLP(inner_lr=0.7, inner_retention=0.8)
+    memory = EntrywiseMLP(inner_lr=0.7, inner_retention=0.8)
     grads = torch.randn(4, 2, 3, 4, dtype=torch.float64)
     state = with_readout(memory, grads[0])
     for grad in grads[:-1]:
@@ -95,7 +95,7 @@ def test_it_learns_what_the_linear_momentum_gets_wrong():
     pattern = torch.randn(1, 16, 16, generator=generator)
     errors = {}
     for inner_lr in (0.0, 1.0):
-        memory = MLP((0.5,), authority=1.0, inner_lr=inner_lr, inner_retention=1.0)
+        memory = EntrywiseMLP((0.5,), authority=1.0, inner_lr=inner_lr, inner_retention=1.0)
         state, total = memory.init(pattern), 0.0
         for step in range(400):
             grad = math.cos(step / 12) * pattern
@@ -108,7 +108,7 @@ def test_it_learns_what_the_linear_momentum_gets_wrong():
 
 
 def test_without_new_evidence_what_was_learned_decays_towards_phi0():
-    memory = MLP(inner_lr=1.0, inner_retention=0.9)
+    memory = EntrywiseMLP(inner_lr=1.0, inner_retention=0.9)
     state = with_readout(memory, torch.zeros(1, 4, 4))
     learned = state["phi"] + torch.randn_like(state["phi"])
     state["phi"] = learned
@@ -119,7 +119,7 @@ def test_without_new_evidence_what_was_learned_decays_towards_phi0():
 
 def test_without_a_phi_it_starts_as_the_linear_memory():
     for scales in ((), (0.99,), (0.5, 0.9)):
-        phi = MLP(scales).init(torch.empty(5, 3, 4))["phi"]
+        phi = EntrywiseMLP(scales).init(torch.empty(5, 3, 4))["phi"]
         assert phi.shape == (5, 8, len(scales) + 2)
         assert (phi[..., -1] == 0).all()
         assert phi[..., :-1].abs().min() > 0
@@ -127,15 +127,15 @@ def test_without_a_phi_it_starts_as_the_linear_memory():
 
 def test_a_phi_of_ones_own_is_where_every_matrix_starts():
     phi = [[0.5, -0.25, 0.125], [1.0, 2.0, 3.0]]
-    state = MLP(phi=phi).init(torch.empty(3, 4, 4))
+    state = EntrywiseMLP(phi=phi).init(torch.empty(3, 4, 4))
     assert torch.equal(state["phi"], torch.tensor(phi).expand(3, 2, 3))
     assert torch.equal(state["phi0"], state["phi"])
     with pytest.raises(ValueError, match=r"Invalid phi: units of \[3, 3\] numbers.* need 4"):
-        MLP((0.5, 0.9), phi=phi)
+        EntrywiseMLP((0.5, 0.9), phi=phi)
 
 
 def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
-    memory = MLP(inner_lr=1.0)
+    memory = EntrywiseMLP(inner_lr=1.0)
     grads = torch.randn(8, 1, 16, 16)
     params = [nn.Parameter(torch.zeros(16, 16))]
     optimizer = deepopt.DeepMomentum(params, memory=memory)
@@ -145,7 +145,7 @@ def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     again = [nn.Parameter(params[0].detach().clone())]
-    resumed = deepopt.DeepMomentum(again, memory=MLP(inner_lr=1.0))
+    resumed = deepopt.DeepMomentum(again, memory=EntrywiseMLP(inner_lr=1.0))
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     for p, o in ((params, optimizer), (again, resumed)):
         train(p, o, grads[4:])
@@ -156,22 +156,22 @@ def test_what_was_learned_is_saved_and_goes_on_bit_for_bit():
 def test_a_checkpoint_goes_on_with_its_own_phi():
     phi = torch.randn(8, 3)
     params = [nn.Parameter(torch.zeros(16, 16))]
-    first = deepopt.DeepMomentum(params, memory=MLP(phi=phi.tolist()))
+    first = deepopt.DeepMomentum(params, memory=EntrywiseMLP(phi=phi.tolist()))
     train(params, first, torch.randn(2, 1, 16, 16))
-    resumed = deepopt.DeepMomentum(params, memory=MLP())
+    resumed = deepopt.DeepMomentum(params, memory=EntrywiseMLP())
     resumed.load_state_dict(first.state_dict())
     assert torch.equal(resumed.state[params[0]]["phi0"], phi[None])
 
 
 def test_the_state_is_as_small_as_documented():
     for scales, floats in (((0.99,), 2 * 60 + 2 * 8 * 3), ((0.5, 0.99), 3 * 60 + 2 * 8 * 4)):
-        state = MLP(time_scales=scales).init(torch.empty(1, 6, 10, device="meta"))
+        state = EntrywiseMLP(time_scales=scales).init(torch.empty(1, 6, 10, device="meta"))
         assert sum(tensor.numel() for tensor in state.values()) == floats
         assert all(tensor.is_meta for tensor in state.values())
 
 
 def test_write_and_read_are_differentiable():
-    memory = MLP(inner_lr=0.5)
+    memory = EntrywiseMLP(inner_lr=0.5)
     grads = [torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     start = with_readout(memory, grads[0])
 
@@ -197,4 +197,4 @@ def test_write_and_read_are_differentiable():
 )
 def test_bad_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
-        MLP(**options)
+        EntrywiseMLP(**options)

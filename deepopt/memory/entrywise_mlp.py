@@ -16,7 +16,7 @@ LINEAR = Linear()
 
 
 @dataclass(frozen=True)
-class MLP:
+class EntrywiseMLP:
     r"""A linear memory with a correction that a small MLP reads, entry by entry, from its keys.
 
     Keys are averages of the gradient at several retentions :math:`\beta_k`, of which the first is
