@@ -4,6 +4,7 @@ A command, `__main__.py`, stands above its room: it may show what other rooms ha
 """
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,16 @@ def test_a_room_imports_only_what_its_row_allows(name: str | None):
         if room(module) not in allowed
     }
     assert not foreign
+
+
+def test_no_two_classes_and_no_two_files_share_a_name():
+    files = [path for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")]
+    classes = [
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 50
+    for names in (classes, [path.name for path in files]):
+        assert not [name for name, count in Counter(names).items() if count > 1]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deepopt.hope.block import HopeBlock
 
 
-class Arguments(NamedTuple):
+class BlockTokenArguments(NamedTuple):
     """What the operator is given; n and m are the memories' hidden widths.
 
     Attributes:
@@ -75,9 +75,9 @@ class Arguments(NamedTuple):
 
 
 TENSORS = 18
-"""Number of the first fields of `Arguments`, which are tensors and lists of them."""
+"""Number of the first fields of `BlockTokenArguments`, which are tensors and lists of them."""
 SCALARS = slice(18, 24)
-"""Those of `Form.scalars` in `Arguments`."""
+"""Those of `Form.scalars` in `BlockTokenArguments`."""
 SCHEMA = """(Tensor x, Tensor norm, Tensor key, Tensor value, Tensor query, Tensor gate,
 Tensor output, Tensor? turns, Tensor head_norm, Tensor gates, Tensor[] convolutions,
 Tensor[] level_norms, Tensor[] ups, Tensor[] downs, Tensor[] initial, Tensor[] weights,
@@ -113,7 +113,7 @@ def forward(
         memory = memory.anchored().owned()
     pulled = config.retention == "initial"
     norm, head_norm, *level_norms = map(_weight, parts.norms)
-    given = Arguments._make([
+    given = BlockTokenArguments._make([
         x[:, 0], norm, *map(_weight, parts.maps), _weight(parts.rates), head_norm,
         titans.gates().stacked(), [*map(_weight, parts.convolutions)], level_norms,
         [*map(_weight, parts.ups)], [*map(_weight, parts.downs)],
@@ -239,7 +239,7 @@ def _is_plain(parts: _Parts) -> bool:
     )
 
 
-def _supports(given: Arguments) -> bool:
+def _supports(given: BlockTokenArguments) -> bool:
     dtype = given.x.dtype
     tensors = [x for x in given[:TENSORS] if isinstance(x, Tensor)]
     tensors += [x for some in given[:TENSORS] if isinstance(some, list) for x in some]
@@ -248,14 +248,14 @@ def _supports(given: Arguments) -> bool:
     )
 
 
-def _shapes(given: Arguments) -> list[Tensor]:
+def _shapes(given: BlockTokenArguments) -> list[Tensor]:
     w2, w1, _, _, memory_w2, memory_w1, _, _ = given.weights
     like = [given.x, w2, w1, memory_w2, memory_w1, *given.tails, given.phase]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
-@operator(SCHEMA, _supports, Arguments, fake=_shapes)
-def block_token(given: Arguments) -> list[Tensor]:
+@operator(SCHEMA, _supports, BlockTokenArguments, fake=_shapes)
+def block_token(given: BlockTokenArguments) -> list[Tensor]:
     """One token of every sequence through one block, all of them at one position.
 
     Args:

@@ -26,7 +26,7 @@ from deepopt.hope.memory import (
 from deepopt.ops.operator import operator
 
 
-class Arguments(NamedTuple):
+class MemoryArguments(NamedTuple):
     """What the operators are given; d is the width of a head, h and m are hidden widths.
 
     Attributes:
@@ -98,11 +98,11 @@ class Arguments(NamedTuple):
 
 
 TENSORS: Final = 16
-"""Number of the first fields of `Arguments`, which are tensors."""
+"""Number of the first fields of `MemoryArguments`, which are tensors."""
 SCALARS = slice(16, 22)
-"""Those of `Form.scalars` in `Arguments`."""
+"""Those of `Form.scalars` in `MemoryArguments`."""
 PULLS = slice(11, 15)
-"""The initial weights in `Arguments`, which are None where retention leads to zero."""
+"""The initial weights in `MemoryArguments`, which are None where retention leads to zero."""
 SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
 Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
 Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor? memory_initial_w2,
@@ -131,7 +131,7 @@ def self_modifying(
         and memory.w2.shape[-2] > 0
     ):
         pulls = [weights or (None, None) for weights in initial]
-        arguments = Arguments._make(
+        arguments = MemoryArguments._make(
             [*inputs, *generators[:4], *memory[:4], *pulls[0], *pulls[1],
              gates.stacked(), *form.scalars, form.projection_chunk, form.memory_chunk, position]
         )  # fmt: skip
@@ -153,13 +153,13 @@ def _weights(w2: Tensor | None, w1: Tensor | None) -> Weights | None:
 
 
 def _supports(*given: Any) -> bool:
-    arguments: Arguments = given[-1]
+    arguments: MemoryArguments = given[-1]
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     dtype = arguments.key.dtype
     return dtype in (torch.float32, torch.float64) and all(x.dtype == dtype for x in tensors)
 
 
-def _shapes(keep: bool, given: Arguments) -> list[Tensor]:
+def _shapes(keep: bool, given: MemoryArguments) -> list[Tensor]:
     chunks = (given.projection_chunk, given.memory_chunk)
     count = scan.segment_count(given.query.shape[-1], chunks, given.position) if keep else 0
     starts = given.key.new_empty(_starts_shape(given, count))
@@ -168,11 +168,11 @@ def _shapes(keep: bool, given: Arguments) -> list[Tensor]:
     ]
 
 
-def _ends(given: Arguments) -> list[Tensor]:
+def _ends(given: MemoryArguments) -> list[Tensor]:
     return [given.key, *given[3:11]]
 
 
-def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int]:
+def _starts_shape(given: MemoryArguments, segments: int) -> tuple[int, int, int]:
     """Shape of the stored weights. Segments and weights share a dimension, so that its size is
     never 1: torch.compile makes a graph of its own for a size of 1.
     """
@@ -182,7 +182,7 @@ def _starts_shape(given: Arguments, segments: int) -> tuple[int, int, int]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _, *flat = inputs
-    given = Arguments(*flat)
+    given = MemoryArguments(*flat)
     starts = output[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(starts)
@@ -192,7 +192,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     *tensors, starts = ctx.saved_tensors
-    given = Arguments(*tensors, *ctx.options)
+    given = MemoryArguments(*tensors, *ctx.options)
     nothing = given.key.new_empty(0)
     ends = [nothing if grad is None else grad for grad in grads[:-1]]
     if torch.is_grad_enabled():  # with create_graph: what autograd sees can be differentiated again
@@ -204,7 +204,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
     return (None, *found, *(None for _ in ctx.options))
 
 
-def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | None]:
+def _by_autograd(grads: Sequence[Tensor], given: MemoryArguments) -> list[Tensor | None]:
     """The gradients for the tensors in `given`, None for those that are None, by autograd."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -212,7 +212,7 @@ def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | Non
         # gradient, so each gets a view of its own.
         inputs = [None if x is None else x.view_as(x) for x in given[:TENSORS]]
         inputs = [x if x is None or x.requires_grad else x.requires_grad_() for x in inputs]
-        results = memories.reference(False, Arguments._make([*inputs, *given[TENSORS:]]))
+        results = memories.reference(False, MemoryArguments._make([*inputs, *given[TENSORS:]]))
         pairs = [(x, g) for x, g in zip(results, grads, strict=False) if g.numel()]
         found = torch.autograd.grad(
             [x for x, _ in pairs], [x for x in inputs if x is not None], [g for _, g in pairs],
@@ -223,10 +223,10 @@ def _by_autograd(grads: Sequence[Tensor], given: Arguments) -> list[Tensor | Non
 
 
 @operator(
-    f"(bool keep, {SCHEMA}) -> Tensor[]", _supports, Arguments, fake=_shapes,
+    f"(bool keep, {SCHEMA}) -> Tensor[]", _supports, MemoryArguments, fake=_shapes,
     gradient=(_save, _backward),
 )  # fmt: skip
-def memories(keep: bool, given: Arguments) -> list[Tensor]:
+def memories(keep: bool, given: MemoryArguments) -> list[Tensor]:
     """The memories over some tokens.
 
     Args:
@@ -259,7 +259,9 @@ def memories(keep: bool, given: Arguments) -> list[Tensor]:
     return [torch.cat(outputs, -1), *ends, torch.cat(starts, 2).detach() if keep else empty]
 
 
-def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
+def _gradient_shapes(
+    grads: Sequence[Tensor], starts: Tensor, given: MemoryArguments
+) -> list[Tensor]:
     like = [x for x in given[:TENSORS] if isinstance(x, Tensor)]
     if given.initial_w2 is None:
         like[PULLS.start : PULLS.start] = [
@@ -269,10 +271,12 @@ def _gradient_shapes(grads: Sequence[Tensor], starts: Tensor, given: Arguments) 
 
 
 @operator(
-    f"(Tensor[] grads, Tensor starts, {SCHEMA}) -> Tensor[]", _supports, Arguments,
+    f"(Tensor[] grads, Tensor starts, {SCHEMA}) -> Tensor[]", _supports, MemoryArguments,
     fake=_gradient_shapes,
 )  # fmt: skip
-def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments) -> list[Tensor]:
+def memories_gradient(
+    grads: Sequence[Tensor], starts: Tensor, given: MemoryArguments
+) -> list[Tensor]:
     """The gradients of `memories` for all its tensors, in their order.
 
     Args:
@@ -285,7 +289,7 @@ def memories_gradient(grads: Sequence[Tensor], starts: Tensor, given: Arguments)
     """
     with torch.no_grad():
         detached = [x.detach() if isinstance(x, Tensor) else x for x in given]
-        found = _by_autograd(grads, Arguments._make(detached))
+        found = _by_autograd(grads, MemoryArguments._make(detached))
     shapes = _gradient_shapes(grads, starts, given)
     return [y if x is None else x for x, y in zip(found, shapes, strict=True)]
 
@@ -294,10 +298,10 @@ def _flops(given: Sequence[Any], backward: bool) -> int:
     """FLOPs of the CPU kernel's products. The gradient computes every chunk once more.
 
     Args:
-        given: fields of `Arguments`, with shapes instead of tensors.
+        given: fields of `MemoryArguments`, with shapes instead of tensors.
         backward: count the gradient instead of the forward pass.
     """
-    sizes = Arguments._make(given)
+    sizes = MemoryArguments._make(given)
     batch, heads, d, tokens = sizes.key
     g, m = sizes.w2[3], sizes.memory_w2[3]
     chunks = (sizes.projection_chunk, sizes.memory_chunk)

@@ -19,10 +19,10 @@ from tests.hope.test_memory import Case
 needs_kernel = pytest.mark.skipif("cpu" in UNAVAILABLE, reason=UNAVAILABLE.get("cpu", ""))
 
 
-def arguments(case: Case, position: int = 0) -> fused.Arguments:
+def arguments(case: Case, position: int = 0) -> fused.MemoryArguments:
     form = case.form
     pulls = [x for weights in case.initial for x in weights or (None, None)]
-    return fused.Arguments(
+    return fused.MemoryArguments(
         *case.inputs, *case.generators[:4], *case.memory[:4], *pulls,
         torch.stack(case.gates[:6], -1).detach().requires_grad_(),
         form.max_eta, form.max_erase or 0.0, form.max_delta,

@@ -13,8 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepopt.hope.block_token import Arguments as BlockTokenArguments
-from deepopt.hope.fused import Arguments as MemoryArguments
+from deepopt.hope.block_token import BlockTokenArguments
+from deepopt.hope.fused import MemoryArguments
 from deepopt.ops import ScaleArguments, delta_write, polar_express
 from deepopt.ops.operator import OPERATORS
 

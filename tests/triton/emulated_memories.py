@@ -15,11 +15,11 @@ from tests.hope.test_fused import arguments
 from tests.triton import interpreter  # noqa: F401  # as the other kernels are run
 
 
-def given(position: int, dtype: torch.dtype, **options: Any) -> fused.Arguments:
+def given(position: int, dtype: torch.dtype, **options: Any) -> fused.MemoryArguments:
     """Random arguments in mid-chunk; a floor that a scalar in float32 holds exactly."""
     case = test_memory.Case(memory_floor=2.0**-13, **options)
     found = arguments(case, position)
-    return fused.Arguments._make(
+    return fused.MemoryArguments._make(
         x.detach().to(dtype) if isinstance(x, torch.Tensor) else x for x in found
     )
 

@@ -159,8 +159,8 @@ def test_memories_and_their_gradients_equal_the_reference_in_float64(
     )
     gates = normal(heads, 6) + torch.tensor([-2.0, 4.0, 0.0, 0.0, 0.0, 2.0])
     numbers = (0.5 / max(chunks), 2.0, 1.5, 1.0, 1e-4, 6.0, *chunks, position)
-    exact = fused.Arguments(*inputs, *states, *pulls, gates, *numbers)
-    given = fused.Arguments._make(
+    exact = fused.MemoryArguments(*inputs, *states, *pulls, gates, *numbers)
+    given = fused.MemoryArguments._make(
         x.to("cuda", torch.float32) if isinstance(x, torch.Tensor) else x for x in exact
     )
     expected = fused.memories.reference(True, exact)
