@@ -21,7 +21,7 @@ ROOMS = {
     "optim.engine": {"ops", "memory", "routing", "optim.output_map"},
     "optim": {"ops", "memory", "routing", "optim.output_map", "optim.engine"},
     "hope": {"ops", "memory", "data", "optim"},
-    "meta": {"memory", "optim", "optim.output_map"},
+    "meta": {"memory", "optim", "optim.output_map", "hope"},
 }
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from deepopt.meta.evolution import SEARCHED, Evolution, Log
-from deepopt.meta.tasks import KINDS
+from deepopt.meta.tasks import KINDS, USUAL_KINDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="shortest and longest training run of a task (100 200)",
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of task (all)"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=USUAL_KINDS,
+        help=f"kinds of task ({' '.join(USUAL_KINDS)})",
     )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from deepopt.memory import AnyMemory, EntrywiseMLP, Horizons, Linear
 from deepopt.memory.entrywise_mlp import untrained_weights
 from deepopt.memory.horizons import width
 from deepopt.meta.gains import FEATURES, Gains
-from deepopt.meta.tasks import KINDS, Task, draw
+from deepopt.meta.tasks import USUAL_KINDS, Task, draw
 from deepopt.meta.training import train
 
 BETAS = (0.0, 0.5, 0.7, 0.9)
@@ -135,7 +135,7 @@ class Evolution:
         pool: tasks to draw from.
         tasks: tasks of a generation, the same for all candidates.
         steps: the range of the length of a run.
-        kinds: kinds of tasks to learn from; validation takes all.
+        kinds: kinds of tasks to learn from; validation takes the usual ones.
         seed: of the search.
     """
 
@@ -146,7 +146,7 @@ class Evolution:
     pool: int = 12
     tasks: int = 2
     steps: tuple[int, int] = (100, 200)
-    kinds: Sequence[str] = KINDS
+    kinds: Sequence[str] = USUAL_KINDS
     seed: int = 0
 
     def start(self) -> Tensor:

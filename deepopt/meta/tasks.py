@@ -3,6 +3,7 @@
 No real data set is used, so that any data set on which a trained memory is measured is new to it.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KINDS = ("regression", "classification", "language")
+from deepopt.hope import Hope, HopeConfig
+
+KINDS = ("regression", "classification", "language", "images", "hope")
+USUAL_KINDS = KINDS[:3]
+"""Those that a search learns from unless it is told otherwise."""
 REGIMES = 3
+CLASSES = 10
+SIDE, PATTERN = 8, 3
+"""Sides of an image, and of the pattern that is somewhere in it."""
+MAPS = ("key", "value", "query", "gate", "output")
+"""The square matrices of Hope's layer."""
 TOKENS, LENGTH = 32, 17
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -24,7 +34,8 @@ class Task:
 
     Args:
         kind: "regression" and "classification" learn random networks, "language" a Markov chain
-            of second order.
+            of second order with a Transformer, "hope" the same with a Hope, "images" which of ten
+            patterns is in an image, with a convolutional network.
         seed: of its data and its initial weights.
         dim: width of the network.
         layers: hidden layers, or blocks of a Transformer.
@@ -32,6 +43,8 @@ class Task:
         noise: standard deviation of the answers' noise, or the share of random answers.
         period: steps until the next of three regimes, which recur; 0 for a single regime.
         steps: of training. With regimes the rate stays constant, without it decays to zero.
+        scale: of the matrices, by which the network divides them again: another parameterization of
+            the same function.
     """
 
     kind: str
@@ -42,6 +55,7 @@ class Task:
     noise: float
     period: int
     steps: int
+    scale: float = 1.0
 
     def rate(self, step: int) -> float:
         """The learning rate of a step relative to its peak."""
@@ -52,8 +66,10 @@ class Task:
         """Inputs and answers."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
         regime = step // self.period % REGIMES if self.period else 0
-        if self.kind == "language":
+        if self.kind in ("language", "hope"):
             return self._text(self._chain(regime), generator)
+        if self.kind == "images":
+            return self._images(regime, generator)
         x = torch.randn(self.batch_size, self.dim, generator=generator)
         first, second = self._teacher(regime)
         y = torch.tanh(2 * x @ first) @ second
@@ -71,7 +87,18 @@ class Task:
     def _teacher(self, regime: int) -> tuple[Tensor, Tensor]:
         generator, hidden = self._of_regime(regime), 8
         first = torch.randn(self.dim, hidden, generator=generator) / self.dim**0.5
-        return first, torch.randn(hidden, 10, generator=generator) / hidden**0.5
+        return first, torch.randn(hidden, CLASSES, generator=generator) / hidden**0.5
+
+    def _images(self, regime: int, generator: torch.Generator) -> Batch:
+        """Noise with one of the regime's patterns somewhere in it, and which one."""
+        shape = (CLASSES, PATTERN, PATTERN)
+        patterns = 2 * torch.randn(shape, generator=self._of_regime(regime))
+        answers = torch.randint(CLASSES, (self.batch_size,), generator=generator)
+        images = torch.randn(self.batch_size, SIDE, SIDE, generator=generator)
+        corners = torch.randint(SIDE - PATTERN + 1, (self.batch_size, 2), generator=generator)
+        for image, answer, (row, column) in zip(images, answers, corners.tolist(), strict=True):
+            image[row : row + PATTERN, column : column + PATTERN] += patterns[answer]
+        return images[:, None], self._flipped(answers, CLASSES, generator)
 
     def _chain(self, regime: int) -> Tensor:
         """Logits of the next token after the last token, and after the one before it."""
@@ -87,27 +114,49 @@ class Task:
         return text[:, :-1], text[:, 1:]
 
     def weights(self) -> Params:
-        """The initial weights: those called "matrices" are a stack of square ones."""
+        """The initial weights: those called "matrices" are a stack of equal shapes."""
+        if self.kind == "hope":
+            return self._weights_of_hope()
         generator = torch.Generator().manual_seed(self.seed)
-        language = self.kind == "language"
+        language, inputs = self.kind == "language", self.dim
+        if self.kind == "images":  # a row has the weights of one channel's filter
+            inputs *= PATTERN**2
         count = 6 * self.layers if language else self.layers
-        scale = self.dim**-0.5 if language else (2 / self.dim) ** 0.5
-        shape = (count, self.dim, self.dim)
-        weights = {"matrices": scale * torch.randn(shape, generator=generator)}
+        size = self.dim**-0.5 if language else (2 / inputs) ** 0.5
+        shape = (count, self.dim, inputs)
+        weights = {"matrices": self.scale * size * torch.randn(shape, generator=generator)}
         if language:
             weights["embedding"] = torch.randn(TOKENS, self.dim, generator=generator)
             weights["position"] = 0.3 * torch.randn(LENGTH, self.dim, generator=generator)
-        weights["head"] = torch.zeros(TOKENS if language else 10, self.dim)
+        if self.kind == "images":
+            stem = (self.dim, 1, PATTERN, PATTERN)
+            weights["stem"] = torch.randn(stem, generator=generator) / PATTERN
+        weights["head"] = torch.zeros(TOKENS if language else CLASSES, self.dim)
         return weights
+
+    def _weights_of_hope(self) -> Params:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = Hope(_config(self.dim, self.layers))
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        matrices = [weights.pop(name) for name in _names_of_maps(self.layers)]
+        return {"matrices": self.scale * torch.stack(matrices), **weights}
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
         x, y = batch
-        if self.kind == "language":
-            logits = _transformer(params, x) @ params["head"].mT
+        params = {**params, "matrices": params["matrices"] / self.scale}
+        if self.kind in ("language", "hope"):
+            if self.kind == "hope":
+                logits = _hope(params, x, self.dim, self.layers)
+            else:
+                logits = _transformer(params, x) @ params["head"].mT
             return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        for matrix in params["matrices"].unbind(0):
-            x = F.gelu(x @ matrix.mT)
+        if self.kind == "images":
+            x = _convolved(params, x)
+        else:
+            for matrix in params["matrices"].unbind(0):
+                x = F.gelu(x @ matrix.mT)
         answers = x @ params["head"].mT
         return F.mse_loss(answers, y) if self.kind == "regression" else F.cross_entropy(answers, y)
 
@@ -127,17 +176,53 @@ def _transformer(params: Params, tokens: Tensor) -> Tensor:
     return F.rms_norm(x, dim)
 
 
-def draw(seed: int, steps: tuple[int, int] = (100, 200), kinds: Sequence[str] = KINDS) -> Task:
+def _convolved(params: Params, images: Tensor) -> Tensor:
+    """Convolutions one after the other, and the mean over the image."""
+    x = F.gelu(F.conv2d(images, params["stem"], padding="same"))
+    for matrix in params["matrices"].unbind(0):
+        filters = matrix.unflatten(-1, (-1, PATTERN, PATTERN))
+        x = F.gelu(F.conv2d(x, filters, padding="same"))
+    return x.mean((-2, -1))
+
+
+def _config(dim: int, layers: int) -> HopeConfig:
+    return HopeConfig(
+        vocab_size=TOKENS, dim=dim, layers=layers, heads=2, memory_chunk=8, projection_chunk=8
+    )
+
+
+def _names_of_maps(layers: int) -> list[str]:
+    return [f"blocks.{block}.titans.{name}.weight" for block in range(layers) for name in MAPS]
+
+
+@functools.lru_cache
+def _hope_of(dim: int, layers: int) -> Hope:
+    """The model whose weights are given in each call."""
+    return Hope(_config(dim, layers))
+
+
+def _hope(params: Params, tokens: Tensor, dim: int, layers: int) -> Tensor:
+    """Logits of a Hope."""
+    maps = zip(_names_of_maps(layers), params["matrices"].unbind(0), strict=True)
+    rest = {name: weight for name, weight in params.items() if name != "matrices"}
+    weights = {**rest, **dict(maps)}
+    logits: Tensor = torch.func.functional_call(_hope_of(dim, layers), weights, (tokens,)).logits
+    return logits
+
+
+def draw(
+    seed: int, steps: tuple[int, int] = (100, 200), kinds: Sequence[str] = USUAL_KINDS
+) -> Task:
     """A random task; even seeds give streams, and the kinds take turns.
 
     Args:
         seed: decides everything.
         steps: the range of the length of a run (default: (100, 200)).
-        kinds: to choose from (default: all).
+        kinds: to choose from (default: ``USUAL_KINDS``).
     """
     rng = random.Random(f"task {seed}")
     kind = kinds[seed // 2 % len(kinds)]
-    language = kind == "language"
+    language = kind in ("language", "hope")
     return Task(
         kind,
         seed,
@@ -147,4 +232,6 @@ def draw(seed: int, steps: tuple[int, int] = (100, 200), kinds: Sequence[str] = 
         noise=rng.choice((0.0, 0.1, 0.3)) if kind == "regression" else rng.choice((0.0, 0.1)),
         period=0 if seed % 2 else rng.choice((15, 25, 40)),
         steps=rng.randint(*steps),
+        # The usual kinds keep their scale, so that a search that was made can be repeated.
+        scale=1.0 if kind in USUAL_KINDS else rng.choice((0.5, 1.0, 2.0)),
     )

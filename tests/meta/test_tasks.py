@@ -3,13 +3,14 @@ import dataclasses
 import pytest
 import torch
 
-from deepopt.meta.tasks import KINDS, REGIMES, draw
+from deepopt.meta.tasks import KINDS, REGIMES, USUAL_KINDS, draw
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_batch_is_a_function_of_the_seed_and_the_step(seed):
-    task = draw(seed)
-    for ours, theirs in zip(task.batch(3), draw(seed).batch(3), strict=True):
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_a_function_of_the_seed_and_the_step(kind, seed):
+    task = draw(seed, kinds=(kind,))
+    for ours, theirs in zip(task.batch(3), draw(seed, kinds=(kind,)).batch(3), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(task.batch(3)[0], task.batch(4)[0])
     other = dataclasses.replace(task, seed=seed + 6)
@@ -18,7 +19,8 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(seed):
 
 def test_streams_and_steady_tasks_of_every_kind_come_by_turns():
     tasks = [draw(seed) for seed in range(12)]
-    assert [task.kind for task in tasks[::2]] == [*KINDS, *KINDS]
+    assert [task.kind for task in tasks[::2]] == [*USUAL_KINDS, *USUAL_KINDS]
+    assert {draw(seed, kinds=KINDS).kind for seed in range(12)} == {*KINDS}
     assert all(bool(task.period) == (task.seed % 2 == 0) for task in tasks)
     assert all(100 <= task.steps <= 200 for task in tasks)
 
@@ -44,12 +46,30 @@ def test_a_stream_keeps_its_rate_and_a_steady_task_ends_at_none():
     assert max(map(steady.rate, range(steady.steps))) <= 1.0
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_first_loss_is_that_of_an_answer_of_zeros(seed):
-    task = draw(seed)
+@pytest.mark.parametrize("kind", ["images", "hope"])
+def test_the_scale_of_the_matrices_changes_their_gradients_and_not_the_function(kind):
+    tasks = [dataclasses.replace(draw(0, kinds=(kind,)), scale=scale) for scale in (1.0, 2.0)]
+    weights = [task.weights() for task in tasks]
+    torch.testing.assert_close(2 * weights[0]["matrices"], weights[1]["matrices"])
+    found = []
+    for task, params in zip(tasks, weights, strict=True):
+        # Heads of zeros let no gradient through.
+        heads = [name for name in params if name.startswith("head")]
+        params |= {name: torch.ones_like(params[name]).cumsum(0) for name in heads}
+        found.append(torch.func.grad_and_value(task.loss)(params, task.batch(0)))
+    (first, loss), (second, same_loss) = found
+    torch.testing.assert_close(loss, same_loss)
+    torch.testing.assert_close(first["matrices"], 2 * second["matrices"], rtol=1e-3, atol=1e-6)
+    assert first["matrices"].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_loss_is_that_of_an_answer_of_zeros(kind, seed):
+    task = draw(seed, kinds=(kind,))
     batch = task.batch(0)
     loss = task.loss(task.weights(), batch).item()
-    classes = {"classification": 10.0, "language": 32.0}
+    classes = {"classification": 10.0, "images": 10.0, "language": 32.0, "hope": 32.0}
     if task.kind == "regression":
         assert loss == pytest.approx(batch[1].square().mean().item())
     else:
