@@ -71,7 +71,7 @@ def test_a_room_imports_only_what_its_row_allows(name: str | None):
     assert not foreign
 
 
-def test_no_two_classes_and_no_two_files_share_a_name():
+def test_no_two_classes_and_no_two_files_of_the_package_share_a_name():
     files = [path for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")]
     classes = [
         node.name

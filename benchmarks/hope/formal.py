@@ -53,6 +53,9 @@ LANGUAGES: dict[str, Language] = {
 }
 
 
+STEPS = {"mod5": 800}
+"""Optimizer steps of the language that takes more than the others: after 400, it depends on the
+seed whether a Hope counts on beyond the trained length."""
 SIZES = HopeConfig(vocab_size=5, dim=64, layers=2, heads=2)
 GOALS = (Goal("accuracy beyond the trained length", lambda mean: mean("Hope", "beyond"), 0.99),)
 

@@ -13,7 +13,7 @@ from benchmarks.hope import models
 from benchmarks.hope.bytes import Bytes
 from benchmarks.hope.continual import Continual
 from benchmarks.hope.digits import Digits
-from benchmarks.hope.formal import LANGUAGES, Formal
+from benchmarks.hope.formal import LANGUAGES, STEPS, Formal
 from benchmarks.hope.mad import KINDS, Mad
 from benchmarks.hope.passkey import Passkey
 from benchmarks.hope.reading import Reading
@@ -28,7 +28,7 @@ from deepopt.ops.orthogonal_update import LEAST_SIZE, MOST_ENLARGED
 TASKS: dict[str, Task] = {
     "bytes": Bytes(),
     "recall": Recall(),
-    **{name: Formal(name) for name in LANGUAGES},
+    **{name: Formal(name, STEPS.get(name, Formal.steps)) for name in LANGUAGES},
     "reading": Reading(),
     "continual": Continual(),
     "digits": Digits(),

@@ -1,5 +1,6 @@
 """Which runs there are. A plan is a function of the lines so far, so that it can stop anywhere."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.contenders import DEFAULT, RIVALS, Setting
+from benchmarks.quality.contenders import ABLATIONS, CONTENDERS, DEFAULT, RIVALS, Setting
 from benchmarks.quality.training import Lines, Run, value
 from benchmarks.quality.workload import find
 
@@ -38,8 +39,8 @@ better than it is."""
 BUDGETS = (0.5, 1.5, 2.0)
 """Numbers of steps at which the rivals' loss is also measured, as multiples of the workload's."""
 LONGER = (3.0, 4.0)
-"""The same for a rival that at the largest of these is still behind another optimizer: else the
-ratio of their steps would be no more than a bound."""
+"""Further numbers of steps for a rival that is still behind another optimizer at all of BUDGETS:
+else the ratio of their steps would be no more than a bound."""
 BUDGET_SEEDS = 3
 
 THREE_RATES = (3e-4, 1e-3, 3e-3)
@@ -63,8 +64,8 @@ class Tuning:
        the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
        until nothing changes, three times at most.
     4. The best trials of each at three rates at all of its steps, and the best of them with every
-       seed; the swap with every seed; the rivals at their best at other budgets, and at longer
-       ones until none of the others is ahead of them.
+       seed; the swap with every seed; the rivals at their best at other budgets, up to twice the
+       steps, and up to four times while another optimizer is ahead of them.
 
     Attributes:
         workload: its name.
@@ -132,11 +133,10 @@ class Tuning:
 
     def trials_of(self, contender: str, lines: Lines) -> list[Run]:
         """The trials that there are so far."""
-        default = self.default_setting(contender, lines)
-        settings = [default] if default else []
-        for low, high, skipped, count in self.ranges(lines):
-            settings += points(count, low, high, skipped)
-        return [self.trial(contender, setting) for setting in settings]
+        found = self.unwidened(contender, lines)
+        for low, high, skipped, count in self.ranges(lines)[1:]:
+            found += [self.trial(contender, s) for s in points(count, low, high, skipped)]
+        return found
 
     def ranges(self, lines: Lines) -> list[tuple[float, float, int, int]]:
         """Ranges of rates, widened as far as is known, with how many points to skip and to take."""
@@ -160,13 +160,14 @@ class Tuning:
     ) -> tuple[bool, bool]:
         """Whether anybody's best trial has the lowest, or the highest, of all rates of the ranges.
 
-        An optimizer decides once all its trials are there. So one that is new on a workload leaves
-        the finished searches of the others as they are.
+        Every known optimizer decides, whichever the plan has, once all its trials are there: the
+        plans of a command and of the page must have the same trials. Parts of the default that are
+        left out do not decide.
         """
         settings = [s for low, high, skip, count in ranges for s in points(count, low, high, skip)]
         rates = [setting.lr for setting in settings]
         lowest = highest = False
-        for contender in self.contenders:
+        for contender in (c for c in CONTENDERS if c not in ABLATIONS):
             default = self.default_setting(contender, lines)
             if default is None:
                 continue
@@ -234,38 +235,51 @@ class Tuning:
 
     def budgets(self, rival: str, lines: Lines) -> list[Run]:
         """The rival at its best setting with other numbers of steps."""
-        return [run for share in BUDGETS for run in self._budget(rival, share, lines)]
+        setting = self.best(rival, lines)
+        if setting is None:
+            return []
+        return [run for share in BUDGETS for run in self._budget(rival, setting, share)]
 
-    def longer(self, rival: str, least: float, lines: Lines) -> list[Run]:
-        """The same with more steps, for as long as the rival's mean loss is above ``least``."""
-        found: list[Run] = []
-        last = self._budget(rival, max(BUDGETS), lines)
+    def longer(self, rival: str, ahead: float, lines: Lines) -> list[list[Run]]:
+        """Its further budgets, as far as they are known: for as long as all mean losses so far are
+        above ``ahead``."""
+        setting = self.best(rival, lines)
+        if setting is None:
+            return []
+        shares = (1.0, *BUDGETS)
+        known = [self._budget(rival, setting, share) for share in shares]
+        found: list[list[Run]] = []
         for share in LONGER:
-            if not last or any(run not in lines for run in last):
+            if not math.inf > least_mean(known, lines) > ahead:
                 break
-            if not least < statistics.fmean(value(lines[run]) for run in last) < math.inf:
+            if any(run not in lines for run in known[-1]):
                 break
-            last = self._budget(rival, share, lines)
-            found += last
+            known.append(self._budget(rival, setting, share))
+            found.append(known[-1])
         return found
 
-    def _budget(self, rival: str, share: float, lines: Lines) -> list[Run]:
-        setting = self.best(rival, lines)
+    def _budget(self, rival: str, setting: Setting, share: float) -> list[Run]:
         seeds = range(min(BUDGET_SEEDS, self.seeds))
-        return [self.run(rival, setting, seed, share) for seed in seeds] if setting else []
+        return [self.run(rival, setting, seed, share) for seed in seeds]
 
     def runs(self, contender: str, lines: Lines) -> list[Run]:
         """All runs of an optimizer that are known by now."""
         found = [*self.trials_of(contender, lines), *self.descent(contender, lines)]
         found += self.finalists(contender, lines)
         found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
-        found += [*self.budgets(contender, lines), *self.longer(contender, -math.inf, lines)]
-        return list(dict.fromkeys(found))
+        longer = itertools.chain(*self.longer(contender, -math.inf, lines))
+        return list(dict.fromkeys([*found, *self.budgets(contender, lines), *longer]))
 
     def next(self, lines: Lines) -> list[Run]:
         """The missing runs that are known by now; empty when all are done."""
         rivals = [rival for rival in RIVALS if rival in self.contenders]
-        least = cache(lambda: least_mean((self.tuned(c, lines) for c in self.contenders), lines))
+        tuned = cache(lambda contender: self.tuned(contender, lines))
+
+        def longer(rival: str) -> list[Run]:
+            others = [tuned(contender) for contender in self.contenders if contender != rival]
+            every = self.longer(rival, least_mean(others, lines), lines)
+            return [run for budget in every for run in budget]
+
         stages = (
             self.first_trials,
             lambda: [run for c in self.contenders for run in self.unwidened(c, lines)],
@@ -275,7 +289,7 @@ class Tuning:
             lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
             lambda: [run for rival in rivals for run in self.budgets(rival, lines)],
-            lambda: [run for rival in rivals for run in self.longer(rival, least(), lines)],
+            lambda: [run for rival in rivals for run in longer(rival)],
         )
         for stage in stages:
             if missing := [run for run in dict.fromkeys(stage()) if run not in lines]:

@@ -108,8 +108,11 @@ class Group:
             return None
         own = self.losses(plan, contender)
         others = plan.budgets(rival, self.lines)
-        least = least_mean((self.tuned(plan, c) for c in plan.contenders), self.lines)
-        others += [run for run in plan.longer(rival, least, self.lines) if run in self.lines]
+        ahead = least_mean((self.tuned(plan, c) for c in plan.contenders if c != rival), self.lines)
+        for budget in plan.longer(rival, ahead, self.lines):
+            reached = losses(budget, self.lines)  # whole budgets alone count
+            if reached and all(map(math.isfinite, reached)):
+                others += budget
         runs = [*self.tuned(plan, rival), *others]
         found = losses(runs, self.lines)
         if not own or not found or not others or not all(map(math.isfinite, own + found)):
@@ -240,7 +243,7 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "*Ended badly* counts runs whose loss or gradient became infinite, trials included.",
         "Knobs: "
         + "; ".join(
-            f"{name} {' or '.join(f'{k}={v}' for knob in entry.knob for k, v in knob.items())}"
+            f"{name} {' or '.join(' and '.join(f'{k}={v}' for k, v in knob.items()) for knob in entry.knob)}"
             for name, entry in CONTENDERS.items()
             if name in names
         )

@@ -127,7 +127,7 @@ struct DEEPOPT_HIDDEN Arguments {
     return s;
   }
   void fit(Tensor& tensor, std::initializer_list<int64_t> sizes) const {
-    make_fit(tensor, x, sizes, "block_token");
+    check_and_pack(tensor, x, sizes, "block_token");
   }
 };
 

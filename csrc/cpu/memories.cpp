@@ -157,7 +157,7 @@ struct DEEPOPT_HIDDEN Arguments {
     fit(gates, {h, 6});
   }
   void fit(Tensor& tensor, std::initializer_list<int64_t> sizes) const {
-    make_fit(tensor, key, sizes, "memories");
+    check_and_pack(tensor, key, sizes, "memories");
   }
 
   template <class T>

@@ -18,8 +18,9 @@ void combine_into(const Tensor& result, const std::vector<Tensor>& tensors,
 // The three products of two rows of entries, summed up in double: x x, x y and y y.
 void products(const float* x, const float* y, int64_t count, double* sums);
 
-// Checks that a tensor has these sizes, and the dtype of `like`, and makes it contiguous.
-inline void make_fit(Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes,
+// Checks that a tensor is on the CPU and has these sizes and the dtype of `like`, and makes it
+// contiguous.
+inline void check_and_pack(Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes,
                      const char* name) {
   const auto found = tensor.sizes();
   STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()) &&

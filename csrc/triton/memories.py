@@ -293,7 +293,7 @@ def learn(
 
 
 @triton.jit
-def set_up(
+def chunk_inputs(
     key_ptr, value_ptr, count, tokens, anchor_ptr, gates_ptr,
     max_eta, max_erase, max_delta, floor, sharpness, d, h, m,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
@@ -367,7 +367,7 @@ def memories_kernel(
         (
             key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
             _, _, _, _, _, _, _, _, _,
-        ) = set_up(
+        ) = chunk_inputs(
             key_ptr + at, value_ptr + at, count, tokens, anchor_ptr, gates_ptr, max_eta, max_erase,
             max_delta, generator_floor, sharpness, d, h, m, H, D, C,
         )  # fmt: skip

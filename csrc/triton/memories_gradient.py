@@ -19,6 +19,7 @@ from deepopt.ops.triton.memories import (
     at_most_1,
     carried,
     channels,
+    chunk_inputs,
     expm1,
     features,
     initial,
@@ -29,7 +30,6 @@ from deepopt.ops.triton.memories import (
     options,
     packed,
     product,
-    set_up,
     sigmoid,
     sizes,
     store,
@@ -391,7 +391,7 @@ def memories_gradient_kernel(
         (
             key, value, eta, erase, delta, similarity, kept, pulled, end, decay, log_end,
             x_key, x_value, key_n, value_n, sig_eta, keep, sig_erase, sig_delta, half,
-        ) = set_up(
+        ) = chunk_inputs(
             key_ptr + at, value_ptr + at, count, tokens, anchor_ptr, gates_ptr, max_eta, max_erase,
             max_delta, generator_floor, sharpness, d, h, m, H, D, C,
         )  # fmt: skip

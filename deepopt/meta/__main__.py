@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=KINDS,
         default=USUAL_KINDS,
-        help=f"kinds of task ({' '.join(USUAL_KINDS)})",
+        help=f"kinds of task to learn from ({' '.join(USUAL_KINDS)}); the validation at the end "
+        "takes these three whatever is chosen",
     )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ class Evolution:
         pool: tasks to draw from.
         tasks: tasks of a generation, the same for all candidates.
         steps: the range of the length of a run.
-        kinds: kinds of tasks to learn from; validation takes the usual ones.
+        kinds: kinds of tasks to learn from; validation takes the usual ones, whatever these are.
         seed: of the search.
     """
 
@@ -212,9 +212,8 @@ class Evolution:
 
     def baseline(self, task: Task, log: Log) -> Baseline:
         """The task's baseline, read from the log, or measured and added to it."""
-        task_fields = json.loads(json.dumps(dataclasses.asdict(task)))
         for line in log.of("baseline"):
-            if line["task"] == task_fields:
+            if Task(**line["task"]) == task:  # lines may be older than a field of the task
                 return Baseline(task, line["lr"], line["beta"], line["loss"])
         measured = Baseline.of(task)
         log.add({"is": "baseline", **dataclasses.asdict(measured)})

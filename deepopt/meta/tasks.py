@@ -38,13 +38,14 @@ class Task:
             patterns is in an image, with a convolutional network.
         seed: of its data and its initial weights.
         dim: width of the network.
-        layers: hidden layers, or blocks of a Transformer.
-        batch_size: examples, or sequences of 16 tokens.
+        layers: hidden layers, convolutions, or blocks of a Transformer or a Hope.
+        batch_size: examples, images, or sequences of 16 tokens.
         noise: standard deviation of the answers' noise, or the share of random answers.
         period: steps until the next of three regimes, which recur; 0 for a single regime.
         steps: of training. With regimes the rate stays constant, without it decays to zero.
-        scale: of the matrices, by which the network divides them again: another parameterization of
-            the same function.
+        scale: the matrices lie at 1/scale to scale times their usual size, the first one to the
+            last, and the network divides them by that again: another parameterization of the same
+            function, in which one learning rate is not the same for all.
     """
 
     kind: str
@@ -124,7 +125,8 @@ class Task:
         count = 6 * self.layers if language else self.layers
         size = self.dim**-0.5 if language else (2 / inputs) ** 0.5
         shape = (count, self.dim, inputs)
-        weights = {"matrices": self.scale * size * torch.randn(shape, generator=generator)}
+        matrices = size * torch.randn(shape, generator=generator)
+        weights = {"matrices": self._scales(count) * matrices}
         if language:
             weights["embedding"] = torch.randn(TOKENS, self.dim, generator=generator)
             weights["position"] = 0.3 * torch.randn(LENGTH, self.dim, generator=generator)
@@ -135,17 +137,23 @@ class Task:
         return weights
 
     def _weights_of_hope(self) -> Params:
+        _hope_of(self.dim, self.layers)  # made here, because no transform may draw random numbers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = Hope(_config(self.dim, self.layers))
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
         matrices = [weights.pop(name) for name in _names_of_maps(self.layers)]
-        return {"matrices": self.scale * torch.stack(matrices), **weights}
+        return {"matrices": self._scales(len(matrices)) * torch.stack(matrices), **weights}
+
+    def _scales(self, count: int) -> Tensor:
+        """What the matrices are multiplied by, shape (count, 1, 1)."""
+        return self.scale ** torch.linspace(-1, 1, count)[:, None, None]
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
         x, y = batch
-        params = {**params, "matrices": params["matrices"] / self.scale}
+        matrices = params["matrices"]
+        params = {**params, "matrices": matrices / self._scales(len(matrices))}
         if self.kind in ("language", "hope"):
             if self.kind == "hope":
                 logits = _hope(params, x, self.dim, self.layers)
@@ -197,8 +205,9 @@ def _names_of_maps(layers: int) -> list[str]:
 
 @functools.lru_cache
 def _hope_of(dim: int, layers: int) -> Hope:
-    """The model whose weights are given in each call."""
-    return Hope(_config(dim, layers))
+    """The model without weights, which are given in each call."""
+    with torch.device("meta"):
+        return Hope(_config(dim, layers))
 
 
 def _hope(params: Params, tokens: Tensor, dim: int, layers: int) -> Tensor:

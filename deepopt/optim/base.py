@@ -351,8 +351,8 @@ class MemoryOptimizer(Optimizer):
         for bucket, bucket_states in zip(buckets, states_by_bucket, strict=True):
             kind = bucket.kind
             if kind.elementwise:
-                found = None if found_inf is None else found_inf.to(kind.device)
-                adamw_path.step(bucket, bucket_states, found)
+                near = None if found_inf is None else found_inf.to(kind.device)
+                adamw_path.step(bucket, bucket_states, near)
             elif kind.across_ranks:
                 across_ranks.append((bucket, bucket_states))
             elif kind.mesh is None:
@@ -360,8 +360,8 @@ class MemoryOptimizer(Optimizer):
             else:
                 local.append(sharding.local_pieces(bucket, bucket_states))
         for batch in batched(local):
-            found = None if found_inf is None else found_inf.to(batch[0][0].kind.device)
-            self._step_matrices(batch, found)
+            near = None if found_inf is None else found_inf.to(batch[0][0].kind.device)
+            self._step_matrices(batch, near)
         if across_ranks:  # in one call, so that one bucket travels while another is computed
             self._step_across_ranks(across_ranks, found_inf)
 
@@ -553,7 +553,7 @@ class MemoryOptimizer(Optimizer):
                 old = old.clone()
             new = old * decay - update * lr
             if found_inf is not None:
-                new = torch.where(_is_set(found_inf, param.device), old, new)
+                new = torch.where(skips(found_inf, param.device), old, new)
             store_rounded(param, new, rounding)
 
     # -- checkpoints -------------------------------------------------------------------------
@@ -599,7 +599,7 @@ def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | Non
     if found_inf is not None:
         # The host must not wait to learn whether to skip. So a skipped step is computed with a
         # gradient of zero, and the old state is put back below.
-        skip = _is_set(found_inf, grad.device)
+        skip = skips(found_inf, grad.device)
         grad = torch.where(skip, torch.zeros_like(grad), grad)
     parts, betas = bucket.parts, bucket.group["betas"]
     memory: Any = parts.memory
@@ -712,11 +712,11 @@ def _increment_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
         torch._foreach_add_(steps, 1.0)
         return
     # Copied to the counts' device once, not once per count.
-    skip = _is_set(found_inf, steps[0].device)
+    skip = skips(found_inf, steps[0].device)
     for step in steps:
         step += ~skip
 
 
-def _is_set(found_inf: Tensor, device: torch.device) -> Tensor:
-    """Whether to skip, as a tensor on ``device``."""
+def skips(found_inf: Tensor, device: torch.device) -> Tensor:
+    """Whether the step is skipped, as a tensor on ``device``."""
     return found_inf.to(device).squeeze() > 0

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepopt._arguments import check_types, typed
-from deepopt.optim.base import isolated_from_caller
+from deepopt.optim.base import isolated_from_caller, skips
 from deepopt.optim.continuum import Continuum
 from deepopt.optim.engine.buckets import overlap_text, overlaps_itself
 
@@ -229,7 +229,7 @@ class Motion:
                 step, state = param - self._weights[param], optimizer.state[param]
                 new = memory.lerp(step, 1 - self.retention)
                 if found_inf is not None:
-                    new = torch.where(found_inf.to(param.device).squeeze() > 0, memory, new)
+                    new = torch.where(skips(found_inf, param.device), memory, new)
                 state[MOTION] = new
             group[AHEAD] = self._steps_ahead(group)
             self._place(group, group[AHEAD])

@@ -21,6 +21,16 @@ def test_a_search_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
     assert torn.path.read_text() == whole.path.read_text()
 
 
+def test_a_baseline_from_before_tasks_had_a_field_is_found_again(tmp_path):
+    log = Log(tmp_path / "log")
+    (task,) = SMALL.chosen(0)
+    measured = SMALL.baseline(task, log)
+    (line,) = log.of("baseline")
+    del line["task"]["scale"]
+    assert SMALL.baseline(task, log) == measured
+    assert len(log.of("baseline")) == 1
+
+
 def test_another_search_does_not_go_on_from_the_log(tmp_path):
     SMALL.run(Log(tmp_path / "log"), 0)
     with pytest.raises(ValueError, match=r"Invalid log: .*give another folder"):

@@ -153,6 +153,47 @@ def test_a_rival_that_is_behind_at_its_largest_budget_gets_more_steps(ahead, lon
     assert steps == round(plan.final_steps * longest)
 
 
+def test_a_rival_that_is_the_best_gets_no_more_steps_even_if_it_gets_worse_with_them():
+    plan = Tuning("friedman", ("AdamW", "DeepMomentum, delta"), trials=3, seeds=2)
+
+    def loss(run):
+        behind = 5.0 if run.contender == "DeepMomentum, delta" else 0.0
+        return abs(math.log(run.setting.lr / 4e-3)) + run.steps / plan.final_steps + behind
+
+    lines, _ = finished(plan, loss)
+    assert max(run.steps for run in lines) == 2 * plan.final_steps
+
+
+def test_no_range_is_widened_before_everybody_has_tried_the_first_one():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=1)
+    best = {"AdamW": 1.0, "NorMuon": 1e-5}
+    _, stages = finished(plan, lambda run: bowl(best[run.contender])(run))
+    beyond = [k for k, runs in enumerate(stages) if any(r.setting.lr > plans.HIGHEST for r in runs)]
+    first = [k for k, runs in enumerate(stages) if any(r.contender == "NorMuon" for r in runs)]
+    assert beyond[0] > first[0]
+    lows = [k for k, runs in enumerate(stages) if any(r.setting.lr < plans.LOWEST for r in runs)]
+    assert lows[0] == beyond[0]
+
+
+def test_a_part_of_the_default_that_is_left_out_does_not_widen_the_range():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    lines, _ = finished(plan, bowl(4e-3))
+    part = next(iter(plans.ABLATIONS))
+    joined = Tuning("friedman", (*PAIR, part), trials=6, seeds=2)
+    lines |= {run: line(bowl(1.0)(run)) for run in joined.unwidened(part, lines)}
+    assert joined.tuned("AdamW", lines) == plan.tuned("AdamW", lines) != []
+
+
+def test_the_trials_do_not_depend_on_which_optimizers_a_plan_has():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    lines, _ = finished(plan, bowl(1.0))
+    alone = Tuning("friedman", ("AdamW",), trials=6, seeds=2)
+    assert alone.trials_of("AdamW", lines) == plan.trials_of("AdamW", lines)
+    only = {run: x for run, x in lines.items() if run.contender == "AdamW"}
+    assert alone.tuned("AdamW", lines) == plan.tuned("AdamW", lines) != []
+    assert len(alone.trials_of("AdamW", only)) > 7
+
+
 def test_no_run_is_asked_for_twice_and_a_plan_goes_on_from_any_lines():
     plan = Tuning("friedman", PAIR, trials=4, seeds=2)
     lines, stages = finished(plan, bowl(4e-3))

@@ -9,7 +9,7 @@ from benchmarks.quality.contenders import DEFAULT, PARTS, Setting
 from benchmarks.quality.plan import PAIR, Rates, Swap, Tuning
 from benchmarks.quality.report import page, shown, without_parts
 from benchmarks.quality.training import Run
-from benchmarks.quality.tuned import Group, costs, differences, groups, width
+from benchmarks.quality.tuned import Group, costs, data_ratio, differences, groups, width
 
 TRIO = ("AdamW", "Muon", DEFAULT)
 HERE = {"python": "3", "torch": "2", "config": "c", "data": "d", "parameters": 1000}
@@ -55,6 +55,31 @@ def test_the_data_ratio_of_the_lines_is_the_one_that_they_were_made_with(group):
     assert group.ratio((plan,), DEFAULT, "AdamW").mean == pytest.approx(1.2, abs=0.02)
     assert group.ratio((plan,), DEFAULT, "Muon").mean == pytest.approx(1.0, abs=0.02)
     assert group.ratio((plan,), DEFAULT, DEFAULT) is None
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"),
+    [(0.4, "<= 0.50"), (1.7, "1.70"), (2.5, "2.50"), (3.4, "3.40"), (9, ">= 4.00")],
+)
+def test_the_data_ratio_is_measured_up_to_four_times_the_steps_and_beyond_it_a_bound(speed, text):
+    plan = Tuning("friedman", PAIR, trials=3, seeds=2)
+    group = Group([plan], finished(plan, {"AdamW": 1.0, DEFAULT: speed}))
+    found = data_ratio(group, (plan,), DEFAULT, "AdamW")
+    assert found.startswith(text[:-1]), found  # all but the last digit, which has noise
+
+
+@pytest.mark.parametrize("spoiled", ["missing", "diverged"])
+def test_a_longer_budget_counts_as_a_whole_or_not_at_all(spoiled):
+    plan = Tuning("friedman", PAIR, trials=3, seeds=2)
+    lines = finished(plan, {"AdamW": 1.0, DEFAULT: 2.5})
+    run = next(run for run in lines if run.steps == 3 * plan.final_steps)
+    if spoiled == "missing":
+        del lines[run]
+    else:
+        lines[run] = line(run, math.inf)
+    group = Group([plan], lines)
+    assert group.ended(plan, DEFAULT, "AdamW").ratio() == 2.0
+    assert data_ratio(group, (plan,), DEFAULT, "AdamW").startswith(">= 2.00")
 
 
 def test_equal_optimizers_tie_and_a_better_one_wins(group):
