@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.quality.contenders import CONTENDERS, RIVALS
+from benchmarks.quality.contenders import CONTENDERS, RIVALS, Contender
 from benchmarks.quality.intervals import (
     FARTHEST,
     RESAMPLES,
@@ -243,7 +243,7 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "*Ended badly* counts runs whose loss or gradient became infinite, trials included.",
         "Knobs: "
         + "; ".join(
-            f"{name} {' or '.join(' and '.join(f'{k}={v}' for k, v in knob.items()) for knob in entry.knob)}"
+            f"{name} {knobs(entry)}"
             for name, entry in CONTENDERS.items()
             if name in names
         )
@@ -255,6 +255,12 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
             parts.append(f"### Steps x {steps:g}, batches x {batch}{where}")
         parts += group_tables(group, profile_file(steps, batch, device))
     return parts
+
+
+def knobs(entry: Contender) -> str:
+    """The values of an optimizer's own option, as arguments."""
+    values = (" and ".join(f"{k}={v}" for k, v in knob.items()) for knob in entry.knob)
+    return " or ".join(values)
 
 
 def profile_file(steps: float, batch: int, device: str) -> str:
