@@ -242,11 +242,7 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "optimizer's best trial. *Share* is that of the optimizer's steps in all CPU seconds. "
         "*Ended badly* counts runs whose loss or gradient became infinite, trials included.",
         "Knobs: "
-        + "; ".join(
-            f"{name} {knobs(entry)}"
-            for name, entry in CONTENDERS.items()
-            if name in names
-        )
+        + "; ".join(f"{name} {knobs(entry)}" for name, entry in CONTENDERS.items() if name in names)
         + ".",
     ]
     for (steps, batch, device), group in found.items():
