@@ -241,8 +241,10 @@ class Tuning:
         return [run for share in BUDGETS for run in self._budget(rival, setting, share)]
 
     def longer(self, rival: str, ahead: float, lines: Lines) -> list[list[Run]]:
-        """Its further budgets, as far as they are known: for as long as all mean losses so far are
-        above ``ahead``."""
+        """The rival's further budgets, as far as they are known.
+
+        There are more for as long as all of its mean losses so far are above ``ahead``.
+        """
         setting = self.best(rival, lines)
         if setting is None:
             return []

@@ -21,7 +21,7 @@ void products(const float* x, const float* y, int64_t count, double* sums);
 // Checks that a tensor is on the CPU and has these sizes and the dtype of `like`, and makes it
 // contiguous.
 inline void check_and_pack(Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes,
-                     const char* name) {
+                           const char* name) {
   const auto found = tensor.sizes();
   STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()) &&
                       tensor.scalar_type() == like.scalar_type() && tensor.is_cpu(),

@@ -295,7 +295,7 @@ def learn(
 @triton.jit
 def chunk_inputs(
     key_ptr, value_ptr, count, tokens, anchor_ptr, gates_ptr,
-    max_eta, max_erase, max_delta, floor, sharpness, d, h, m,
+    max_eta, max_erase, max_delta, most_erase, most_delta, floor, sharpness, d, h, m,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """What all memories of a chunk need: keys, values, rates, and how much of what was there is
@@ -311,8 +311,6 @@ def chunk_inputs(
     is_token = tl.arange(0, C) < count
     half = tl.where(is_token, 0.5 + 0.5 * keep, 0.0)
     eta = max_eta * half * sig_eta
-    most_erase = 1.1 * sigmoid(tl.load(gates_ptr + 4))
-    most_delta = 1.1 * sigmoid(tl.load(gates_ptr + 5))
     erase = max_erase * half * at_most_1(most_erase * sig_erase)
     delta = max_delta * half * at_most_1(most_delta * sig_delta)
     kept, pulled, end, decay, log_end = times(log_alpha, is_token, C)
@@ -343,6 +341,8 @@ def memories_kernel(
     states_ptr += pair * slots * size
     initial_ptr += (pair % heads) * size
     gates_ptr += (pair % heads) * 6
+    most_erase = 1.1 * sigmoid(tl.load(gates_ptr + 4))
+    most_delta = 1.1 * sigmoid(tl.load(gates_ptr + 5))
     start = position
     for n in range(segments):
         stop = tl.minimum(
@@ -369,7 +369,7 @@ def memories_kernel(
             _, _, _, _, _, _, _, _, _,
         ) = chunk_inputs(
             key_ptr + at, value_ptr + at, count, tokens, anchor_ptr, gates_ptr, max_eta, max_erase,
-            max_delta, generator_floor, sharpness, d, h, m, H, D, C,
+            max_delta, most_erase, most_delta, generator_floor, sharpness, d, h, m, H, D, C,
         )  # fmt: skip
         query = load(query_ptr + at, d, count, tokens, D, C)
         read = answer(

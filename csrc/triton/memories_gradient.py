@@ -393,7 +393,8 @@ def memories_gradient_kernel(
             x_key, x_value, key_n, value_n, sig_eta, keep, sig_erase, sig_delta, half,
         ) = chunk_inputs(
             key_ptr + at, value_ptr + at, count, tokens, anchor_ptr, gates_ptr, max_eta, max_erase,
-            max_delta, generator_floor, sharpness, d, h, m, H, D, C,
+            max_delta, 1.1 * erase_share, 1.1 * delta_share, generator_floor, sharpness, d, h, m,
+            H, D, C,
         )  # fmt: skip
         query = load(query_ptr + at, d, count, tokens, D, C)
         d_out = load(d_out_ptr + at, d, count, tokens, D, C)

@@ -154,19 +154,22 @@ class Task:
         x, y = batch
         matrices = params["matrices"]
         params = {**params, "matrices": matrices / self._scales(len(matrices))}
-        if self.kind in ("language", "hope"):
-            if self.kind == "hope":
-                logits = _hope(params, x, self.dim, self.layers)
-            else:
-                logits = _transformer(params, x) @ params["head"].mT
-            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        if self.kind == "images":
+        answers = self._answers(params, x)
+        if self.kind == "regression":
+            return F.mse_loss(answers, y)
+        return F.cross_entropy(answers.flatten(0, -2), y.flatten())
+
+    def _answers(self, params: Params, x: Tensor) -> Tensor:
+        if self.kind == "hope":
+            return _hope(params, x, self.dim, self.layers)
+        if self.kind == "language":
+            x = _transformer(params, x)
+        elif self.kind == "images":
             x = _convolved(params, x)
         else:
             for matrix in params["matrices"].unbind(0):
                 x = F.gelu(x @ matrix.mT)
-        answers = x @ params["head"].mT
-        return F.mse_loss(answers, y) if self.kind == "regression" else F.cross_entropy(answers, y)
+        return x @ params["head"].mT
 
 
 def _transformer(params: Params, tokens: Tensor) -> Tensor:
