@@ -20,7 +20,7 @@ ROOMS = {
     "optim.output_map": {"ops"},
     "optim.engine": {"ops", "memory", "routing", "optim.output_map"},
     "optim": {"ops", "memory", "routing", "optim.output_map", "optim.engine"},
-    "hope": {"ops", "memory", "data", "optim"},
+    "hope": {"ops", "routing", "memory", "data", "optim"},
     "meta": {"memory", "optim", "optim.output_map", "hope"},
 }
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepopt.routing import divided
+
 VARIANTS = ("sequential", "nested", "independent")
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 """What the MLP of a block is called in most Transformers."""
@@ -232,12 +234,11 @@ def chunk_groups(
         for level in levels_of(model)
         for param, chunk, lifetime in frequencies(level)
     }
-    split: dict[tuple[int, int, int | None], dict[str, Any]] = {}
-    for index, group in enumerate(groups):
-        for entry in group["params"]:
-            param = entry[1] if isinstance(entry, tuple) else entry
-            chunk, lifetime = known.get(param, (1, None))
-            own = {"params": [], "chunk": chunk, "lifetime": lifetime, "tokens": tokens}
-            part = split.setdefault((index, chunk, lifetime), {**group, **own})
-            part["params"].append(entry)
-    return list(split.values())
+
+    def frequency(entry: Any) -> tuple[int, int | None]:
+        return known.get(entry[1] if isinstance(entry, tuple) else entry, (1, None))
+
+    parts = divided(groups, frequency)
+    for (_, (chunk, lifetime)), part in parts.items():
+        part.update(chunk=chunk, lifetime=lifetime, tokens=tokens)
+    return list(parts.values())

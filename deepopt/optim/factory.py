@@ -14,7 +14,7 @@ from deepopt.optim.continuum import Continuum
 from deepopt.optim.muon_and_adamw import MUON, MuonAndAdamW
 from deepopt.optim.registry import REGISTRY
 from deepopt.routing import Path
-from deepopt.routing.groups import param_groups
+from deepopt.routing.groups import divided, param_groups
 from deepopt.routing.rules import unwrapped
 
 _MERGES_WITH_PREVIOUS = 99999
@@ -129,7 +129,8 @@ def create_optimizer(
     model = model_or_params
     routed: list[dict[str, Any]] = param_groups(model, overrides, split)
     if "path" in options:
-        routed = [{"params": list(model.named_parameters())}]
+        named = list(model.named_parameters())
+        routed = [{"params": named, "reasons": [""] * len(named)}]
     layers: dict[str, int] = {} if layer_decay is None else _layers(model)
     undecayed = _undecayed(model) if filter_bias_and_bn else set()
     numbers_of_layers, groups = _by_layer(routed, layers, undecayed)
@@ -155,18 +156,12 @@ def _by_layer(
         The layer of every new group, and the groups: in the routing's order, and within it from the
         bottom layer to the top.
     """
-    groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
-    for index, group in enumerate(routed):
-        reasons = group.pop("reasons", [""] * len(group["params"]))
-        for (name, param), reason in zip(group["params"], reasons, strict=True):
-            exempt = name in undecayed
-            place = (index, layers.get(name, 0), exempt)
-            no_decay = {"weight_decay": 0.0} if exempt else {}
-            chosen = groups.setdefault(place, {**group, **no_decay, "params": [], "reasons": []})
-            chosen["params"].append((name, param))
-            chosen["reasons"].append(reason)
-    order = sorted(groups)
-    return [layer for _, layer, _ in order], [groups[place] for place in order]
+    parts = divided(routed, lambda entry: (layers.get(entry[0], 0), entry[0] in undecayed))
+    for (_, (_, exempt)), part in parts.items():
+        if exempt:
+            part["weight_decay"] = 0.0
+    order = sorted(parts)
+    return [layer for _, (layer, _) in order], [parts[place] for place in order]
 
 
 def _torch_classes() -> dict[str, Any]:

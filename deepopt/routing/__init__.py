@@ -4,7 +4,14 @@
 ``groups.py`` makes parameter groups of these decisions, prints them and warns of doubtful ones.
 """
 
-from deepopt.routing.groups import describe, labels, param_groups, routing_table, warn_of_groups
+from deepopt.routing.groups import (
+    describe,
+    divided,
+    labels,
+    param_groups,
+    routing_table,
+    warn_of_groups,
+)
 from deepopt.routing.rules import (
     PATHS,
     Path,
@@ -23,6 +30,7 @@ __all__ = [
     "Route",
     "check_group",
     "describe",
+    "divided",
     "labels",
     "matrices",
     "param_groups",

@@ -1,8 +1,8 @@
 """Parameter groups: how they are made from a model and printed, and when a warning is due."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +18,8 @@ from deepopt.routing.rules import (
     routed,
     sides,
 )
+
+Key = TypeVar("Key", bound=Hashable)
 
 FEWEST_FLOATS = 10_000
 """A model with fewer floats in matrices is a toy, whose routing is not worth a warning."""
@@ -93,6 +95,28 @@ def _grouped(routes: Sequence[tuple[str, Tensor, Route]]) -> list[dict[str, Any]
         group["params"].append((name, param))
         group["reasons"].append(reason)
     return [groups[key] for key in sorted(groups)]
+
+
+def divided(
+    groups: Iterable[Mapping[str, Any]], key: Callable[[Any], Key]
+) -> dict[tuple[int, Key], dict[str, Any]]:
+    """Groups, each divided by what ``key`` says of its parameters, or pairs of name and parameter.
+
+    A part has all else that its group has, and the reasons of its own parameters.
+
+    Returns:
+        The parts by their group's index and their key.
+    """
+    parts: dict[tuple[int, Key], dict[str, Any]] = {}
+    for index, group in enumerate(groups):
+        lists = [name for name in ("params", "reasons") if name in group]
+        for place, entry in enumerate(group["params"]):
+            found = index, key(entry)
+            if found not in parts:
+                parts[found] = {**group, **{name: [] for name in lists}}
+            for name in lists:
+                parts[found][name].append(group[name][place])
+    return parts
 
 
 def labels(group: Mapping[str, Any]) -> list[str]:
