@@ -74,15 +74,6 @@ class Baseline(nn.Module):
             if name.endswith(("mixer.output.weight", "mlp.down.weight")):
                 param.data.div_(math.sqrt(2 * config.layers))
 
-    def no_weight_decay(self) -> set[str]:
-        """As Hope's: the names of the gates' parameters."""
-        return {
-            f"{name}.{gate}"
-            for name, module in self.named_modules()
-            if isinstance(module, GatedDeltaNet)
-            for gate, _ in module.named_parameters(recurse=False)
-        }
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
         x = self.embedding(tokens)
         for block in self.blocks:

@@ -1,12 +1,10 @@
 """One training run of one model on one task, for all models and tasks the same."""
 
 import dataclasses
-import functools
 import platform
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,20 +62,13 @@ def setting(run: Run) -> Line:
     return {
         **TASKS[run.task].setting(run.model),
         "weight_decay": WEIGHT_DECAY,
-        **({"undecayed": "gates"} if has_gates(run.task, run.model) else {}),
+        "undecayed": "vectors",
         "warmup": WARMUP,
         "least_size": f"{LEAST_SIZE:g}, enlarged at most {MOST_ENLARGED:g} times",
         "memory": str(Delta()),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-@functools.cache
-def has_gates(task: str, model: str) -> bool:
-    with torch.device("meta"):
-        made: Any = TASKS[task].model(model)
-    return bool(made.no_weight_decay())
 
 
 def execute(run: Run) -> Line:

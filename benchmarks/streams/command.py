@@ -24,10 +24,11 @@ from benchmarks.streams.tasks import TASKS
 from benchmarks.tables import markdown
 
 LINEAR = tuple(("linear", beta) for beta in (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.0))
+MLP = tuple(("mlp", beta) for beta in (0.9, 0.5, 0.0))
 CONTENDERS = (
     *LINEAR,
     *itertools.product(["covariance"], (0.9, 0.8, 0.5, 0.0)),
-    ("mlp", 0.9),
+    *MLP,
     ("closed form", 0.9),
     ("trained 0.5", 0.9),
     ("trained rows", 0.0),
@@ -146,10 +147,12 @@ def compared(
     return [difference(interval), verdict(interval.mean, interval.p)]
 
 
-def best_linear(task: str, seeds: int, lines: Lines) -> list[dict[str, Any]]:
-    """The lines of the linear memory with the lowest mean loss; none while there is none."""
-    linear = [found for x in LINEAR if (found := finished(task, x, seeds, lines))]
-    return min(linear, key=lambda found: statistics.fmean(map(value, found)), default=[])
+def best_of(
+    contenders: Sequence[Contender], task: str, seeds: int, lines: Lines
+) -> list[dict[str, Any]]:
+    """The lines of the one with the lowest mean loss; none while none has finished."""
+    ended = [found for x in contenders if (found := finished(task, x, seeds, lines))]
+    return min(ended, key=lambda found: statistics.fmean(map(value, found)), default=[])
 
 
 def against_linear(
@@ -159,7 +162,14 @@ def against_linear(
 
     Each is at its best rate by its online loss.
     """
-    ours, theirs = finished(task, contender, seeds, lines), best_linear(task, seeds, lines)
+    ours = finished(task, contender, seeds, lines)
+    return between(ours, best_of(LINEAR, task, seeds, lines), metric)
+
+
+def between(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], metric: str = "loss"
+) -> Interval | None:
+    """A metric of some lines less that of others, seed by seed; None while a run is missing."""
     if mean_of(metric, ours) is None or mean_of(metric, theirs) is None:
         return None
     return paired([value(line, metric) for line in ours], [value(line, metric) for line in theirs])

@@ -21,7 +21,6 @@ from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
 from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
 from deepopt.hope.state import INTEGERS, HopeState
-from deepopt.hope.titans import SelfModifyingTitans
 
 IGNORED = -100  # as a target; torch's own value
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -75,20 +74,6 @@ class Hope(nn.Module):
                 param.data.mul_(0.1)  # queries start almost unturned
             if name.endswith(("titans.output.weight", "attention.output.weight", "down.weight")):
                 param.data.mul_(1 / math.sqrt(branches))
-
-    def no_weight_decay(self) -> set[str]:
-        """The names of the gates' parameters, for optimizers that leave named ones undecayed.
-
-        They set how long a memory keeps what it has and how much it writes. A retention of 0.999
-        that decays is one of 0.5 in the end, which holds nothing. The training command,
-        `deepopt.create_optimizer` and timm's optimizers obey this method.
-        """
-        return {
-            f"{name}.{gate}"
-            for name, module in self.named_modules()
-            if isinstance(module, SelfModifyingTitans)
-            for gate, _ in module.named_parameters(recurse=False)
-        }
 
     def forward(
         self,

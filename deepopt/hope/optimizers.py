@@ -62,17 +62,16 @@ def build_optimizers(
 
     ``lr`` is AdamW's. An optimizer in :data:`RATES` takes that multiple of it for the parameters
     that it steps by its own rule, and divides their decay by it, so that as much is forgotten per
-    step. Parameters that ``model.no_weight_decay()`` names, where it has that, do not decay. A
-    group's ``initial_lr`` is its rate, as torch's schedulers expect. ``tokens`` is the number of
-    tokens in a step.
+    step. Vectors do not decay: norms, biases, and the gates that set how long a memory keeps what
+    it has. A group's ``initial_lr`` is its rate, as torch's schedulers expect. ``tokens`` is the
+    number of tokens in a step.
     """
     cls = optimizer_class(name)
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    parts = divided(deepopt.param_groups(model), lambda entry: entry[0] in exempt)
-    for (_, undecayed), group in parts.items():
+    parts = divided(deepopt.param_groups(model), lambda entry: entry[1].ndim < 2)
+    for (_, is_vector), group in parts.items():
         by_adamw = group["path"] == "elementwise" and not cls.__module__.startswith("torch.")
         rate = 1.0 if by_adamw else RATES.get(cls.__name__, 1.0)
-        decay = 0.0 if undecayed else weight_decay / rate
+        decay = 0.0 if is_vector else weight_decay / rate
         group.update(lr=lr * rate, initial_lr=lr * rate, weight_decay=decay)
     groups = chunk_groups(model, list(parts.values()), tokens)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}

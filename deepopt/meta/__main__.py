@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from deepopt.meta.evolution import SEARCHED, Evolution, Log
+from deepopt.meta.evolution import GAINS, SEARCHED, Evolution, Log
 from deepopt.meta.tasks import KINDS, USUAL_KINDS
 
 
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--time-scales",
         type=float,
         nargs="+",
-        default=default.time_scales,
-        help=f"retentions of the averages beside the momentum's ({scales})",
+        help=f"retentions of the averages beside the momentum's ({scales}); gains have none",
     )
     parser.add_argument("--units", type=int, help="units of the MLP (the memory's own number)")
     numbers = {
@@ -73,28 +72,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         "takes these three whatever is chosen",
     )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    evolution = Evolution(
-        args.memory,
-        tuple(args.time_scales),
-        args.units,
-        args.population,
-        args.pool,
-        args.tasks,
-        tuple(args.steps),
-        tuple(args.kinds),
-        args.seed,
-    )
-    log = Log(args.out / "log.jsonl")
-    phi = evolution.run(log, args.generations)
-    compared = {"linear": torch.zeros_like(phi), "start": evolution.start(), "trained": phi}
-    table = evolution.validate(list(compared.values()), args.validation, log)
+    if args.time_scales and args.memory in GAINS:
+        parser.error(f"--time-scales: {args.memory} have none; leave them out")
+    if args.generations < 1:
+        parser.error(f"--generations: {args.generations} must be at least 1")
+    if args.validation < 2:
+        parser.error(
+            f"--validation: {args.validation} must be at least 2, a stream and a steady one"
+        )
+    try:
+        evolution = Evolution(
+            args.memory,
+            tuple(args.time_scales or default.time_scales),
+            args.units,
+            args.population,
+            args.pool,
+            args.tasks,
+            tuple(args.steps),
+            tuple(args.kinds),
+            args.seed,
+        )
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = Log(args.out / "log.jsonl")
+        phi = evolution.run(log, args.generations)
+        compared = {"linear": torch.zeros_like(phi), "start": evolution.start(), "trained": phi}
+        table = evolution.validate(list(compared.values()), args.validation, log)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     outcome = {
         "command": "python -m deepopt.meta " + shlex.join(sys.argv[1:] if argv is None else argv),
         **dataclasses.asdict(evolution),
         "generations": args.generations,
         "tasks_seen": sorted({seed for x in log.of("generation") for seed in x["tasks"]}),
         "log_sha256": hashlib.sha256(log.path.read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "validation": {
             name: [round(x, 5) for x in column]
             for name, column in zip(compared, table.T.tolist(), strict=True)

@@ -27,6 +27,8 @@ VALIDATION = 1_000_000
 SIGMA = 0.2
 """First spread of the candidates. It is small, because further away most weights of
 :class:`Horizons` are clipped."""
+SAME = 1e-9
+"""Up to here, the mean that a log leads to again counts as the one that it has."""
 INNER_LR = 0.1
 """The inner learning rate of "mlp online"."""
 Line = dict[str, Any]
@@ -69,6 +71,9 @@ SEARCHED = {
     "rows": Searched(lambda scales, phi: Gains(False, phi), no_gains, 4),
     "directions": Searched(lambda scales, phi: Gains(True, phi), no_gains, 4),
 }
+
+GAINS = ("rows", "directions")
+"""Those that have no averages of their own."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +127,25 @@ class Log:
 
 @dataclass(frozen=True)
 class Evolution:
-    """A search for φ that anyone can repeat: the same arguments and seed give the same φ.
+    """A search for φ: the same arguments and seed give the same φ on the same kind of processor.
 
     The log is the checkpoint. It has the values of all candidates of every generation, and telling
-    them to CMA-ES again brings it back to where it was, bit for bit.
+    them to CMA-ES again brings it back to where it was. Another processor, or another number of
+    threads, rounds otherwise, and a search can go another way there.
 
     Args:
         memory: a key of ``SEARCHED``.
-        time_scales: retentions of the averages besides the momentum's own.
+        time_scales: retentions of the averages besides the momentum's own; gains have none.
         units: of the MLP; None for as many as the memory has by default.
-        population: candidates of a generation, trained side by side.
+        population: candidates of a generation, trained side by side; two at least.
         pool: tasks to draw from.
         tasks: tasks of a generation, the same for all candidates.
         steps: the range of the length of a run.
         kinds: kinds of tasks to learn from; validation takes the usual ones, whatever these are.
         seed: of the search.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     memory: str = "horizons"
@@ -149,6 +158,19 @@ class Evolution:
     kinds: Sequence[str] = USUAL_KINDS
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"units": 1, "population": 2, "pool": 1, "tasks": 1, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"Invalid {name}: {value}; it must be at least {bound}")
+        if not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(
+                f"Invalid steps: {self.steps}; give the fewest, at least 1, before the most"
+            )
+        phi = self.start()
+        SEARCHED[self.memory].make(tuple(self.time_scales), phi.tolist())  # checks the time scales
+
     def start(self) -> Tensor:
         """The φ that the search starts from."""
         searched = SEARCHED[self.memory]
@@ -156,10 +178,15 @@ class Evolution:
         return phi.to(torch.float64)
 
     def run(self, log: Log, generations: int) -> Tensor:
-        """The mean of the search after ``generations``, which include those in the log."""
+        """The mean of the search after ``generations``, which include those in the log.
+
+        Raises:
+            ValueError: fewer ``generations`` than the log has, or a log of another search, or of
+                one that went another way on another processor.
+        """
         import cmaes
 
-        self._check(log)
+        self._check(log, generations)
         search = cmaes.CMA(
             self.start().flatten().numpy(),
             SIGMA,
@@ -170,6 +197,13 @@ class Evolution:
         for number in range(generations):
             candidates = [search.ask() for _ in range(self.population)]
             if number < len(finished):
+                there = finished[number]["mean"]
+                if max(abs(a - b) for a, b in zip(search.mean, there, strict=True)) > SAME:
+                    raise ValueError(
+                        f"Invalid log: generation {number} of {log.path} began elsewhere than its "
+                        "values lead here, as they can on another processor; go on there, or give "
+                        "another folder"
+                    )
                 values = finished[number]["values"]
             else:
                 chosen = self.chosen(number)
@@ -188,8 +222,13 @@ class Evolution:
             search.tell(list(zip(candidates, values, strict=True)))
         return torch.tensor(search.mean, dtype=torch.float64).view_as(self.start())
 
-    def _check(self, log: Log) -> None:
-        """Raise ValueError if the log is that of another search."""
+    def _check(self, log: Log, generations: int) -> None:
+        """Raise ValueError if the log is that of another search, or has more generations."""
+        if (known := len(log.of("generation"))) > generations:
+            raise ValueError(
+                f"Invalid generations: {generations}; {log.path} has {known}: ask for as many at "
+                "least, or give another folder"
+            )
         baselines = {"betas": BETAS, "rates": RATES}
         header = json.loads(
             json.dumps({"is": "evolution", **dataclasses.asdict(self), "baselines": baselines})

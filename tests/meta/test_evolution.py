@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -35,6 +36,55 @@ def test_another_search_does_not_go_on_from_the_log(tmp_path):
     SMALL.run(Log(tmp_path / "log"), 0)
     with pytest.raises(ValueError, match=r"Invalid log: .*give another folder"):
         Evolution(seed=1).run(Log(tmp_path / "log"), 1)
+
+
+def test_a_log_that_leads_elsewhere_or_is_longer_than_asked_for_is_refused(tmp_path):
+    log = Log(tmp_path / "log")
+    SMALL.run(log, 2)
+    with pytest.raises(ValueError, match=r"Invalid generations: 1; .* has 2: ask for as many"):
+        SMALL.run(log, 1)
+    log.of("generation")[1]["mean"][0] += 1e-3
+    with pytest.raises(ValueError, match=r"Invalid log: generation 1 .*another processor"):
+        SMALL.run(log, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--population 1", "Invalid population: 1; it must be at least 2"),
+        ("--pool 0", "Invalid pool: 0"),
+        ("--tasks 0", "Invalid tasks: 0"),
+        ("--units 0", "Invalid units: 0"),
+        ("--seed -1", "Invalid seed: -1"),
+        ("--steps 40 20", r"Invalid steps: \(40, 20\)"),
+        ("--steps 0 0", r"Invalid steps: \(0, 0\)"),
+        ("--time-scales 1.5", r"Invalid time_scales: \(1.5,\)"),
+        ("--memory rows --time-scales .3", "--time-scales: rows have none"),
+        ("--generations 0", "--generations: 0 must be at least 1"),
+        ("--validation 1", "--validation: 1 must be at least 2"),
+    ],
+)
+def test_the_command_names_what_is_wrong_before_it_writes_anything(tmp_path, capsys, wrong, said):
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path / "out"), *wrong.split()])
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_a_file_for_its_folder_and_ends_quietly_when_interrupted(
+    tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path / "file")])
+    assert "file" in capsys.readouterr().err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evolution, "run", interrupted)
+    assert command.main(["--out", str(tmp_path / "out")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_few_generations_are_better_than_the_start(tmp_path):
