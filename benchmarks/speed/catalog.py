@@ -24,6 +24,7 @@ MATRIX_TARGETS = (
     ratio("DeepMomentum covariance", MUON, 1.0, "DeepMomentum covariance, refresh included / Muon"),
     ratio("M3", "DeepMomentum linear", 1.15, "M3, over a slow chunk / DeepMomentum linear"),
     ratio("DMGD row", "DeepMomentum linear", 1.5),
+    ratio("DeepMomentum mlp", "DeepMomentum linear", 1.25),
 )
 
 CASES: dict[str, Case] = {
