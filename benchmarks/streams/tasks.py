@@ -2,6 +2,7 @@
 
 import codecs
 import functools
+import math
 import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,26 @@ def teachers(seed: int) -> list[tuple[Tensor, Tensor]]:
 def regimes(seed: int, step: int) -> Part:
     """Noisy answers of one teacher, and of the next one from the next period on."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    first, second = teachers(seed)[step // PERIOD % 3]
+    return answers(*teachers(seed)[step // PERIOD % 3], generator)
+
+
+def turning_teacher(seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """A network that is one of the teachers where a period begins, and the next at its end."""
+    period, place = divmod(step, PERIOD)
+    angle = math.pi / 2 * place / PERIOD
+    (now_1, now_2), (next_1, next_2) = (teachers(seed)[k % 3] for k in (period, period + 1))
+    now, later = math.cos(angle), math.sin(angle)
+    return now * now_1 + later * next_1, now * now_2 + later * next_2
+
+
+def drift(seed: int, step: int) -> Part:
+    """Noisy answers of the turning teacher."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return answers(*turning_teacher(seed, step), generator)
+
+
+def answers(first: Tensor, second: Tensor, generator: torch.Generator) -> Part:
+    """Random inputs, and what a network of these weights answers, with noise."""
     x = torch.randn(EXAMPLES, INPUTS, generator=generator)
     y = torch.tanh(2 * x @ first) @ second
     return Part(x, y + NOISE * torch.randn(EXAMPLES, OUTPUTS, generator=generator))
@@ -123,6 +143,16 @@ def digit_classes(seed: int, step: int) -> Part:
     rows = rows[torch.randint(len(rows), (64,), generator=generator)]
     noise = NOISE * torch.randn(64, 64, generator=generator)
     return Part(known.inputs[rows] + noise, known.targets[rows])
+
+
+def permuted_digits(seed: int, step: int) -> Part:
+    """All ten digits, with noise, their pixels in one of three orders."""
+    known = datasets.digits().train
+    order = torch.Generator().manual_seed(1000 * (seed + 1) + step // PERIOD % 3)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = torch.randint(len(known.inputs), (64,), generator=generator)
+    pixels = known.inputs[rows][:, torch.randperm(64, generator=order)]
+    return Part(pixels + NOISE * torch.randn(64, 64, generator=generator), known.targets[rows])
 
 
 def classifier() -> nn.Module:
@@ -158,6 +188,16 @@ TASKS = {
         (0.001, 0.002, 0.004, 0.008, 0.016),
         "scikit-learn's digits with noise of variance 0.09, two classes of "
         "the ten at a time.",
+    ),
+    "permuted": Task(
+        permuted_digits, digits_mlp.model, classification_loss, PERIOD, 3, 1000, 0.004,
+        (0.001, 0.002, 0.004, 0.008, 0.016, 0.032),
+        "scikit-learn's digits with noise of variance 0.09, their pixels in three orders by turns.",
+    ),
+    "drift": Task(
+        drift, regressor, squared_error, PERIOD, 3, 600, 0.004,
+        (0.008, 0.016, 0.032, 0.064, 0.128, 0.256),
+        "Regression on a network that turns from one of three into the next, without a jump.",
     ),
     "code": Task(
         functools.partial(language.batch, SIZE, LENGTH), lm_code.model, language.cross_entropy,

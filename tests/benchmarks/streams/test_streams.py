@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,27 @@ def test_digits_come_two_classes_at_a_time_and_all_recur():
     assert TASKS["digits"].regimes == 5
     seen = [set(data(0, step)[1].tolist()) for step in range(0, 300, 50)]
     assert seen == [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {0, 1}]
+
+
+def test_permuted_digits_have_one_order_of_pixels_per_regime_and_it_recurs(monkeypatch):
+    monkeypatch.setattr(tasks, "NOISE", 0.0)
+    counted = tasks.Part(torch.arange(64.0).expand(10, 64), torch.arange(10))
+    monkeypatch.setattr(tasks.datasets, "digits", lambda: SimpleNamespace(train=counted))
+    seen = [tasks.permuted_digits(0, step).inputs for step in (0, 49, 50, 100, 150)]
+    orders = [tuple(inputs[0].tolist()) for inputs in seen]
+    assert all((inputs == inputs[0]).all() for inputs in seen)
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert orders[0] == orders[1] == orders[4]
+    assert len(set(orders)) == 3
+
+
+def test_the_drift_goes_through_every_teacher_and_never_jumps():
+    for step in (0, 50, 100, 150):
+        assert torch.equal(tasks.drift(0, step).targets, tasks.regimes(0, step).targets)
+    for step in range(160):
+        pairs = zip(tasks.turning_teacher(0, step), tasks.turning_teacher(0, step + 1), strict=True)
+        for now, later in pairs:
+            assert 0 < (later - now).norm() < 0.08 * now.norm()
 
 
 @pytest.mark.usefixtures("short")
