@@ -485,10 +485,16 @@ class Trainer:
                 f"{path} belongs to another run: {'; '.join(differences)}; "
                 "give the options of that run, or choose another --out"
             )
+        try:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} does not fit the optimizers of this version ({error}); go on with the "
+                "version that began the run, or start anew with --overwrite"
+            ) from error
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
         self.rng_state = state["rng_state"]
 
     def _result(self, val_loss: float) -> TrainResult:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from deepopt.hope import HopeConfig, report
+from deepopt.hope import HopeConfig, optimizers, report
 from deepopt.hope import trainer as training
 from deepopt.hope.train import argument_parser, configurations, main
 from deepopt.hope.trainer import TrainConfig, Trainer
@@ -146,6 +146,21 @@ def test_checkpoint_of_other_data_is_refused(config, text, capsys):
         Trainer(config).run(StopAfter(2))
     text.write_text(text.read_text() + "more")
     assert "data_sha256=" in wrong(arguments(config, "--resume"), capsys)
+
+
+def test_a_checkpoint_whose_parameters_were_grouped_otherwise_is_refused_with_a_way_out(
+    config, monkeypatch, capsys
+):
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config).run(StopAfter(2))
+
+    def undivided(groups, key):  # as before vectors ceased to decay
+        return {(index, False): dict(group) for index, group in enumerate(groups)}
+
+    monkeypatch.setattr(optimizers, "divided", undivided)
+    message = wrong(arguments(config, "--resume"), capsys)
+    assert "does not fit the optimizers of this version" in message
+    assert "start anew with --overwrite" in message
 
 
 @pytest.mark.parametrize("rate", ["1e2", "1e6", "1e30"])
