@@ -52,7 +52,7 @@ class Passkey(Task):
     were too few.
     """
 
-    steps: int = 2000
+    steps: int = 1000
     tokens: int = 256
     longer: int = 4
     batch: int = 8

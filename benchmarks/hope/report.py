@@ -176,8 +176,8 @@ def report(plan: Plan, lines: Lines, command: str) -> str:
         "All models have the same embedding, norms, head, initialization and number of parameters "
         "(the SwiGLU of a baseline, and Hope-Attention's levels, are as wide as that takes), the "
         f"same batches and the same optimizer, {DEFAULT} with AdamW on all but the matrices: "
-        f"weight decay {WEIGHT_DECAY:g} but for vectors, {WARMUP} steps of warm-up, then linear "
-        f"decay to zero, gradients clipped at norm {MAX_GRAD_NORM:g}. "
+        f"weight decay {WEIGHT_DECAY:g}, {WARMUP} steps of warm-up, then linear decay to zero, "
+        f"gradients clipped at norm {MAX_GRAD_NORM:g}. "
         f"Learning rates are swept with seed 0 ({', '.join(f'{r:g}' for r in sorted(plan.rates))}"
         "); further seeds run at each model's best. Hope is the default `HopeConfig` at the sizes "
         "of the task, the same for all. Several seeds are given as their mean (lowest to highest).",

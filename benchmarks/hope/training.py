@@ -62,7 +62,6 @@ def setting(run: Run) -> Line:
     return {
         **TASKS[run.task].setting(run.model),
         "weight_decay": WEIGHT_DECAY,
-        "undecayed": "vectors",
         "warmup": WARMUP,
         "least_size": f"{LEAST_SIZE:g}, enlarged at most {MOST_ENLARGED:g} times",
         "memory": str(Delta()),

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 import deepopt
 from deepopt.hope.cms import chunk_groups
 from deepopt.optim.continuum import Continuum
-from deepopt.routing import divided
 
 RATES = {
     "SGD": 250.0,
@@ -62,18 +61,15 @@ def build_optimizers(
 
     ``lr`` is AdamW's. An optimizer in :data:`RATES` takes that multiple of it for the parameters
     that it steps by its own rule, and divides their decay by it, so that as much is forgotten per
-    step. Vectors do not decay: norms, biases, and the gates that set how long a memory keeps what
-    it has. A group's ``initial_lr`` is its rate, as torch's schedulers expect. ``tokens`` is the
+    step. A group's ``initial_lr`` is its rate, as torch's schedulers expect. ``tokens`` is the
     number of tokens in a step.
     """
     cls = optimizer_class(name)
-    parts = divided(deepopt.param_groups(model), lambda entry: entry[1].ndim < 2)
-    for (_, is_vector), group in parts.items():
+    groups = chunk_groups(model, deepopt.param_groups(model), tokens)
+    for group in groups:
         by_adamw = group["path"] == "elementwise" and not cls.__module__.startswith("torch.")
         rate = 1.0 if by_adamw else RATES.get(cls.__name__, 1.0)
-        decay = 0.0 if is_vector else weight_decay / rate
-        group.update(lr=lr * rate, initial_lr=lr * rate, weight_decay=decay)
-    groups = chunk_groups(model, list(parts.values()), tokens)
+        group.update(lr=lr * rate, initial_lr=lr * rate, weight_decay=weight_decay / rate)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if memory is not None:
         if not has_memory(name):

@@ -88,7 +88,7 @@ class TrainConfig:
     weight_decay: float = field(
         default=0.1,
         metadata=about(
-            "weight decay of all parameters but vectors",
+            "weight decay of all parameters",
             "It is decoupled in AdamW, Muon and deepopt's optimizers.",
         ),
     )

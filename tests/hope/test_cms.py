@@ -287,6 +287,19 @@ def test_the_levels_of_hope_attention_take_other_chunks() -> None:
     assert (two.name, two.chunk) == ("blocks.1.cms.levels.0", 2)
 
 
+def test_the_reasons_of_a_routing_stay_with_their_parameters() -> None:
+    model = Hope(HopeConfig(dim=32, heads=2, layers=1))
+    groups = deepopt.param_groups(model)
+    known = {
+        name: reason
+        for group in groups
+        for (name, _), reason in zip(group["params"], group["reasons"], strict=True)
+    }
+    for group in chunk_groups(model, groups, 256):
+        names = [name for name, _ in group["params"]]
+        assert [known[name] for name in names] == group["reasons"]
+
+
 # -- bad input ---------------------------------------------------------------------------------
 
 

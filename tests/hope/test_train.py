@@ -154,10 +154,8 @@ def test_a_checkpoint_whose_parameters_were_grouped_otherwise_is_refused_with_a_
     with pytest.raises(KeyboardInterrupt):
         Trainer(config).run(StopAfter(2))
 
-    def undivided(groups, key):  # as before vectors ceased to decay
-        return {(index, False): dict(group) for index, group in enumerate(groups)}
-
-    monkeypatch.setattr(optimizers, "divided", undivided)
+    chunk_groups = optimizers.chunk_groups
+    monkeypatch.setattr(optimizers, "chunk_groups", lambda *given: chunk_groups(*given)[::-1])
     message = wrong(arguments(config, "--resume"), capsys)
     assert "does not fit the optimizers of this version" in message
     assert "start anew with --overwrite" in message
