@@ -66,13 +66,11 @@ def gate(group: Group, lines: streams.Lines) -> list[list[str]]:
     for workload, (interval, verdict) in group.verdicts(MLP, OWN_LINEAR).items():
         text = f"loss less that of DeepMomentum's linear memory, {workload}"
         rows.append([text, difference(interval), "", verdict])
-    names = [name for name, task in TASKS.items() if task.period]
-    return rows + [
-        row(name, memory, lines)
-        for memory in ON_STREAMS
-        for row in (on_stream, forgotten)
-        for name in names
-    ]
+    for memory in ON_STREAMS:
+        rows += [on_stream(name, memory, lines) for name, task in TASKS.items() if task.period]
+        returning = [name for name, task in TASKS.items() if task.period and task.jumps]
+        rows += [forgotten(name, memory, lines) for name in returning]
+    return rows
 
 
 def ratio(text: str, found: Sequence[Ended], goal: float) -> list[str]:

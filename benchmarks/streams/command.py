@@ -110,7 +110,7 @@ def report(lines: Lines, seeds: int, command: str) -> str:
         table = [["optimizer", "beta", *rates, "best rate", "less the best linear memory's", ""]]
         table += [row(lines, name, contender, seeds) for contender in contenders(name)]
         parts += [f"## {name}", f"{task.about} {task.steps} steps.", markdown(table)]
-        if task.period:
+        if task.period and task.jumps:
             parts += [f"When a regime comes back ({name}):", markdown(returns(lines, name, seeds))]
     return "\n\n".join(parts) + "\n"
 

@@ -43,6 +43,7 @@ class Task:
         held_out: the loss after training where the rate decays to zero; None for a stream, which
             has a constant rate and is measured while it is learned.
         about: the task in a sentence.
+        jumps: whether a regime ends at once, so that it can be forgotten and come back.
     """
 
     data: Callable[[int, int], Any]
@@ -55,6 +56,7 @@ class Task:
     rates: tuple[float, ...]
     about: str
     held_out: Callable[[nn.Module], float] | None = None
+    jumps: bool = True
 
 
 @functools.cache
@@ -198,6 +200,7 @@ TASKS = {
         drift, regressor, squared_error, PERIOD, 3, 600, 0.004,
         (0.008, 0.016, 0.032, 0.064, 0.128, 0.256),
         "Regression on a network that turns from one of three into the next, without a jump.",
+        jumps=False,
     ),
     "code": Task(
         functools.partial(language.batch, SIZE, LENGTH), lm_code.model, language.cross_entropy,
