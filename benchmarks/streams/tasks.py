@@ -1,4 +1,4 @@
-"""The tasks: streams that switch between regimes which recur, and one that never changes."""
+"""The tasks: streams whose regimes recur, with or without a jump, and one that never changes."""
 
 import codecs
 import functools

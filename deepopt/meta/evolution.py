@@ -72,7 +72,7 @@ SEARCHED = {
     "directions": Searched(lambda scales, phi: Gains(True, phi), no_gains, 4),
 }
 
-GAINS = ("rows", "directions")
+GAINS = tuple(name for name, searched in SEARCHED.items() if searched.start is no_gains)
 """Those that have no averages of their own."""
 
 
@@ -168,8 +168,8 @@ class Evolution:
             raise ValueError(
                 f"Invalid steps: {self.steps}; give the fewest, at least 1, before the most"
             )
-        phi = self.start()
-        SEARCHED[self.memory].make(tuple(self.time_scales), phi.tolist())  # checks the time scales
+        # What is made checks the time scales.
+        SEARCHED[self.memory].make(tuple(self.time_scales), self.start().tolist())
 
     def start(self) -> Tensor:
         """The φ that the search starts from."""

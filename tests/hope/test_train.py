@@ -153,7 +153,6 @@ def test_a_checkpoint_whose_parameters_were_grouped_otherwise_is_refused_with_a_
 ):
     with pytest.raises(KeyboardInterrupt):
         Trainer(config).run(StopAfter(2))
-
     chunk_groups = optimizers.chunk_groups
     monkeypatch.setattr(optimizers, "chunk_groups", lambda *given: chunk_groups(*given)[::-1])
     message = wrong(arguments(config, "--resume"), capsys)
