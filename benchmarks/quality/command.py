@@ -27,7 +27,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import compare, pictures
-from benchmarks.quality.contenders import ABLATIONS, CONTENDERS, DEFAULT, PARTS, package
+from benchmarks.quality.contenders import (
+    ABLATIONS,
+    CONTENDERS,
+    MAIN,
+    MEMORIES,
+    PARTS,
+    package,
+)
 from benchmarks.quality.plan import PAIR, Plan, Rates, Swap, Tuning
 from benchmarks.quality.report import page, shown
 from benchmarks.quality.results import results
@@ -38,9 +45,7 @@ from benchmarks.quality.workloads import LOCKED
 from benchmarks.runs import Results
 from deepopt.hope.files import write_atomically
 
-MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
 SHARES = ("DeepMomentum, delta, share 0.15", "DeepMomentum, delta, share 0.3")
-MAIN = ("AdamW", "Muon", "NorMuon", *MEMORIES)
 SMALL = (
     "digits_mlp",
     "mnist_cnn",

@@ -163,6 +163,9 @@ PARTS = {
 """Every part of the default, and the contender that lacks it."""
 RIVALS = ("AdamW", "Muon", "NorMuon")
 """Those that the others are compared with, and whose loss is measured at several budgets."""
+MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
+MAIN = (*RIVALS, *MEMORIES)
+"""The optimizers of the standard tier."""
 
 
 def package(contender: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.contenders import ABLATIONS, CONTENDERS, DEFAULT, RIVALS, Setting
+from benchmarks.quality.contenders import ABLATIONS, CONTENDERS, DEFAULT, MAIN, RIVALS, Setting
 from benchmarks.quality.training import Lines, Run, value
 from benchmarks.quality.workload import find
 
@@ -63,9 +63,11 @@ class Tuning:
     3. A coordinate descent from each one's best trial: the next lower and the next higher value of
        the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
        until nothing changes, three times at most.
-    4. The best trials of each at three rates at all of its steps, and the best of them with every
-       seed; the swap with every seed; the rivals at their best at other budgets, up to twice the
-       steps, and up to four times while another optimizer is ahead of them.
+    4. The best trials of each at three rates at all of its steps.
+    5. Everybody's best of these is also tried by all others, each with its own knob as it was best.
+    6. The best of 4 and 5 with every seed; the swap with every seed; the rivals at their best at
+       other budgets, up to twice the steps, and up to four times while another optimizer is ahead
+       of them.
 
     Attributes:
         workload: its name.
@@ -216,9 +218,24 @@ class Tuning:
         chosen = list(by_rate.values())[:FINALISTS]
         return [self.run(contender, run.setting) for run in chosen]
 
+    def shared(self, contender: str, lines: Lines) -> list[Run]:
+        """What an optimizer tries of the other optimizers' best settings, as far as is known.
+
+        A descent may end far from the best setting; those of the others are places to look at that
+        are the same for all. The optimizers of the standard tier share, whichever the plan has.
+        """
+        own = best_of(self.finalists(contender, lines), lines)
+        if own is None:
+            return []
+        best = [best_of(self.finalists(c, lines), lines) for c in MAIN if c != contender]
+        knob = own.setting.own
+        return [self.run(contender, run.setting._replace(own=knob)) for run in best if run]
+
     def best(self, contender: str, lines: Lines) -> Setting | None:
-        """The setting of the best finalist."""
-        best = best_of(self.finalists(contender, lines), lines)
+        """The setting of the best run at all steps, its own or another optimizer's."""
+        own = self.finalists(contender, lines)
+        shared = [run for run in self.shared(contender, lines) if run in lines]
+        best = best_of([*own, *shared], lines)
         return None if best is None else best.setting
 
     def tuned(self, contender: str, lines: Lines) -> list[Run]:
@@ -267,7 +284,7 @@ class Tuning:
     def runs(self, contender: str, lines: Lines) -> list[Run]:
         """All runs of an optimizer that are known by now."""
         found = [*self.trials_of(contender, lines), *self.descent(contender, lines)]
-        found += self.finalists(contender, lines)
+        found += [*self.finalists(contender, lines), *self.shared(contender, lines)]
         found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
         longer = itertools.chain(*self.longer(contender, -math.inf, lines))
         return list(dict.fromkeys([*found, *self.budgets(contender, lines), *longer]))
@@ -288,6 +305,7 @@ class Tuning:
             lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
             lambda: [run for c in self.contenders for run in self.descent(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
+            lambda: [run for c in self.contenders for run in self.shared(c, lines)],
             lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
             lambda: [run for rival in rivals for run in self.budgets(rival, lines)],

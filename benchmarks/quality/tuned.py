@@ -226,8 +226,10 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         f"factor of {NEARBY:g}, the knob, the retention ({ends('beta')}), the rate of everything "
         f"else (x {ends('aux')}), the decay ({ends('weight_decay')}). It stops when no change is "
         f"better, or after {PASSES} rounds. The best trials at {FINALISTS} different rates run at "
-        "all steps, and the best of these with every "
-        "seed. No interval includes the luck of the search.",
+        "all steps. Then each optimizer tries the best setting of every other one too, at all "
+        "steps and with its own knob as it was best, because a descent can end far from the best "
+        "setting. The best of all these runs with every seed. No interval includes the luck that "
+        "is left in the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{listed(sorted((*BUDGETS, 1.0)))} times the steps, and {listed(LONGER)} while another "

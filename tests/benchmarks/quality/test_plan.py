@@ -7,6 +7,7 @@ import pytest
 from benchmarks.quality import plan as plans
 from benchmarks.quality.contenders import Setting
 from benchmarks.quality.plan import FIVE_RATES, Rates, Swap, Tuning, points
+from benchmarks.quality.workload import find
 
 PAIR = ("AdamW", "NorMuon")
 
@@ -128,6 +129,43 @@ def test_no_trial_runs_in_full_before_the_search_has_ended():
     for run in plan.descent("NorMuon", lines):
         assert plan.finalists("NorMuon", lines)
         assert not plan.finalists("NorMuon", {k: x for k, x in lines.items() if k != run})
+
+
+def lucky(run):
+    """A loss whose best rate at all steps is one that NorMuon's half-length trials avoid."""
+    if run.steps < find("friedman").steps and run.contender == "NorMuon":
+        return bowl(1e-3)(run)
+    return bowl(8e-3)(run)
+
+
+def test_everybody_also_tries_the_best_setting_of_the_others_with_its_own_knob():
+    plan = Tuning("friedman", PAIR, trials=6, seeds=2)
+    lines, stages = finished(
+        plan, lambda run: lucky(run) - run.setting.own * (run.contender == "AdamW")
+    )
+    theirs = plan.best("AdamW", lines)
+    assert theirs.own == 1
+    assert theirs.lr not in [run.setting.lr for run in plan.finalists("NorMuon", lines)]
+    (shared,) = plan.shared("NorMuon", lines)
+    own = min(plan.finalists("NorMuon", lines), key=lambda run: lines[run]["metrics"]["val_loss"])
+    assert shared.setting == theirs._replace(own=own.setting.own)
+    assert plan.best("NorMuon", lines) == shared.setting
+    assert shared.steps == plan.final_steps
+    when = {run: k for k, stage in enumerate(stages) for run in stage}
+    assert when[plan.tuned("NorMuon", lines)[1]] > when[shared]
+
+
+def test_an_optimizer_outside_the_standard_tier_tries_the_others_settings_and_shares_none():
+    other = next(c for c in plans.CONTENDERS if c not in plans.MAIN)
+    plan = Tuning("friedman", (*PAIR, other), trials=6, seeds=2)
+    best = {"AdamW": 2e-3, "NorMuon": 4e-3, other: 8e-3}
+    lines, _ = finished(plan, lambda run: bowl(best[run.contender])(run))
+    assert {run.setting.lr for run in plan.shared(other, lines)} == {
+        plan.best(c, lines).lr for c in PAIR
+    }
+    assert [run.setting.lr for run in plan.shared("AdamW", lines)] == [
+        plan.best("NorMuon", lines).lr
+    ]
 
 
 def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():
