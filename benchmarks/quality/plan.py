@@ -410,9 +410,10 @@ class Swap:
 Plan = Tuning | Rates | Swap
 
 
+@cache
 def points(
     count: int, low: float = LOWEST, high: float = HIGHEST, skipped: int = 0
-) -> list[Setting]:
+) -> tuple[Setting, ...]:
     """Settings of the one quasi-random sequence (Sobol), the same for every optimizer.
 
     Args:
@@ -431,7 +432,7 @@ def points(
                 int(2 * own),
             )
         )
-    return found
+    return tuple(found)
 
 
 def ladders_around(start: Setting) -> dict[str, list[float]]:
