@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import ABLATED, DEFAULT, Lines, Plan, badness, value
-from benchmarks.hope.training import TASKS, WARMUP, WEIGHT_DECAY, Line, Run, setting
+from benchmarks.hope.task import Task
+from benchmarks.hope.training import TASKS, WARMUP, Line, Run, setting
 from benchmarks.tables import markdown
 from deepopt.hope.trainer import MAX_GRAD_NORM
 
@@ -176,7 +177,8 @@ def report(plan: Plan, lines: Lines, command: str) -> str:
         "All models have the same embedding, norms, head, initialization and number of parameters "
         "(the SwiGLU of a baseline, and Hope-Attention's levels, are as wide as that takes), the "
         f"same batches and the same optimizer, {DEFAULT} with AdamW on all but the matrices: "
-        f"weight decay {WEIGHT_DECAY:g}, {WARMUP} steps of warm-up, then linear decay to zero, "
+        f"weight decay {Task.weight_decay:g} where a task names no other, {WARMUP} steps of "
+        "warm-up, then linear decay to zero, "
         f"gradients clipped at norm {MAX_GRAD_NORM:g}. "
         f"Learning rates are swept with seed 0 ({', '.join(f'{r:g}' for r in sorted(plan.rates))}"
         "); further seeds run at each model's best. Hope is the default `HopeConfig` at the sizes "

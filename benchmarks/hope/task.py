@@ -49,6 +49,7 @@ class Task(ABC):
         sizes: of Hope; its rivals get the same.
         steps: optimizer steps of a run.
         tokens: tokens of a training sequence.
+        weight_decay: of all parameters, per step in units of the learning rate.
         metric: the metric that decides between learning rates.
         smaller_is_better: whether less of that metric is better, as with a loss.
         goals: what the default Hope should reach.
@@ -58,6 +59,7 @@ class Task(ABC):
     sizes: HopeConfig
     steps: int
     tokens: int
+    weight_decay: float = 0.1
     metric: str
     smaller_is_better: bool = False
     goals: tuple[Goal, ...] = ()

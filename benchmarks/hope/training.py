@@ -35,7 +35,6 @@ TASKS: dict[str, Task] = {
     "passkey": Passkey(),
     **{kind: Mad(kind) for kind in KINDS},
 }
-WEIGHT_DECAY = 0.1
 WARMUP = 50
 
 
@@ -61,7 +60,7 @@ def setting(run: Run) -> Line:
     """What the outcome of a run depends on besides the run itself and the code."""
     return {
         **TASKS[run.task].setting(run.model),
-        "weight_decay": WEIGHT_DECAY,
+        "weight_decay": TASKS[run.task].weight_decay,
         "warmup": WARMUP,
         "least_size": f"{LEAST_SIZE:g}, enlarged at most {MOST_ENLARGED:g} times",
         "memory": str(Delta()),
@@ -98,7 +97,8 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
         FloatingPointError: a loss or the norm of a gradient is not finite.
     """
     tokens = task.data(run.seed, 0).tokens.numel()  # the same number at every step
-    optimizers = build_optimizers(model, run.optimizer, run.lr, WEIGHT_DECAY, None, tokens)
+    decay = task.weight_decay
+    optimizers = build_optimizers(model, run.optimizer, run.lr, decay, None, tokens)
     losses = []
     for step in range(run.steps):
         prepare(optimizers, lr_factor(step, run.steps, min(WARMUP, run.steps // 2)))

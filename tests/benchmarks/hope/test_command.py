@@ -131,7 +131,7 @@ def test_a_run_on_bytes_is_the_training_command_of_hope(tmp_path):
         out=tmp_path, model=TINY, steps=steps, seq_len=16, batch_size=2, eval_windows=2,
         warmup=min(training.WARMUP, steps // 2), quiet=True,
     )  # fmt: skip
-    assert config.weight_decay == training.WEIGHT_DECAY
+    assert config.weight_decay == task.weight_decay
     expected = Trainer(config).run().val_bits_per_byte
     found = training.execute(Run("bytes", "Hope", config.optimizer, config.lr, 0, steps))
     assert task.windows == config.eval_windows
