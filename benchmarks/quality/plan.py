@@ -64,7 +64,8 @@ class Tuning:
        the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
        until nothing changes, three times at most.
     4. The best trials of each at three rates at all of its steps.
-    5. Everybody's best of these is also tried by all others, each with its own knob as it was best.
+    5. Everybody's best of these is also tried by all others: with the knob as well where both have
+       the same one, and else with their own as it was best.
     6. The best of 4 and 5 with every seed; the swap with every seed; the rivals at their best at
        other budgets, up to twice the steps, and up to four times while another optimizer is ahead
        of them.
@@ -228,8 +229,13 @@ class Tuning:
         if own is None:
             return []
         best = [best_of(self.finalists(c, lines), lines) for c in MAIN if c != contender]
-        knob = own.setting.own
-        return [self.run(contender, run.setting._replace(own=knob)) for run in best if run]
+        found = []
+        for run in filter(None, best):
+            # A rate is worth little without the size of the updates that it was found with.
+            same = CONTENDERS[run.contender].knob == CONTENDERS[contender].knob
+            knob = run.setting.own if same else own.setting.own
+            found.append(self.run(contender, run.setting._replace(own=knob)))
+        return found
 
     def best(self, contender: str, lines: Lines) -> Setting | None:
         """The setting of the best run at all steps, its own or another optimizer's."""

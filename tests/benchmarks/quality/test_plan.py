@@ -155,6 +155,20 @@ def test_everybody_also_tries_the_best_setting_of_the_others_with_its_own_knob()
     assert when[plan.tuned("NorMuon", lines)[1]] > when[shared]
 
 
+def test_optimizers_with_the_same_knob_share_its_value_too():
+    three = ("AdamW", "DeepMomentum, linear", "DeepMomentum, delta")
+    plan = Tuning("friedman", three, trials=6, seeds=1)
+    better = {"DeepMomentum, linear": 0, "DeepMomentum, delta": 1, "AdamW": 1}
+    lines, _ = finished(
+        plan, lambda run: bowl(4e-3)(run) + (run.setting.own != better[run.contender])
+    )
+    own = {c: plan.best(c, lines).own for c in three}
+    assert own == better
+    from_adamw, from_linear = plan.shared("DeepMomentum, delta", lines)
+    assert from_adamw.setting.own == own["DeepMomentum, delta"]
+    assert from_linear.setting == plan.best("DeepMomentum, linear", lines)
+
+
 def test_an_optimizer_outside_the_standard_tier_tries_the_others_settings_and_shares_none():
     other = next(c for c in plans.CONTENDERS if c not in plans.MAIN)
     plan = Tuning("friedman", (*PAIR, other), trials=6, seeds=2)
