@@ -65,7 +65,7 @@ class Tuning:
        until nothing changes, three times at most.
     4. The best trials of each at three rates at all of its steps.
     5. Everybody's best of these is also tried by all others: with the knob as well where both have
-       the same one, and else with their own as it was best.
+       the same one, and else with either value of their own.
     6. The best of 4 and 5 with every seed; the swap with every seed; the rivals at their best at
        other budgets, up to twice the steps, and up to four times while another optimizer is ahead
        of them.
@@ -225,16 +225,15 @@ class Tuning:
         A descent may end far from the best setting; those of the others are places to look at that
         are the same for all. The optimizers of the standard tier share, whichever the plan has.
         """
-        own = best_of(self.finalists(contender, lines), lines)
-        if own is None:
+        if not self.finalists(contender, lines):
             return []
         best = [best_of(self.finalists(c, lines), lines) for c in MAIN if c != contender]
         found = []
         for run in filter(None, best):
-            # A rate is worth little without the size of the updates that it was found with.
+            # A knob can change the size of the updates, and a rate is worth little without it.
             same = CONTENDERS[run.contender].knob == CONTENDERS[contender].knob
-            knob = run.setting.own if same else own.setting.own
-            found.append(self.run(contender, run.setting._replace(own=knob)))
+            knobs = (run.setting.own,) if same else (0, 1)
+            found += [self.run(contender, run.setting._replace(own=own)) for own in knobs]
         return found
 
     def best(self, contender: str, lines: Lines) -> Setting | None:

@@ -227,9 +227,9 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         f"else (x {ends('aux')}), the decay ({ends('weight_decay')}). It stops when no change is "
         f"better, or after {PASSES} rounds. The best trials at {FINALISTS} different rates run at "
         "all steps. Then each optimizer tries the best setting of every other one too, at all "
-        "steps, because a descent can end far from the best setting. Its knob is then the other's "
-        "if both have the same one, and else its own as it was best. The best of all these runs "
-        "with every seed. No interval includes the luck that is left in the search.",
+        "steps, because a descent can end far from the best setting. Its knob then has the "
+        "other's value if both have the same one, and else either value. The best of all these "
+        "runs with every seed. No interval includes the luck that is left in the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{listed(sorted((*BUDGETS, 1.0)))} times the steps, and {listed(LONGER)} while another "
