@@ -49,8 +49,8 @@ class Passkey(Task):
 
     Texts grow while it is learned, as those of recall do: half the length, in twice as many texts,
     until the step `grows`. Hope finds its first keys after 200 steps; 400 with a rate that falls
-    were too few. No text comes twice, so there is nothing that a decay of the weights would keep
-    from being learned by heart. It would take gates from their start, and shorten the memory.
+    were too few. The weights do not decay: no text comes twice, so none can be learned by heart,
+    and a decay would move the gates away from their start and shorten the memory.
     """
 
     steps: int = 2000

@@ -178,8 +178,7 @@ def report(plan: Plan, lines: Lines, command: str) -> str:
         "(the SwiGLU of a baseline, and Hope-Attention's levels, are as wide as that takes), the "
         f"same batches and the same optimizer, {DEFAULT} with AdamW on all but the matrices: "
         f"weight decay {Task.weight_decay:g} where a task names no other, {WARMUP} steps of "
-        "warm-up, then linear decay to zero, "
-        f"gradients clipped at norm {MAX_GRAD_NORM:g}. "
+        f"warm-up, then linear decay to zero, gradients clipped at norm {MAX_GRAD_NORM:g}. "
         f"Learning rates are swept with seed 0 ({', '.join(f'{r:g}' for r in sorted(plan.rates))}"
         "); further seeds run at each model's best. Hope is the default `HopeConfig` at the sizes "
         "of the task, the same for all. Several seeds are given as their mean (lowest to highest).",

@@ -97,8 +97,7 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
         FloatingPointError: a loss or the norm of a gradient is not finite.
     """
     tokens = task.data(run.seed, 0).tokens.numel()  # the same number at every step
-    decay = task.weight_decay
-    optimizers = build_optimizers(model, run.optimizer, run.lr, decay, None, tokens)
+    optimizers = build_optimizers(model, run.optimizer, run.lr, task.weight_decay, None, tokens)
     losses = []
     for step in range(run.steps):
         prepare(optimizers, lr_factor(step, run.steps, min(WARMUP, run.steps // 2)))

@@ -222,8 +222,8 @@ class Tuning:
     def shared(self, contender: str, lines: Lines) -> list[Run]:
         """What an optimizer tries of the other optimizers' best settings, as far as is known.
 
-        A descent may end far from the best setting; those of the others are places to look at that
-        are the same for all. The optimizers of the standard tier share, whichever the plan has.
+        A descent may end far from the best setting, and what was best for another is worth a try.
+        The optimizers of the standard tier share theirs, whichever of them the plan has.
         """
         if not self.finalists(contender, lines):
             return []

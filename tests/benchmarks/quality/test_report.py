@@ -98,9 +98,9 @@ def test_costs_are_those_of_the_lines(group):
     assert 0 < steps < 0.975 * plan.final_steps
     assert seconds == pytest.approx(steps / 100, abs=0.06)
     assert " | 2.00 | 20 % | " in cells
-    # Seven trials, eight of the descent, of all these three at all steps, the best setting of the
-    # others, which is its own, with the other knob, and the best with four more seeds. The swap is
-    # the best.
+    # Seven trials, eight of the descent, three finalists, and four more seeds of the best. The swap
+    # is the best, too. The others' best setting is also its own, so that only the other value of
+    # its knob is new.
     assert cells.endswith(" 0 of 23 |")
 
 
