@@ -255,44 +255,38 @@ class Tuning:
             return []
         return [self.run(contender, setting, seed) for seed in range(self.seeds)]
 
-    def budgets(self, rival: str, lines: Lines) -> list[Run]:
-        """The rival at its best setting with other numbers of steps."""
-        setting = self.best(rival, lines)
-        if setting is None:
-            return []
-        return [run for share in BUDGETS for run in self._budget(rival, setting, share)]
+    def budgets(self, tuned: Sequence[Run]) -> list[Run]:
+        """A rival's tuned runs with other numbers of steps."""
+        return [run for share in BUDGETS for run in self._budget(tuned, share)]
 
-    def longer(self, rival: str, ahead: float, lines: Lines) -> list[list[Run]]:
-        """The rival's further budgets, as far as they are known.
+    def longer(self, tuned: Sequence[Run], ahead: float, lines: Lines) -> list[list[Run]]:
+        """A rival's further budgets, as far as they are known.
 
         There are more for as long as all of its mean losses so far are above ``ahead``.
         """
-        setting = self.best(rival, lines)
-        if setting is None:
-            return []
-        shares = (1.0, *BUDGETS)
-        known = [self._budget(rival, setting, share) for share in shares]
+        known = [self._budget(tuned, share) for share in (1.0, *BUDGETS)]
         found: list[list[Run]] = []
         for share in LONGER:
             if not math.inf > least_mean(known, lines) > ahead:
                 break
             if any(run not in lines for run in known[-1]):
                 break
-            known.append(self._budget(rival, setting, share))
+            known.append(self._budget(tuned, share))
             found.append(known[-1])
         return found
 
-    def _budget(self, rival: str, setting: Setting, share: float) -> list[Run]:
-        seeds = range(min(BUDGET_SEEDS, self.seeds))
-        return [self.run(rival, setting, seed, share) for seed in seeds]
+    def _budget(self, tuned: Sequence[Run], share: float) -> list[Run]:
+        first = tuned[:BUDGET_SEEDS]
+        return [self.run(run.contender, run.setting, run.seed, share) for run in first]
 
     def runs(self, contender: str, lines: Lines) -> list[Run]:
         """All runs of an optimizer that are known by now."""
         found = [*self.trials_of(contender, lines), *self.descent(contender, lines)]
         found += [*self.finalists(contender, lines), *self.shared(contender, lines)]
-        found += [*self.tuned(contender, lines), *self.swapped(contender, lines)]
-        longer = itertools.chain(*self.longer(contender, -math.inf, lines))
-        return list(dict.fromkeys([*found, *self.budgets(contender, lines), *longer]))
+        tuned = self.tuned(contender, lines)
+        longer = itertools.chain(*self.longer(tuned, -math.inf, lines))
+        found += [*tuned, *self.swapped(contender, lines), *self.budgets(tuned), *longer]
+        return list(dict.fromkeys(found))
 
     def next(self, lines: Lines) -> list[Run]:
         """The missing runs that are known by now; empty when all are done."""
@@ -301,7 +295,7 @@ class Tuning:
 
         def longer(rival: str) -> list[Run]:
             others = [tuned(contender) for contender in self.contenders if contender != rival]
-            every = self.longer(rival, least_mean(others, lines), lines)
+            every = self.longer(tuned(rival), least_mean(others, lines), lines)
             return [run for budget in every for run in budget]
 
         stages = (
@@ -311,9 +305,9 @@ class Tuning:
             lambda: [run for c in self.contenders for run in self.descent(c, lines)],
             lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
             lambda: [run for c in self.contenders for run in self.shared(c, lines)],
-            lambda: [run for c in self.contenders for run in self.tuned(c, lines)],
+            lambda: [run for c in self.contenders for run in tuned(c)],
             lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
-            lambda: [run for rival in rivals for run in self.budgets(rival, lines)],
+            lambda: [run for rival in rivals for run in self.budgets(tuned(rival))],
             lambda: [run for rival in rivals for run in longer(rival)],
         )
         for stage in stages:

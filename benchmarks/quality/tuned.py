@@ -106,14 +106,14 @@ class Group:
     def _found(self, plan: Tuning, contender: str, rival: str) -> Ended | None:
         if contender == rival or not {contender, rival} <= set(plan.contenders):
             return None
-        own = self.losses(plan, contender)
-        others = plan.budgets(rival, self.lines)
+        own, tuned = self.losses(plan, contender), self.tuned(plan, rival)
+        others = plan.budgets(tuned)
         ahead = least_mean((self.tuned(plan, c) for c in plan.contenders if c != rival), self.lines)
-        for budget in plan.longer(rival, ahead, self.lines):
+        for budget in plan.longer(tuned, ahead, self.lines):
             reached = losses(budget, self.lines)  # whole budgets alone count
             if reached and all(map(math.isfinite, reached)):
                 others += budget
-        runs = [*self.tuned(plan, rival), *others]
+        runs = [*tuned, *others]
         found = losses(runs, self.lines)
         if not own or not found or not others or not all(map(math.isfinite, own + found)):
             return None
@@ -292,14 +292,15 @@ def best_table(group: Group, plan: Tuning) -> str:
     head = ["optimizer", "trials", "best setting", "loss"]
     table = [head + [f"D_eff, {rival}" for rival in RIVALS]]
     for contender in plan.contenders:
-        found, setting = group.losses(plan, contender), plan.best(contender, group.lines)
-        if not found or setting is None:
+        found = group.losses(plan, contender)
+        if not found:
             runs = plan.trials_of(contender, group.lines)
             refused = [group.lines.get(run, {}).get("refused") for run in runs]
             table.append([contender, "", next(filter(None, refused), MISSING), *[""] * 4])
             continue
         ratios = [data_ratio(group, (plan,), contender, rival) for rival in RIVALS]
         trials = str(len(plan.searched(contender, group.lines)))
+        setting = group.tuned(plan, contender)[0].setting
         table.append([contender, trials, str(setting), f"{statistics.fmean(found):.4f}", *ratios])
     return markdown(table)
 
