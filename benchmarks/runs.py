@@ -17,8 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from deepopt.hope.files import write_atomically
-from deepopt.hope.report import read_metrics
+from deepopt._files import read_lines, write_atomically
 
 R = TypeVar("R")
 Line = dict[str, Any]
@@ -33,8 +32,8 @@ class Results(Generic[R]):
         paths: the files that there may be.
         run_of: the run of a line.
         path_of: the file of a run.
-        counts: whether a line says what its run would come to today. Others have no part in
-            ``lines``, but stay in the file.
+        counts: whether a line's run would come out the same today. A line that does not count is
+            left out of ``lines`` but stays in the file.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Results(Generic[R]):
         self.run_of, self.path_of = run_of, path_of
         self.lines: dict[R, Line] = {}
         for path in paths:
-            for line in read_metrics(path):
+            for line in read_lines(path):
                 if counts(run := run_of(line), line):
                     self.lines[run] = line
 
@@ -93,7 +92,7 @@ def keep(path: Path, lines: Sequence[Line], run_of: Callable[[Line], Any]) -> No
     The file is read again: another process may have added lines, or a kill have torn the last.
     """
     with locked(path.parent):
-        kept = {run_of(line): line for line in [*read_metrics(path), *lines]}
+        kept = {run_of(line): line for line in [*read_lines(path), *lines]}
         write_atomically(path, "".join(json.dumps(x) + "\n" for x in kept.values()).encode())
 
 

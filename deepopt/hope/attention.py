@@ -80,6 +80,7 @@ class Attention(nn.Module):
                 for cached in (keys, values)
             )
         # A column is the position of its key, so that a query sees the columns up to its own.
+        # `from_start` is a plain bool: torch.compile makes a graph per length for a comparison.
         seen, from_start = None, False
         if uniform and state.positions[0] == 0:
             from_start = True

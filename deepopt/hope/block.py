@@ -45,6 +45,7 @@ class HopeBlock(nn.Module):
         state: BlockState | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, BlockState]:
+        """Map x (batch, tokens, dim) to the same shape; also return the state after the tokens."""
         if (done := block_token.forward(self, x, state, lengths)) is not None:
             return done
         mixed, state = self.mixer(self.norm(x), state, lengths)

@@ -277,9 +277,7 @@ def block_token(given: BlockTokenArguments) -> list[Tensor]:
     if given.turns is not None:
         rates = F.linear(normed, given.turns).mT
         query, phase = turned(rates, query, phase, given.sharpness)
-    generators, memory = (
-        MemoryState._make([*given.weights[at : at + 4], None, None]) for at in (0, 4)
-    )
+    generators, memory = (MemoryState(*given.weights[at : at + 4]) for at in (0, 4))
     initial = Initial(None, None)
     if given.initial:
         initial = Initial(*(Weights(*given.initial[at : at + 2]) for at in (0, 2)))

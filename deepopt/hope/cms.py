@@ -110,6 +110,7 @@ class CMS(nn.Module):
         return cast(list[CMSLevel], list(self.levels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (batch, tokens, dim) through the levels, to the same shape."""
         if self.weights is not None:
             mixed = x
             for weight, level in zip(self.weights, self._levels(), strict=True):
@@ -223,6 +224,9 @@ def chunk_groups(
         groups: parameter groups of `model`, with or without names.
         tokens: tokens of one training step, over the whole batch. Where batches differ, set
             `tokens` of the optimizer's groups before each step.
+
+    Returns:
+        the groups, divided where frequencies differ, each with `chunk`, `lifetime` and `tokens`.
 
     Raises:
         ValueError: `tokens` below 1.

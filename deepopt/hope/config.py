@@ -13,7 +13,11 @@ from deepopt.hope.options import about, documented
 @documented
 @dataclass(frozen=True)
 class HopeConfig:
-    """Everything that decides the shape and the arithmetic of a `Hope` model."""
+    """Everything that decides the shape and the arithmetic of a `Hope` model.
+
+    A ValueError names a field that is of the wrong type or out of range, and fields that do not fit
+    together.
+    """
 
     mixer: str = field(
         default="titans",

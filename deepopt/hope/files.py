@@ -7,7 +7,6 @@ of the same kind, config.json the configuration, in the layout of transformers.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from deepopt._files import write_atomically
 
 FORMAT = "deepopt.hope.checkpoint/2"
 WITHOUT_DIGEST = "deepopt.hope.checkpoint/1"
@@ -152,20 +153,6 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
         raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
     # Copied to memory that torch aligns: the rounding of a product can depend on the address.
     return config, {name: weight.to(device, copy=True) for name, weight in weights.items()}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the content of ``path`` as a whole; if anything goes wrong, the old content stays."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -83,18 +83,22 @@ class MemoryArguments(NamedTuple):
         form = Form.of_scalars(scalars, self.memory_chunk, self.projection_chunk)
         return (
             Inputs(*self[:3]),
-            MemoryState(*self[3:7], s2=None, s1=None),
-            MemoryState(*self[7:11], s2=None, s1=None),
+            MemoryState(*self[3:7]),
+            MemoryState(*self[7:11]),
             initial,
             Gates.unstacked(self.gates),
             form,
         )
 
     @property
+    def chunks(self) -> tuple[int, int]:
+        """Tokens between two anchors of the generating memories, and of mem."""
+        return self.projection_chunk, self.memory_chunk
+
+    @property
     def segments(self) -> list[int]:
         """Lengths of the pieces between the ends of chunks."""
-        chunks = (self.projection_chunk, self.memory_chunk)
-        return scan.segments(self.query.shape[-1], chunks, self.position)
+        return scan.segments(self.query.shape[-1], self.chunks, self.position)
 
 
 TENSORS: Final = 16
@@ -139,7 +143,7 @@ def self_modifying(
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if memories.backend_for(keep, arguments) != "reference":
             out, *ends, _ = memories(keep, arguments)
-            first, last = (MemoryState._make([*x, None, None]) for x in (ends[:4], ends[4:]))
+            first, last = (MemoryState(*x) for x in (ends[:4], ends[4:]))
             return out, first, last
     out, generators, memory = scan.self_modifying(
         inputs, generators, memory, initial, gates, form, position=position, valid=valid
@@ -160,16 +164,11 @@ def _supports(*given: Any) -> bool:
 
 
 def _shapes(keep: bool, given: MemoryArguments) -> list[Tensor]:
-    chunks = (given.projection_chunk, given.memory_chunk)
-    count = scan.segment_count(given.query.shape[-1], chunks, given.position) if keep else 0
-    starts = given.key.new_empty(_starts_shape(given, count))
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _ends(given)] + [
-        starts
-    ]
-
-
-def _ends(given: MemoryArguments) -> list[Tensor]:
-    return [given.key, *given[3:11]]
+    tokens = given.query.shape[-1]
+    count = scan.segment_count(tokens, given.chunks, given.position) if keep else 0
+    like = (given.key, *given[3:11])
+    ends = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    return [*ends, given.key.new_empty(_starts_shape(given, count))]
 
 
 def _starts_shape(given: MemoryArguments, segments: int) -> tuple[int, int, int]:
@@ -304,14 +303,13 @@ def _flops(given: Sequence[Any], backward: bool) -> int:
     sizes = MemoryArguments._make(given)
     batch, heads, d, tokens = sizes.key
     g, m = sizes.w2[3], sizes.memory_w2[3]
-    chunks = (sizes.projection_chunk, sizes.memory_chunk)
 
     def products(c: int, dgc: int, dmc: int, gdd: int, dcc: int, mcc: int, ddc: int) -> int:
         of_weights = (dgc * g + dmc * m) * d * c + gdd * g * d * d
         return of_weights + (dcc * d + mcc * m) * c * c + ddc * d * d * c
 
     total = 0
-    for c in scan.segments(int(tokens), chunks, sizes.position):
+    for c in scan.segments(int(tokens), sizes.chunks, sizes.position):
         total += c**3 // 2  # three triangular inverses
         if backward:
             total += products(c, 28, 13, 0, 5, 4, 2) + products(c, 72, 30, 16, 10, 7, 4)

@@ -29,7 +29,12 @@ class Documents(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor, starts: Tensor) -> Documents:
-        """Documents of (batch, tokens) booleans: is there a token, does a document start here?"""
+        """The documents of a batch.
+
+        Args:
+            mask: (batch, tokens) bool, True where there is a token.
+            starts: likewise, True where a document starts.
+        """
         batch, width = mask.shape
         number = starts.cumsum(1)
         sequence = torch.arange(batch, device=mask.device)[:, None].expand_as(mask)

@@ -156,8 +156,8 @@ class MemoryState(NamedTuple):
     w1: Tensor
     anchor_w2: Tensor
     anchor_w1: Tensor
-    s2: Tensor | None
-    s1: Tensor | None
+    s2: Tensor | None = None
+    s1: Tensor | None = None
 
     @classmethod
     def start(cls, initial: Weights, batch: int, momentum: bool) -> MemoryState:
@@ -203,7 +203,7 @@ class Gates(NamedTuple):
     delta: Tensor
     erase_range: Tensor
     delta_range: Tensor
-    theta: Tensor | None
+    theta: Tensor | None = None
 
     def stacked(self) -> Tensor:
         """All but theta, for kernels, (heads, 6)."""
@@ -212,7 +212,7 @@ class Gates(NamedTuple):
     @classmethod
     def unstacked(cls, gates: Tensor) -> Gates:
         """The gates that `stacked` has put together."""
-        return cls._make([*gates.unbind(-1), None])
+        return cls(*gates.unbind(-1))
 
 
 class Inputs(NamedTuple):

@@ -20,7 +20,7 @@ from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
 from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
-from deepopt.hope.state import INTEGERS, HopeState
+from deepopt.hope.state import INTEGERS, HopeState, check_tensor
 
 IGNORED = -100  # as a target; torch's own value
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -42,7 +42,7 @@ class HopeOutput(NamedTuple):
 
 
 class Hope(nn.Module):
-    """Embedding, blocks, norm and head (§8.3 of the paper).
+    """Embedding, blocks, norm and head (section 8.3).
 
     The output of a call depends on its arguments alone: there is no dropout, `train()` and `eval()`
     are the same, and what the memories learn from a text lives in the returned state.
@@ -154,6 +154,7 @@ class Hope(nn.Module):
             predictions, `state` and `last` to go on from, and `read` for more of the text.
 
         Raises:
+            TypeError: `optimizer` is not a function, or the stream does not hold tensors.
             ValueError: an argument out of range.
             FloatingPointError: a loss is not finite.
         """
@@ -163,7 +164,7 @@ class Hope(nn.Module):
         """A context that at its end restores all weights, bit for bit."""
         return adaptation(self)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the configuration, config.json, and the weights, model.safetensors.
 
         Args:
@@ -249,12 +250,9 @@ class Hope(nn.Module):
         mask: Tensor | None,
         starts: Tensor | None,
     ) -> None:
-        for name, given in (("tokens", tokens), ("targets", targets)):
-            if given is not None and not isinstance(given, Tensor):
-                raise TypeError(
-                    f"{name} is of type {type(given).__name__}: must be a tensor of integers "
-                    "(batch, tokens), such as torch.tensor([list(text.encode())])"
-                )
+        check_tensor("tokens", tokens)
+        if targets is not None:
+            check_tensor("targets", targets)
         if state is not None and not isinstance(state, HopeState):
             raise TypeError(
                 f"state is of type {type(state).__name__}: must be the state that an earlier call "
@@ -281,8 +279,11 @@ class Hope(nn.Module):
                     f"{name} has shape {tuple(where.shape)} and dtype {where.dtype}: must be bool "
                     f"of the shape of tokens, {tuple(tokens.shape)}"
                 )
-        if state is None:
-            return
+        if state is not None:
+            self._check_state(state, len(tokens))
+
+    def _check_state(self, state: HopeState, batch: int) -> None:
+        """Raise ValueError unless a state fits the blocks and the batch."""
         if len(state.blocks) != len(self.blocks):
             raise ValueError(
                 f"state has {len(state.blocks)} blocks: must have one for each of the "
@@ -297,17 +298,16 @@ class Hope(nn.Module):
                     f"{type(expected).__name__}: give the state of a model with the same mixer"
                 )
             # Another size may go unnoticed: a state without momentum would turn the momentum off.
-            if (theirs := block.sizes) != ours:
-                name = next(name for name in ours if theirs[name] != ours[name])
+            if (sizes := block.sizes) != ours:
+                name = next(name for name in ours if sizes[name] != ours[name])
                 raise ValueError(
-                    f"state has {name} of size {theirs[name]}, the model's has {ours[name]}: give "
+                    f"state has {name} of size {sizes[name]}, the model's has {ours[name]}: give "
                     "the state of a model with the same configuration"
                 )
-        batch = len(state.blocks[0].positions)
-        if batch != len(tokens):
+        if (theirs := len(state.blocks[0].positions)) != batch:
             raise ValueError(
-                f"state belongs to a batch of {batch}, tokens to one of {len(tokens)}: go on with "
-                "the batch that the state was made from"
+                f"state belongs to a batch of {theirs}, tokens to one of {batch}: go on with the "
+                "batch that the state was made from"
             )
 
     def _out_of_range(self, name: str, tokens: Tensor) -> str:

@@ -11,14 +11,14 @@ import deepopt
 from deepopt.hope.cms import chunk_groups
 from deepopt.optim.continuum import Continuum
 
-RATES = {
+LR_SCALES = {
     "SGD": 250.0,
     "PreconditionedMomentum": 250.0,
     "DeltaMomentum": 250.0,
     "DeltaGradientDescent": 500.0,
     "DMGD": 0.5,
 }
-"""Learning rates relative to AdamW's, for optimizers whose updates are as large as the gradient,
+"""Multiples of AdamW's learning rate, for optimizers whose updates are as large as the gradient,
 and for DMGD, whose updates are as large as AdamW's largest (``docs/results/hope.md``)."""
 
 TORCH_KEYS = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
@@ -59,16 +59,19 @@ def build_optimizers(
 ) -> list[Continuum]:
     """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two.
 
-    ``lr`` is AdamW's. An optimizer in :data:`RATES` takes that multiple of it for the parameters
-    that it steps by its own rule, and divides their decay by it, so that as much is forgotten per
-    step. A group's ``initial_lr`` is its rate, as torch's schedulers expect. ``tokens`` is the
-    number of tokens in a step.
+    ``lr`` is AdamW's. An optimizer in :data:`LR_SCALES` takes that multiple of it for the
+    parameters that it steps by its own rule, and divides their decay by it, so that as much is
+    forgotten per step. A group's ``initial_lr`` is its rate, as torch's schedulers expect.
+    ``tokens`` is the number of tokens in a step.
+
+    Raises:
+        ValueError: an unknown optimizer, or a memory for one that has none.
     """
     cls = optimizer_class(name)
     groups = chunk_groups(model, deepopt.param_groups(model), tokens)
     for group in groups:
         by_adamw = group["path"] == "elementwise" and not cls.__module__.startswith("torch.")
-        rate = 1.0 if by_adamw else RATES.get(cls.__name__, 1.0)
+        rate = 1.0 if by_adamw else LR_SCALES.get(cls.__name__, 1.0)
         group.update(lr=lr * rate, initial_lr=lr * rate, weight_decay=weight_decay / rate)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if memory is not None:

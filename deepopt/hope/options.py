@@ -44,16 +44,16 @@ def _documentation(field: "dataclasses.Field[Any]") -> str:
     return textwrap.fill(text, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
 
 
-def add_options(parser: "argparse._ActionsContainer", defaults: Any, leave_out: str) -> None:
-    """Add a command-line option for every field of a configuration but one.
+def add_options(parser: "argparse._ActionsContainer", defaults: Any, leave_out: Set[str]) -> None:
+    """Add a command-line option for the fields of a configuration.
 
     Args:
         parser: a parser or a group of its options.
         defaults: the configuration with the default values.
-        leave_out: the field that gets no option.
+        leave_out: fields that get no option.
     """
     for field in dataclasses.fields(defaults):
-        if field.name != leave_out:
+        if field.name not in leave_out:
             default = getattr(defaults, field.name)
             flag = "--" + field.name.replace("_", "-")
             parser.add_argument(flag, default=default, **_argument(field.metadata, default))
@@ -71,12 +71,12 @@ def _argument(about: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {"help": help, "type": about["type"] or type(default)}
 
 
-def arguments_of(config: Any, leave_out: Set[str]) -> list[str]:
+def command_line(config: Any, leave_out: Set[str]) -> list[str]:
     """The arguments of the command line that `add_options` reads as this configuration.
 
     Args:
         config: a configuration; its fields that have their defaults give no argument.
-        leave_out: fields that give none either.
+        leave_out: fields to omit.
     """
     arguments: list[str] = []
     for field in dataclasses.fields(config):

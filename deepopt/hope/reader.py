@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import deepopt
 from deepopt.hope.cms import chunk_groups, frequencies, levels_of
-from deepopt.hope.state import INTEGERS, HopeState
+from deepopt.hope.state import INTEGERS, HopeState, check_tensor
 from deepopt.optim.continuum import Continuum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
@@ -159,11 +159,7 @@ class Reader:
                 the vocabulary.
             FloatingPointError: a loss is not finite.
         """
-        if not isinstance(tokens, Tensor):
-            raise TypeError(
-                f"tokens is of type {type(tokens).__name__}: must be a tensor of integers "
-                "(batch, tokens), such as torch.tensor([list(text.encode())])"
-            )
+        check_tensor("tokens", tokens)
         if tokens.ndim != 2 or tokens.dtype not in INTEGERS:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: must be "

@@ -50,8 +50,8 @@ def self_modifying(
         token = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         query = seen.query.unsqueeze(2)
         outputs.append(recall(memory.w2, memory.w1, query, form.memory_floor).squeeze(2))
-        generators = write(generators, initial.generators, token, gates, form, now, True)
-        memory = write(memory, initial.memory, token, gates, form, now, False)
+        generators = write(generators, initial.generators, token, gates, form, now, generating=True)
+        memory = write(memory, initial.memory, token, gates, form, now, generating=False)
     return torch.cat(outputs, -1), generators, memory
 
 

@@ -5,14 +5,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from deepopt.hope.files import write_atomically
+from deepopt._files import read_lines, write_atomically
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -62,18 +62,9 @@ class Progress:
         print(f"{self.name} step {self.step}/{self.last}: {text}", file=sys.stderr, flush=True)
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a metrics.jsonl, up to one that a kill has torn."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
-
-
 def keep_lines(path: Path, step: int) -> None:
     """Cut from a metrics.jsonl what lies beyond ``step``: the run takes these steps again."""
-    lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    lines = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
     write_atomically(path, "".join(lines).encode())
 
 
@@ -84,7 +75,7 @@ def plot(path: Path, runs: Mapping[str, Path]) -> None:
     the root mean square of every update over that of its parameter, at the steps that were watched:
     the median over the parameters, and a band from the first to the third quartile.
     """
-    lines_of = {label: list(read_metrics(metrics)) for label, metrics in runs.items()}
+    lines_of = {label: list(read_lines(metrics)) for label, metrics in runs.items()}
     watched = any("diagnostics" in line for lines in lines_of.values() for line in lines)
     figure = Figure(figsize=(11 if watched else 7, 4.5), layout="constrained")
     axes, *beside = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]

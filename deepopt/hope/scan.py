@@ -52,7 +52,7 @@ def self_modifying(
         memory: state of mem, the memory that answers the queries (a stack of one).
         initial: where retention pulls the weights of all five.
         gates: parameters of the rates.
-        form: which memories these are.
+        form: the arithmetic of the memories.
         position: tokens that the states have seen; decides where the chunks end.
         valid: (batch, 1, tokens), False where a token is padding: it counts for `position`, but
             leaves both states as they are, and its output means nothing; a chunk that begins with
@@ -74,8 +74,8 @@ def self_modifying(
             memory = memory.anchored(begins)
         tokens = generate(seen, generators.anchor_w2, generators.anchor_w1, gates, form, now)
         times = _chunk_weights(tokens.log_alpha, gates.theta, now)
-        generating = _write(generators, initial.generators, tokens, times, form, True)
-        answering = _write(memory, initial.memory, tokens, times, form, False)
+        generating = _write(generators, initial.generators, tokens, times, form, generating=True)
+        answering = _write(memory, initial.memory, tokens, times, form, generating=False)
         outputs.append(answering.read(seen.query, form.memory_floor))
         generators, memory = generating.after(generators), answering.after(memory)
         start += length
@@ -185,9 +185,10 @@ class _Recurrence(NamedTuple):
             end = end + times.pulled[..., -1:, None] * self.initial
         if self.written is not None:
             end = end + (self.written * times.written[..., None, :, -1]) @ self.key.mT
-        if self.momentum is None or times.summed is None:
-            return end, self.momentum
-        if self.gradient is None or times.passed is None or times.momentum is None:
+        if (
+            self.momentum is None or self.gradient is None
+            or times.summed is None or times.passed is None or times.momentum is None
+        ):  # fmt: skip
             return end, self.momentum
         end = end + times.summed[..., -1:, None] * self.momentum
         end = end + (self.gradient * times.passed[..., None, :, -1]) @ self.key.mT
@@ -373,7 +374,7 @@ def _times_gelu_slope(x: Tensor, h: Tensor) -> Tensor:
 
 
 def segments(total: int, chunks: tuple[int, int], position: int) -> list[int]:
-    """Lengths of the pieces of `total` tokens that start or end where a chunk of either does."""
+    """Lengths of the pieces into which the chunks of both sizes cut `total` tokens."""
     lengths = []
     while total > 0:
         length = min(*(size - position % size for size in chunks), total)

@@ -18,6 +18,15 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 """The dtypes that tokens may have."""
 
 
+def check_tensor(name: str, tokens: Any) -> None:
+    """Raise TypeError unless tokens are a tensor."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"{name} is of type {type(tokens).__name__}: must be a tensor of integers "
+            "(batch, tokens), such as torch.tensor([list(text.encode())])"
+        )
+
+
 class TitansState(NamedTuple):
     """All that a layer remembers of the tokens so far.
 
@@ -55,9 +64,9 @@ class TitansState(NamedTuple):
 
         both = self.positions + other.positions
         return TitansState(
-            _map2(pick, self.generators, other.generators),
-            _map2(pick, self.memory, other.memory),
-            _map2(pick, self.tails, other.tails),
+            _map(pick, self.generators, other.generators),
+            _map(pick, self.memory, other.memory),
+            _map(pick, self.tails, other.tails),
             pick(self.phase, other.phase),
             tuple(both[i] for i in index),
         )
@@ -182,20 +191,11 @@ class HopeState(NamedTuple):
         return cls(tuple(block(i) for i in range(max(numbers) + 1)))
 
 
-def _map(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
-    """Nested tuples with every tensor changed; everything else stays."""
+def _map(change: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """Nested tuples with `change` of the tensors in each place; all else is the first's."""
     if isinstance(tree, Tensor):
-        return cast(Tree, change(tree))
+        return cast(Tree, change(tree, *others))
     if isinstance(tree, tuple):
-        parts = [_map(change, x) for x in tree]
+        parts = [_map(change, *each) for each in zip(tree, *cast(Any, others), strict=True)]
         return cast(Tree, type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts))
     return tree
-
-
-def _map2(change: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor):
-        return change(a, b)
-    if isinstance(a, tuple):
-        parts = [_map2(change, x, y) for x, y in zip(a, b, strict=True)]
-        return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
-    return a

@@ -157,11 +157,12 @@ def turned(
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values and learning rates, and rewrite themselves.
 
-    See `deepopt.hope.memory` for the update rule. Around it, as in Titans: projections and causal
-    convolutions before keys, values and queries, unit queries and keys, a norm per head and a gate
-    on the output, and, with `turns`, a turn of the queries of half of the heads (`Turns`). The
-    memories refine the projected keys and values, M(z) = z + ...; without `projections` they make
-    them from the layer's input alone, as printed, and the query has the only static projection.
+    See `deepopt.hope.memory` for the update rule (Eq 83, Eq 88). Around it, as in Titans:
+    projections and causal convolutions before keys, values and queries, unit queries and keys, a
+    norm per head and a gate on the output, and, with `turns`, a turn of the queries of half of the
+    heads (`Turns`). The memories refine the projected keys and values, M(z) = z + ...; without
+    `projections` they make them from the layer's input alone, as printed, and the query has the
+    only static projection.
 
     Args:
         config: sizes and options of the model.

@@ -39,11 +39,11 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     defaults = TrainConfig(out=Path("runs/hope"))
-    add_options(parser, defaults, leave_out="model")
+    add_options(parser, defaults, leave_out={"model"})
     parser.add_argument("--compare", metavar="NAME", help="train with this optimizer as well")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (torch's choice)")
     sizes = parser.add_argument_group("model", "see deepopt.hope.HopeConfig")
-    add_options(sizes, defaults.model, leave_out="vocab_size")  # tokens are bytes
+    add_options(sizes, defaults.model, leave_out={"vocab_size"})  # tokens are bytes
     return parser
 
 

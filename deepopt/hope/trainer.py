@@ -1,10 +1,10 @@
 """The training loop of Hope, and the configuration of a run.
 
-A run is a function of its configuration and its data. It can be interrupted at any moment, even
-killed, and goes on with ``resume`` bit for bit from its last checkpoint. All that it writes lies
-in ``out``: metrics.jsonl, loss.png, samples.txt and checkpoint.safetensors, and once it ends the
-model, config.json and model.safetensors, for ``Hope.from_pretrained(out)``, with training.json,
-which says what made it.
+A run is a function of its configuration and its data. If it is interrupted, even killed,
+``resume`` continues it bit for bit from its last checkpoint. While it runs it writes metrics.jsonl
+and checkpoint.safetensors into ``out``. At its end it adds loss.png and, for a `Hope`, samples.txt,
+the model (config.json and model.safetensors, for ``Hope.from_pretrained(out)``) and training.json,
+which says what made the model. A run that is stopped by ``stop`` saves the model too.
 """
 
 import copy
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepopt._files import write_atomically
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import Hope, HopeConfig, generate
 from deepopt.hope.optimizers import build_optimizers, optimizer_class
-from deepopt.hope.options import about, arguments_of, check_device, documented
+from deepopt.hope.options import about, check_device, command_line, documented
 from deepopt.memory import BUILT_IN
 from deepopt.optim import Continuum
 from deepopt.optim.base import MemoryOptimizer
@@ -82,7 +83,7 @@ class TrainConfig:
         default=4e-3,
         metadata=about(
             "peak of the learning rate, on AdamW's scale",
-            "`deepopt.hope.optimizers.RATES` has the scales of the other optimizers.",
+            "`deepopt.hope.optimizers.LR_SCALES` has the scales of the other optimizers.",
         ),
     )
     weight_decay: float = field(
@@ -145,8 +146,8 @@ class TrainConfig:
     @property
     def command(self) -> str:
         """The training command with the options of this run, except where it writes."""
-        options = arguments_of(self, leave_out=ASIDE - {"data"})
-        options += arguments_of(self.model, leave_out=set())
+        options = command_line(self, leave_out=ASIDE - {"data"})
+        options += command_line(self.model, leave_out=set())
         return shlex.join(["python", "-m", "deepopt.hope.train", *options])
 
     def trajectory(self, corpus: Corpus) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def prepare(optimizers: Sequence[Continuum], factor: float) -> None:
 
 @contextmanager
 def clipped(optimizers: Sequence[Continuum], model: nn.Module) -> Iterator[Tensor]:
-    """A context for the update, in which gradients are those to be applied, clipped all together.
+    """A context for the update. Inside it, gradients are those to apply, clipped together.
 
     At the end of a chunk they are the chunk's. Step the wrapped optimizers inside. The value is the
     norm before clipping.
@@ -326,7 +327,7 @@ class Trainer:
                     log(diagnostics=diagnostics)
                 progress.show(values["loss"])
                 last = self.step == config.steps
-                if last or self.step % config.eval_every == 0:
+                if watched:
                     val_loss = self.evaluate()
                     self._check_finite("loss on held-out text", val_loss, self.step)
                     log(val_loss=val_loss, val_bits_per_byte=val_loss / math.log(2))
@@ -344,11 +345,15 @@ class Trainer:
 
         if math.isnan(val_loss):  # resumed when there was nothing left to do
             val_loss = self.evaluate()
+        return self._finish(val_loss)
+
+    def _finish(self, val_loss: float) -> TrainResult:
+        """Write the plot and, for a Hope, the model, its samples and training.json."""
         if isinstance(self.model, Hope):
-            self.model.save_pretrained(config.out)
-            files.write_atomically(self._path("samples.txt"), self.samples(self.model).encode())
+            self.model.save_pretrained(self.config.out)
+            write_atomically(self._path("samples.txt"), self.samples(self.model).encode())
             account = json.dumps(self.account(val_loss), indent=2) + "\n"
-            files.write_atomically(self._path("training.json"), account.encode())
+            write_atomically(self._path("training.json"), account.encode())
         plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
         return self._result(val_loss)
 

@@ -52,7 +52,7 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
         text: the prompt, of at least one character or byte. A string may hold bytes that are not
             UTF-8 as surrogates, as Python passes them from a command line.
         length: number of bytes to add, at most.
-        **options: those of `stream` but `mask`.
+        **options: those of `stream` except `mask`.
 
     Yields:
         whole characters; joined, they are the continuation. Bytes that are not UTF-8 become U+FFFD.
@@ -127,7 +127,11 @@ def stream(
         ValueError: an argument out of range, or a prompt that ends with padding.
         FloatingPointError: the logits are not finite.
     """
-    _check(model, prompt, length, temperature, top_k, top_p, stop, generator, mask, prefill)
+    _check_model(model)
+    _check_prompt(prompt, mask, model.config.vocab_size)
+    _check_numbers(length, temperature, top_k, top_p, prefill)
+    _check_stop(stop, model.config.vocab_size)
+    _check_generator(generator, prompt.device)
 
     @torch.no_grad()
     def tokens_one_by_one(state: HopeState | None) -> Iterator[Tensor]:
@@ -195,20 +199,7 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check(
-    model: Hope,
-    prompt: Tensor,
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    stop: bytes | Sequence[int] | None,
-    generator: torch.Generator | None,
-    mask: Tensor | None,
-    prefill: int,
-) -> None:
-    _check_model(model)
-    size = model.config.vocab_size
+def _check_prompt(prompt: Tensor, mask: Tensor | None, size: int) -> None:
     if not isinstance(prompt, Tensor):
         raise TypeError(
             f"prompt is of type {type(prompt).__name__}: must be a tensor of tokens (batch, tokens)"
@@ -225,6 +216,21 @@ def _check(
             f"prompt has {outside[0]}: tokens must lie in 0 ... {size - 1}, the model's "
             "vocabulary; encode the text with fewer tokens"
         )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is of type {type(mask).__name__}: must be a tensor (batch, tokens)")
+    if mask.shape != prompt.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: must have that of prompt, {tuple(prompt.shape)}"
+        )
+    if not mask[:, -1].all():
+        raise ValueError("mask is False at the end of a prompt: pad on the left")
+
+
+def _check_numbers(
+    length: int, temperature: float, top_k: int | None, top_p: float | None, prefill: int
+) -> None:
     numbers = (
         ("length", length, Integral),
         ("temperature", temperature, Real),
@@ -246,6 +252,11 @@ def _check(
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for no limit")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for no limit")
+    if prefill < 1:
+        raise ValueError(f"prefill={prefill}: must be at least 1, the tokens read at once")
+
+
+def _check_stop(stop: bytes | Sequence[int] | None, size: int) -> None:
     if isinstance(stop, str):
         raise TypeError(f"stop={stop!r} is text: must be tokens, such as {stop.encode()!r}")
     if stop is not None and not (
@@ -256,20 +267,15 @@ def _check(
         raise ValueError(
             f"stop={stop!r}: must be at least one token, each in 0 ... {size - 1}, or None"
         )
-    if generator is not None and not isinstance(getattr(generator, "device", 0), torch.device):
+
+
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(getattr(generator, "device", 0), torch.device):
         raise TypeError(f"generator={generator!r}: must be a torch.Generator, or None")
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"mask is of type {type(mask).__name__}: must be a tensor (batch, tokens)")
-    if generator is not None and generator.device.type != prompt.device.type:
+    if generator.device.type != device.type:
         raise ValueError(
-            f"generator lies on {generator.device}, prompt on {prompt.device}: make it by "
-            f"torch.Generator({str(prompt.device)!r})"
+            f"generator lies on {generator.device}, prompt on {device}: make it by "
+            f"torch.Generator({str(device)!r})"
         )
-    if mask is not None and mask.shape != prompt.shape:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}: must have that of prompt, {tuple(prompt.shape)}"
-        )
-    if mask is not None and not mask[:, -1].all():
-        raise ValueError("mask is False at the end of a prompt: pad on the left")
-    if prefill < 1:
-        raise ValueError(f"prefill={prefill}: must be at least 1, the tokens read at once")
