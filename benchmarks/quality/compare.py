@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.quality.plan import Tuning
 from benchmarks.quality.results import results
+from benchmarks.quality.tiers import tunings
 from benchmarks.quality.training import Lines, Run, value
 from benchmarks.quality.tuned import compared, difference
 from benchmarks.tables import markdown
@@ -17,7 +18,7 @@ CIRCUMSTANCES = ("config", "data", "torch", "python", "package")
 
 
 def compare(old: Lines, new: Lines, tunings: Sequence[Tuning]) -> str:
-    """Tables of the differences, new less old, paired by seed and corrected for their number.
+    """Tables of the differences, new minus old, paired by seed and corrected for their number.
 
     Args:
         old, new: the lines.
@@ -28,7 +29,7 @@ def compare(old: Lines, new: Lines, tunings: Sequence[Tuning]) -> str:
     parts = [
         f"{len(common)} runs are in both, {len(old) - len(common)} in the old folder alone and "
         f"{len(new) - len(common)} in the new one alone. {same} ended with the very same loss. "
-        "Differences are new less old, negative is better; a tie is noise by Student's paired "
+        "Differences are new minus old, negative is better; a tie is noise by Student's paired "
         "interval at 5 % after Holm's correction for the rows of its table."
     ]
     if changed := circumstances_changed(old, new, common):
@@ -81,7 +82,7 @@ def table(
         found.setdefault(name(a), []).append((value(old[a]), value(new[b])))
     several = {key: pairs for key, pairs in found.items() if len(pairs) > 1}
     pairs = {" ".join(k): ([b for _, b in v], [a for a, _ in v]) for k, v in several.items()}
-    results = compared(dict(pairs))
+    results = compared(pairs)
     rows = [["workload", "optimizer", "setting", "steps", "seeds", "old", "new", "difference", ""]]
     for key, both in several.items():
         interval, word = results[" ".join(key)]
@@ -97,7 +98,7 @@ def table(
     return "\n\n".join(([markdown(rows)] if several else []) + ([note] if single else []))
 
 
-def main(argv: Sequence[str], plans: Callable[[Lines], Sequence[Tuning]]) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks quality compare", description=__doc__)
     parser.add_argument("old", type=Path, help="a folder with lines (docs/results/quality)")
     parser.add_argument("new", type=Path, help="another one")
@@ -110,5 +111,5 @@ def main(argv: Sequence[str], plans: Callable[[Lines], Sequence[Tuning]]) -> int
         if not lines[-1]:
             parser.error(f"{folder}: no line in its .jsonl files; give a folder that has some")
     old, new = lines
-    sys.stdout.write(compare(old, new, plans(old)))
+    sys.stdout.write(compare(old, new, tunings(old)))
     return 0

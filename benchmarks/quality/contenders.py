@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import deepopt
 from benchmarks.quality.workload import Unavailable
 from deepopt.hope.cms import chunk_groups
-from deepopt.hope.optimizers import RATES
+from deepopt.hope.optimizers import LR_SCALES
 from deepopt.memory import Delta
 from deepopt.optim import Continuum
 
@@ -97,7 +97,10 @@ ABLATIONS = {
 CONTENDERS: dict[str, Contender] = {
     "AdamW": Contender("adamw", ({"beta2": 0.999}, {"beta2": 0.99})),
     "SGD": Contender(
-        "sgd", ({"nesterov": False}, {"nesterov": True}), scale=RATES["SGD"], momentum="momentum"
+        "sgd",
+        ({"nesterov": False}, {"nesterov": True}),
+        scale=LR_SCALES["SGD"],
+        momentum="momentum",
     ),
     "Muon": Contender("muon", ({"nesterov": True}, {"nesterov": False}), momentum="momentum"),
     "NorMuon": Contender(

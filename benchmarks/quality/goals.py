@@ -9,7 +9,7 @@ from benchmarks.quality.training import Lines
 from benchmarks.quality.tuned import MISSING, Group, compared, data_ratio, folds, losses, width
 
 WORKLOADS = ("lm_code", "lm_text", "mnist_vit", "recall", "hope_code")
-"""Those whose geometric means are held to goals."""
+"""The workloads over which the goals take geometric means."""
 OWN, LONG = (1.0, 1, "cpu"), (4.0, 1, "cpu")
 """The tuned workloads at their own steps, and at four times as many."""
 SHARE_OF_CELLS = 0.9
@@ -68,8 +68,8 @@ def swapped(rates: Sequence[Rates], swaps: Sequence[Swap], lines: Lines) -> list
         if DEFAULT in plan.contenders and (lr := plan.best_rate(lines)):
             first, second = (losses(plan.runs(c, lr), lines) for c in PAIR)
             if first and second:
-                pairs[f"{type(plan).__name__}, {plan.workload}, {plan.steps}"] = (second, first)
-    words = [word for _, word in compared(dict(pairs)).values()]
+                pairs[str(plan)] = (second, first)
+    words = [word for _, word in compared(pairs).values()]
     goal = "AdamW's best rate and decay untouched: better on every workload"
     return [goal, words_of(words), status(words.count("win") == len(words)) if words else MISSING]
 
@@ -83,7 +83,7 @@ def beside(swaps: Sequence[Swap], lines: Lines) -> list[str]:
             first, second = (losses(plan.runs(c, lr * share), lines) for c in PAIR)
             if first and second:
                 pairs[f"{plan.workload}, {share}"] = (second, first)
-    words = [word for _, word in compared(dict(pairs)).values()]
+    words = [word for _, word in compared(pairs).values()]
     goal = f"At half and double that rate: better in {100 * SHARE_OF_CELLS:.0f} % of the cells"
     enough = words.count("win") >= SHARE_OF_CELLS * len(words)
     complete = len(words) == len(swaps) * len(BESIDE)

@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Student's interval of the mean difference, first less second, of runs with equal seeds.
+    """Student's interval of the mean difference, first minus second, of runs with equal seeds.
 
     Args:
         first, second: values of the same seeds, in the same order; infinite ones have diverged.
@@ -84,14 +84,14 @@ def verdict(difference: float, p: float) -> str:
 
 
 def equal_loss_ratio(loss: float, steps: int, budgets: Mapping[int, float]) -> float:
-    """D_eff: the rival's steps for a loss, by its loss at several budgets, over the steps taken.
+    """D_eff: the steps that a rival needs for the same loss, divided by the steps taken.
 
-    Between budgets the loss is taken as linear in the logarithm of the steps. Beyond the largest
-    and below the smallest the ratio stops there: it is a bound.
+    Between its budgets the rival's loss is taken as linear in the logarithm of the steps. Outside
+    them the ratio is that of the nearest budget, which is a bound.
 
     Args:
-        loss: reached after ``steps``.
-        steps: taken.
+        loss: the loss after ``steps``.
+        steps: the steps that it took.
         budgets: the rival's loss by steps, each at the end of a schedule of its own.
     """
     points = sorted(budgets.items())
@@ -111,9 +111,9 @@ class Ended(NamedTuple):
     """What D_eff is made from.
 
     Attributes:
-        losses: of the seeds.
-        steps: that they took.
-        budgets: the rival's losses of its seeds, by steps.
+        losses: the losses of an optimizer's seeds.
+        steps: the steps of these runs.
+        budgets: the losses of the rival's seeds, by number of steps.
     """
 
     losses: Sequence[float]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ BUDGETS = (0.5, 1.5, 2.0)
 """Numbers of steps at which the rivals' loss is also measured, as multiples of the workload's."""
 LONGER = (3.0, 4.0)
 """Further numbers of steps for a rival that is still behind another optimizer at all of BUDGETS:
-else the ratio of their steps would be no more than a bound."""
+otherwise the ratio of their steps would be no more than a bound."""
 BUDGET_SEEDS = 3
 
 THREE_RATES = (3e-4, 1e-3, 3e-3)
@@ -63,9 +63,9 @@ class Tuning:
     3. A coordinate descent from each one's best trial: the next lower and the next higher value of
        the rate, of its own knob, of the retention, of the other rate and of the decay, by turns,
        until nothing changes, three times at most.
-    4. The best trials of each at three rates at all of its steps.
-    5. Everybody's best of these is also tried by all others: with the knob as well where both have
-       the same one, and else with either value of their own.
+    4. For each optimizer, the best trial at each of its three best rates runs with all steps.
+    5. Each optimizer also tries the best settings of the standard tier's other optimizers. The knob
+       keeps its value where both have the same knob; otherwise both of its own values are tried.
     6. The best of 4 and 5 with every seed; the swap with every seed; the rivals at their best at
        other budgets, up to twice the steps, and up to four times while another optimizer is ahead
        of them.
@@ -298,15 +298,18 @@ class Tuning:
             every = self.longer(tuned(rival), least_mean(others, lines), lines)
             return [run for budget in every for run in budget]
 
+        def of_all(known: Callable[[str, Lines], list[Run]]) -> Callable[[], list[Run]]:
+            return lambda: [run for c in self.contenders for run in known(c, lines)]
+
         stages = (
             self.first_trials,
-            lambda: [run for c in self.contenders for run in self.unwidened(c, lines)],
-            lambda: [run for c in self.contenders for run in self.trials_of(c, lines)],
-            lambda: [run for c in self.contenders for run in self.descent(c, lines)],
-            lambda: [run for c in self.contenders for run in self.finalists(c, lines)],
-            lambda: [run for c in self.contenders for run in self.shared(c, lines)],
+            of_all(self.unwidened),
+            of_all(self.trials_of),
+            of_all(self.descent),
+            of_all(self.finalists),
+            of_all(self.shared),
             lambda: [run for c in self.contenders for run in tuned(c)],
-            lambda: [run for c in self.contenders for run in self.swapped(c, lines)],
+            of_all(self.swapped),
             lambda: [run for rival in rivals for run in self.budgets(tuned(rival))],
             lambda: [run for rival in rivals for run in longer(rival)],
         )
@@ -370,17 +373,15 @@ class Swap:
         workload: its name.
         contenders: names; AdamW is always among them.
         seeds: number of runs at each rate, except in the sweep.
-        steps: None for the workload's own.
     """
 
     workload: str
     contenders: Sequence[str]
     seeds: int = 3
-    steps: int | None = None
 
     def run(self, contender: str, lr: float, seed: int) -> Run:
         setting = Setting(lr, weight_decay=SWAP_DECAY, beta=None)
-        return Run(self.workload, contender, setting, seed, self.steps or find(self.workload).steps)
+        return Run(self.workload, contender, setting, seed, find(self.workload).steps)
 
     def sweep(self) -> list[Run]:
         return [self.run("AdamW", lr, 0) for lr in FIVE_RATES]

@@ -31,7 +31,7 @@ def page(
     Args:
         plans: whose lines are shown; those without a line are left out.
         lines: lines of results.
-        command: that makes the page again.
+        command: the command that regenerates the page.
         skipped: reasons by the names of what cannot run here.
     """
     any_line = next(iter(lines.values()))
@@ -52,8 +52,8 @@ def page(
         "95 % intervals.",
         f"Python {any_line['python']}, torch {any_line['torch']}.",
         "## Goals",
-        "They are for DeepMomentum as it is by default. A goal is not run while a workload of it "
-        "is missing.",
+        "They are for DeepMomentum as it is by default. A goal counts as not run while one of its "
+        "workloads is missing.",
         markdown(goals(tuned, rates, swaps, lines)),
     ]
     if swaps:
@@ -97,8 +97,7 @@ def swap_section(plans: Sequence[Swap], lines: Lines) -> list[str]:
         lr = plan.best_rate(lines)
         if lr is None:
             continue
-        own = [line for run, line in lines.items() if run.workload == plan.workload]
-        parameters = next(line["parameters"] for line in own if "parameters" in line)
+        parameters = lines[plan.sweep()[0]]["parameters"]
         parts += [
             f"### {plan.workload}, {parameters:,} parameters",
             f"{find(plan.workload).about}; {plan.sweep()[0].steps} steps.",
@@ -137,14 +136,14 @@ def swap_table(plan: Swap, lr: float, lines: Lines) -> str:
         *[f"seed {seed}" for seed in range(plan.seeds)],
         f"{unit_of(plan, lines)}, mean",
     ]
-    table = [[*head, "less AdamW's", "", "s, all else", "s, optimizer", "state, floats/parameter"]]
+    table = [[*head, "minus AdamW's", "", "s, all else", "s, optimizer", "state, floats/parameter"]]
     rows = swap_rows(plan, lr, lines)
     pairs = {}
     for contender, found in rows.items():
         both = [(a, b) for a, b in zip(found, rows["AdamW"], strict=True) if a and b]
         if contender != "AdamW" and both:
             pairs[contender] = ([a for a, _ in both], [b for _, b in both])
-    results = compared(dict(pairs))
+    results = compared(pairs)
     for contender, found in rows.items():
         known = [x for x in found if x is not None]
         own = [lines[run] for run in plan.runs(contender, lr) if run in lines]

@@ -123,7 +123,7 @@ def execute(run: Run) -> Line:
 
 def tokens_of_step(run: Run, model: nn.Module) -> int:
     """What the chunks of the model's levels count: the tokens of a step; 1 without levels."""
-    if not list(levels_of(model)):
+    if not levels_of(model):
         return 1
     tokens = getattr(find(run.workload).data(run.seed, 0), "tokens", None)
     if not isinstance(tokens, torch.Tensor):

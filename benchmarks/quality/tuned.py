@@ -52,7 +52,7 @@ def losses(runs: Sequence[Run], lines: Lines) -> list[float] | None:
 def compared(
     pairs: Mapping[str, tuple[list[float] | None, list[float] | None]],
 ) -> dict[str, tuple[Interval, str]]:
-    """Paired differences, first less second, with verdicts that are corrected for their number."""
+    """Paired differences, first minus second, with verdicts that are corrected for their number."""
     found = {name: paired(a, b) for name, (a, b) in pairs.items() if a and b}
     corrected = holm({name: interval.p for name, interval in found.items()})
     return {n: (interval, verdict(interval.mean, corrected[n])) for n, interval in found.items()}
@@ -138,7 +138,7 @@ class Group:
         )
 
     def swaps(self, contender: str) -> dict[str, tuple[Interval, str]]:
-        """Likewise the default less AdamW's, both at the setting of AdamW's first trials."""
+        """Likewise the default minus AdamW's, both at the setting of AdamW's first trials."""
         plans = [plan for plan in self.plans if contender in plan.contenders]
 
         def swapped(plan: Tuning, name: str) -> list[float] | None:
@@ -226,10 +226,11 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         f"factor of {NEARBY:g}, the knob, the retention ({ends('beta')}), the rate of everything "
         f"else (x {ends('aux')}), the decay ({ends('weight_decay')}). It stops when no change is "
         f"better, or after {PASSES} rounds. The best trials at {FINALISTS} different rates run at "
-        "all steps. Then each optimizer tries the best setting of every other one too, at all "
-        "steps, because a descent can end far from the best setting. Its knob then has the "
-        "other's value if both have the same one, and else either value. The best of all these "
-        "runs with every seed. No interval includes the luck that is left in the search.",
+        "all steps. Then each optimizer tries the best setting of each of the standard tier's "
+        "other optimizers, at all steps, because a descent can end far from the best setting. Its "
+        "knob then has the other's value if both have the same one, and otherwise either value. "
+        "The best of all these runs with every seed. No interval includes the luck that is left in "
+        "the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{listed(sorted((*BUDGETS, 1.0)))} times the steps, and {listed(LONGER)} while another "
@@ -296,7 +297,9 @@ def best_table(group: Group, plan: Tuning) -> str:
         if not found:
             runs = plan.trials_of(contender, group.lines)
             refused = [group.lines.get(run, {}).get("refused") for run in runs]
-            table.append([contender, "", next(filter(None, refused), MISSING), *[""] * 4])
+            table.append(
+                [contender, "", next(filter(None, refused), MISSING), *[""] * (len(RIVALS) + 1)]
+            )
             continue
         ratios = [data_ratio(group, (plan,), contender, rival) for rival in RIVALS]
         trials = str(len(plan.searched(contender, group.lines)))
@@ -306,7 +309,7 @@ def best_table(group: Group, plan: Tuning) -> str:
 
 
 def differences(group: Group, plan: Tuning) -> str:
-    table = [["optimizer", *[f"loss less {rival}'s" for rival in RIVALS]]]
+    table = [["optimizer", *[f"loss minus {rival}'s" for rival in RIVALS]]]
     for contender in plan.contenders:
         cells = [
             group.verdicts(contender, rival).get(plan.label) if contender != rival else None
@@ -397,7 +400,7 @@ def overall(group: Group) -> str:
 
 def swapped_table(group: Group, plan: Tuning) -> str:
     """The defaults at the rates and decay of AdamW's first trials."""
-    table = [["optimizer", "loss", "less AdamW's", ""]]
+    table = [["optimizer", "loss", "minus AdamW's", ""]]
     for contender in plan.contenders:
         found = group.swaps(contender).get(plan.label)
         if found and contender != "AdamW":

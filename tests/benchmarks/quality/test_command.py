@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks.quality import command, training
+from benchmarks.quality import command, tiers, training
 from benchmarks.quality.command import main
 from benchmarks.quality.contenders import CONTENDERS, Setting, package
 from benchmarks.quality.plan import Rates, Tuning
@@ -21,16 +21,16 @@ OURS = "DeepMomentum, delta"
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(
-        command.TIERS,
+        tiers.TIERS,
         "standard",
-        command.Tier(
+        tiers.Tier(
             lambda w, c: [Tuning(w, c, trials=1, seeds=2, steps=4)], ("friedman",), ("AdamW", OURS)
         ),
     )
     monkeypatch.setitem(
-        command.TIERS,
+        tiers.TIERS,
         "rates",
-        command.Tier(lambda w, c: [Rates(w, c, seeds=2, steps=4)], ("friedman",), ("AdamW", OURS)),
+        tiers.Tier(lambda w, c: [Rates(w, c, seeds=2, steps=4)], ("friedman",), ("AdamW", OURS)),
     )
 
 
@@ -117,7 +117,7 @@ def test_a_workload_without_data_is_skipped_visibly_with_the_way_to_get_it(
         raise Unavailable("its package is not installed: pip install it")
 
     found = command.find("friedman")
-    absent = command.Rates("digits_mlp", ("AdamW", OURS))
+    absent = Rates("digits_mlp", ("AdamW", OURS))
     monkeypatch.setattr(
         command,
         "find",
@@ -184,11 +184,11 @@ def test_without_an_accelerator_its_tier_is_refused_with_the_remedy(tmp_path, mo
 
 def test_full_has_two_horizons_and_two_batches_and_gpu_larger_ones_on_its_device():
     def sizes(tier):
-        every = command.plans(tier, ["friedman"], None)
+        every = tiers.plans(tier, ["friedman"], None)
         return [(p.final_steps // 300, p.batch, p.device) for p in every]
 
     assert sizes("full") == [(1, 1, "cpu"), (4, 1, "cpu"), (1, 4, "cpu")]
-    device = command.accelerator() or "cuda"
+    device = tiers.accelerator() or "cuda"
     assert sizes("gpu") == [(4, 16, device), (16, 16, device), (4, 64, device)]
 
 

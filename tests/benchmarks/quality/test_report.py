@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.quality import command, goals, pictures
+from benchmarks.quality import command, goals, pictures, tiers
 from benchmarks.quality.contenders import DEFAULT, PARTS, Setting
 from benchmarks.quality.plan import PAIR, Rates, Swap, Tuning
 from benchmarks.quality.report import page, shown, without_parts
@@ -243,7 +243,7 @@ def test_the_swaps_picture_is_drawn_with_runs_missing_and_runs_that_diverged():
 def test_optimizers_that_have_not_begun_are_left_out_of_a_tier_but_the_standard_ones():
     plan = Tuning("friedman", ("AdamW", "Muon", "SGD", "M3"), trials=2, seeds=1)
     lines = finished(Tuning("friedman", ("AdamW", "M3"), 2, 1), {"AdamW": 1.0, "M3": 1.0})
-    assert command.with_lines(plan, lines).contenders == ("AdamW", "Muon", "M3")
+    assert tiers.with_lines(plan, lines).contenders == ("AdamW", "Muon", "M3")
 
 
 def test_a_run_without_a_beta_names_it_as_the_optimizers_own():

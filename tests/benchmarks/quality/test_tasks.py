@@ -19,7 +19,7 @@ from benchmarks.quality.workloads import (
 
 
 def test_what_is_locked_is_there_and_in_no_tier_but_its_own():
-    from benchmarks.quality.command import TIERS
+    from benchmarks.quality.tiers import TIERS
 
     assert set(LOCKED) <= set(built_in())
     assert TIERS["locked"].workloads == LOCKED

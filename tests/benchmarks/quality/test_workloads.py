@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import command, datasets, plan
+from benchmarks.quality import command, datasets, plan, tiers
 from benchmarks.quality.contenders import Setting
 from benchmarks.quality.plan import Rates
 from benchmarks.quality.training import Run, execute
@@ -131,9 +131,9 @@ def test_the_guides_own_workload_runs_from_its_path(tmp_path, monkeypatch):
     workload = find(str(path))
     assert digest(workload.data(HELD_OUT, 0)) != digest(workload.data(0, 0))
     monkeypatch.setitem(
-        command.TIERS,
+        tiers.TIERS,
         "rates",
-        command.Tier(lambda w, c: [Rates(w, c, seeds=1, steps=3)], (), ("AdamW", "M3")),
+        tiers.Tier(lambda w, c: [Rates(w, c, seeds=1, steps=3)], (), ("AdamW", "M3")),
     )
     arguments = ["--tier", "rates", "--workloads", str(path), "--out", str(tmp_path)]
     assert command.main([*arguments, "--jobs", "1"]) == 0
