@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.tables import markdown
-from deepopt.hope.files import write_atomically
+from deepopt._files import write_atomically
 from deepopt.memory.delta_rule import DeltaRule
 from deepopt.memory.preconditioned import Preconditioned
 
@@ -136,10 +136,10 @@ def text(steps: float) -> str:
     return f"{steps:.0f}" if math.isfinite(steps) else "-"
 
 
-def report(reaches: dict[Method, Tensor], ends: dict[Method, Tensor], steps: int) -> str:
-    """The tables, in Markdown."""
+def overview(reaches: dict[Method, Tensor], ends: dict[Method, Tensor]) -> str:
+    """How often and how soon each rule arrives, over all surfaces and settings."""
     base, momentum = best(reaches[MOMENTUM])[0], reaches[MOMENTUM]
-    overview = [
+    rows = [
         [
             "rule",
             "surfaces reached",
@@ -153,7 +153,7 @@ def report(reaches: dict[Method, Tensor], ends: dict[Method, Tensor], steps: int
     for method, reach in reaches.items():
         own, _ = best(reach)
         sooner, later = (reach < momentum).double().mean(), (reach > momentum).double().mean()
-        overview.append(
+        rows.append(
             [
                 str(method),
                 f"{int(own.isfinite().sum())} of {len(SURFACES)}",
@@ -164,24 +164,37 @@ def report(reaches: dict[Method, Tensor], ends: dict[Method, Tensor], steps: int
                 f"{1 - ends[method].isfinite().double().mean():.0%}",
             ]
         )
-    arriving = [m for m in METHODS if reaches[m].isfinite().any()]
-    detail = [["surface", *map(str, arriving)]]
+    return markdown(rows)
+
+
+def fewest_steps(reaches: dict[Method, Tensor]) -> str:
+    """The fewest steps of each rule on each surface, and the setting that takes them."""
+    rows = [["surface", *map(str, reaches)]]
     for index, surface in enumerate(SURFACES):
         cells = []
-        for method in arriving:
-            own, setting = best(reaches[method])
+        for reach in reaches.values():
+            own, setting = best(reach)
             lr, retention = SETTINGS[int(setting[index])]
             found = text(float(own[index]))
             cells.append(found if found == "-" else f"{found} ({lr:g}, {retention:g})")
-        detail.append([str(surface), *cells])
-    by_rate = [["lr", *map(str, arriving)]]
+        rows.append([str(surface), *cells])
+    return markdown(rows)
+
+
+def by_rate(reaches: dict[Method, Tensor]) -> str:
+    """At retention 0.9, surfaces reached and the median of the steps, at every learning rate."""
+    rows = [["lr", *map(str, reaches)]]
     for lr in LEARNING_RATES:
-        row = SETTINGS.index((lr, 0.9))
-        at_row = [reaches[method][row] for method in arriving]
-        by_rate.append(
-            [f"{lr:g}"]
-            + [f"{int(x.isfinite().sum())}: {text(statistics.median(x.tolist()))}" for x in at_row]
-        )
+        setting = SETTINGS.index((lr, 0.9))
+        found = [reach[setting] for reach in reaches.values()]
+        cells = [f"{int(x.isfinite().sum())}: {text(statistics.median(x.tolist()))}" for x in found]
+        rows.append([f"{lr:g}", *cells])
+    return markdown(rows)
+
+
+def report(reaches: dict[Method, Tensor], ends: dict[Method, Tensor], steps: int) -> str:
+    """The tables, in Markdown."""
+    arriving = {m: reach for m, reach in reaches.items() if reach.isfinite().any()}
     slopes = start_slopes()
     return "\n\n".join(
         [
@@ -202,11 +215,11 @@ def report(reaches: dict[Method, Tensor], ends: dict[Method, Tensor], steps: int
             "where gradients are large.",
             f"torch {torch.__version__}.",
             "## All surfaces and settings",
-            markdown(overview),
+            overview(reaches, ends),
             "## Fewest steps, with the learning rate and the retention that take them",
-            markdown(detail),
+            fewest_steps(arriving),
             "## At retention 0.9: surfaces reached, and the median of the steps over all",
-            markdown(by_rate),
+            by_rate(arriving),
             f"![trajectories](fig4.png)\n\n{SHOWN}, the rules on a vector at their best settings.",
         ]
     )

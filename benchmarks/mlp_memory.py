@@ -18,16 +18,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.quality.command import tunings
 from benchmarks.quality.goals import OWN, status
 from benchmarks.quality.intervals import Ended, bootstrap
 from benchmarks.quality.pictures import png
 from benchmarks.quality.results import results
+from benchmarks.quality.tiers import tunings
 from benchmarks.quality.tuned import MISSING, Group, difference, groups, ratio_text
 from benchmarks.streams import command as streams
 from benchmarks.streams.tasks import TASKS
 from benchmarks.tables import markdown
-from deepopt.hope.files import write_atomically
+from deepopt._files import write_atomically
 from deepopt.memory.horizons import HAND_MADE
 from deepopt.ops.horizons_write import DOUBT, mixing_weights
 
@@ -64,7 +64,7 @@ def gate(group: Group, lines: streams.Lines) -> list[list[str]]:
         rows.append(ratio(f"D_eff against {best}, {plan.workload}", [known[best]], 0.99))
     rows.append(ratio(f"the same, mean of {len(found)} workloads", found, 1.03))
     for workload, (interval, verdict) in group.verdicts(MLP, OWN_LINEAR).items():
-        text = f"loss less that of DeepMomentum's linear memory, {workload}"
+        text = f"loss minus that of DeepMomentum's linear memory, {workload}"
         rows.append([text, difference(interval), "", verdict])
     for memory in ON_STREAMS:
         rows += [on_stream(name, memory, lines) for name, task in TASKS.items() if task.period]
@@ -81,8 +81,8 @@ def ratio(text: str, found: Sequence[Ended], goal: float) -> list[str]:
 
 
 def on_stream(task: str, memory: str, lines: streams.Lines) -> list[str]:
-    """The online loss less that of the best linear memory, seed by seed."""
-    text = f"{memory}: online loss less the best linear memory's, {task}"
+    """The online loss minus that of the best linear memory, seed by seed."""
+    text = f"{memory}: online loss minus the best linear memory's, {task}"
     interval = streams.between(*ended(task, memory, lines))
     if interval is None:
         return [text, "", "< 0", MISSING]

@@ -116,9 +116,9 @@ def interleave(
 ) -> list[Summary]:
     """Time the contenders in turns, step by step.
 
-    Each round has an order of its own. All have been stepped before, twice. It
-    ends after ``seconds`` or ``most`` rounds, but not before three rounds, and with a whole period
-    of each.
+    Every contender is stepped twice before the first round, and each round has a random order of
+    its own. The rounds end after ``seconds`` or ``most`` rounds, but not before the third, and only
+    at the end of every contender's period.
     """
     periods = max(contender.period for contender in contenders)
     for contender in contenders:

@@ -33,9 +33,17 @@ class TransformerConfig:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim} into even widths")
 
 
-class TransformerOutput(NamedTuple):
+class Output(NamedTuple):
+    """Logits (batch, tokens, vocab_size), and the mean cross entropy in nats or None."""
+
     logits: Tensor
     loss: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor | None) -> "Output":
+        if targets is None:
+            return cls(logits, None)
+        return cls(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
 class Block(nn.Module):
@@ -80,13 +88,10 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)  # the first loss is ln(vocab_size)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> TransformerOutput:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
         x = self.embedding(tokens)
         position = torch.arange(tokens.shape[1], device=x.device)
         cos, sin = rotations(position, self.config.dim // self.config.heads, x)
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = self.head(self.norm(x))
-        if targets is None:
-            return TransformerOutput(logits, None)
-        return TransformerOutput(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        return Output.of(self.head(self.norm(x)), targets)

@@ -1,12 +1,12 @@
 """Bytes and FLOPs of an optimizer's step, counted by hand, and the time that they ask of a machine.
 
-A step is a list of phases, each of which needs the whole result of the one before, so that their
-times add up; within a phase traffic and arithmetic overlap. Every tensor that a phase needs from
-the phases before is counted once as read, every tensor that later phases need once as written, and
-nothing else: what fits into one pass is one pass, whatever the code does. Products are counted in
-two ways: with all their multiplications and additions, 2 m k n for (m, k) by (k, n), as the
-textbook has them; and with ``least=True`` with what known means cannot avoid: half of that for
-symmetric results, and Newton-Schulz by powers of its Gram matrix where that takes less.
+A step is a list of phases. Each needs the whole result of the one before, so their times add up;
+within a phase, traffic and arithmetic overlap. A tensor from an earlier phase is read once, a
+tensor for a later phase is written once, and nothing else is counted: what fits into one pass is
+one pass, whatever the code does. Products are counted in two ways. The textbook's count has all
+multiplications and additions, 2 m k n for (m, k) by (k, n). ``least=True`` counts what no known
+method avoids: half of that for symmetric results, and Newton-Schulz by powers of its Gram matrix
+where that takes fewer.
 
 All counts are for one matrix of m x n, with parameters, gradients and state in float32 and products
 of Newton-Schulz in ``dtype``; r is its short and R its long side. The arithmetic of element-wise
@@ -101,9 +101,7 @@ def adamw(elements: int, width: int = FLOAT, state_width: int = FLOAT) -> Work:
 # -- Newton-Schulz -------------------------------------------------------------------------------
 
 
-def newton_schulz(
-    m: int, n: int, dtype: str = "bfloat16", least: bool = False, steps: int = NS_STEPS
-) -> Work:
+def newton_schulz(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     """Per step X Xᵀ, its square and its product with X: 4 r²R + 2 r³.
 
     The least is that with symmetric products at half, 3 r²R + r³ a step, or Newton-Schulz on the
@@ -116,14 +114,14 @@ def newton_schulz(
     outer, cube = 2.0 * r * r * big, 2.0 * r**3
     half = 0.5 if least else 1.0
     plain = [
-        Phase("X Xᵀ", x + a, half * outer, dtype).times(steps),
-        Phase("(X Xᵀ)²", 2 * a, half * cube, dtype).times(steps),
-        Phase("polynomial times X", 2 * x + a, outer, dtype).times(steps),
+        Phase("X Xᵀ", x + a, half * outer, dtype).times(NS_STEPS),
+        Phase("(X Xᵀ)²", 2 * a, half * cube, dtype).times(NS_STEPS),
+        Phase("polynomial times X", 2 * x + a, outer, dtype).times(NS_STEPS),
     ]
     gram = [
         Phase("X Xᵀ", x + a, half * outer, dtype),
-        Phase("polynomial of X Xᵀ", 2 * a, half * cube, dtype).times(steps),
-        Phase("products of polynomials", 3 * a, half * cube, dtype).times(3 * (steps - 1)),
+        Phase("polynomial of X Xᵀ", 2 * a, half * cube, dtype).times(NS_STEPS),
+        Phase("products of polynomials", 3 * a, half * cube, dtype).times(3 * (NS_STEPS - 1)),
         Phase("polynomial times X", 2 * x + a, outer, dtype),
     ]
     return min(plain, gram, key=total_flops) if least else plain
@@ -164,9 +162,7 @@ def linear(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work
     return [_momentum(m, n, dtype), *newton_schulz(m, n, dtype, least), *_move(m, n, dtype)]
 
 
-def delta_write(
-    m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "bfloat16"
-) -> Work:
+def delta_write(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     """The Gram matrix of the gradient, its square for the norm, and the erase term: (M Gᵀ) G for
     m < n, M (Gᵀ G) otherwise; the look-ahead is written in what it is read out in."""
     r, big = sorted((m, n))
@@ -175,24 +171,22 @@ def delta_write(
     outer, cube = 2.0 * r * r * big, 2.0 * r**3
     half = 0.5 if least else 1.0
     gram = [
-        Phase("Gram matrix of G", size + square, half * outer, products),
-        Phase("its norm", square, half * cube, products),
+        Phase("Gram matrix of G", size + square, half * outer, "bfloat16"),
+        Phase("its norm", square, half * cube, "bfloat16"),
     ]
     if m < n:
         return [
             *gram,
-            Phase("M Gᵀ", 2 * size + square, outer, products),
-            Phase("(M Gᵀ) G, momentum", 3 * size + square + read_out, outer, products),
+            Phase("M Gᵀ", 2 * size + square, outer, "bfloat16"),
+            Phase("(M Gᵀ) G, momentum", 3 * size + square + read_out, outer, "bfloat16"),
         ]
-    return [*gram, Phase("M (Gᵀ G), momentum", 3 * size + square + read_out, outer, products)]
+    return [*gram, Phase("M (Gᵀ G), momentum", 3 * size + square + read_out, outer, "bfloat16")]
 
 
-def delta(
-    m: int, n: int, dtype: str = "bfloat16", least: bool = False, products: str = "bfloat16"
-) -> Work:
+def delta(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     """The linear memory's, with the delta rule's write for the average."""
     return [
-        *delta_write(m, n, dtype, least, products),
+        *delta_write(m, n, dtype, least),
         *newton_schulz(m, n, dtype, least),
         *_move(m, n, dtype),
     ]
@@ -238,12 +232,12 @@ def covariance(
     ]
 
 
-def mlp(m: int, n: int, dtype: str = "bfloat16", least: bool = False, averages: int = 2) -> Work:
-    """The averages are compared with the gradient; then they take it up and are mixed."""
+def mlp(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
+    """The two averages are compared with the gradient; then they take it up and are mixed."""
     size = FLOAT * m * n
     return [
-        Phase("cosines", (1 + averages) * size),
-        Phase("averages", (1 + 2 * averages) * size + m * n * _input(dtype)),
+        Phase("cosines", 3 * size),
+        Phase("averages", 5 * size + m * n * _input(dtype)),
         *newton_schulz(m, n, dtype, least),
         *_move(m, n, dtype),
     ]

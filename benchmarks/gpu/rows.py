@@ -76,7 +76,7 @@ def on_matrices(title: str, width: int, layers: int, device: str) -> Race:
     contenders = {
         "torch Muon": Contender(torch_muon, work.over(shapes, work.muon)),
         "linear": Contender(deep("linear"), least(work.linear)),
-        "delta": Contender(deep("delta"), least(work.delta, products="bfloat16")),
+        "delta": Contender(deep("delta"), least(work.delta)),
         "mlp": Contender(deep("mlp"), least(work.mlp)),
         "covariance": Contender(
             deep("covariance"), least(work.covariance, split=device != "cpu"), work.PERIOD

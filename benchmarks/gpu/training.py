@@ -88,7 +88,7 @@ def step_work(config: TransformerConfig) -> dict[str, Work]:
         "AdamW fused": work.adamw(sum(m * n for m, n in hidden) + rest(config)),
         "torch Muon": [*work.over(hidden, work.muon), *others],
         "DeepMomentum linear": ours(work.linear),
-        "DeepMomentum delta": ours(work.delta, products="bfloat16"),
+        "DeepMomentum delta": ours(work.delta),
     }
 
 

@@ -1,7 +1,7 @@
-"""Hope beside a Transformer++ and a gated DeltaNet, in two parts.
+"""Hope beside a Transformer++ and a gated DeltaNet.
 
-What the layer can do: bytes, formal languages, recall. What the model is for: learning while it
-reads, continual learning, passkeys, the six tasks of MAD.
+Bytes, formal languages and recall show what the layer can do. Learning while it reads, continual
+learning, digits, passkeys and the six tasks of MAD show what the model is for.
 
 Every model has the same parameters, data and optimizer. Learning rates are swept with one seed, and
 further seeds run at each model's best; then parts of Hope's layer are changed one by one, on bytes,
@@ -60,7 +60,7 @@ def deciding(arguments: argparse.Namespace) -> list[str]:
     return options
 
 
-def main(argv: Sequence[str]) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks hope", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="(docs/results)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(all)")
@@ -76,6 +76,11 @@ def main(argv: Sequence[str]) -> int:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--fresh", action="store_true", help="repeat the runs that have a line")
     again.add_argument("--report", action="store_true", help="write the page, run nothing")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argument_parser()
     arguments = parser.parse_args(argv)
     for name in ("seeds", "steps", "jobs"):
         if (count := getattr(arguments, name)) is not None and count < 1:

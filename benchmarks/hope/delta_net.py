@@ -4,7 +4,7 @@ Every head has one matrix S, (d, d), that forgets, erases what it holds at a key
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t.
 
-Over a chunk, what is written less what is erased solves a unit triangular system of the chunk's
+Over a chunk, what is written minus what is erased solves a unit triangular system of the chunk's
 keys, so that a chunk is a few matrix products and only the chunks follow one another.
 """
 
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from deepopt.hope.titans import CausalConv
 
+CHUNK = 64
+"""Tokens that are computed at once; it changes no number."""
+
 
 class GatedDeltaNet(nn.Module):
     """The mixer: convolutions, unit queries and keys, S, a norm per head and a gate.
@@ -25,14 +28,11 @@ class GatedDeltaNet(nn.Module):
         heads: number of heads.
         conv_width: tokens seen by the causal depthwise convolutions.
         max_beta: upper end of beta. Beyond 1 eigenvalues can be negative, which tracks states.
-        chunk: tokens that are computed at once; it changes no number.
     """
 
-    def __init__(
-        self, dim: int, heads: int, conv_width: int = 4, max_beta: float = 1.0, chunk: int = 64
-    ) -> None:
+    def __init__(self, dim: int, heads: int, conv_width: int = 4, max_beta: float = 1.0) -> None:
         super().__init__()
-        self.heads, self.max_beta, self.chunk = heads, max_beta, chunk
+        self.heads, self.max_beta = heads, max_beta
         self.projection = nn.Linear(dim, 3 * dim, bias=False)  # queries, keys, values
         self.conv = CausalConv(3 * dim, conv_width)
         self.rates = nn.Linear(dim, 2 * heads, bias=False)  # alpha and beta
@@ -53,7 +53,7 @@ class GatedDeltaNet(nn.Module):
         log_alpha = -self.log_decay.exp()[:, None] * F.softplus(a + self.bias[:, None])
         beta = self.max_beta * torch.sigmoid(b)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        out = gated_delta_rule(q, k, v, log_alpha, beta, self.chunk)
+        out = gated_delta_rule(q, k, v, log_alpha, beta, CHUNK)
         return self.output(self.norm(out.transpose(1, 2)).flatten(-2) * F.silu(self.gate(x)))
 
 

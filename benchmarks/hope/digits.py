@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.hope import online
-from benchmarks.hope.task import IGNORED, Batch, Goal, Task, generator, right
+from benchmarks.hope.task import Batch, Goal, Task, generator, right
 from benchmarks.quality import datasets
 from benchmarks.quality.workload import Unavailable
 from deepopt.hope import HopeConfig, adaptation
+from deepopt.hope.model import IGNORED
 
 ASK = 17
 """The token after 64 pixels of 0 to 16, at which the digit is predicted; digits follow it."""
@@ -72,11 +73,12 @@ class Digits(Task):
         return (
             "scikit-learn's digits as texts of 64 pixels. Six digits are trained; then 6 and 7, "
             f"then 8 and 9 are seen once, in batches of {self.seen}, each predicted before it is "
-            "learned from. *Known*: share of right answers among the six before; *later*: among "
-            "the four after; *forgotten*: what the six have lost then. *Levels* and *all weights* "
-            "are as in the task continual, but that the head learns with the levels: before a "
-            "digit is seen, its row there is that of any other token. Each way has the rate, out "
-            f"of {', '.join(f'{lr:g}' for lr in self.rates)}, that predicts the later digits best "
+            "learned from. *Known*: share of right answers on the six before the others come; "
+            "*later*: on the other four afterwards; *forgotten*: by how much the share on the six "
+            "has fallen. *Levels* and *all weights* are as in the task continual, except that the "
+            "head learns with the levels: before a digit is seen, its row there is that of any "
+            "other token. Each way has the rate, out of "
+            f"{', '.join(f'{lr:g}' for lr in self.rates)}, that predicts the later digits best "
             "while they come."
         )
 

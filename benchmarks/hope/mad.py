@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.hope import models
-from benchmarks.hope.task import IGNORED, Batch, Task, generator, right
+from benchmarks.hope.task import Batch, Task, generator, right
+from benchmarks.transformer import Output
 from deepopt.hope import HopeConfig
+from deepopt.hope.model import IGNORED
 
 VOCABULARY = 64
 BLANK, COPY = 0, 1
@@ -157,13 +157,11 @@ class Compressed(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU())
         self.head = nn.Linear(2 * dim, VOCABULARY, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> models.Output:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
         last = self.model(tokens).logits[:, -1:].expand(-1, tokens.shape[1], -1)
         places = self.places.weight.expand(len(tokens), -1, -1)
         logits = self.head(self.decoder(torch.cat([last, places], -1)))
-        if targets is None:
-            return models.Output(logits, None)
-        return models.Output(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        return Output.of(logits, targets)
 
 
 SIZES = HopeConfig(vocab_size=VOCABULARY, dim=64, layers=2, heads=2)

@@ -8,24 +8,18 @@ Hope-Attention, are as wide as they must be to have as many parameters as Hope.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.hope.delta_net import GatedDeltaNet
+from benchmarks.transformer import Output
 from deepopt.hope import Hope, HopeConfig
 from deepopt.hope.attention import Attention
 
 Mixer = Callable[[HopeConfig], nn.Module]
-
-
-class Output(NamedTuple):
-    """Logits (batch, tokens, vocab_size), and the mean cross entropy in nats or None."""
-
-    logits: Tensor
-    loss: Tensor | None
 
 
 class SwiGLU(nn.Module):
@@ -78,23 +72,26 @@ class Baseline(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm(x))
-        if targets is None:
-            return Output(logits, None)
-        return Output(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        return Output.of(self.head(self.norm(x)), targets)
 
 
 def parameters(model: nn.Module) -> int:
     return sum(param.numel() for param in model.parameters())
 
 
-def fitted_width(config: HopeConfig, mixer: Mixer) -> int:
-    """The width of the SwiGLU that brings a baseline's number of parameters closest to Hope's."""
+def fitted(config: HopeConfig, model: Callable[[int], nn.Module]) -> int:
+    """The hidden width at which a model's number of parameters is closest to Hope's.
+
+    The number is linear in the width, so that two widths determine it.
+    """
     with torch.device("meta"):
-        target = parameters(Hope(config))
-        narrowest = parameters(Baseline(config, mixer, 1))
-    per_channel = 3 * config.dim * config.layers
-    return 1 + max(0, round((target - narrowest) / per_channel))
+        target, first, second = map(parameters, (Hope(config), model(1), model(2)))
+    return 1 + max(0, round((target - first) / (second - first)))
+
+
+def fitted_width(config: HopeConfig, mixer: Mixer) -> int:
+    """The width of the SwiGLU of a baseline with as many parameters as Hope."""
+    return fitted(config, lambda hidden: Baseline(config, mixer, hidden))
 
 
 class FullAttention(Attention):
@@ -110,14 +107,11 @@ def attention(config: HopeConfig) -> nn.Module:
 
 def hope_attention(config: HopeConfig) -> HopeConfig:
     """Hope with softmax attention instead of its memories, and as many parameters as with them."""
-    # The number of parameters is linear in the hidden width, so that two widths determine it.
-    wide, wider = (
-        dataclasses.replace(config, mixer="attention", cms_expansion=n / config.dim) for n in (1, 2)
-    )
-    with torch.device("meta"):
-        target, narrowest, next_ = (parameters(Hope(each)) for each in (config, wide, wider))
-    hidden = 1 + max(0, round((target - narrowest) / (next_ - narrowest)))
-    return dataclasses.replace(wide, cms_expansion=hidden / config.dim)
+
+    def wide(hidden: int) -> HopeConfig:
+        return dataclasses.replace(config, mixer="attention", cms_expansion=hidden / config.dim)
+
+    return wide(fitted(config, lambda hidden: Hope(wide(hidden))))
 
 
 def delta_net(config: HopeConfig) -> nn.Module:

@@ -6,21 +6,18 @@ every other model sees two windows: the one before, as context, and the one that
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 import deepopt
 from benchmarks.hope.task import Goal, Mean
 from deepopt.hope import Hope, HopeConfig, Reader, chunk_groups, stack_levels
 from deepopt.hope.cms import levels_of
+from deepopt.hope.reader import MakeOptimizer
 from deepopt.optim import Continuum
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 WINDOW = 256
 """Tokens of one text that are predicted before any of them is learned from."""
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.hope.task import IGNORED, Batch, Goal, Task, generator, right
+from benchmarks.hope.task import Batch, Goal, Task, generator, right
 from deepopt.hope import HopeConfig
+from deepopt.hope.model import IGNORED
 
 FILLER = (
     b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "

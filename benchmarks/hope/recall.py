@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.hope.task import IGNORED, Batch, Goal, Task, generator, right, shrunk
+from benchmarks.hope.task import Batch, Goal, Task, generator, right, shrunk
 from deepopt.hope import HopeConfig
+from deepopt.hope.model import IGNORED
 
 
 def texts(batch: int, tokens: int, pairs: int, vocabulary: int, random: torch.Generator) -> Batch:

@@ -210,8 +210,8 @@ def report(plan: Plan, lines: Lines, command: str) -> str:
         "## Optimizers",
         f"The default training run of Hope ({plan.optimizers()[0].steps} steps on bytes, seed 0) "
         "with each optimizer of the package. Learning rates are on AdamW's scale "
-        "(`deepopt.hope.optimizers.RATES`). Embeddings, norms, biases and the head take AdamW, "
-        "except with SGD, which steps everything. *Against SGD*: less the bits per byte of SGD, "
+        "(`deepopt.hope.optimizers.LR_SCALES`). Embeddings, norms, biases and the head take AdamW, "
+        "except with SGD, which steps everything. *Against SGD*: bits per byte minus those of SGD, "
         "with momentum 0.9, at its best rate.",
         optimizers(plan, lines),
         "PreconditionedMomentum and DeltaMomentum are SGD's rule on the matrices, with another "

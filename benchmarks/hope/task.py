@@ -1,4 +1,4 @@
-"""What a task is: four functions, and what the tables say about it."""
+"""What a task is: its data, its model and its metrics, and what the tables say about it."""
 
 import random
 from abc import ABC, abstractmethod
@@ -9,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hope import models
+from benchmarks.quality.language import Text
 from deepopt.hope import HopeConfig
 
-IGNORED = -100
-"""As a target: nothing is to be predicted here."""
-
-
-class Batch(NamedTuple):
-    """Tokens and what to predict at each, both int64 (batch, tokens)."""
-
-    tokens: Tensor
-    targets: Tensor
-
-
+Batch = Text
+"""Tokens and what to predict at each, IGNORED for nothing."""
 Mean = Callable[[str, str], float]
 """The mean over the seeds of a model's metric, by the names of both; NaN if there is no run."""
 
@@ -43,13 +35,13 @@ class Goal(NamedTuple):
 
 
 class Task(ABC):
-    """A task: its data, its model, its loss and its metrics.
+    """A task: its data, its model and its metrics.
 
     Attributes:
-        sizes: of Hope; its rivals get the same.
+        sizes: the configuration of Hope; the baselines take their sizes from it.
         steps: optimizer steps of a run.
         tokens: tokens of a training sequence.
-        weight_decay: of all parameters, per step in units of the learning rate.
+        weight_decay: that of all parameters; the learning rate multiplies it.
         metric: the metric that decides between learning rates.
         smaller_is_better: whether less of that metric is better, as with a loss.
         goals: what the default Hope should reach.
@@ -82,10 +74,6 @@ class Task(ABC):
     def model(self, name: str) -> nn.Module:
         """The untrained model of that name (one of `models.NAMES`) at the sizes of the task."""
         return models.build(name, self.sizes)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What training makes small."""
-        return model(*batch).loss
 
     @abstractmethod
     def metrics(self, model: nn.Module) -> dict[str, float]:

@@ -101,7 +101,7 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
     losses = []
     for step in range(run.steps):
         prepare(optimizers, lr_factor(step, run.steps, min(WARMUP, run.steps // 2)))
-        loss = task.loss(model, task.data(run.seed, step))
+        loss = model(*task.data(run.seed, step)).loss
         loss.backward()
         with clipped(optimizers, model) as norm:
             if not torch.isfinite(loss + norm):

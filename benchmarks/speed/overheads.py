@@ -41,7 +41,7 @@ def buckets(setting: Setting, count: int = 40, repeats: int = 10) -> Found:
 
     The time in torch's operators, and deepopt's, comes from profiles, which lengthen the step. How
     much of that falls into the operators is not known: if all, Python's share is what the profile
-    has outside of them; if none, the step's time without a profile less theirs. The fastest of
+    has outside of them; if none, the step's time without a profile minus theirs. The fastest of
     all repeats counts.
     """
     shapes = [(8 + index, 16 + index) for index in range(count)]

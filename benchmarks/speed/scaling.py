@@ -68,4 +68,4 @@ def free_bytes(device: str) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-LINEAR = Target("exponent of the step time, less 1", lambda line: abs(line["exponent"] - 1), 0.05)
+LINEAR = Target("exponent of the step time, minus 1", lambda line: abs(line["exponent"] - 1), 0.05)

@@ -100,14 +100,14 @@ def report(lines: Lines, seeds: int, command: str) -> str:
         "was not made, or made before this was measured. Rates are tried with seed 0; the last "
         f"columns have means over {seeds} seeds at the best rate, and how far they are from those "
         "of the best linear memory, seed by seed, with Student's 95 % interval.",
-        "Where a regime comes back, *forgotten* is the loss on its first batch less that on the "
+        "Where a regime comes back, *forgotten* is the loss on its first batch minus that on the "
         f"last {AFTER} batches of its visit before, and *relearned* the steps until the mean of "
         f"{RELEARNED} losses is at most {CLOSE:g} times what it was then, a visit's length at "
         "most. Both are means over the returns in the second half of the run, at the best rate.",
     ]
     for name, task in TASKS.items():
         rates = [f"lr {rate:g}" for rate in task.rates]
-        table = [["optimizer", "beta", *rates, "best rate", "less the best linear memory's", ""]]
+        table = [["optimizer", "beta", *rates, "best rate", "minus the best linear memory's", ""]]
         table += [row(lines, name, contender, seeds) for contender in contenders(name)]
         parts += [f"## {name}", f"{task.about} {task.steps} steps.", markdown(table)]
         if task.period and task.jumps:
@@ -125,7 +125,7 @@ def row(lines: Lines, task: str, contender: Contender, seeds: int) -> list[str]:
 
 def returns(lines: Lines, task: str, seeds: int) -> list[list[str]]:
     """The rows of a table: what every optimizer loses between two visits of a regime."""
-    titles = [[metric, "less the best linear memory's", ""] for metric in RETURNS]
+    titles = [[metric, "minus the best linear memory's", ""] for metric in RETURNS]
     table = [["optimizer", "beta", *itertools.chain(*titles)]]
     for name, beta in contenders(task):
         cells: list[str] = []
@@ -158,7 +158,7 @@ def best_of(
 def against_linear(
     task: str, contender: Contender, seeds: int, lines: Lines, metric: str = "loss"
 ) -> Interval | None:
-    """A metric less that of the best linear memory, seed by seed; None while a run is missing.
+    """A metric minus that of the best linear memory, seed by seed; None while a run is missing.
 
     Each is at its best rate by its online loss.
     """
@@ -169,7 +169,7 @@ def against_linear(
 def between(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], metric: str = "loss"
 ) -> Interval | None:
-    """A metric of some lines less that of others, seed by seed; None while a run is missing."""
+    """A metric of some lines minus that of others, seed by seed; None while a run is missing."""
     if mean_of(metric, ours) is None or mean_of(metric, theirs) is None:
         return None
     return paired([value(line, metric) for line in ours], [value(line, metric) for line in theirs])

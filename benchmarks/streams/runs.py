@@ -135,7 +135,7 @@ def execute(run: Run) -> dict[str, Any]:
 def returned(task: Task, losses: Sequence[float]) -> dict[str, float]:
     """How much is lost between two visits of a regime, over the second half's returns.
 
-    ``forgotten`` is the loss on the first batch less that on the last ten of the visit before.
+    ``forgotten`` is the loss on the first batch minus that on the last ten of the visit before.
     ``relearned`` counts steps from there on until the mean of five losses is within a tenth of what
     it was; a regime that is not relearned while its visit lasts counts with the whole visit.
     """

@@ -15,11 +15,12 @@ from benchmarks.hope import bytes as text
 from benchmarks.hope import command, continual, digits, mad, models, online, passkey, reading
 from benchmarks.hope.formal import LANGUAGES, Formal
 from benchmarks.hope.recall import Recall, texts
-from benchmarks.hope.task import IGNORED, generator
+from benchmarks.hope.task import generator
 from benchmarks.hope.training import TASKS
 from benchmarks.quality import datasets
 from benchmarks.quality.workload import Unavailable
 from deepopt.hope import HopeConfig, adaptation
+from deepopt.hope.model import IGNORED
 
 TINY = HopeConfig(vocab_size=16, dim=16, layers=1, heads=2)
 
