@@ -46,6 +46,16 @@ class Output(NamedTuple):
         return cls(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
 class Block(nn.Module):
     """Pre-norm causal attention with normalized, rotated queries and keys, and a GELU MLP."""
 
@@ -59,9 +69,8 @@ class Block(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.mlp_norm = nn.RMSNorm(dim)
-        self.up = nn.Linear(dim, config.expansion * dim, bias=False)
-        self.down = nn.Linear(config.expansion * dim, dim, bias=False)
-        for last in (self.out, self.down):
+        self.mlp = MLP(dim, config.expansion * dim)
+        for last in (self.out, self.mlp.down):
             nn.init.zeros_(last.weight)  # every block starts as the identity
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,7 +82,7 @@ class Block(nn.Module):
         q, k = (rotate(F.rms_norm(t, t.shape[-1:]), cos, sin) for t in (q, k))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):

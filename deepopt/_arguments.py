@@ -88,6 +88,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is an int; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _fits(value: Any, of: str) -> bool:
     if of == "numbers":
         return isinstance(value, tuple | list) and all(map(is_number, value))

@@ -8,13 +8,14 @@ the MLPs of any trained Transformer into levels (section 7.3). `chunk_groups` te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepopt._arguments import is_int
 from deepopt.routing import divided
 
 VARIANTS = ("sequential", "nested", "independent")
@@ -24,10 +25,12 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn")
 
 def check_chunks(chunks: Sequence[int], name: str = "cms_chunks") -> None:
     """Raises ValueError unless chunks are positive and each is a multiple of the one before."""
+    if not isinstance(chunks, Sequence):
+        raise ValueError(f"{name}={chunks!r}: must be a tuple, one int per level")
     if not chunks:
         raise ValueError(f"{name}=(): needs at least one level, for example (256,)")
     for i, chunk in enumerate(chunks):
-        if not isinstance(chunk, int) or chunk < 1:
+        if not is_int(chunk) or chunk < 1:
             raise ValueError(f"{name}={tuple(chunks)}: {chunk!r} must be an int of at least 1")
         if i and chunk % chunks[i - 1]:
             raise ValueError(
@@ -140,7 +143,7 @@ def levels_of(model: nn.Module) -> list[Level]:
     return [
         Level(name, module, module.cms_chunk)
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "cms_chunk", None), int)
+        if is_int(getattr(module, "cms_chunk", None))
     ]
 
 
@@ -152,7 +155,8 @@ def stack_levels(
     Consecutive MLPs take the chunks in turn: with two chunks the first, third, ... MLP is fast, the
     second, fourth, ... slow. Every level starts from the weights that its MLP has (Eq 71 goes on
     from there), and the model computes the same as before. Only the frequencies are new, which
-    `chunk_groups` and `deepopt.hope.Reader` read. A model of transformers is saved as before::
+    `chunk_groups` and `deepopt.hope.Reader` read. A model is saved as before, without them: call
+    this again after loading::
 
         model = AutoModelForCausalLM.from_pretrained(folder)
         stack_levels(model, (512, 2048))
@@ -169,9 +173,12 @@ def stack_levels(
         The levels, in the order of the model.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: chunks that do not fit, fewer MLPs than chunks, a name that the model does not
             have, or nested levels, whose chunks depend on one another.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}: must be a torch.nn.Module")
     check_chunks(chunks, "chunks")
     modules = dict(model.named_modules())
     if mlps is None:
@@ -229,10 +236,19 @@ def chunk_groups(
         the groups, divided where frequencies differ, each with `chunk`, `lifetime` and `tokens`.
 
     Raises:
-        ValueError: `tokens` below 1.
+        TypeError: an entry of `groups` is no group.
+        ValueError: `tokens` is not an int of at least 1.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens}: must be at least 1, those of a step's whole batch")
+    if not is_int(tokens) or tokens < 1:
+        raise ValueError(
+            f"tokens={tokens!r}: must be an int of at least 1, the tokens of a step's whole batch"
+        )
+    for group in groups:
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                f"groups has an entry of type {type(group).__name__}: must be parameter groups, "
+                "such as deepopt.param_groups(model)"
+            )
     known = {
         param: (chunk, lifetime)
         for level in levels_of(model)

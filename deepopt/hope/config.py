@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
+from deepopt._arguments import is_int
 from deepopt.hope.cms import VARIANTS, check_chunks
 from deepopt.hope.memory import Form, Objective, Update
 from deepopt.hope.options import about, documented
@@ -164,7 +165,7 @@ class HopeConfig:
             "conv_width",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be an int of at least 1")
         for flag in fields(self):
             value = getattr(self, flag.name)
@@ -176,7 +177,7 @@ class HopeConfig:
             )
         for name in ("memory_hidden", "projection_hidden"):
             hidden = getattr(self, name)
-            if hidden is not None and (not isinstance(hidden, int) or hidden < 0):
+            if hidden is not None and (not is_int(hidden) or hidden < 0):
                 raise ValueError(
                     f"{name}={hidden!r}: must be an int of at least 1, 0 for linear memories, "
                     "or None for the default width"
@@ -204,18 +205,16 @@ class HopeConfig:
             value = getattr(self, name)
             if name == "max_erase" and value is None:
                 continue
-            if not isinstance(value, int | float) or not 0.0 < value <= most:
+            if not (is_int(value) or isinstance(value, float)) or not 0.0 < value <= most:
                 raise ValueError(
                     f"{name}={value!r}: must lie in (0, {most:g}], where updates are stable"
                 )
         expansion = self.cms_expansion
-        if not isinstance(expansion, int | float) or not 0.0 < expansion < float("inf"):
+        real = is_int(expansion) or isinstance(expansion, float)
+        if not real or not 0.0 < expansion < float("inf"):
             raise ValueError(f"cms_expansion={expansion!r}: must be a positive number")
-        # JSON turns tuples into lists.
-        if not isinstance(self.cms_chunks, list | tuple):
-            raise ValueError(f"cms_chunks={self.cms_chunks!r}: must be a tuple, one int per level")
-        object.__setattr__(self, "cms_chunks", tuple(self.cms_chunks))
         check_chunks(self.cms_chunks)
+        object.__setattr__(self, "cms_chunks", tuple(self.cms_chunks))  # JSON has lists
 
     @property
     def head_dim(self) -> int:

@@ -1,8 +1,9 @@
 """Training checkpoints and models on disk: tensors and JSON, nothing that runs code on loading.
 
 A checkpoint is one safetensors file. Its metadata hold the SHA-256 of the file, computed with zeros
-instead of the digest itself. A model is a folder: model.safetensors holds the weights and a digest
-of the same kind, config.json the configuration, in the layout of transformers.
+instead of the digest itself. A model is a folder: config.json holds the configuration, in the
+layout of transformers, and model.safetensors the weights, a digest of the same kind, and the
+configuration once more, so that two files which do not belong together are found.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ def load(path: Path) -> Any:
         raise ValueError(f"{path} is damaged (it differs from its checksum); remove it")
     try:
         tensors = safetensors.torch.load(content)
-        metadata = json.loads(_header(content)).get("__metadata__", {})
+        metadata = _metadata(content)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint ({error}); remove it") from error
     if metadata.get("format") != (FORMAT if intact else WITHOUT_DIGEST):
@@ -88,6 +89,11 @@ def _is_intact(content: bytes) -> bool | None:
     return content[at : at + len(NO_DIGEST)] == _digest(content, at)
 
 
+def _metadata(content: bytes) -> dict[str, str]:
+    found: dict[str, str] = json.loads(_header(content)).get("__metadata__", {})
+    return found
+
+
 def _header(content: bytes) -> bytes:
     return content[8 : 8 + int.from_bytes(content[:8], "little")]
 
@@ -114,8 +120,9 @@ def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         about["dtype"] = dtypes.pop()
     text = json.dumps({**about, **config}, indent=2) + "\n"
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
+    metadata = {"format": "pt", "config": json.dumps(config)}
     write_atomically(folder / CONFIG_FILE, text.encode())
-    write_atomically(folder / WEIGHTS_FILE, _signed(tensors, {"format": "pt"}))
+    write_atomically(folder / WEIGHTS_FILE, _signed(tensors, metadata))
 
 
 def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -125,7 +132,8 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: a file is damaged, the model is of another type, or its weights are pickles.
+        ValueError: a file is damaged, the two do not belong together, the model is of another type,
+            or its weights are pickles.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).is_file():
@@ -146,11 +154,19 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
         if _is_intact(content) is False:
             raise ValueError(f"{WEIGHTS_FILE} differs from its checksum")
         weights = safetensors.torch.load(content)
+        written_with = json.loads(_metadata(content).get("config", "{}"))
     except (SafetensorError, ValueError, RecursionError) as error:  # deep nesting, the last
         raise ValueError(f"{folder} is damaged ({error}): write or copy it again") from error
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         found = config.get("model_type") if isinstance(config, dict) else config
         raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
+    for name, value in written_with.items():
+        if config.get(name, value) != value or name not in config:
+            raise ValueError(
+                f"{folder} has {name}={config.get(name)!r} in {CONFIG_FILE}, its weights were "
+                f"written with {value!r}: the two files are not of one model; write or copy both "
+                "again"
+            )
     # Copied to memory that torch aligns: the rounding of a product can depend on the address.
     return config, {name: weight.to(device, copy=True) for name, weight in weights.items()}
 

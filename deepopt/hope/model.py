@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,6 +19,7 @@ from deepopt._compat import inside_transform
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
+from deepopt.hope.options import check_device
 from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
 from deepopt.hope.state import INTEGERS, HopeState, check_tensor
 
@@ -49,10 +50,18 @@ class Hope(nn.Module):
 
     Args:
         config: sizes and options; None means `HopeConfig()`.
+
+    Raises:
+        TypeError: `config` is something else.
     """
 
     def __init__(self, config: HopeConfig | None = None) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, HopeConfig):
+            raise TypeError(
+                f"config is of type {type(config).__name__}: must be a HopeConfig, such as "
+                "HopeConfig(dim=256, layers=4), or None"
+            )
         self.config = config = config or HopeConfig()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(HopeBlock(config) for _ in range(config.layers))
@@ -190,8 +199,10 @@ class Hope(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or its weights are not those of the configuration.
+            ValueError: a file is damaged, its weights are not those of the configuration, or torch
+                cannot compute on `device` here.
         """
+        check_device(device)
         config, weights = _files().load_model(Path(folder), device)
         names = [field.name for field in dataclasses.fields(HopeConfig)]
         with torch.device("meta"):
@@ -221,7 +232,8 @@ class Hope(nn.Module):
         for block, before in zip(self.blocks, state.blocks, strict=True):
             # torch.utils.checkpoint works by saved tensor hooks, which torch.func does not support.
             if self.config.recompute and torch.is_grad_enabled() and not inside_transform():
-                x, after = checkpoint(block, x, before, lengths, use_reentrant=False)
+                run = _with_its_weights(block)
+                x, after = checkpoint(run, x, before, lengths, use_reentrant=False)
             else:
                 x, after = block(x, before, lengths)
             states.append(after)
@@ -232,8 +244,8 @@ class Hope(nn.Module):
     ) -> tuple[Tensor, HopeState]:
         """`_hidden` with a row for every document; the state is that after each text's last one."""
         batch, count = len(tokens), len(documents.lengths)
-        if count == 0:
-            return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state
+        if count == 0:  # cloned, because an initial state is made of the model's weights
+            return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state.clone()
         # `state.rows` numbers the rows of the second state after those of the first: `batch` is the
         # only row of the initial state, and `count + i` below is text i of the earlier state.
         source = [batch if i < 0 else i for i in documents.source]
@@ -290,25 +302,48 @@ class Hope(nn.Module):
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
         expected = cast(HopeBlock, self.blocks[0]).mixer.initial_state(1)  # all are of its sizes
-        ours = expected.sizes
         for block in state.blocks:
             if type(block) is not type(expected):
                 raise ValueError(
                     f"state is one of {type(block).__name__}, the blocks have "
                     f"{type(expected).__name__}: give the state of a model with the same mixer"
                 )
-            # Another size may go unnoticed: a state without momentum would turn the momentum off.
-            if (sizes := block.sizes) != ours:
-                name = next(name for name in ours if sizes[name] != ours[name])
+            if block.positions != state.blocks[0].positions:
                 raise ValueError(
-                    f"state has {name} of size {sizes[name]}, the model's has {ours[name]}: give "
-                    "the state of a model with the same configuration"
+                    f"state has positions {state.blocks[0].positions} in one block and "
+                    f"{block.positions} in another: give it as an earlier call returned it"
                 )
-        if (theirs := len(state.blocks[0].positions)) != batch:
+            theirs = block.tensors
+            for name, ours in expected.tensors.items():
+                self._check_state_tensor(name, theirs[name], ours, block.size)
+        if (count := len(state.blocks[0].positions)) != batch:
             raise ValueError(
-                f"state belongs to a batch of {theirs}, tokens to one of {batch}: go on with the "
+                f"state belongs to a batch of {count}, tokens to one of {batch}: go on with the "
                 "batch that the state was made from"
             )
+
+    @staticmethod
+    def _check_state_tensor(
+        name: str, given: Tensor | None, ours: Tensor | None, size: Callable[[Tensor], Any]
+    ) -> None:
+        """Raise ValueError unless a tensor of a state is as one of this model's own."""
+        # Another size may go unnoticed: a state without momentum would turn the momentum off.
+        sizes = [None if x is None else size(x) for x in (given, ours)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"state has {name} of size {sizes[0]}, the model's has {sizes[1]}: give the state "
+                "of a model with the same configuration"
+            )
+        if given is None or ours is None:
+            return
+        for what, of_state, of_model in (
+            ("dtype", given.dtype, ours.dtype), ("device", given.device, ours.device)
+        ):  # fmt: skip
+            if of_state != of_model:
+                raise ValueError(
+                    f"state has {name} of {what} {of_state}, the model's has {of_model}: move one "
+                    f"of them, such as state.to({str(of_model)!r})"
+                )
 
     def _out_of_range(self, name: str, tokens: Tensor) -> str:
         size = self.config.vocab_size
@@ -318,6 +353,22 @@ class Hope(nn.Module):
             f"{name} has {outside[0].item()}: must lie in 0 ... {size - 1}; encode the text with "
             f"fewer tokens or make the model with a larger vocab_size"
         )
+
+
+def _with_its_weights(block: nn.Module) -> Callable[..., Any]:
+    """The block for `checkpoint`: when it runs again, it has the weights that it has now.
+
+    `torch.func.functional_call` gives a model other weights for the forward pass alone. Without
+    this, the backward pass would compute the block again with the model's own.
+    """
+    weights: dict[str, Tensor] = dict(block.named_parameters())
+
+    def run(*args: Any) -> Any:
+        if all(weights[name] is param for name, param in block.named_parameters()):
+            return block(*args)
+        return torch.func.functional_call(block, weights, args)
+
+    return run
 
 
 def _files() -> Any:

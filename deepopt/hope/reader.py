@@ -7,6 +7,7 @@ read with the new weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import deepopt
+from deepopt._arguments import is_int
 from deepopt.hope.cms import chunk_groups, frequencies, levels_of
 from deepopt.hope.state import INTEGERS, HopeState, check_tensor
 from deepopt.optim.continuum import Continuum
@@ -36,7 +38,7 @@ def adaptation(model: nn.Module) -> Iterator[None]:
             Reader(model).read(tokens)
 
     Afterwards every weight and buffer in the model's `state_dict` is what it was, bit for bit. One
-    copy of them is kept meanwhile.
+    copy of them is kept meanwhile. What was not there, or had another shape, stays.
     """
     kept = {name: x.detach().clone() for name, x in model.state_dict(keep_vars=True).items()}
     try:
@@ -44,7 +46,8 @@ def adaptation(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, x in model.state_dict(keep_vars=True).items():
-                x.copy_(kept[name])
+                if name in kept and kept[name].shape == x.shape:
+                    x.copy_(kept[name])
 
 
 class Reader:
@@ -53,7 +56,7 @@ class Reader:
     How the text is cut into pieces changes no number. The losses are those of predictions that were
     made first: the weights that predict a token have learned neither from it nor from a later one.
     Weights change in place; `adaptation` takes the changes back. Inside a chunk, gradients go back
-    through the state by up to `WINDOW` tokens.
+    through the state by up to `WINDOW` tokens, and only this reader may change the weights.
 
     Args:
         model: a `Hope`, or a causal language model of transformers whose MLPs `stack_levels` has
@@ -72,8 +75,9 @@ class Reader:
         updates: optimizer steps so far.
 
     Raises:
-        TypeError: `optimizer` is not a function.
-        ValueError: the model has no level, an index or `chunk` out of range, or frozen levels.
+        TypeError: `optimizer` is not a function, or no such model.
+        ValueError: the model has no level, an index or `chunk` out of range, frozen levels, or an
+            optimizer of other parameters than those of its groups.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Reader:
         optimizer: MakeOptimizer | None = None,
         chunk: int | None = None,
     ) -> None:
+        _check_model(model)
         known = {
             param: own_chunk
             for level in levels_of(model)
@@ -94,13 +99,15 @@ class Reader:
             raise ValueError("the model has no level that can learn: see stack_levels")
         indices = range(len(chunks))
         if levels is not None and not (
-            isinstance(levels, Sequence) and levels and all(i in indices for i in levels)
+            isinstance(levels, Sequence)
+            and levels
+            and all(is_int(i) and i in indices for i in levels)
         ):
             raise ValueError(
                 f"levels={levels!r}: must be a list of indices of the model's {len(chunks)} "
                 f"frequencies, 0 to {len(chunks) - 1}"
             )
-        if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+        if chunk is not None and not (is_int(chunk) and chunk >= 1):
             raise ValueError(
                 f"chunk={chunk!r}: must be an int of at least 1, the tokens between two updates"
             )
@@ -122,14 +129,25 @@ class Reader:
         inner = optimizer(groups) if optimizer else deepopt.DeepMomentum(
             groups, lr=LR, weight_decay=0.0
         )  # fmt: skip
+        made = getattr(inner, "param_groups", [])
+        wanted = {param for param, own_chunk in known.items() if own_chunk in chosen}
+        if {param for group in made for param in group["params"]} != wanted or not all(
+            "chunk" in group for group in made
+        ):
+            raise ValueError(
+                "optimizer made an optimizer of other groups than it was given: must be made from "
+                "them, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
+            )
         self.model, self.optimizer, self.updates = model, Continuum(inner), 0
+        # Only a configuration tells it before the first token is read.
+        self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
         self.last: Tensor | None = None
         self._state: Any = None
         self._fastest = min(self.optimizer.param_groups, key=lambda group: group["chunk"])
         self._losses: list[Tensor] = []
         # The window under way: its summed loss, its tokens so far, and the positions still to come.
         self._loss_sum: Tensor | None = None
-        self._loss_tokens = self._positions_left = 0
+        self._loss_tokens = self._positions_left = self._changes = 0
 
     @property
     def state(self) -> Any:
@@ -156,7 +174,8 @@ class Reader:
         Raises:
             TypeError: not a tensor.
             ValueError: another shape or dtype, another batch size than before, or tokens outside of
-                the vocabulary.
+                the vocabulary. Nothing is read.
+            RuntimeError: something else has changed the weights inside a chunk. Nothing is read.
             FloatingPointError: a loss is not finite.
         """
         check_tensor("tokens", tokens)
@@ -171,21 +190,32 @@ class Reader:
                 f"tokens has {len(tokens)} texts, those before had {len(self.last)}: the texts of "
                 "a batch go on together; take a new reader for others"
             )
-        losses = []
+        size = self._vocab_size
+        if size is not None and (outside := tokens[(tokens < 0) | (tokens >= size)]).numel():
+            raise ValueError(
+                f"tokens has {outside[0].item()}: must lie in 0 ... {size - 1}, the model's "
+                "vocabulary; encode the text with fewer tokens"
+            )
+        if self._loss_sum is not None and self._changes != _changes(self.model):
+            raise RuntimeError(
+                "the model's weights have changed since this reader's last tokens, inside a chunk "
+                "from which it has still to learn: go on with a new reader, and read with one "
+                "reader at a time"
+            )
+        before = len(self._losses)
+        self._losses.append(torch.zeros(len(tokens), 0, device=tokens.device))
         if self.last is None and tokens.numel():
             self.last, tokens = tokens[:, :1], tokens[:, 1:]
-            losses.append(torch.full(self.last.shape, torch.nan, device=tokens.device))
+            self._losses.append(torch.full(self.last.shape, torch.nan, device=tokens.device))
         while tokens.numel() and self.last is not None:
             self._positions_left = self._positions_left or self._window(len(tokens))
             piece, tokens = tokens[:, : self._positions_left], tokens[:, self._positions_left :]
-            losses.append(self._predict(torch.cat([self.last, piece[:, :-1]], 1), piece))
+            self._losses.append(self._predict(torch.cat([self.last, piece[:, :-1]], 1), piece))
             self.last = piece[:, -1:]
             self._positions_left -= piece.shape[1]
             if self._positions_left == 0:
                 self._learn()
-        found = torch.cat(losses, 1) if losses else torch.zeros(tokens.shape, device=tokens.device)
-        self._losses.append(found)
-        return found
+        return torch.cat(self._losses[before:], 1)
 
     def _window(self, batch: int) -> int:
         """Positions of the next window: those left in the chunk, or an equal part of them."""
@@ -195,20 +225,14 @@ class Reader:
         return -(-positions // -(-positions // WINDOW))
 
     def _predict(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        logits, self._state = _forward(self.model, tokens, self._state)
-        size = logits.shape[-1]
-        outside = targets[(targets < 0) | (targets >= size)]
-        if outside.numel():
-            raise ValueError(
-                f"tokens has {outside[0].item()}: must lie in 0 ... {size - 1}, the model's "
-                "vocabulary; encode the text with fewer tokens"
-            )
+        logits, state = _forward(self.model, tokens, self._state)
         wide = torch.promote_types(logits.dtype, torch.float32)
         flat = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), reduction="none")
         if not flat.isfinite().all():
             raise FloatingPointError(
                 f"the loss is not finite after {self.updates} updates: read with a smaller lr"
             )
+        self._state, self._changes = state, _changes(self.model)
         self._loss_sum = flat.sum() if self._loss_sum is None else self._loss_sum + flat.sum()
         self._loss_tokens += targets.numel()
         return flat.detach().view(targets.shape)
@@ -258,19 +282,47 @@ def adapt(
         TypeError, ValueError, FloatingPointError: as `Reader` does.
     """
     reader = Reader(model, levels, optimizer, chunk)
+    if not isinstance(stream, Iterable):
+        raise TypeError(
+            f"stream is of type {type(stream).__name__}: must be a tensor (batch, tokens), or "
+            "pieces of one"
+        )
     for piece in [stream] if isinstance(stream, Tensor) else stream:
         reader.read(piece)
     return reader
 
 
+def _check_model(model: Any) -> None:
+    """Raise TypeError for a model that cannot read a text in pieces."""
+    if isinstance(model, nn.Module):
+        known = inspect.signature(model.forward).parameters
+        wrapped = any(each.kind is each.VAR_KEYWORD for each in known.values())
+        if _hope(model) or "past_key_values" in known or wrapped:
+            return
+    raise TypeError(
+        f"model is of type {type(model).__name__}: must be a deepopt.hope.Hope, or a causal "
+        "language model of transformers with past_key_values, to read a text in pieces"
+    )
+
+
+def _hope(model: nn.Module) -> nn.Module | None:
+    """The Hope that a model is or, for transformers, wraps; None for another model."""
+    both = (model, getattr(model, "model", None))
+    return next((hope for hope in both if hasattr(hope, "initial_state")), None)
+
+
 def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Logits and the state after the tokens, of a Hope or of a model of transformers."""
-    for hope in (model, getattr(model, "model", None)):  # or wrapped for transformers
-        if hope is not None and hasattr(hope, "initial_state"):
-            out = hope(tokens, state=state)
-            return out.logits, out.state
+    if (hope := _hope(model)) is not None:
+        out = hope(tokens, state=state)
+        return out.logits, out.state
     out = model(input_ids=tokens, past_key_values=state, use_cache=True)
     return out.logits, out.past_key_values
+
+
+def _changes(model: nn.Module) -> int:
+    """A number that grows when a weight changes in place; autograd counts it."""
+    return sum(param._version for param in model.parameters() if not param.is_inference())
 
 
 def _detached(state: Any) -> Any:

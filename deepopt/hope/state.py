@@ -13,7 +13,6 @@ from torch import Tensor
 from deepopt.hope.memory import Inputs, MemoryState
 
 Tree = TypeVar("Tree")
-Sizes = dict[str, tuple[int, ...] | None]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 """The dtypes that tokens may have."""
 
@@ -46,13 +45,18 @@ class TitansState(NamedTuple):
     positions: tuple[int, ...]
 
     @property
-    def sizes(self) -> Sizes:
-        """Shapes of the tensors without the batch, by name; the same for all states of a layer."""
-        found: Sizes = {"phase": tuple(self.phase.shape[1:])}
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All tensors by name."""
+        found: dict[str, Tensor | None] = {"phase": self.phase}
         for part in ("generators", "memory", "tails"):
             for name, x in getattr(self, part)._asdict().items():
-                found[f"{part}.{name}"] = None if x is None else tuple(x.shape[1:])
+                found[f"{part}.{name}"] = x
         return found
+
+    @staticmethod
+    def size(x: Tensor) -> tuple[int, ...]:
+        """The size of one of the tensors as far as it is the same for all states of a layer."""
+        return tuple(x.shape[1:])
 
     def rows(self, index: Sequence[int], other: TitansState) -> TitansState:
         """Sequences of two states: `index` counts those of this one, then those of the other."""
@@ -87,10 +91,14 @@ class AttentionState(NamedTuple):
     positions: tuple[int, ...]
 
     @property
-    def sizes(self) -> Sizes:
-        """Heads and width of keys and values; the same for all states of a layer."""
-        both = {"keys": self.keys, "values": self.values}
-        return {name: (x.shape[1], x.shape[3]) for name, x in both.items()}
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All tensors by name."""
+        return {"keys": self.keys, "values": self.values}
+
+    @staticmethod
+    def size(x: Tensor) -> tuple[int, ...]:
+        """The size of one of the tensors as far as it is the same for all states of a layer."""
+        return x.shape[1], x.shape[3]
 
     def rows(self, index: Sequence[int], other: AttentionState) -> AttentionState:
         """Sequences of two states: `index` counts those of this one, then those of the other."""
@@ -130,9 +138,24 @@ class HopeState(NamedTuple):
         """The same numbers without their history, so that gradients stop here."""
         return _map(Tensor.detach, self)
 
+    def clone(self) -> HopeState:
+        """The same numbers in memory of their own; gradients go back through it."""
+        return _map(Tensor.clone, self)
+
     def to(self, *args: Any, **kwargs: Any) -> HopeState:
-        """The state on another device or in another dtype; takes what `Tensor.to` takes."""
-        return _map(lambda x: x.to(*args, **kwargs), self)
+        """The state on another device or in another dtype; takes what `Tensor.to` takes.
+
+        Phases stay at least float32, because rounding errors of a sum add up.
+        """
+
+        def moved(block: BlockState) -> BlockState:
+            new = _map(lambda x: x.to(*args, **kwargs), block)
+            if not (isinstance(block, TitansState) and isinstance(new, TitansState)):
+                return new
+            wide = torch.promote_types(new.phase.dtype, torch.float32)
+            return new._replace(phase=block.phase.to(new.phase.device, wide))
+
+        return HopeState(tuple(moved(block) for block in self.blocks))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and lists of numbers by name, for `torch.save`; nothing is copied."""
@@ -154,7 +177,7 @@ class HopeState(NamedTuple):
 
         Raises:
             TypeError: not a dict.
-            ValueError: entries are missing.
+            ValueError: entries are missing or do not fit one another.
         """
         if not isinstance(entries, Mapping):
             raise TypeError(
@@ -172,6 +195,20 @@ class HopeState(NamedTuple):
 
         def block(i: int) -> BlockState:
             prefix = f"blocks.{i}"
+            found = unchecked(prefix)
+            for name, tensor in found.tensors.items():
+                if tensor is not None and not isinstance(tensor, Tensor):
+                    raise TypeError(f"entries[{prefix}.{name!r}] is {tensor!r}: must be a tensor")
+            batch = {len(x) for x in found.tensors.values() if x is not None}
+            counts = found.positions
+            if batch != {len(counts)} or not all(type(n) is int and n >= 0 for n in counts):
+                raise ValueError(
+                    f"entries['{prefix}.positions'] is {list(counts)}: must hold for each of the "
+                    f"{max(batch)} texts how many tokens it has had; pass what state_dict() gave"
+                )
+            return found
+
+        def unchecked(prefix: str) -> BlockState:
             if any(f"{prefix}.{name}" in entries for name in ("keys", "values")):
                 keys, values, positions = part(prefix, AttentionState)
                 return AttentionState(keys, values, tuple(positions))

@@ -128,6 +128,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_windows", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must lie in 0 ... 2**63 - 1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: give one of them")
         if not 0 <= self.warmup_steps < self.steps:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deepopt._arguments import is_int
 from deepopt._compat import disable_dynamo
 from deepopt.optim.base import Group, evaluate_closure, isolated_from_caller
 from deepopt.optim.engine.adamw_path import state_dtype
@@ -379,7 +380,7 @@ def _check(group: Group) -> None:
         value = group[name]
         if name == "lifetime" and value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_int(value) or value < 1:
             raise ValueError(
                 f"Invalid {name}: {value!r}; it must be a whole number of {of}, at least 1"
             )

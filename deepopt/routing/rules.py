@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from deepopt._arguments import is_int
+
 Path = Literal["matrix", "stack", "elementwise"]
 PATHS: tuple[str, ...] = ("auto", "matrix", "stack", "elementwise")
 
@@ -231,7 +233,7 @@ def check_group(group: Mapping[str, Any], least_dims: Mapping[str, int]) -> None
 
 def check_split(split: Any) -> None:
     """Raise ValueError unless ``split`` is a number of matrices."""
-    if not isinstance(split, int) or isinstance(split, bool) or split < 1:
+    if not is_int(split) or split < 1:
         raise ValueError(
             f"Invalid split: {split!r}; it must be a whole number of at least 1, the number of "
             "equal matrices that lie one below the other in a parameter"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.transformer import Transformer, TransformerConfig
+from deepopt.hope import stack_levels
 
 CONFIG = TransformerConfig(vocab_size=11, dim=16, layers=2, heads=2)
 
@@ -46,3 +47,8 @@ def test_every_parameter_gets_a_gradient():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads=3 must divide dim=16"):
         TransformerConfig(dim=16, heads=3)
+
+
+def test_its_mlps_become_levels() -> None:
+    levels = stack_levels(Transformer(CONFIG), (8, 16))
+    assert [level.name for level in levels] == [f"blocks.{i}.mlp" for i in range(CONFIG.layers)]

@@ -203,6 +203,21 @@ def test_weights_are_what_they_were_also_after_an_exception(mixer: str) -> None:
     assert torch.equal(model(text()).logits, logits)
 
 
+def test_an_exception_is_not_hidden_where_a_module_was_exchanged() -> None:
+    model = make()
+    before = weights(model)
+
+    def fail() -> None:
+        with model.adaptation():
+            model.adapt(text(), optimizer=OPTIMIZERS["SGD"])
+            model.head = torch.nn.Linear(8, 9, bias=False)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert moved(model, {**before, "head.weight": torch.zeros(9, 8)}) == {"head.weight"}
+
+
 @pytest.mark.parametrize("mixer", ["titans", "attention"])
 def test_a_text_is_continued_from_what_was_read(mixer: str) -> None:
     model = make(mixer=mixer)
@@ -231,24 +246,61 @@ def test_tokens_that_a_model_would_refuse_are_refused() -> None:
     for wrong in (text().double(), text() > 3, text()[0], text()[None]):
         with pytest.raises(ValueError, match=r"tokens has shape .* must be integers of shape"):
             make().adapt(wrong)
-    for token in (7, -1, -100):  # the last is what torch's cross entropy ignores
-        with pytest.raises(ValueError, match=rf"tokens has {token}: must lie in 0 \.\.\. 6"):
-            make().adapt(torch.tensor([[1, 2, token]]))
+
+
+@pytest.mark.parametrize("token", [7, -1, -100])  # torch's cross entropy ignores the last
+def test_a_piece_with_a_token_outside_of_the_vocabulary_is_not_read(token: int) -> None:
+    model, whole = make(), make()
+    with pytest.raises(ValueError, match=rf"tokens has {token}: must lie in 0 \.\.\. 6"):
+        model.adapt(torch.tensor([[token, 1, 2]]))
+    reader, expected = (Reader(m, optimizer=OPTIMIZERS["AdamW"], chunk=4) for m in (model, whole))
+    reader.read(text(10))
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"tokens has {token}: must lie in 0 \.\.\. 6"):
+        reader.read(torch.cat([text(10), torch.tensor([[token]])], 1))
+    assert not moved(model, before)
+    reader.read(text(7))
+    expected.read(text(10))
+    expected.read(text(7))
+    assert torch.equal(reader.losses[:, 1:], expected.losses[:, 1:])
+    assert reader.updates == expected.updates
+
+
+def test_weights_that_something_else_changed_inside_a_chunk_are_named() -> None:
+    model = make()
+    reader = Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8)
+    with model.adaptation():
+        reader.read(text(11))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"weights have changed .* go on with a new reader"):
+        reader.read(text(11))
+    assert not moved(model, before)
+    other = Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8)
+    other.read(text(9))  # ends with its chunk, and so waits for nothing
+    Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8).read(text(9))
+    other.read(text(9))
 
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(TypeError, match="tokens is of type str: must be a tensor"):
         make().adapt("abc")  # type: ignore[arg-type]
     model = make()
-    for levels in ([], [2], [-1], [0.5], 0, 1):
+    for levels in ([], [2], [-1], [0.5], [True], 0, 1):
         with pytest.raises(ValueError, match=r"levels=.*2 frequencies, 0 to 1"):
             Reader(model, levels)  # type: ignore[arg-type]
-    for chunk in (0, 2.5, "2"):
+    for chunk in (0, 2.5, "2", True):
         with pytest.raises(ValueError, match=f"chunk={chunk!r}: must be an int"):
             model.adapt(text(), chunk=chunk)  # type: ignore[arg-type]
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="optimizer is of type SGD: must be a function"):
         model.adapt(text(), optimizer=sgd)  # type: ignore[arg-type]
+    for other in (model.head.parameters(), list(model.parameters()), model.blocks.parameters()):
+        with pytest.raises(ValueError, match="optimizer of other groups than it was given"):
+            model.adapt(text(), optimizer=lambda _, params=other: torch.optim.SGD(params, lr=0.1))
+    with pytest.raises(TypeError, match="stream is of type NoneType: must be a tensor"):
+        model.adapt(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model is of type Linear: must be a deepopt"):
+        Reader(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match="tokens has 2 texts, those before had 1"):
         model.adapt([text(3), text(3, 2)])
     with pytest.raises(ValueError, match="no level that can learn"):

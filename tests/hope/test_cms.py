@@ -303,8 +303,8 @@ def test_the_reasons_of_a_routing_stay_with_their_parameters() -> None:
 # -- bad input ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunks", [(), (0,), (-4, 8), (8, 12), (16, 8), (4.0,)])
-def test_bad_chunks_are_named(chunks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("chunks", [(), (0,), (-4, 8), (8, 12), (16, 8), (4.0,), (True,), 8])
+def test_bad_chunks_are_named(chunks: Any) -> None:
     with pytest.raises(ValueError, match=r"^chunks="):
         CMS(4, 8, chunks)
     with pytest.raises(ValueError, match=r"^chunks="):
@@ -312,8 +312,13 @@ def test_bad_chunks_are_named(chunks: tuple[int, ...]) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="tokens=0"):
-        chunk_groups(make((8,)), [], 0)
+    for tokens in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"tokens={tokens}"):
+            chunk_groups(make((8,)), [], tokens)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="groups has an entry of type Parameter: must be"):
+        chunk_groups(make((8,)), list(make((8,)).parameters()), 8)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model is of type NoneType: must be a"):
+        stack_levels(None, (4,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^variant='parallel'"):
         make((8,), "parallel")
     with pytest.raises(ValueError, match=r"chunks=\(4,\): the model has 0 MLPs for 1 levels"):

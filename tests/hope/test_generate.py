@@ -246,6 +246,8 @@ def test_bad_options_are_named_before_anything_is_computed(
         (torch.zeros(0, 3).long(), ValueError, r"prompt has shape \(0, 3\)"),
         (torch.zeros(3).long(), ValueError, r"prompt has shape \(3,\)"),
         (torch.zeros(1, 3), ValueError, "dtype torch.float32: must be integers"),
+        (torch.zeros(1, 3) > 1, ValueError, "dtype torch.bool: must be integers"),
+        (torch.zeros(1, 3, dtype=torch.uint16), ValueError, "dtype torch.uint16: must be integers"),
         (torch.tensor([[3, 11]]), ValueError, "prompt has 11: tokens must lie in 0 ... 10"),
         (torch.tensor([[-1, 3]]), ValueError, "prompt has -1: "),
     ],
@@ -278,6 +280,8 @@ def test_other_bad_input_is_named_with_the_remedy(model: Hope, byte_model: Hope)
         complete(model, "text", 3)
     with pytest.raises(ValueError, match="text is empty"):
         complete(byte_model, "", 3)
+    with pytest.raises(ValueError, match=r"text has '\\ud800', half of a character"):
+        complete(byte_model, "a\ud800b", 3)
     torch.nn.init.constant_(model.head.weight, torch.nan)
     with pytest.raises(FloatingPointError, match=r"not finite.*a smaller learning rate"):
         generate(model, prompt, 1)

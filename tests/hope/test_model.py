@@ -155,12 +155,20 @@ def test_memories_stay_bounded_over_a_long_text() -> None:
         {"retention": "none"}, {"max_delta": 2.5}, {"max_erase": 0.0}, {"mixer": "mamba"},
         {"cms_variant": "parallel"}, {"cms_expansion": math.inf}, {"turns": "false"},
         {"momentum": 1}, {"per_channel": None}, {"projections": "no"}, {"recompute": 0},
+        {"layers": True}, {"memory_hidden": True}, {"max_delta": True}, {"cms_expansion": True},
+        {"cms_chunks": 8}, {"cms_chunks": (True, 8)},
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
     name = "dim" if options == {"heads": 3} else next(iter(options))
     with pytest.raises(ValueError, match=f"{name}="):
         HopeConfig(**{**SMALL, **options})
+
+
+@pytest.mark.parametrize("config", [128, {"dim": 8}])
+def test_what_is_no_configuration_is_named(config: Any) -> None:
+    with pytest.raises(TypeError, match=f"config is of type {type(config).__name__}: must be a"):
+        Hope(config)
 
 
 def test_bad_inputs_are_named() -> None:
@@ -318,6 +326,18 @@ def test_recomputing_activations_changes_no_number() -> None:
         state = model(tokens).state
         loss = model(tokens[:, :-1], tokens[:, 1:], state=state).loss
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_activations_are_recomputed_with_the_weights_of_the_forward_pass(mixer: str) -> None:
+    """`functional_call` takes its weights back before the backward pass."""
+    tokens, found = text(20), []
+    for recompute in (False, True):
+        model = make(mixer=mixer, recompute=recompute)
+        others = {n: (1.1 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
+        loss = torch.func.functional_call(model, others, (tokens, tokens)).loss
+        found.append([loss, *torch.autograd.grad(loss, list(others.values()))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

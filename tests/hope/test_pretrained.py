@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deepopt.hope import Hope, HopeConfig
+from deepopt.hope import Hope, HopeConfig, files
 from deepopt.hope.trainer import TrainConfig, Trainer, flops_per_token
 
 TOKENS = torch.arange(12)[None]
@@ -104,12 +104,15 @@ def same_weights(a, b):
 def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no config.json: give")):
         Hope.from_pretrained(tmp_path)
-    make().save_pretrained(tmp_path)
+    model = make()
+    model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
 
     def write(**changes):
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
 
+    # Weights that another program wrote, which do not tell their configuration.
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
     write(layers=3)
     with pytest.raises(ValueError, match=r"(?s)do not fit config\.json.*blocks\.2"):
         Hope.from_pretrained(tmp_path)
@@ -126,6 +129,43 @@ def test_what_does_not_fit_is_named(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="is damaged"):
             Hope.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"update": "dgd"}, {"max_inner_lr": 0.01}, {"heads": 4}, {"turns": None}], ids=str
+)
+def test_a_configuration_of_other_weights_is_refused_by_the_field_that_differs(changes, tmp_path):
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    ((name, value),) = changes.items()
+    config[name] = value
+    if value is None:
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"has {name}={value!r}.*not of one model"):
+        Hope.from_pretrained(tmp_path)
+
+
+def test_a_save_that_was_interrupted_between_the_files_does_not_load(tmp_path, monkeypatch):
+    make().save_pretrained(tmp_path)
+    write = files.write_atomically
+
+    def stopped(path, content):
+        if path.name == "model.safetensors":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_atomically", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(update="dgd").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="update='dgd'"):
+        Hope.from_pretrained(tmp_path)
+
+
+def test_a_device_that_torch_lacks_here_is_named(tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device='vulkan': cannot be used here"):
+        Hope.from_pretrained(tmp_path, device="vulkan")
 
 
 @pytest.fixture

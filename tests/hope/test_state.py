@@ -199,6 +199,38 @@ def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
     assert moved.blocks[0].positions == (12,)
 
 
+def test_a_state_in_a_narrow_dtype_keeps_its_phases_wide(model: Hope) -> None:
+    narrow = model(*texts((12,))).state.to(torch.bfloat16)
+    for name, tensor in narrow.state_dict().items():
+        if isinstance(tensor, Tensor):
+            wide = name.endswith("phase")
+            assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
+    again = model.bfloat16().initial_state(1)
+    assert [x.dtype for x in tensors(narrow)] == [x.dtype for x in tensors(again)]
+
+
+def test_the_state_of_a_text_of_padding_shares_no_memory_with_the_model(model: Hope) -> None:
+    (text,) = texts((4,))
+    state = model(text, mask=torch.zeros_like(text, dtype=torch.bool)).state
+    kept = [x.clone() for x in tensors(state)]
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    assert all(torch.equal(x, y) for x, y in zip(tensors(state), kept, strict=True))
+
+
+def test_a_state_of_another_dtype_or_device_is_refused_with_the_remedy(model: Hope) -> None:
+    text, more = texts((4, 5))
+    state = model(text).state
+    with pytest.raises(ValueError, match=r"of dtype .*float32, the .*float64: move .*state\.to"):
+        model(more, state=state.to(torch.float32))
+    with pytest.raises(ValueError, match="of device meta, the model's has cpu"):
+        model(more, state=state.to("meta"))
+    first, later = state.blocks[0], model(more).state.blocks[1]
+    with pytest.raises(ValueError, match=r"positions \(4,\) in one block and \(5,\) in another"):
+        model(more, state=HopeState((first, later)))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_state_keeps_nothing_alive_but_its_own_numbers(model: Hope, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
@@ -221,6 +253,12 @@ def test_a_saved_state_that_lacks_an_entry_is_refused_by_its_name(model: Hope) -
         HopeState.from_state_dict(second)
     with pytest.raises(ValueError, match="entries have no block"):
         HopeState.from_state_dict({})
+    for wrong in ([-1], [1.5], [3, 3], []):
+        with pytest.raises(ValueError, match=re.escape(f"'blocks.0.positions'] is {wrong}: must")):
+            HopeState.from_state_dict({**entries, "blocks.0.positions": wrong})
+    name = next(iter(entries))
+    with pytest.raises(TypeError, match="must be a tensor"):
+        HopeState.from_state_dict({**entries, name: 3})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepopt.hope.model import Hope
-from deepopt.hope.state import HopeState
+from deepopt.hope.state import INTEGERS, HopeState
 
 ENDED = -1
 """Takes the place of tokens after the end of a text, while others of its batch go on."""
@@ -72,7 +72,13 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
         )
     if not text:
         raise ValueError("text is empty: give at least one character to continue, such as '\\n'")
-    encoded = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+    try:
+        encoded = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has {error.object[error.start]!r}, half of a character: give whole ones, or "
+            "bytes"
+        ) from error
     prompt = torch.tensor([list(encoded)], device=next(model.parameters()).device)
     return _decoded(stream(model, prompt, length, **options))
 
@@ -205,7 +211,7 @@ def _check_prompt(prompt: Tensor, mask: Tensor | None, size: int) -> None:
             f"prompt is of type {type(prompt).__name__}: must be a tensor of tokens (batch, tokens)"
             "; for text call complete, or torch.tensor([list(text.encode())])"
         )
-    if prompt.ndim != 2 or prompt.numel() == 0 or prompt.is_floating_point() or prompt.is_complex():
+    if prompt.ndim != 2 or prompt.numel() == 0 or prompt.dtype not in INTEGERS:
         raise ValueError(
             f"prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}: must be integers of "
             "shape (batch, tokens) with at least one token"

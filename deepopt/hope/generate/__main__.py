@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = arguments.stop
     try:
         check_device(arguments.device)
+        if not 0 <= arguments.seed < 2**63:
+            raise ValueError(f"seed={arguments.seed}: must lie in 0 ... 2**63 - 1")
         model = Hope.from_pretrained(arguments.checkpoint, arguments.device)
         options: dict[str, Any] = {
             "length": arguments.length,
