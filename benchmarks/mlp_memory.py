@@ -29,7 +29,7 @@ from benchmarks.streams.tasks import TASKS
 from benchmarks.tables import markdown
 from deepopt._files import write_atomically
 from deepopt.memory.horizons import HAND_MADE
-from deepopt.ops.horizons_write import DOUBT, mixing_weights
+from deepopt.ops.horizons_write import COSINE_FLOOR, mixing_weights
 
 MLP, LINEAR = "DeepMomentum, mlp", ("Muon", "NorMuon")
 """The contender, and the linear memories that ran at several budgets."""
@@ -141,7 +141,7 @@ def norms(short: float, best: Tensor) -> Tensor:
 def weight(phi: Tensor, short: float, best: Tensor, share: Tensor) -> Tensor:
     """The short average's weight where its cosine is the best one, and the long one's a share."""
     cosines = torch.stack([share * best, best], -1)
-    trust = (cosines + DOUBT) / (best + DOUBT)[..., None]
+    trust = (cosines + COSINE_FLOOR) / (best + COSINE_FLOOR)[..., None]
     time = torch.full_like(best, math.log10(STEP) / 3)
     features = torch.cat([trust, best[..., None], norms(short, best), time[..., None]], -1)
     flat = features.reshape(-1, features.shape[-1])

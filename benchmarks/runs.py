@@ -60,7 +60,7 @@ class Results(Generic[R]):
         runs: Iterable[R],
         execute: Callable[[R], Line],
         jobs: int,
-        told: Callable[[R, Line], str],
+        describe: Callable[[R, Line], str],
     ) -> None:
         """Execute the runs that have no line, the first ones first; each leaves one when it ends.
 
@@ -68,7 +68,7 @@ class Results(Generic[R]):
             runs: the runs that should have lines; some may have one, or be named twice.
             execute: makes the line of a run.
             jobs: number of runs at once.
-            told: the text that is printed about a line.
+            describe: the text to print about a line.
 
         Raises:
             RuntimeError: some runs have failed; after all have ended.
@@ -78,7 +78,7 @@ class Results(Generic[R]):
         for count, (place, run, line) in enumerate(executed(missing, execute, jobs), 1):
             self._write(run, line)
             left = (time.monotonic() - began) / count * (len(missing) - count)
-            print(f"{place}, {duration(left)} left: {run}: {told(run, line)}", flush=True)
+            print(f"{place}, {duration(left)} left: {run}: {describe(run, line)}", flush=True)
 
     def _write(self, run: R, line: Line) -> None:
         """Put the line into the file of the run, in place of the run's earlier one."""

@@ -109,7 +109,7 @@ def newton_schulz(m: int, n: int, dtype: str = "bfloat16", least: bool = False) 
     and four symmetric products of r³ a step, of which the last step needs one.
     """
     r, big = sorted((m, n))
-    width = 2 if dtype == "bfloat16" else FLOAT
+    width = _width(dtype)
     x, a = width * r * big, width * r * r
     outer, cube = 2.0 * r * r * big, 2.0 * r**3
     half = 0.5 if least else 1.0
@@ -127,19 +127,19 @@ def newton_schulz(m: int, n: int, dtype: str = "bfloat16", least: bool = False) 
     return min(plain, gram, key=total_flops) if least else plain
 
 
-def _input(dtype: str) -> int:
-    """Bytes per entry of what Newton-Schulz starts from and ends with."""
+def _width(dtype: str) -> int:
+    """Bytes per entry of Newton-Schulz's operands."""
     return 2 if dtype == "bfloat16" else FLOAT
 
 
 def _momentum(m: int, n: int, dtype: str) -> Phase:
     """The gradient is read, the momentum read and written, and what it reads out is written."""
-    return Phase("momentum", m * n * (3 * FLOAT + _input(dtype)))
+    return Phase("momentum", m * n * (3 * FLOAT + _width(dtype)))
 
 
-def _move(m: int, n: int, dtype: str, slow: int = 0) -> Work:
-    """The orthogonal matrix is read for its rows' norms, and again to move the parameter."""
-    size = _input(dtype) + slow
+def _apply(m: int, n: int, dtype: str, slow: int = 0) -> Work:
+    """The orthogonal matrix is read for its rows' norms, and again to change the parameter."""
+    size = _width(dtype) + slow
     return [
         Phase("row norms", m * n * size),
         Phase("parameter", m * n * (size + 2 * FLOAT)),
@@ -151,7 +151,7 @@ def muon(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     return [
         _momentum(m, n, dtype),
         *newton_schulz(m, n, dtype, least),
-        Phase("parameter", m * n * (_input(dtype) + 2 * FLOAT)),
+        Phase("parameter", m * n * (_width(dtype) + 2 * FLOAT)),
     ]
 
 
@@ -159,7 +159,7 @@ def muon(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
 
 
 def linear(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
-    return [_momentum(m, n, dtype), *newton_schulz(m, n, dtype, least), *_move(m, n, dtype)]
+    return [_momentum(m, n, dtype), *newton_schulz(m, n, dtype, least), *_apply(m, n, dtype)]
 
 
 def delta_write(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
@@ -167,7 +167,7 @@ def delta_write(m: int, n: int, dtype: str = "bfloat16", least: bool = False) ->
     m < n, M (Gᵀ G) otherwise; the look-ahead is written in what it is read out in."""
     r, big = sorted((m, n))
     size, square = FLOAT * m * n, FLOAT * r * r
-    read_out = m * n * _input(dtype)
+    read_out = m * n * _width(dtype)
     outer, cube = 2.0 * r * r * big, 2.0 * r**3
     half = 0.5 if least else 1.0
     gram = [
@@ -188,7 +188,7 @@ def delta(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     return [
         *delta_write(m, n, dtype, least),
         *newton_schulz(m, n, dtype, least),
-        *_move(m, n, dtype),
+        *_apply(m, n, dtype),
     ]
 
 
@@ -206,10 +206,10 @@ def covariance(
     Args:
         m: rows.
         n: columns.
-        dtype: of the products of Newton-Schulz.
+        dtype: the dtype of Newton-Schulz's products.
         least: as above.
-        root_flops: of a root of r x r; by default of a decomposition into eigenvectors, about
-            9 r³, and the product of two of them.
+        root_flops: FLOPs of one root of r x r; by default of a decomposition into eigenvectors,
+            about 9 r³, and the product of two of them.
         split: as on a GPU, where keys are rounded to bfloat16, each float32 product is three in
             half precision, and a root is 30 of those and ten squares.
     """
@@ -223,12 +223,12 @@ def covariance(
         Phase("root", 2 * square / PERIOD, root / PERIOD, products),
         Phase(
             "root times momentum",
-            3 * size + square + m * n * _input(dtype),
+            3 * size + square + m * n * _width(dtype),
             times * outer,
             products,
         ),
         *newton_schulz(m, n, dtype, least),
-        *_move(m, n, dtype),
+        *_apply(m, n, dtype),
     ]
 
 
@@ -237,9 +237,9 @@ def mlp(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     size = FLOAT * m * n
     return [
         Phase("cosines", 3 * size),
-        Phase("averages", 5 * size + m * n * _input(dtype)),
+        Phase("averages", 5 * size + m * n * _width(dtype)),
         *newton_schulz(m, n, dtype, least),
-        *_move(m, n, dtype),
+        *_apply(m, n, dtype),
     ]
 
 
@@ -248,17 +248,17 @@ def m3(m: int, n: int, dtype: str = "bfloat16", least: bool = False) -> Work:
     ``PERIOD`` steps."""
     size = FLOAT * m * n
     return [
-        Phase("momenta", m * n * (5 * FLOAT + _input(dtype))),
+        Phase("momenta", m * n * (5 * FLOAT + _width(dtype))),
         *newton_schulz(m, n, dtype, least),
         *[
             phase.times(1 / PERIOD)
             for phase in (
-                Phase("slow read-out", size + m * n * _input(dtype)),
+                Phase("slow read-out", size + m * n * _width(dtype)),
                 *newton_schulz(m, n, dtype, least),
-                Phase("slow read-out", size + m * n * _input(dtype)),
+                Phase("slow read-out", size + m * n * _width(dtype)),
             )
         ],
-        *_move(m, n, dtype, slow=FLOAT),
+        *_apply(m, n, dtype, slow=FLOAT),
     ]
 
 

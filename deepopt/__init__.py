@@ -1,7 +1,7 @@
 """Optimizers as associative memories: the reference implementation of *Nested Learning*.
 
 ``deepopt.DeepMomentum`` replaces ``torch.optim.AdamW`` at the same learning rate and weight decay.
-``deepopt.optimizers()`` lists the paper's other optimizers, ``deepopt.param_groups(model)`` routes
+``deepopt.optimizers()`` lists the paper's optimizers, ``deepopt.param_groups(model)`` routes
 parameters by module type, ``deepopt.memory`` holds the memories a momentum can be, ``deepopt.hope``
 is the paper's sequence model (imported on first use).
 """

@@ -1,4 +1,7 @@
-"""Numbers and flags among arguments: what is neither is refused by name, before it is compared."""
+"""Type checks of arguments: numbers and flags of another type are refused by name.
+
+This happens before anything compares them.
+"""
 
 import functools
 import inspect
@@ -17,13 +20,13 @@ class Typed(NamedTuple):
     """What an annotation asks of an argument.
 
     Args:
-        types: that are taken without a further look.
-        of: what the argument is: "flag", "number" or "numbers".
-        default: of the argument.
+        types: accepted without a further check.
+        kind: "flag", "number" or "numbers".
+        default: the argument's default.
     """
 
     types: frozenset[type]
-    of: str
+    kind: str
     default: Any
 
 
@@ -31,7 +34,7 @@ class Typed(NamedTuple):
 def typed(function: Callable[..., Any]) -> dict[str, Typed | None]:
     """The arguments of a function by name; None for those that are neither numbers nor flags.
 
-    Annotations that are texts are not looked into.
+    String annotations are ignored.
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: _read(p.annotation, p.default) for p in parameters}
@@ -62,7 +65,7 @@ def _are_numbers(members: Sequence[Any]) -> bool:
 
 
 def check_types(arguments: Mapping[str, Typed | None], given: Mapping[str, Any]) -> None:
-    """Raise TypeError for the first number or flag that is none.
+    """Raise TypeError for the first argument that is not the number or flag it should be.
 
     Args:
         arguments: of a function, from :func:`typed`.
@@ -72,7 +75,7 @@ def check_types(arguments: Mapping[str, Typed | None], given: Mapping[str, Any])
         if argument is None or name not in given:
             continue
         value = given[name]
-        if type(value) not in argument.types and not _fits(value, argument.of):
+        if type(value) not in argument.types and not _fits(value, argument.kind):
             raise TypeError(f"Invalid {name}: {value!r} {_remedy(argument)}")
 
 
@@ -82,21 +85,21 @@ def check_fields(instance: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number, or a tensor of one; True and False are none."""
+    """Whether ``value`` is a number, or a tensor of one; a bool is not one."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_int(value: Any) -> bool:
-    """Whether ``value`` is an int; True and False are none."""
+    """Whether ``value`` is an int; a bool is not one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _fits(value: Any, of: str) -> bool:
-    if of == "numbers":
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "numbers":
         return isinstance(value, tuple | list) and all(map(is_number, value))
-    return of == "number" and is_number(value)
+    return kind == "number" and is_number(value)
 
 
 def _remedy(argument: Typed) -> str:
@@ -106,5 +109,5 @@ def _remedy(argument: Typed) -> str:
         "flag": "is not a flag; give True or False",
         "number": f"is not a number; give a number{such}",
         "numbers": f"is not a sequence of numbers; give numbers{such}",
-    }[argument.of]
+    }[argument.kind]
     return text + (", or None" if optional else "")

@@ -1,7 +1,7 @@
 """torch's private helpers, imported here and nowhere else.
 
 They move between minor releases: whatever a release lacks gets its fallback in this file, so that
-no other file knows torch versions apart.
+no other file depends on torch's version.
 """
 
 import functools

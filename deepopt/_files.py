@@ -22,7 +22,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file of JSON lines, up to one that a kill has torn.
+    """Yield the lines of a file of JSON lines, up to one that was cut off when its writer died.
 
     A file that does not exist has none.
     """

@@ -37,5 +37,5 @@ class _Silenced:
 
 
 def outlive_readers() -> None:
-    """Let a command finish what it does when nobody reads what it says any more."""
+    """Let a command finish its work after the reader of its output has gone."""
     sys.stdout, sys.stderr = (stream and _Silenced(stream) for stream in (sys.stdout, sys.stderr))

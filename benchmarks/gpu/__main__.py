@@ -71,7 +71,7 @@ def run(stage: Stage, folder: Path, seconds: float, rehearse: bool) -> dict[str,
         "exit": code,
         "seconds": round(time.monotonic() - begun, 1),
         "limit": round(seconds, 1),
-        "note": told(path.read_text(errors="replace"), code),
+        "note": headline(path.read_text(errors="replace"), code),
     }
 
 
@@ -88,8 +88,8 @@ def outcome(code: int | None) -> str:
     return "passed" if code == 0 else "CRASHED" if code < 0 or code > 128 else "FAILED"
 
 
-def told(log: str, code: int | None) -> str:
-    """The line of a log that says most."""
+def headline(log: str, code: int | None) -> str:
+    """The most telling line of a log."""
     closing = r"^\W*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s"
     counts = re.findall(closing, log, re.MULTILINE)
     if counts:

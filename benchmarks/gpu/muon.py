@@ -32,8 +32,8 @@ def updated(momentum: Tensor, grad: Tensor, retention: float) -> tuple[Tensor, T
 class CompiledMuon(Optimizer):
     """Steps matrices with decoupled weight decay, at the root mean square of AdamW's updates."""
 
-    def __init__(self, params: Any, lr: float, betas: float = 0.95, weight_decay: float = 0.1):
-        super().__init__(params, {"lr": lr, "retention": betas, "weight_decay": weight_decay})
+    def __init__(self, params: Any, lr: float, retention: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, {"lr": lr, "retention": retention, "weight_decay": weight_decay})
         on_gpu = self.param_groups[0]["params"][0].is_cuda
         self._updated = torch.compile(updated, dynamic=False) if on_gpu else updated
 

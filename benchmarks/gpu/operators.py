@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import work
 from benchmarks.gpu.clock import Clock, captured, rates
-from benchmarks.gpu.rows import predicted_seconds, write_line
+from benchmarks.gpu.rows import write_line
 from benchmarks.timing import quartiles
 from benchmarks.work import Phase, Work
 from deepopt import ops
@@ -228,7 +228,7 @@ def main() -> None:
                     "work": seconds,
                     "bytes": work.total_bytes(phases),
                     "flops": work.total_flops(phases),
-                    "predicted": predicted_seconds(phases, machine),
+                    "predicted": work.roofline_seconds(phases, machine),
                 },
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import work
 from benchmarks.gpu.clock import Clock, captured, rates
-from benchmarks.gpu.rows import Contender, predicted_seconds, races, write_line
+from benchmarks.gpu.rows import RacedOptimizer, races, write_line
 from benchmarks.timing import Quartiles, quartiles
 
 ROUNDS = 30
@@ -23,7 +23,9 @@ ROUNDS = 30
 class Runner:
     """A contender with parameters of its own, and its times."""
 
-    def __init__(self, name: str, contender: Contender, grads: list[Tensor], clock: Clock) -> None:
+    def __init__(
+        self, name: str, contender: RacedOptimizer, grads: list[Tensor], clock: Clock
+    ) -> None:
         self.name, self.contender, self.clock = name, contender, clock
         self.step = self.made(grads)
         begun = time.perf_counter()
@@ -96,7 +98,7 @@ def race(name: str, clock: Clock, quick: bool, folder: Path) -> None:
             print(f"{runner.name} in a graph: {type(error).__name__}: {error}", flush=True)
             line["graph"] = None
         line["bytes"], line["flops"] = work.total_bytes(phases), work.total_flops(phases)
-        line["predicted"] = predicted_seconds(phases, machine)
+        line["predicted"] = work.roofline_seconds(phases, machine)
         write_line(folder, line)
 
 

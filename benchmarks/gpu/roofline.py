@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from benchmarks import work
 from benchmarks.gpu import operators, training
-from benchmarks.gpu.rows import predicted_seconds, races
+from benchmarks.gpu.rows import races
 from benchmarks.gpu.stages import MANY_CORES
 from benchmarks.gpu.summary import Table, ms, put_between, read
 from benchmarks.tables import markdown
@@ -97,7 +97,7 @@ def time_table(rows: list[Row], rates: Rates) -> Table:
                 f"{work.total_flops(phases) / 1e12:.3g}",
                 ms(work.traffic_seconds(phases, rates)),
                 ms(work.product_seconds(phases, rates)),
-                ms(predicted_seconds(phases, rates)),
+                ms(work.roofline_seconds(phases, rates)),
             )
         )
     return table

@@ -17,11 +17,11 @@ from torch.optim import AdamW
 from benchmarks import work
 from benchmarks.gpu.muon import CompiledMuon
 from benchmarks.speed.optimizers import LR, Make, deep, deep_adamw, m3, torch_muon
-from benchmarks.work import Rates, Work
+from benchmarks.work import Work
 
 
 @dataclass(frozen=True)
-class Contender:
+class RacedOptimizer:
     """An optimizer in a race, and the least work of one of its steps."""
 
     make: Make
@@ -31,7 +31,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Goal:
+class SpeedGoal:
     """A bound on a contender's time, as a share of another's."""
 
     contender: str
@@ -45,9 +45,9 @@ class Race:
 
     title: str
     shapes: Sequence[tuple[int, ...]]
-    contenders: Mapping[str, Contender]
+    contenders: Mapping[str, RacedOptimizer]
     dtype: torch.dtype = torch.float32
-    goals: Sequence[Goal] = ()
+    goals: Sequence[SpeedGoal] = ()
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     """Contenders that should reach a share of the copy's bandwidth."""
 
@@ -57,13 +57,13 @@ def elementwise(
 ) -> Race:
     entries, width = sum(torch.Size(shape).numel() for shape in shapes), dtype.itemsize
     contenders = {
-        "AdamW fused": Contender(
+        "AdamW fused": RacedOptimizer(
             lambda p: AdamW(p, lr=LR, fused=True), work.adamw(entries, width, width)
         ),
-        "DeepMomentum": Contender(deep_adamw(LR), work.adamw(entries, width)),
+        "DeepMomentum": RacedOptimizer(deep_adamw(LR), work.adamw(entries, width)),
     }
     return Race(
-        title, shapes, contenders, dtype, (Goal("DeepMomentum", "AdamW fused", 1.0),), **about
+        title, shapes, contenders, dtype, (SpeedGoal("DeepMomentum", "AdamW fused", 1.0),), **about
     )
 
 
@@ -74,23 +74,23 @@ def on_matrices(title: str, width: int, layers: int, device: str) -> Race:
         return work.over(shapes, functools.partial(rule, least=True, **options))
 
     contenders = {
-        "torch Muon": Contender(torch_muon, work.over(shapes, work.muon)),
-        "linear": Contender(deep("linear"), least(work.linear)),
-        "delta": Contender(deep("delta"), least(work.delta)),
-        "mlp": Contender(deep("mlp"), least(work.mlp)),
-        "covariance": Contender(
+        "torch Muon": RacedOptimizer(torch_muon, work.over(shapes, work.muon)),
+        "linear": RacedOptimizer(deep("linear"), least(work.linear)),
+        "delta": RacedOptimizer(deep("delta"), least(work.delta)),
+        "mlp": RacedOptimizer(deep("mlp"), least(work.mlp)),
+        "covariance": RacedOptimizer(
             deep("covariance"), least(work.covariance, split=device != "cpu"), work.PERIOD
         ),
-        "M3": Contender(m3, least(work.m3), work.PERIOD),
+        "M3": RacedOptimizer(m3, least(work.m3), work.PERIOD),
     }
     limits = {"linear": 0.60, "delta": 0.70, "mlp": 0.90, "covariance": 1.20}
-    goals = [Goal(name, "torch Muon", limit) for name, limit in limits.items()]
+    goals = [SpeedGoal(name, "torch Muon", limit) for name, limit in limits.items()]
     return Race(title, shapes, contenders, goals=goals)
 
 
 def against_compiled(race: Race) -> Race:
     """The same matrices, beside a Muon that inductor compiles, which takes its time to do so."""
-    muon = Contender(lambda p: CompiledMuon(p, lr=LR), race.contenders["torch Muon"].work)
+    muon = RacedOptimizer(lambda p: CompiledMuon(p, lr=LR), race.contenders["torch Muon"].work)
     ours = {name: race.contenders[name] for name in ("linear", "delta")}
     return Race(race.title, race.shapes, {"compiled Muon": muon, **ours})
 
@@ -117,11 +117,6 @@ def races(quick: bool = False, device: str = "cuda") -> dict[str, Race]:
             "matrices of 12 of GPT-2-XL's 48 layers, 369 M parameters", *xl, device
         ),
     }
-
-
-def predicted_seconds(phases: Work, rates: Rates) -> float:
-    """What bytes and FLOPs allow at these rates."""
-    return work.roofline_seconds(phases, rates)
 
 
 def write_line(folder: Path, line: Mapping[str, Any]) -> None:

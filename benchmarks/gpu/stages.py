@@ -30,13 +30,13 @@ class Stage:
     """A part of the run.
 
     Args:
-        name: by which it is asked for, and its log is called.
-        what: it shows, in a few words.
-        command: with "{out}" for the folder of the results.
+        name: the stage's name, also that of its log.
+        what: what it shows, in a few words.
+        command: the command; "{out}" stands for the folder of the results.
         seconds: its time limit.
         rehearsal: the command in a rehearsal.
-        environment: more variables.
-        needs: a program or a variable of the environment, without which it is left out.
+        environment: additional environment variables.
+        needs: a program or environment variable without which the stage is skipped.
         expected: how it must end.
     """
 
@@ -73,7 +73,6 @@ def timing(name: str, *races: str, quick: bool = False) -> list[str]:
 ON_GPU = [
     "tests/optim/test_on_gpu.py", "tests/hope/test_on_gpu.py", "tests/distributed/test_on_gpu.py",
 ]  # fmt: skip
-# Made under a mode that torch.compile does not look through.
 CONTRACT = "tests/optim/contract"
 SANITIZED = ["tests/ops/test_parity.py", "-k", "same_bit_for_bit and (cuda or triton)"]
 MANY_CORES = ("gpt2-small", "adamw-large")
@@ -114,7 +113,6 @@ STAGES = (
         pytest("tests/triton/test_on_gpu.py", "tests/ops/test_cuda.py", jobs=4),
         90,
         pytest("tests/triton/emulated.py", "-k", "symmetric_product_is"),
-        {},
     ),
     Stage(
         "steps",

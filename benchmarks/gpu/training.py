@@ -17,7 +17,8 @@ from torch.optim import AdamW, Muon
 import deepopt
 from benchmarks import work
 from benchmarks.gpu.clock import Clock, rates
-from benchmarks.gpu.rows import LR, predicted_seconds, write_line
+from benchmarks.gpu.rows import write_line
+from benchmarks.speed.optimizers import LR
 from benchmarks.timing import Quartiles, quartiles
 from benchmarks.transformer import Transformer, TransformerConfig
 from benchmarks.work import Phase, Work
@@ -142,7 +143,7 @@ def gpt2(clock: Clock, quick: bool, folder: Path) -> None:
     machine, tokens = rates(clock, quick), batch[0] * batch[1]
     about = {"kind": "training", "device": clock.device.type, "model": "GPT-2-small"}
     passed = passes(model, config.vocab_size, batch, clock, repeats)
-    predicted = predicted_seconds(passes_work(config, batch), machine)
+    predicted = work.roofline_seconds(passes_work(config, batch), machine)
     found = {"what": "forward and backward", "wall": passed, "predicted": predicted}
     write_line(folder, {**about, **found})
     for name, step in steps(model).items():
@@ -152,7 +153,7 @@ def gpt2(clock: Clock, quick: bool, folder: Path) -> None:
         found = {
             "what": name,
             "wall": seconds,
-            "predicted": predicted_seconds(step_work(config)[name], machine),
+            "predicted": work.roofline_seconds(step_work(config)[name], machine),
             "tokens_per_second": tokens / (passed.median + seconds.median),
             "share_of_half_a_million": seconds.median / (passed.median * STEP_TOKENS / tokens),
         }
@@ -185,7 +186,7 @@ def hope(clock: Clock, quick: bool, folder: Path) -> None:
         found = {
             "what": "forward and backward",
             "wall": passed,
-            "predicted": predicted_seconds(least, machine),
+            "predicted": work.roofline_seconds(least, machine),
             "parameters": sum(param.numel() for param in model.parameters()),
             "tokens_per_second": batch[0] * batch[1] / passed.median,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if clock.on_gpu else None,

@@ -124,14 +124,14 @@ def results(path: Path, setting: Setting) -> Results[Measurement]:
     def measurement(line: dict[str, Any]) -> Measurement:
         return Measurement(Run(line["case"], line["threads"]), line["device"], line["quick"])
 
-    def counts(of: Measurement, line: dict[str, Any]) -> bool:
-        return of.run.case in catalog.CASES and today <= line.items()
+    def counts(measurement: Measurement, line: dict[str, Any]) -> bool:
+        return measurement.run.case in catalog.CASES and today <= line.items()
 
-    return Results([path], measurement, lambda of: path, counts)
+    return Results([path], measurement, lambda _: path, counts)
 
 
-def told(of: Measurement, line: dict[str, Any]) -> str:
-    rows = judged(catalog.CASES[of.run.case], cast(Line, line))
+def describe(measurement: Measurement, line: dict[str, Any]) -> str:
+    rows = judged(catalog.CASES[measurement.run.case], cast(Line, line))
     return "".join(f"\n  {what}: {value} ({bound}): {met}" for what, value, bound, met in rows)
 
 
@@ -169,17 +169,19 @@ def main(argv: Sequence[str]) -> int:
     if arguments.fresh:
         found.forget(asked)
 
-    def measure(of: Measurement) -> dict[str, Any]:
-        threads = of.run.threads
-        return {**execute_apart(of.run, Setting(setting.device, threads, setting.quick))}
+    def measure(measurement: Measurement) -> dict[str, Any]:
+        threads = measurement.run.threads
+        return {**execute_apart(measurement.run, Setting(setting.device, threads, setting.quick))}
 
     # Asked to end, it ends the process of the case too, which would disturb what runs next.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        found.complete(asked, measure, 1, told)
+        found.complete(asked, measure, 1, describe)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if lines := {of.run: cast(Line, line) for of, line in found.lines.items()}:
+        if lines := {
+            measurement.run: cast(Line, line) for measurement, line in found.lines.items()
+        }:
             command = " ".join(["python -m benchmarks speed", *argv])
             (arguments.out / "speed.md").write_text(report(lines, command))
             plot(arguments.out / "speed.png", lines)

@@ -12,7 +12,7 @@ from benchmarks import work
 from benchmarks.timing import Contender
 from benchmarks.work import Work
 from deepopt import DMGD, M3, DeepMomentum
-from deepopt._compat import multiplies_bfloat16_faster
+from deepopt.optim import output_map
 
 Shapes = Sequence[tuple[int, ...]]
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -90,9 +90,8 @@ def deep_adamw(lr: float) -> Make:
 
 
 def products_dtype(m: int, n: int, device: str) -> str:
-    """In which DeepMomentum orthogonalizes."""
-    fast = min(m, n) >= 64 and multiplies_bfloat16_faster(torch.device(device))
-    return "bfloat16" if fast else "float32"
+    """The dtype in which DeepMomentum orthogonalizes a float32 matrix of m x n."""
+    return str(output_map.products_dtype(torch.empty(m, n, device=device))).removeprefix("torch.")
 
 
 def muon_work(m: int, n: int, least: bool) -> Work:

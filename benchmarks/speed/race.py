@@ -32,9 +32,10 @@ def race(
     """Time contenders in turns beside what the machine can do.
 
     Args:
-        factories: of the contenders. Where one of another package raises, its reason is its result.
-        seconds: that it should take.
-        setting: of the run.
+        factories: make the contenders. Where one of another package raises, its reason is its
+            result.
+        seconds: how long the race should take.
+        setting: the run's setting.
         share: names of contenders whose time is to be split into products and the rest.
     """
     device = setting.device

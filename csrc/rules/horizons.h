@@ -36,7 +36,8 @@ struct Horizons {
 
   // Writes the numbers of matrix b. They are computed in double and rounded at the end.
   DEEPOPT_RULE Shares mix(int64_t b, const double* sum) const {
-    constexpr double kEvidence = 0.7, kDoubt = 0.01;  // in deepopt/ops/horizons_write.py, too
+    // As in deepopt/ops/horizons_write.py.
+    constexpr double kCosineRetention = 0.7, kCosineFloor = 0.01;
     constexpr double kTiny = FLT_MIN;
     const int K = scales;
     const double size = norm_of(sum[0]), first = retentions[0], t = step[b];
@@ -44,7 +45,7 @@ struct Horizons {
     for (int k = 0; k < K; ++k) {
       sizes[k] = norm_of(sum[1 + K + k]);
       const double cosine = sum[1 + k] / larger(size, kTiny) / larger(sizes[k], kTiny);
-      foresee[k] = lerp(double(foresight[b * K + k]), clamp(cosine, -1, 1), 1 - kEvidence);
+      foresee[k] = lerp(double(foresight[b * K + k]), clamp(cosine, -1, 1), 1 - kCosineRetention);
       new_foresight[b * K + k] = float(foresee[k]);
       best = k ? larger(foresee[k], best) : foresee[k];
     }
@@ -54,7 +55,7 @@ struct Horizons {
 
     double features[2 * kMostScales + 2];
     for (int k = 0; k < K; ++k) {
-      features[k] = (larger(foresee[k], 0) + kDoubt) / (larger(best, 0) + kDoubt);
+      features[k] = (larger(foresee[k], 0) + kCosineFloor) / (larger(best, 0) + kCosineFloor);
       features[K + 1 + k] = sizes[k] / larger(running, kTiny);
     }
     features[K] = best;

@@ -24,9 +24,9 @@ struct MultiScale {
   };
 
   DEEPOPT_RULE Factors factors(int64_t b) const {
-    constexpr double kFarthest = 4;  // FARTHEST in deepopt/ops/multi_scale_write.py
+    constexpr double kWindowDivisor = 4;  // WINDOW_DIVISOR in deepopt/ops/multi_scale_write.py
     const double before = double(step[b]) - 1, ended = floor(before / double(slow_chunk));
-    const double limit = ended / (ended + kFarthest), kept = limit < beta3 ? limit : beta3;
+    const double limit = ended / (ended + kWindowDivisor), kept = limit < beta3 ? limit : beta3;
     const bool begins = before == ended * double(slow_chunk);
     return {float(retention), float(1 - retention), begins ? float(kept) : 1,
             float((1 - kept) / double(slow_chunk))};

@@ -14,6 +14,16 @@ def sample_batch(
 
     The targets are the tokens shifted by one. The windows are a function of ``seed`` and ``step``
     alone: a step has the same windows whenever it is repeated.
+
+    Args:
+        data: one-dimensional tensor of tokens.
+        batch_size: windows per batch.
+        seq_len: tokens per window.
+        seed: with ``step``, it chooses the windows.
+        step: number of the training step.
+
+    Raises:
+        ValueError: a size below 1, or fewer than ``seq_len + 1`` tokens.
     """
     _check(data, batch_size, seq_len)
     # Python hashes a string seed, so that neighboring seeds and steps are unrelated.
@@ -29,6 +39,15 @@ def evaluation_batches(
 
     They come as (tokens, targets) like those of :func:`sample_batch`, in batches of ``batch_size``;
     the last batch can be smaller.
+
+    Args:
+        data: one-dimensional tensor of tokens.
+        batch_size: windows per batch.
+        seq_len: tokens per window.
+        windows: the most windows in all.
+
+    Raises:
+        ValueError: a size below 1, or fewer than ``seq_len + 1`` tokens.
     """
     _check(data, batch_size, seq_len)
     room = (len(data) - 1) // seq_len

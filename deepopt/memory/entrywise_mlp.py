@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepopt._arguments import check_fields
-from deepopt.memory.horizons import check_phi
+from deepopt.memory.horizons import average_keys, check_phi
 from deepopt.memory.linear import Linear
 from deepopt.ops import coordinate_mlp, coordinate_mlp_gradient, root_mean_square
 
@@ -65,8 +65,8 @@ class EntrywiseMLP:
     State: 1 + len(time_scales) floats per parameter, 2 by default, and twice the numbers of φ₀ per
     matrix, 48 by default.
 
-    Cost per parameter, with H units and F averages: about H (2 F + 20) FLOPs, 192 by default, 19 of
-    them for each tanh; learning adds H (4 F + 25).
+    Cost per parameter, with H units and F averages: about H (2 F + 22) FLOPs, 208 by default, 21 of
+    them for each tanh; learning adds about H (4 F + 26).
 
     Raises:
         ValueError: an argument outside its range, or a ``phi`` that does not fit the time scales.
@@ -102,14 +102,14 @@ class EntrywiseMLP:
     def init(self, like: Tensor) -> dict[str, Tensor]:
         phi = self._initial_weights.to(like)
         phi = phi.expand(len(like), *phi.shape)
-        averages = {key: torch.zeros_like(like) for key in self._averages}
+        averages = {key: torch.zeros_like(like) for key in average_keys(self.time_scales)}
         return {**averages, "phi": phi.clone(), "phi0": phi.clone()}
 
     def write(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> None:
         if self.inner_lr > 0:
             state["phi"] = self._learned(state, grad)
         retentions = (retention, *self.time_scales)
-        for key, kept in zip(self._averages, retentions, strict=True):
+        for key, kept in zip(average_keys(self.time_scales), retentions, strict=True):
             state[key] = state[key].lerp(grad, 1 - kept)
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
@@ -123,13 +123,9 @@ class EntrywiseMLP:
             return untrained_weights(1 + len(self.time_scales))
         return torch.tensor(self.phi, dtype=torch.float32, device="cpu")
 
-    @property
-    def _averages(self) -> list[str]:
-        return ["momentum", *(f"average_{index}" for index, _ in enumerate(self.time_scales))]
-
     def _keys(self, state: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """The averages, and the factors (B, F) that make keys of them."""
-        averages = [state[key] for key in self._averages]
+        averages = [state[key] for key in average_keys(self.time_scales)]
         tiny = torch.finfo(averages[0].dtype).tiny
         sizes = torch.stack([root_mean_square(x) for x in averages], 1)
         return averages, sizes.clamp_min(tiny).reciprocal()

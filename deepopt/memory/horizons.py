@@ -77,17 +77,14 @@ class Horizons:
     def _units(self) -> Sequence[Sequence[float]]:
         return PHI0 if self.phi is None else self.phi
 
-    @property
-    def _averages(self) -> list[str]:
-        return ["momentum", *(f"average_{index}" for index, _ in enumerate(self.time_scales))]
-
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        scales = len(self._averages)
+        keys = average_keys(self.time_scales)
+        scales = len(keys)
         phi = like.new_empty(len(self._units), width(scales))
         if self._units and not like.is_meta:
             phi.copy_(torch.tensor(self._units, dtype=torch.float64, device="cpu"))
         return {
-            **{key: torch.zeros_like(like) for key in self._averages},
+            **{key: torch.zeros_like(like) for key in keys},
             "phi": phi.expand(len(like), *phi.shape).clone(),
             "foresight": like.new_zeros(len(like), scales),
             "grad_size": like.new_zeros(len(like)),
@@ -97,8 +94,9 @@ class Horizons:
     def write_and_read(
         self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
     ) -> Tensor:
+        keys = average_keys(self.time_scales)
         *averages, state["foresight"], state["grad_size"], state["weights"], read = horizons_write(
-            [state[key] for key in self._averages],
+            [state[key] for key in keys],
             grad,
             state["foresight"],
             state["grad_size"],
@@ -106,7 +104,7 @@ class Horizons:
             state["step"].to(grad, non_blocking=True),
             [retention, *self.time_scales],
         )
-        state.update(zip(self._averages, averages, strict=True))
+        state.update(zip(keys, averages, strict=True))
         return read
 
     def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,6 +114,11 @@ class Horizons:
             f"weight of {kept:g}": weight
             for kept, weight in zip(self.time_scales, weights, strict=True)
         }
+
+
+def average_keys(time_scales: Sequence[float]) -> list[str]:
+    """The names that the averages have in a state, the momentum first."""
+    return ["momentum", *(f"average_{index}" for index, _ in enumerate(time_scales))]
 
 
 def check_phi(phi: Sequence[Sequence[float]], needed: int, time_scales: Sequence[float]) -> None:

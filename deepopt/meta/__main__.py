@@ -25,7 +25,7 @@ from deepopt.meta.tasks import KINDS, USUAL_KINDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Search, or go on with a search, and write what was found; 0."""
+    """Run or resume a search and write its results; returns 0."""
     default = Evolution()
     parser = argparse.ArgumentParser(
         "python -m deepopt.meta",
@@ -143,7 +143,7 @@ def picture(log: Log, path: Path) -> None:
     ]
     axes.plot([line["number"] for line in lines], smooth)
     axes.axhline(0, color="0.5", linestyle=":")
-    axes.set(xlabel="generation", ylabel="log loss less the best linear one's")
+    axes.set(xlabel="generation", ylabel="log loss minus the best linear memory's")
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

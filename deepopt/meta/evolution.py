@@ -102,7 +102,7 @@ class Baseline:
 
 
 class Log:
-    """A file of JSON lines that a run adds to, and goes on from.
+    """A file of JSON lines that a run appends to and resumes from.
 
     Args:
         path: the file. A last line that an interruption has torn is dropped.
@@ -130,19 +130,19 @@ class Evolution:
     """A search for φ: the same arguments and seed give the same φ on the same kind of processor.
 
     The log is the checkpoint. It has the values of all candidates of every generation, and telling
-    them to CMA-ES again brings it back to where it was. Another processor, or another number of
-    threads, rounds otherwise, and a search can go another way there.
+    them to CMA-ES again brings it back to where it was. Another processor or number of threads
+    rounds differently, so that a search can take another course there.
 
     Args:
         memory: a key of ``SEARCHED``.
         time_scales: retentions of the averages besides the momentum's own; gains have none.
-        units: of the MLP; None for as many as the memory has by default.
+        units: the MLP's units; None for as many as the memory has by default.
         population: candidates of a generation, trained side by side; two at least.
         pool: tasks to draw from.
         tasks: tasks of a generation, the same for all candidates.
         steps: the range of the length of a run.
         kinds: kinds of tasks to learn from; validation takes the usual ones, whatever these are.
-        seed: of the search.
+        seed: the seed of the search.
 
     Raises:
         ValueError: an argument out of range.
@@ -206,7 +206,7 @@ class Evolution:
                     )
                 values = finished[number]["values"]
             else:
-                chosen = self.chosen(number)
+                chosen = self.tasks_of(number)
                 phis = torch.stack([torch.from_numpy(x) for x in candidates])
                 losses = [self.relative(task, phis, log) for task in chosen]
                 values = torch.stack(losses).mean(0).tolist()
@@ -241,7 +241,7 @@ class Evolution:
                 "another folder or the same arguments"
             )
 
-    def chosen(self, generation: int) -> list[Task]:
+    def tasks_of(self, generation: int) -> list[Task]:
         """The tasks of a generation: the pool in random order, shuffled anew for every pass."""
         order = list(range(self.pool))
         rounds, place = divmod(generation * self.tasks, self.pool)

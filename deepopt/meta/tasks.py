@@ -36,16 +36,16 @@ class Task:
         kind: "regression" and "classification" learn random networks, "language" a Markov chain
             of second order with a Transformer, "hope" the same with a Hope, "images" which of ten
             patterns is in an image, with a convolutional network.
-        seed: of its data and its initial weights.
+        seed: the seed of the data and the initial weights.
         dim: width of the network.
         layers: hidden layers, convolutions, or blocks of a Transformer or a Hope.
         batch_size: examples, images, or sequences of 16 tokens.
         noise: standard deviation of the answers' noise, or the share of random answers.
         period: steps until the next of three regimes, which recur; 0 for a single regime.
-        steps: of training. With regimes the rate stays constant, without it decays to zero.
-        scale: the matrices lie at 1/scale to scale times their usual size, the first one to the
-            last, and the network divides them by that again: another parameterization of the same
-            function, in which one learning rate is not the same for all.
+        steps: training steps. With regimes the rate stays constant, without it decays to zero.
+        scale: the matrices are multiplied by factors from 1/scale (the first) to scale (the last),
+            and the network divides by them again. The function is the same, but one learning rate
+            means different step sizes for different matrices.
     """
 
     kind: str

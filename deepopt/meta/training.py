@@ -34,12 +34,13 @@ def train(
 
     Args:
         task: what is learned.
-        memory: of the matrices' gradients.
+        memory: the memory of the matrices' gradients.
         lr: the matrices' peak learning rate.
         beta: the memory's retention (default: 0.9).
         phis: the candidates, (P, ...), for the state entry "phi"; None for the memory as it is, and
             P = 1 (default: None).
-        gains: of the matrices' updates after Newton-Schulz; None for none (default: None).
+        gains: gains applied to the matrices' updates after Newton-Schulz; None for none
+            (default: None).
     """
     count = 1 if phis is None else len(phis)
     params = {

@@ -2,7 +2,7 @@
 
 import argparse
 
-import deepopt.hope.fused  # noqa: F401 - an operator that lies with its reference
+import deepopt.hope  # noqa: F401 - registers Hope's operators
 from deepopt._output import outlive_readers
 from deepopt._table import in_columns
 from deepopt.ops import operator as choice

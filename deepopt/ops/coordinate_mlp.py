@@ -47,7 +47,7 @@ def coordinate_mlp(
     Returns:
         Shape (B, m, n).
 
-    Cost: H (2 F + 20) + F + 21 FLOPs per entry, 19 of them for each tanh; one read of every tensor
+    Cost: about H (2 F + 22) FLOPs per entry, 21 of them for each tanh; one read of every tensor
     and one write.
     """
     value = _value(_scaled(features, scales), weights)
@@ -82,7 +82,7 @@ def coordinate_mlp_gradient(
     Returns:
         Shape (B, H, F + 1).
 
-    Cost: H (4 F + 25) + F + 27 FLOPs per entry; one read of every tensor.
+    Cost: about H (4 F + 26) FLOPs per entry; one read of every tensor.
     """
     keys = _scaled(features, scales)
     reach, unit = reach[:, None, None], unit[:, None, None]

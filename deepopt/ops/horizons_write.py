@@ -9,9 +9,9 @@ from deepopt.ops.combine import combine
 from deepopt.ops.norms import frobenius, running_root
 from deepopt.ops.operator import operator
 
-EVIDENCE = 0.7
+COSINE_RETENTION = 0.7
 """Retention of the running cosines: short, so that a change shows within three steps."""
-DOUBT = 0.01
+COSINE_FLOOR = 0.01
 """Added to the cosines, so that all averages count the same if none predicts the gradient."""
 MOST_SCALES = 8
 """Averages that the kernels take: kMostScales in csrc/rules/horizons.h."""
@@ -69,7 +69,7 @@ def horizons_write(
     products = torch.stack([torch.linalg.vecdot(unit, x.flatten(1)) for x in averages], 1)
     cosines = products / sizes.clamp_min(tiny) * lift[:, None]
     cosines = cosines.clamp(-1.0, 1.0)  # norms that overflow count as the largest float
-    foresight = foresight.lerp(cosines, 1 - EVIDENCE)
+    foresight = foresight.lerp(cosines, 1 - COSINE_RETENTION)
     grad_size = running_root(grad_size, size, 1 - first_retention)
     features = _features(foresight, sizes / grad_size.clamp_min(tiny)[:, None], step)
     weights = mixing_weights(phi, features)
@@ -88,7 +88,7 @@ def horizons_write(
 def _features(foresight: Tensor, sizes: Tensor, step: Tensor) -> Tensor:
     """What the MLP sees, shape (B, 2K + 2)."""
     best = foresight.amax(1, keepdim=True)
-    trust = (foresight.clamp_min(0) + DOUBT) / (best.clamp_min(0) + DOUBT)
+    trust = (foresight.clamp_min(0) + COSINE_FLOOR) / (best.clamp_min(0) + COSINE_FLOOR)
     return torch.cat([trust, best, sizes, step.log10()[:, None] / 3], 1)
 
 

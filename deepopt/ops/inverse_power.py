@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepopt.ops.operator import operator
+from deepopt.ops.ridge import widened
 
 SQUARINGS = 10
 """How often C is squared to estimate its largest eigenvalue.
@@ -153,7 +154,6 @@ def newton_coefficients(
 def _relative(gram: Tensor) -> Tensor:
     """``gram`` over its norm, in float64 if the device has it; zero if ``gram`` is not finite."""
     finite = gram.isfinite().all(-1).all(-1)[:, None, None]
-    wide = torch.where(finite, gram, torch.zeros_like(gram))
-    wide = wide if gram.device.type == "mps" else wide.double()
+    wide = widened(torch.where(finite, gram, torch.zeros_like(gram)))
     norm = torch.linalg.matrix_norm(wide, keepdim=True)
     return wide / norm.clamp_min(torch.finfo(gram.dtype).tiny)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from deepopt.ops.operator import operator
 
-FARTHEST = 4
-"""The slow momentum averages over at most the last 1/FARTHEST of the run so far."""
+WINDOW_DIVISOR = 4
+"""The slow momentum averages over at most the last 1/WINDOW_DIVISOR of the run so far."""
 
 
 @operator(
@@ -58,7 +58,7 @@ def multi_scale_write(
         RuntimeError: (from kernels) tensors that do not fit each other.
     """
     ended = torch.floor((step - 1) / slow_chunk)  # k, the chunks that have ended
-    slow_retention = (ended / (ended + FARTHEST)).clamp_max(beta3)
+    slow_retention = (ended / (ended + WINDOW_DIVISOR)).clamp_max(beta3)
     decay = torch.where((step - 1) % slow_chunk == 0, slow_retention, 1.0)
     share = (1 - slow_retention) / slow_chunk
     momentum = momentum.lerp(grad, 1 - retention)

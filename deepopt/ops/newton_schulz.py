@@ -36,7 +36,7 @@ def newton_schulz(matrices: Tensor, coefficients: Coefficients, dtype: torch.dty
     Args:
         matrices: shape (..., m, n).
         coefficients: (a, b, c) of each step, as from :func:`polar_express`.
-        dtype: in which the products are computed.
+        dtype: the dtype of the products.
 
     Returns:
         A new tensor like ``matrices``, in its dtype.

@@ -358,10 +358,9 @@ def _warn_of_missing() -> None:
     _warned_of_missing = True
     warn(
         f"deepopt runs without its kernels for the CPU, which makes its steps slower: "
-        f"{UNAVAILABLE['cpu']}. Install torch 2.10 or later and a C++ compiler, and then deepopt "
-        "again from where it came from: pip install --no-build-isolation --no-deps "
-        "--force-reinstall SOURCE. To go on without them and hear no more of it, set "
-        "DEEPOPT_BACKEND=reference"
+        f"{UNAVAILABLE['cpu']}. Install torch 2.10 or later and a C++ compiler, then reinstall "
+        "deepopt: pip install --no-build-isolation --no-deps --force-reinstall SOURCE. To silence "
+        "this warning and run without kernels, set DEEPOPT_BACKEND=reference"
     )
 
 

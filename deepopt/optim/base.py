@@ -32,7 +32,6 @@ from deepopt._compat import (
     count_function_modes,
     disable_dynamo,
     graph_capture_health_check,
-    is_distributed,
     scalar_dtype,
     use_grad_for_differentiable,
     without_function_mode,
@@ -49,13 +48,13 @@ from deepopt.optim.engine.buckets import (
     Batch,
     Bucket,
     Group,
-    Parts,
     SortedGroup,
+    UpdateRule,
     batched,
     check_dicts,
     check_gradients,
-    check_kept,
     check_lows,
+    check_same_layout,
     check_states,
     distribute,
     make_buckets,
@@ -83,7 +82,7 @@ class MemoryOptimizer(Optimizer):
     parameter is AdamW's. Entries that the user adds are kept, saved and loaded.
     """
 
-    _least_dims: ClassVar[dict[str, int]] = {"matrix": 2, "stack": 3}
+    _min_dims: ClassVar[dict[str, int]] = {"matrix": 2, "stack": 3}
     """Fewest dimensions of a parameter on a path; with 0, a vector is a matrix of one column."""
     _objects: ClassVar[tuple[str, ...]] = ("memory",)
     """Arguments that can be objects or functions: a checkpoint stores their descriptions."""
@@ -114,7 +113,7 @@ class MemoryOptimizer(Optimizer):
         self._check_group(defaults)  # before anything else: torch's order, and its messages
         super().__init__(params, {"split": 1, **defaults})
         checkpoint.describe_when_saved(self)
-        if self._least_dims["matrix"]:  # rules that step vectors too may step embeddings
+        if self._min_dims["matrix"]:  # rules that step vectors too may step embeddings
             routing.warn_of_groups(self.param_groups)
 
     # -- for the subclasses ------------------------------------------------------------------
@@ -195,7 +194,7 @@ class MemoryOptimizer(Optimizer):
         try:
             self._check_group(group)
             check_dtypes(group)
-            routing.check_group(group, self._least_dims)
+            routing.check_group(group, self._min_dims)
         except Exception:
             self.param_groups.pop()
             raise
@@ -207,25 +206,28 @@ class MemoryOptimizer(Optimizer):
         lines = [line for line in lines if not line.startswith(in_routing)]
         return "\n".join([*lines, "Routing:", *routing.describe(self.param_groups)])
 
-    def _parts(self, group: Group) -> Parts:
+    def _update_rule(self, group: Group) -> UpdateRule:
         """The group's memory and output map, rebuilt only when one of their arguments changes."""
-        parts = self._parts_cache.get(id(group))
-        if parts is None or not parts.are_current(group):
+        rule = self._rule_cache.get(id(group))
+        if rule is None or not rule.are_current(group):
             recording = _RecordingGroup(group)
-            parts = Parts(self._memory(recording), self._output_map(recording), recording.read, {})
-            self._parts_cache[id(group)] = parts
-        return parts
+            memory, output_map = self._memory(recording), self._output_map(recording)
+            rule = UpdateRule(memory, output_map, recording.read, {})
+            self._rule_cache[id(group)] = rule
+        return rule
 
     def _clear_caches(self) -> None:
         """Forget everything that was derived from the groups."""
         # All are keyed by the id of a group, because a dict has no hash.
-        self._parts_cache: dict[int, Parts] = {}
+        self._rule_cache: dict[int, UpdateRule] = {}
         self._sorted_cache: dict[int, SortedGroup] = {}
         self._checked_values: dict[int, list[Any]] = {}  # which passed _check_group
 
     # -- diagnostics -------------------------------------------------------------------------
 
-    def diagnostics(self, spread: bool = False) -> AbstractContextManager[dict[str, Diagnosis]]:
+    def diagnostics(
+        self, condition_number: bool = False
+    ) -> AbstractContextManager[dict[str, Diagnosis]]:
         """Record what the steps inside do to every parameter: sizes, directions, erasure::
 
             with optimizer.diagnostics() as seen:
@@ -235,7 +237,7 @@ class MemoryOptimizer(Optimizer):
                     writer.add_scalar(f"{key}/{name}", value, number)
 
         Args:
-            spread: also compute the singular values of matrix updates, which takes one
+            condition_number: also compute the condition numbers of matrix updates, which takes one
                 decomposition per matrix (default: False).
 
         Returns:
@@ -245,11 +247,11 @@ class MemoryOptimizer(Optimizer):
         Cost: none outside of the context. Inside, all parameters are copied, and they and their
         gradients are moved to the host, which waits for the device.
         """
-        return watch(self, spread)
+        return watch(self, condition_number)
 
     def _report(self, group: Group, param: Tensor, route: routing.Route) -> dict[str, Tensor]:
         """What the memory says about itself for one parameter."""
-        report = getattr(self._parts(group).memory, "report", None)
+        report = getattr(self._update_rule(group).memory, "report", None)
         if report is None or route.path == "elementwise" or not param.numel():
             return {}
         return report(self.state[param])
@@ -322,19 +324,19 @@ class MemoryOptimizer(Optimizer):
                 self._check_group(group)
         self._checked_values[id(group)] = values
         cached = self._sorted_cache.get(id(group))
-        sorted_group = SortedGroup.of(group, self._least_dims, cached)
+        sorted_group = SortedGroup.of(group, self._min_dims, cached)
         if sorted_group is not cached:
             self._evict_removed_groups()
             self._sorted_cache[id(group)] = sorted_group
         check_gradients(group, sorted_group, grads, type(self).__name__)
         if transform_gradients and group["path"] != "elementwise":
             grads = self._transform_gradients(grads, group)
-        return make_buckets(group, sorted_group, grads, self._parts(group))
+        return make_buckets(group, sorted_group, grads, self._update_rule(group))
 
     def _evict_removed_groups(self) -> None:
         # The id of a removed group may be given to a new one.
         ids = set(map(id, self.param_groups))
-        caches: list[dict[int, Any]] = [self._parts_cache, self._sorted_cache, self._checked_values]
+        caches: list[dict[int, Any]] = [self._rule_cache, self._sorted_cache, self._checked_values]
         for cache in caches:
             for key in cache.keys() - ids:
                 del cache[key]
@@ -344,7 +346,7 @@ class MemoryOptimizer(Optimizer):
     ) -> None:
         """Step all parameters in place; where ``found_inf`` is 1 nothing changes."""
         states_by_bucket = self._states(buckets, states)
-        if found_inf is not None and is_distributed(found_inf):
+        if found_inf is not None:
             found_inf = sharding.whole(found_inf)
         local: Batch = []
         across_ranks: Batch = []
@@ -384,11 +386,13 @@ class MemoryOptimizer(Optimizer):
             # A state without "step" is empty, or holds entries of the user's alone.
             begun = list(map(operator.contains, found, itertools.repeat("step")))
             if all(begun):
-                check_states(bucket, found, self._keys(bucket))
+                check_states(bucket, found, self._state_layout(bucket))
             else:
                 old = list(itertools.compress(range(len(found)), begun))
                 if old:
-                    check_states(part_of(bucket, old), [found[i] for i in old], self._keys(bucket))
+                    check_states(
+                        part_of(bucket, old), [found[i] for i in old], self._state_layout(bucket)
+                    )
                 new = [i for i, has_step in enumerate(begun) if not has_step]
                 unstepped = part_of(bucket, new)
                 if bucket.group["rounding"] == "exact":
@@ -418,24 +422,24 @@ class MemoryOptimizer(Optimizer):
             sharding.init(
                 sharding.ShardedBucket.of(bucket, states),
                 [self._expected_state(param, route, group) for param in params],
-                lambda like: _init(bucket.parts, like),
+                lambda like: _init(bucket.rule, like),
             )
             return states
         counts = [param.numel() // math.prod(kind.sides) for param in params]
         like = torch.empty(sum(counts), *kind.sides, dtype=kind.state_dtype, device=kind.device)
-        for key, tensor in _init(bucket.parts, like).items():
+        for key, tensor in _init(bucket.rule, like).items():
             distribute(tensor, states, key, counts)
         return states
 
-    def _keys(self, bucket: Bucket) -> Mapping[str, Tensor]:
+    def _state_layout(self, bucket: Bucket) -> Mapping[str, Tensor]:
         """The state tensors that ``init`` makes, by name; all others are the user's."""
         if bucket.kind.elementwise:
             return adamw_path.KEYS
-        layouts, kind = bucket.parts.layouts, bucket.kind
+        layouts, kind = bucket.rule.layouts, bucket.kind
         layout = (*kind.sides, kind.state_dtype)
-        if layout not in layouts:  # init has not run yet: after a checkpoint, or with new parts
+        if layout not in layouts:  # init has not run yet: after a checkpoint, or with a new rule
             like = torch.empty(1, *kind.sides, dtype=kind.state_dtype, device="meta")
-            _init(bucket.parts, like)  # for its record in `layouts`
+            _init(bucket.rule, like)  # for its record in `layouts`
         return layouts[layout]
 
     def _expected_state(
@@ -447,7 +451,7 @@ class MemoryOptimizer(Optimizer):
         if route.path == "elementwise" or not param.numel():
             return {**expected, **dict.fromkeys(adamw_path.KEYS, like)}
         rows = routing.matrices(like, route.path, route.split)
-        return {**expected, **_init(self._parts(group), rows)}
+        return {**expected, **_init(self._update_rule(group), rows)}
 
     # -- matrices ----------------------------------------------------------------------------
 
@@ -498,7 +502,9 @@ class MemoryOptimizer(Optimizer):
         counts = list(map(len, grads))
         grad = torch.cat(grads) if len(grads) > 1 else grads[0]
         grad = grad.to(kind.state_dtype)
-        with stacked(states, self._keys(bucket), counts, bucket.group["differentiable"]) as state:
+        with stacked(
+            states, self._state_layout(bucket), counts, bucket.group["differentiable"]
+        ) as state:
             state["step"] = step
             update = _advance(bucket, state, grad, found_inf)
         if len(params) == 1:
@@ -513,7 +519,7 @@ class MemoryOptimizer(Optimizer):
         def advance(index: int, state: State, grad: Tensor) -> Tensor:
             before = dict(state)
             update = _advance(buckets[index], state, grad, found_inf)
-            check_kept(before, state)
+            check_same_layout(before, state)
             return update
 
         sharding.step(
@@ -601,8 +607,8 @@ def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | Non
         # gradient of zero, and the old state is put back below.
         skip = skips(found_inf, grad.device)
         grad = torch.where(skip, torch.zeros_like(grad), grad)
-    parts, betas = bucket.parts, bucket.group["betas"]
-    memory: Any = parts.memory
+    betas = bucket.group["betas"]
+    memory: Any = bucket.rule.memory
     if one_pass := getattr(memory, "write_and_read", None):
         momentum = one_pass(state, grad, betas[0])
     else:
@@ -614,7 +620,7 @@ def _advance(bucket: Bucket, state: State, grad: Tensor, found_inf: Tensor | Non
             f"{momentum.dtype} for gradients of shape {tuple(grad.shape)} and {grad.dtype}; both "
             "must agree"
         )
-    update = parts.output_map(momentum, state, grad, betas)
+    update = bucket.rule.output_map(momentum, state, grad, betas)
     if unknown := state.keys() - before.keys():
         raise ValueError(f"state {sorted(unknown)} was not made by init, so it would be lost")
     if found_inf is not None:
@@ -639,13 +645,13 @@ class _RecordingGroup(dict[str, Any]):
         return super().get(key, default)
 
 
-def _init(parts: Parts, like: Tensor) -> State:
+def _init(rule: UpdateRule, like: Tensor) -> State:
     """State for matrices ``like``, shape (B, m, n): tensors with leading size B.
 
-    ``parts.layouts`` also gets what one matrix's state looks like.
+    ``rule.layouts`` also gets what one matrix's state looks like.
     """
-    state = dict(parts.memory.init(like))
-    map_state = parts.output_map.init(like)
+    state = dict(rule.memory.init(like))
+    map_state = rule.output_map.init(like)
     if clashes := state.keys() & {*RESERVED_KEYS, *map_state}:
         raise ValueError(
             f"Invalid memory: its state must not use the names {clashes}, which belong to the "
@@ -658,7 +664,7 @@ def _init(parts: Parts, like: Tensor) -> State:
                 f"state {key!r} must be a tensor of leading size {len(like)}, one row per "
                 f"matrix, but is {getattr(tensor, 'shape', tensor)!r}"
             )
-    parts.layouts[like.shape[1], like.shape[2], like.dtype] = {
+    rule.layouts[like.shape[1], like.shape[2], like.dtype] = {
         key: torch.empty(1, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
         for key, tensor in state.items()
     }

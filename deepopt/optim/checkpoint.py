@@ -145,8 +145,8 @@ def _check_incoming(optimizer: "MemoryOptimizer", incoming: dict[str, Any]) -> N
     cls = type(optimizer).__name__
     if (saved_by := incoming.get("optimizer", cls)) != cls:
         raise ValueError(
-            f"the checkpoint is of {saved_by}, the optimizer is of {cls}: make an optimizer of the "
-            "checkpoint's class"
+            f"the checkpoint is from {saved_by}, but the optimizer is {cls}: use the checkpoint's "
+            "class"
         )
     for mine, theirs in zip(optimizer.param_groups, incoming["param_groups"], strict=False):
         if "path" not in theirs and not incoming["state"]:
@@ -173,7 +173,7 @@ def _check_incoming(optimizer: "MemoryOptimizer", incoming: dict[str, Any]) -> N
             )
         group = {**mine, **theirs, "params": mine["params"], **own_objects}
         optimizer._check_group(group)
-        routing.check_group(group, optimizer._least_dims)
+        routing.check_group(group, optimizer._min_dims)
         for index, (param, name, route) in zip(
             theirs["params"], routing.routed(group), strict=True
         ):

@@ -23,7 +23,7 @@ class Continuum(Optimizer):
     r"""Continuum memory system: parameters that learn at different frequencies (Eq 70 and Eq 71).
 
     A parameter group with a ``chunk`` of C learns at every C-th step only, from all the gradients
-    of its chunk; in between it rests, so that what it knows outlasts what the faster groups forget:
+    of its chunk. In between it does not change, so it keeps what faster groups forget:
 
     .. math::
         \theta_{i+1} = \begin{cases}
@@ -374,7 +374,7 @@ class Continuum(Optimizer):
 
 
 def _check(group: Group) -> None:
-    for name, of in (
+    for name, unit in (
         ("chunk", "steps or tokens"), ("tokens", "tokens in a step"), ("lifetime", "tokens"),
     ):  # fmt: skip
         value = group[name]
@@ -382,7 +382,7 @@ def _check(group: Group) -> None:
             continue
         if not is_int(value) or value < 1:
             raise ValueError(
-                f"Invalid {name}: {value!r}; it must be a whole number of {of}, at least 1"
+                f"Invalid {name}: {value!r}; it must be a whole number of {unit}, at least 1"
             )
     if group["reduce"] not in REDUCTIONS:
         raise ValueError(f"Invalid reduce: {group['reduce']!r}; choose from {REDUCTIONS}")

@@ -3,7 +3,7 @@
 Plain gradient descent (Eq 7, Eq 8, Eq 9, Eq 29, Eq 30, Eq 31, Eq 58) adds the outer product of a
 local error and a layer's input to the weight. Here the weight is regressed on its inputs (Eq 54,
 Eq 55, Eq 56, Eq 57; their derivation is Eq 112, Eq 113, Eq 114, Eq 115, Eq 116, Eq 117, Eq 118,
-Eq 119, Eq 120, Eq 121): see ``_toward_regression``.
+Eq 119, Eq 120, Eq 121): see ``_regression_step``.
 """
 
 from collections.abc import Sequence
@@ -49,28 +49,28 @@ class DeltaGradientDescent(MemoryOptimizer):
     For one input and d = 1 the first two are Eq 56's exact solution for every :math:`\|x\|`; the
     third, as printed, is so for :math:`\|x\| = 1` alone, and diverges where
     :math:`\gamma' d\, \lambda_{\max}(C) > 2`. The first two are stable for every rate; "implicit"
-    shortens the step only along the inputs, "scalar" everywhere, and solves no linear system. What
-    the gradient lost in rounding lies across them too: there "implicit" leaves it, times gamma, as
-    plain gradient descent does.
+    shortens the step only along the inputs, "scalar" everywhere, and solves no linear system.
+    Rounding errors of the gradient also have components orthogonal to the inputs. "implicit" leaves
+    those, times gamma, as plain gradient descent does.
 
     **Not the loss's minimum.** With d = 1 the fixed point for :math:`\frac12\|Wx - t\|^2` is
     :math:`Wx = t/2`, in general :math:`t/(1+d)`: as printed it is the rule of a memory that has to
-    forget (Hope uses it so). To train by, d is small, and the erasure is a weight decay of size d
-    that knows the inputs: strong along the directions they take, none where they never go.
+    forget (Hope uses it so). For training, use a small d. The erasure is then a weight decay of
+    strength d that acts only along the directions of the inputs.
 
     The gradient holds no inputs: ``deepopt.capture_inputs(model)`` records them. A parameter
-    without (an embedding, say, or all of them in ``deepopt.functional``) and every vector is
-    stepped by plain gradient descent :math:`W - \gamma G`. ``maximize`` turns the gradient's part
-    around, not the erasure. A step in a CUDA graph needs inputs recorded in the same graph.
+    without recorded inputs (an embedding, say, or every parameter in ``deepopt.functional``) and
+    every vector is stepped by plain gradient descent :math:`W - \gamma G`. ``maximize`` negates
+    the gradient, not the erasure. A step in a CUDA graph needs inputs recorded in the same graph.
 
     Args:
         params: as in ``DeepMomentum``; with ``deepopt.param_groups(model)`` embeddings, heads,
-            norms and biases take AdamW, for which a learning rate of their own is due.
+            norms and biases take AdamW, which needs a learning rate of its own.
         lr: learning rate, gamma; a float or a 1-element tensor. It is of the size of torch SGD's,
             which is not AdamW's (default: 1e-3).
         betas: AdamW's, on the element-wise path; the rule itself has no momentum
             (default: (0.9, 0.999)).
-        eps: AdamW's, on the element-wise path (default: 1e-8).
+        eps: AdamW's term in the denominator, on the element-wise path alone (default: 1e-8).
         weight_decay: decoupled weight decay besides the erasure (default: 0).
         rule: "implicit", "scalar" or "literal", as above (default: "implicit").
         decay_scale: d, at least 0; None for 1 with "literal", the paper's value, and for 1e-3
@@ -97,7 +97,7 @@ class DeltaGradientDescent(MemoryOptimizer):
     Eq 57 and App. C.
     """
 
-    _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
+    _min_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _warned = False
     _transforms_gradients = True
 
@@ -158,9 +158,7 @@ class DeltaGradientDescent(MemoryOptimizer):
             return grad
         # base steps against what is returned here, and negates it first to ascend.
         ascend, lr = group["maximize"], group["lr"]
-        step = _toward_regression(
-            -grad if ascend else grad, param, inputs, lr, scale, group["rule"]
-        )
+        step = _regression_step(-grad if ascend else grad, param, inputs, lr, scale, group["rule"])
         return -step if ascend else step
 
     def _step_buckets(
@@ -175,7 +173,7 @@ class DeltaGradientDescent(MemoryOptimizer):
         return GRADIENT
 
 
-def _toward_regression(
+def _regression_step(
     grad: Tensor, param: Tensor, inputs: Tensor, lr: float | Tensor, scale: float, rule: str
 ) -> Tensor:
     """What ``lr`` multiplies: (W_t - W_{t+1}) / lr."""

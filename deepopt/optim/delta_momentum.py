@@ -26,8 +26,8 @@ class DeltaMomentum(MemoryOptimizer):
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma B_t
 
     It is momentum where gradients are small, :math:`\eta\|G\|^2 \ll 1-\alpha`. Where they are large
-    the memory of their own directions fades, and so does the step: a vector's under a steady
-    gradient comes to :math:`B = P G/(1-\alpha+\eta\|G\|^2)`, which is largest for
+    the memory of their own directions fades, and so does the step. For a vector under a constant
+    gradient it converges to :math:`B = P G/(1-\alpha+\eta\|G\|^2)`, which is largest for
     :math:`\eta\|G\|^2 = 1-\alpha`.
 
     - ``rule="implicit"`` is the proximal step on the inner objective and stable for every gradient:
@@ -47,12 +47,12 @@ class DeltaMomentum(MemoryOptimizer):
             for transformers usually from 0.01 to 1, at norm-1 gradient clipping (default: 1e-2).
         betas: retention of the momentum, alpha, and of the preconditioner's running means
             (default: (0.9, 0.999)).
-        eps: of AdamW on the element-wise path alone (default: 1e-8).
+        eps: AdamW's term in the denominator, on the element-wise path alone (default: 1e-8).
         weight_decay: decoupled weight decay, lambda (default: 0).
         rule: "implicit", "derived" or "literal" (default: "implicit").
         inner_lr: eta, at least 0, where 0 is plain momentum; None for ``lr``, schedule and all, as
             in the paper. "literal" has none (default: None).
-        preconditioner: P, as for :class:`PreconditionedMomentum`. A function of one's own is called
+        preconditioner: P, as for :class:`PreconditionedMomentum`. Your own function is called
             with gradients, under "implicit" with :math:`G(I+\eta G^\top G)^{-1}`: the same for
             the paper's P, which acts from the left (default: "identity").
         path: as for :class:`PreconditionedMomentum` (default: "matrix").
@@ -74,7 +74,7 @@ class DeltaMomentum(MemoryOptimizer):
     that is what makes the printed step one of descent.
     """
 
-    _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
+    _min_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("preconditioner",)
 
     def __init__(

@@ -23,11 +23,12 @@ class Diagnosis(NamedTuple):
         update: root mean square of its change, weight decay included.
         ratio: update / parameter; about lr where the optimizer sets the size, and usually between
             1e-4 and 1e-2.
-        cosine: of the change and the direction of descent, from -1 to 1.
+        cosine: the cosine between the change and the direction of descent.
         memory: what the memory reports of itself, by name: "erased", the share of the momentum that
             a step of the delta memory erases; "slow weight", that of M3's slow momentum.
-        spread: largest singular value of the change over its smallest one, the mean over the
-            matrices of the parameter; None unless it was asked for, and on the element-wise path.
+        condition_number: that of the change, its largest singular value over its smallest one, as
+            the mean over the parameter's matrices; None unless it was asked for, and on the
+            element-wise path.
     """
 
     path: str
@@ -36,17 +37,18 @@ class Diagnosis(NamedTuple):
     ratio: float
     cosine: float
     memory: dict[str, float]
-    spread: float | None = None
+    condition_number: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """All numbers by name, as loggers take them."""
         named = {"parameter": self.parameter, "update": self.update, "ratio": self.ratio}
         named |= {"cosine": self.cosine, **self.memory}
-        return named if self.spread is None else {**named, "spread": self.spread}
+        condition = self.condition_number
+        return named if condition is None else {**named, "condition_number": condition}
 
 
 @contextmanager
-def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diagnosis]]:
+def watch(optimizer: "MemoryOptimizer", condition_number: bool) -> Iterator[dict[str, Diagnosis]]:
     """See :meth:`deepopt.DeepMomentum.diagnostics`."""
     diagnoses: dict[str, Diagnosis] = {}
     before: list[Tensor] = []
@@ -68,7 +70,7 @@ def watch(optimizer: "MemoryOptimizer", spread: bool) -> Iterator[dict[str, Diag
             key = name or f"parameter {number}"
             key = f"{key} of group {index}" if key in diagnoses else key
             diagnoses[key] = _diagnose(
-                old, param.detach(), sign * param.grad.detach(), route, report, spread
+                old, param.detach(), sign * param.grad.detach(), route, report, condition_number
             )
         before.clear()
 
@@ -94,7 +96,7 @@ def _diagnose(
     descent: Tensor,
     route: routing.Route,
     report: dict[str, Tensor],
-    spread: bool,
+    condition_number: bool,
 ) -> Diagnosis:
     old, new, descent = (_exact(x) for x in (old, new, descent))
     change = new - old
@@ -103,7 +105,7 @@ def _diagnose(
     unit_change, unit_descent = _scaled(change), _scaled(descent)
     norms = (unit_change.norm() * unit_descent.norm()).item()
     condition = None
-    if spread and route.path != "elementwise" and change.numel():
+    if condition_number and route.path != "elementwise" and change.numel():
         values = torch.linalg.svdvals(routing.matrices(change, route.path, route.split))
         condition = (values[:, 0] / values[:, -1].clamp_min(1e-300)).mean().item()
     return Diagnosis(

@@ -13,12 +13,16 @@ from deepopt.optim.base import Group, MemoryOptimizer, arguments_of
 from deepopt.optim.output_map import Betas, Orthogonal, OutputMap, Rms, State
 
 _OUTPUT_MAPS = ("rms", "newton_schulz", "identity")
+MEMORY_OPTIONS = (
+    "granularity", "objective", "inner_lr", "inner_steps", "feature_map", "preconditioner",
+    "time_scales",
+)  # fmt: skip
 
 ORTHOGONAL = Orthogonal(row_norm=False)
 
 
 class DMGD(MemoryOptimizer):
-    r"""Deep Momentum Gradient Descent: momentum with an MLP, or any module, for a memory.
+    r"""Deep Momentum Gradient Descent: momentum whose memory is an MLP or any other module.
 
     For a matrix W with gradient G, a module m with weights θ, and its key and target u, which is G
     in units of :math:`s_t`:
@@ -33,10 +37,10 @@ class DMGD(MemoryOptimizer):
     The memory is updated first and then read at the same gradient. As printed,
     (``objective="literal"``) L is the sum of m(G), θ₀ = 0 after the first gradient, s = 1 and
     nothing is normalized: that target ignores the sign of the gradient, and the rule is not a
-    descent method. It is here to be looked at, with ``lr=1, weight_decay=0``.
+    descent method. It is here for study, with ``lr=1, weight_decay=0``.
 
     Vectors are matrices of one column, scalars of one entry. All matrices of one shape are trained
-    in one batched call, and each has weights of its own, alike at the start.
+    in one batched call, and each has weights of its own, all initialized alike.
 
     Args:
         params: as for ``torch.optim.AdamW``, or ``deepopt.param_groups(model)``, with which
@@ -98,7 +102,7 @@ class DMGD(MemoryOptimizer):
     Source: Behrouz et al., *Nested Learning*, arXiv 2512.24695 v1, section 4.4.
     """
 
-    _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
+    _min_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("memory", "objective", "feature_map", "preconditioner", "output_map")
 
     def __init__(
@@ -150,24 +154,22 @@ class DMGD(MemoryOptimizer):
 
     def _memory(self, group: Group) -> Module:
         factory = tanh_mlp(group["hidden"]) if group["memory"] == "mlp" else group["memory"]
-        options = ("granularity", "objective", "inner_lr", "inner_steps", "feature_map")
-        more = ("preconditioner", "time_scales")
-        return Module(factory, **{key: group[key] for key in (*options, *more)})
+        return Module(factory, **{key: group[key] for key in MEMORY_OPTIONS})
 
     def _output_map(self, group: Group) -> OutputMap:
         mapping, literal = group["output_map"], group["objective"] == "literal"
         if mapping is None:
             mapping = "identity" if literal else "rms"
         if literal or mapping not in ("rms", "newton_schulz"):
-            return Mapped(mapping)
-        return Recalled(ORTHOGONAL if mapping == "newton_schulz" else Rms())
+            return Unscaled(mapping)
+        return WithoutBiasCorrection(ORTHOGONAL if mapping == "newton_schulz" else Rms())
 
 
 @dataclass(frozen=True)
-class Recalled:
-    """Calls a map with a momentum's retention of 0, which turns its bias correction off.
+class WithoutBiasCorrection:
+    """Calls a map with a momentum retention of 0, which turns its bias correction off.
 
-    A module's recall is no average that starts at zero, so there is no bias to correct.
+    What a module recalls is no average that starts at zero, so it has no such bias.
     """
 
     inner: OutputMap
@@ -180,8 +182,8 @@ class Recalled:
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """A map that does not restore the size of AdamW's update. State: none.
+class Unscaled:
+    """A map whose update is not brought to the size of AdamW's. State: none.
 
     A function is called with the paper's momentum, which has the opposite sign.
     """

@@ -1,4 +1,4 @@
-"""Optimizers as pure functions, for loops of one's own and for derivatives through them.
+"""Optimizers as pure functions, for your own training loops and for derivatives through steps.
 
 Such derivatives are how one level can learn what another begins with (Eq 24, Eq 25, Eq 26, Eq 27,
 Eq 28).

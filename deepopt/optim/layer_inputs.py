@@ -25,8 +25,8 @@ class _Sample:
 
     Attributes:
         limit: the most rows that are kept.
-        groups: of the convolution; 1 for a linear layer.
-        process_group: of the replicas whose rows count too; None without replicas.
+        groups: the convolution's groups; 1 for a linear layer.
+        process_group: the group of replicas whose rows also count; None without replicas.
         rows: (groups, r, n), or None.
         keys: (r,), one per row. If there are more than ``limit`` rows, those with the smallest keys
             are kept.

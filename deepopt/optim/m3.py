@@ -37,13 +37,13 @@ class M3(MemoryOptimizer):
     quarter of the run until :math:`\beta_3` limits it, and
     :math:`\alpha_t = \alpha \min(1, kf/\texttt{ramp})`, times the gate of
     :class:`deepopt.memory.MultiScale` where asked for. :math:`\hat O_t` has the norm of
-    :math:`\text{NS}(\hat M^{(1)}_t)` and normalized rows; they, :math:`c_t` and :math:`a_t`, which
-    is taken from :math:`\hat M^{(1)}_t`, are those of :class:`DeepMomentum`, which ``alpha=0``
-    equals with its linear memory, bit for bit. So AdamW's ``lr`` and ``weight_decay`` carry over,
-    and the slow momentum turns an update but never enlarges it. In the first chunk
-    :math:`O^{(2)}` is zero. With ``mix="pre"`` the gradients of the chunk that has not ended count
-    in :math:`M^{(2)}` already. Embeddings, output heads, norms, biases and tiny matrices take
-    AdamW.
+    :math:`\text{NS}(\hat M^{(1)}_t)` and normalized rows. These rows, :math:`c_t` and :math:`a_t`
+    are computed as in :class:`DeepMomentum`, with :math:`a_t` from :math:`\hat M^{(1)}_t`. With
+    ``alpha=0``, M3 equals ``DeepMomentum(memory="linear")`` bit for bit. So AdamW's ``lr`` and
+    ``weight_decay`` carry over, and the slow momentum turns an update but never enlarges it. In the
+    first chunk :math:`O^{(2)}` is zero. With ``mix="pre"`` the gradients of the chunk that has not
+    ended count in :math:`M^{(2)}` already. Embeddings, output heads, norms, biases and tiny
+    matrices take AdamW.
 
     .. warning::
         ``literal=True`` is Alg. 1 as printed, to show what the paper says and not to train with:
@@ -77,7 +77,7 @@ class M3(MemoryOptimizer):
         mix: "post" adds the orthogonalized momenta and keeps the slow one's, which a ``capturable``
             step computes every time; "pre" orthogonalizes the sum (default: "post").
         ramp: steps until the slow momentum has its whole weight (default: 500).
-        gate: lower the slow momentum's weight where it foresees gradients less well than the fast
+        gate: lower the slow momentum's weight where it predicts gradients less well than the fast
             one does: for abrupt changes of the task. Where gradients are mostly noise it costs
             what the slow momentum gains (default: False).
         literal: Alg. 1 as printed; ``ramp``, ``gate``, ``row_norm``, ``update_rms`` and ``rms_cap``

@@ -37,7 +37,7 @@ class Motion:
     two steps. D is the next slower level of the paper's nesting: an average of steps, as the
     momentum is one of gradients. Ahead it is Nesterov's look-ahead on a slow scale. Behind, with
     b = 1, :math:`\theta` is exactly the exponential moving average of all weights with retention
-    :math:`\gamma`, at no further state::
+    :math:`\gamma`, without additional state::
 
         optimizer = deepopt.DeepMomentum(deepopt.param_groups(model), lr=1e-3)
         motion = deepopt.Motion(optimizer)
@@ -52,8 +52,8 @@ class Motion:
     the weights themselves, and training can go on.
 
     Args:
-        optimizer: any of torch's class, whose steps this joins. It keeps the state. Inside of a
-            :class:`deepopt.Continuum`, give the optimizer that is in it.
+        optimizer: any ``torch.optim.Optimizer``; this hooks into its steps. It keeps the state.
+            Inside of a :class:`deepopt.Continuum`, give the optimizer that is in it.
         retention: gamma, in [0, 1) (default: 0.99).
         ahead: a, in average steps, at least 0 (default: 10).
         average: b, in [0, 1]; 0 evaluates the weights themselves (default: 1).
@@ -67,8 +67,8 @@ class Motion:
             number.
         RuntimeError: an optimizer with ``capturable=True`` or ``differentiable=True``, or one that
             has a ``Motion`` already; a step after :meth:`eval`; a memory in the state that does not
-            fit its parameter, or a parameter with several entries in one place, of which no
-            parameter has moved.
+            fit its parameter, or a parameter with several entries in one place. In these two cases
+            no parameter has moved.
 
     Source: the look-ahead is EMA-Nesterov of modded-nanogpt's optimizer track.
     """
@@ -83,7 +83,7 @@ class Motion:
                 "Invalid optimizer: a Continuum; give Motion the optimizer inside of it"
             )
         if hasattr(optimizer, JOINED):
-            raise RuntimeError("this optimizer has a Motion already: go on with that one")
+            raise RuntimeError("this optimizer has a Motion already: use that one")
         numbers = {"retention": retention, "ahead": ahead, "average": average}
         check_types(typed(Motion.__init__), numbers)
         if not 0.0 <= retention < 1.0:

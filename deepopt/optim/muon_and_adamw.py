@@ -49,9 +49,9 @@ class MuonAndAdamW(Optimizer):
                 "Invalid params: muon is Muon for matrices and AdamW for the rest, and one of the "
                 "two has no parameter; make the other one alone"
             )
-        with_size = {"adjust_lr_fn": "match_rms_adamw", **muon_options}
+        muon_options = {"adjust_lr_fn": "match_rms_adamw", **muon_options}
         self.parts: dict[str, Optimizer] = {
-            "muon": Muon(groups["muon"], float(lr), weight_decay, **with_size),
+            "muon": Muon(groups["muon"], float(lr), weight_decay, **muon_options),
             "adamw": AdamW(groups["adamw"], lr, weight_decay=weight_decay, **options),
         }
         self.defaults = {"lr": lr, "weight_decay": weight_decay}

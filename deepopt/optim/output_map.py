@@ -74,7 +74,8 @@ class Orthogonal:
     State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.
 
     Raises:
-        ValueError: an argument out of range. It is called by its name in an optimizer's group.
+        ValueError: an argument out of range. The message uses its name in an optimizer's group,
+            such as ``ns_steps``.
     """
 
     steps: int = 5

@@ -39,7 +39,7 @@ class PreconditionedMomentum(MemoryOptimizer):
             (default: 1e-2).
         betas: retention of the momentum, alpha, and of the preconditioner's running means, rho
             (default: (0.9, 0.999)).
-        eps: of AdamW on the element-wise path alone (default: 1e-8).
+        eps: AdamW's term in the denominator, on the element-wise path alone (default: 1e-8).
         weight_decay: decoupled weight decay, lambda; torch's SGD adds its to the gradient instead
             (default: 0).
         preconditioner: P. With :math:`L_t = \rho L_{t-1} + (1-\rho)\,G_tG_t^\top`
@@ -76,7 +76,7 @@ class PreconditionedMomentum(MemoryOptimizer):
     ("e.g. random features", Hessian information); the inverse roots are those of its Appendix B.
     """
 
-    _least_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
+    _min_dims: ClassVar[dict[str, int]] = {"matrix": 0, "stack": 3}
     _objects = ("preconditioner",)
 
     def __init__(

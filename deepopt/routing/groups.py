@@ -21,11 +21,11 @@ from deepopt.routing.rules import (
 
 Key = TypeVar("Key", bound=Hashable)
 
-FEWEST_FLOATS = 10_000
+MIN_FLOATS = 10_000
 """A model with fewer floats in matrices is a toy, whose routing is not worth a warning."""
-LONGEST_VECTOR = 2**16
+MAX_VECTOR = 2**16
 """Norms and biases are shorter: a longer vector is probably a flattened matrix."""
-MOST_TABLES = 4
+MAX_TABLES = 4
 """Up to this many parameters that only their aspect ratio sends to the element-wise path give no
 warning: they are probably tables."""
 
@@ -137,7 +137,7 @@ class Row(NamedTuple):
         split: matrices that each of its matrices is cut into.
         matrices: count, rows and columns of its matrices; None on the element-wise path.
         reason: why, in a few words.
-        frozen: whether it asks for no gradient at present.
+        frozen: whether its ``requires_grad`` is False.
     """
 
     name: str
@@ -181,7 +181,7 @@ def routing_table(source: nn.Module | Optimizer | Iterable[dict[str, Any]]) -> R
             ``param_groups`` or of your own; or an optimizer of this package.
 
     Returns:
-        a tuple of rows with the fields ``name``, ``shape``, ``path``, ``split``, ``matrices``
+        A tuple of rows with the fields ``name``, ``shape``, ``path``, ``split``, ``matrices``
         (count, rows, columns), ``reason`` and ``frozen``, in the order of the groups.
 
     Raises:
@@ -249,14 +249,14 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]]) -> None:
     """Warn of embeddings on the matrix path, lost module types, flattened parameters, and models
     that are mostly element-wise, once each.
 
-    Frozen parameters do not count. Up to ``MOST_TABLES`` parameters that are element-wise because
+    Frozen parameters do not count. Up to ``MAX_TABLES`` parameters that are element-wise because
     of their aspect ratio do not count either: most likely they are tables indeed.
     """
     routes = [row for row in routes if row[0].requires_grad]
     if embeddings := [name for _, name, found in routes if found.doubt == "embedding"]:
         warn(
-            f"{_some(embeddings)} looks like an embedding and is on the path of matrices: a step "
-            "that is orthogonal as a whole moves the rows of all tokens, seen or not. Use "
+            f"{_some(embeddings)} looks like an embedding but is on the matrix path: an orthogonal "
+            "update moves the rows of all tokens, seen or not. Use "
             "'elementwise' for it, in overrides of deepopt.param_groups or as its group's path"
         )
     if bare := [name for _, name, found in routes if found.doubt == "bare"]:
@@ -274,10 +274,10 @@ def warn_of_doubts(routes: Sequence[tuple[Tensor, str, Route]]) -> None:
         )
     wide = [row for row in routes if row[2].doubt == "wide"]
     odd = [row for row in routes if row[2].doubt == "small"]
-    odd += wide if len(wide) > MOST_TABLES else []
+    odd += wide if len(wide) > MAX_TABLES else []
     lost = sum(param.numel() for param, _, _ in odd)
     total = lost + sum(p.numel() for p, _, found in routes if found.path != "elementwise")
-    if total >= FEWEST_FLOATS and lost > total / 2:
+    if total >= MIN_FLOATS and lost > total / 2:
         shown = [f"{name} {_times(p.shape)} ({found.reason})" for p, name, found in odd]
         warn(
             f"{lost / total:.0%} of the floats in matrices take the element-wise path, which is "
@@ -295,7 +295,7 @@ def _flattened(routes: Sequence[tuple[Tensor, str, Route]]) -> str:
     if flat and all(param.ndim < 2 for param, _, _ in flat):
         return f"{_some([name for _, name, _ in flat])}, of flattened modules,"
     sizes = [param.numel() for param, _, _ in rows]
-    if any(param.ndim > 1 for param, _, _ in routes) or max(sizes, default=0) <= LONGEST_VECTOR:
+    if any(param.ndim > 1 for param, _, _ in routes) or max(sizes, default=0) <= MAX_VECTOR:
         return ""
     return "no parameter is a matrix, so that all"
 

@@ -18,7 +18,7 @@ from deepopt.routing.rules import (
     is_lora_factor,
     is_named_like_a_head,
     is_named_like_a_table,
-    no_matrix,
+    non_matrix_route,
     route,
     unless_small,
     unwrapped,
@@ -156,7 +156,7 @@ def _route_owned(
     words: str,
 ) -> Route:
     kind = module_type(module)
-    if vector := no_matrix(param):
+    if vector := non_matrix_route(param):
         return vector
     if issubclass(kind, _TABLE_MODULES):
         return Route("elementwise", 1, "embedding")

@@ -91,7 +91,7 @@ def route(param: Tensor, name: str = "", split: int = 1) -> Route:
 @functools.lru_cache(2**16)  # functional() makes an optimizer, which asks, at every step
 def _route_shape(shape: torch.Size, is_complex: bool, name: str, split: int) -> Route:
     param = torch.empty(shape, device="meta", dtype=torch.cfloat if is_complex else torch.float)
-    if vector := no_matrix(param):
+    if vector := non_matrix_route(param):
         return vector
     for is_named, reason in (
         (is_named_like_a_table, "named like a table"),
@@ -114,7 +114,7 @@ def _route_shape(shape: torch.Size, is_complex: bool, name: str, split: int) -> 
     return found._replace(reason=found.reason + fusion_hint(name, param, split))
 
 
-def no_matrix(param: Tensor) -> Route | None:
+def non_matrix_route(param: Tensor) -> Route | None:
     """The element-wise route of a parameter that cannot be a matrix; None for any other."""
     if param.ndim < 2:
         return Route("elementwise", 1, "vector" if param.ndim else "scalar")
@@ -210,22 +210,22 @@ def _names(group: Mapping[str, Any]) -> list[str]:
     return [""] * len(group["params"]) if unnamed else list(names)
 
 
-def check_group(group: Mapping[str, Any], least_dims: Mapping[str, int]) -> None:
+def check_group(group: Mapping[str, Any], min_dims: Mapping[str, int]) -> None:
     """Raise ValueError for the first parameter that a group's path or split does not fit.
 
     Args:
-        group: of an optimizer.
-        least_dims: the fewest dimensions of a parameter, for each path that needs any.
+        group: an optimizer's group.
+        min_dims: the fewest dimensions of a parameter, for each path that needs any.
     """
     check_split(group.get("split", 1))
     for param, name in zip(group["params"], _names(group), strict=True):
         check_initialized(param, name)
-    needed, forced = least_dims.get(group["path"], 0), group["path"] in least_dims
+    needed, forced = min_dims.get(group["path"], 0), group["path"] in min_dims
     for param, name, found in routed(group):
         if param.ndim < needed or (forced and param.is_complex()):
             raise ValueError(
-                f"Invalid path: {group['path']!r} for {_who(param, name)} and {param.dtype}; it "
-                f"needs real matrices of at least {needed} dimensions, use path='auto' or "
+                f"Invalid path: {group['path']!r} for {param_text(param, name)} and {param.dtype}; "
+                f"it needs real matrices of at least {needed} dimensions, use path='auto' or "
                 "'elementwise'"
             )
         check_rows(param, name, found.path, found.split)
@@ -244,12 +244,13 @@ def check_rows(param: Tensor, name: str, path: Path, split: int) -> None:
     """Raise ValueError unless ``split`` divides the rows of ``param``."""
     if split > 1 and (rows := sides(param, path)[0]) % split:
         raise ValueError(
-            f"Invalid split: {split} for {_who(param, name)}: its {rows} rows cannot be cut into "
-            f"{split} equal matrices; give a divisor of {rows}, or leave split out"
+            f"Invalid split: {split} for {param_text(param, name)}: its {rows} rows cannot be cut "
+            f"into {split} equal matrices; give a divisor of {rows}, or leave split out"
         )
 
 
-def _who(param: Tensor, name: str) -> str:
+def param_text(param: Tensor, name: str) -> str:
+    """How messages name a parameter."""
     return f"parameter {name or '(unnamed)'} of shape {tuple(param.shape)}"
 
 

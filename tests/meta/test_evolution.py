@@ -24,7 +24,7 @@ def test_a_search_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
 
 def test_a_baseline_from_before_tasks_had_a_field_is_found_again(tmp_path):
     log = Log(tmp_path / "log")
-    (task,) = SMALL.chosen(0)
+    (task,) = SMALL.tasks_of(0)
     measured = SMALL.baseline(task, log)
     (line,) = log.of("baseline")
     del line["task"]["scale"]
@@ -94,7 +94,7 @@ def test_a_few_generations_are_better_than_the_start(tmp_path):
     phi = search.run(log, 6)
     values = [torch.tensor(line["values"]).median().item() for line in log.of("generation")]
     assert values[-1] < values[0] - 0.005
-    (task,) = search.chosen(0)
+    (task,) = search.tasks_of(0)
     found, start, linear = search.relative(
         task, torch.stack([phi, search.start(), torch.zeros_like(phi)]), log
     ).tolist()
@@ -104,7 +104,7 @@ def test_a_few_generations_are_better_than_the_start(tmp_path):
 def test_a_generation_goes_round_the_pool_before_a_task_comes_again():
     search = Evolution(pool=6, tasks=2)
     for rounds in range(2):
-        seeds = [task.seed for k in range(3) for task in search.chosen(3 * rounds + k)]
+        seeds = [task.seed for k in range(3) for task in search.tasks_of(3 * rounds + k)]
         assert sorted(seeds) == list(range(6))
 
 

@@ -378,9 +378,9 @@ def test_a_subclass_may_make_its_memory_from_an_argument_of_its_own():
 
     optimizer = Own([nn.Parameter(torch.zeros(20, 24))])
     group = optimizer.param_groups[0]
-    assert optimizer._parts(group)[0].refresh == 10
+    assert optimizer._update_rule(group)[0].refresh == 10
     group["refresh"] = 3
-    assert optimizer._parts(group)[0].refresh == 3
+    assert optimizer._update_rule(group)[0].refresh == 3
 
 
 @pytest.mark.parametrize("cls", [deepopt.DeepMomentum, deepopt.M3, deepopt.DMGD])

@@ -25,7 +25,7 @@ def test_they_tell_what_the_step_did_and_change_nothing_of_it(cls, options):
     plain, watched = make_params(), make_params()
     optimizer, other = cls(named(watched), **options), cls(named(plain), **options)
     before = [param.detach().clone() for param in watched]
-    with optimizer.diagnostics(spread=True) as seen:
+    with optimizer.diagnostics(condition_number=True) as seen:
         optimizer.step()
     other.step()
     for found, expected in zip(watched, plain, strict=True):
@@ -41,7 +41,7 @@ def test_they_tell_what_the_step_did_and_change_nothing_of_it(cls, options):
         assert row.cosine == pytest.approx(cosine.item(), abs=1e-6)
         if name == "wide" and row.path != "elementwise":
             values = torch.linalg.svdvals(change)
-            assert row.spread == pytest.approx((values[0] / values[-1]).item(), rel=1e-6)
+            assert row.condition_number == pytest.approx((values[0] / values[-1]).item(), rel=1e-6)
         assert all(isinstance(value, float) for value in row.scalars().values())
 
 
@@ -61,7 +61,7 @@ def test_the_delta_memory_tells_what_it_erases_and_m3_the_weight_of_its_slow_mom
             optimizer.step()
     expected = optimizer.state[params[0]]["erasure"].item()
     assert seen["parameter 0"].memory == {"erased": pytest.approx(expected)}
-    assert seen["parameter 0"].spread is None
+    assert seen["parameter 0"].condition_number is None
     assert seen["parameter 1"].memory == {}
     m3 = deepopt.M3(make_params(), slow_chunk=1, ramp=0, alpha=0.5)
     with m3.diagnostics() as seen:

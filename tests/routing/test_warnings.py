@@ -179,7 +179,7 @@ def test_an_exported_program_gives_one_warning_that_types_are_lost(unflattened):
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_flattened_matrices_give_one_warning_with_the_remedy(flat):
-    size = groups.LONGEST_VECTOR + flat
+    size = groups.MAX_VECTOR + flat
     params = [nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(3))]
     if not flat:
         deepopt.DeepMomentum(params)

@@ -53,7 +53,6 @@ class Kind(NamedTuple):
     """What parameters must share to be stepped in one call."""
 
     path: routing.Path
-    elementwise: bool
     device: torch.device
     split: int = 1
     sides: tuple[int, int] = (0, 0)
@@ -70,13 +69,17 @@ class Kind(NamedTuple):
     across_ranks: bool = False
     """Whether their matrices lie in pieces on several ranks, or are replicated: each matrix is then
     stepped by one rank, and sent to the others."""
-    turn: int = 0
-    """0, or a number of its own for each parameter that overlaps another one in memory. Such
+    overlap_id: int = 0
+    """0, or a different number for each parameter that overlaps another one in memory. Such
     parameters are stepped one after the other, so that the result does not depend on which thread
     comes first."""
 
+    @property
+    def elementwise(self) -> bool:
+        return self.path == "elementwise"
 
-class Parts(NamedTuple):
+
+class UpdateRule(NamedTuple):
     """A group's memory and output map, and the arguments of the group that they were made from."""
 
     memory: AnyMemory
@@ -103,7 +106,7 @@ class Bucket(NamedTuple):
 
     kind: Kind
     group: Group
-    parts: Parts
+    rule: UpdateRule
     params: list[Tensor]
     grads: list[Tensor]
     shapes: list[torch.Size]
@@ -136,7 +139,7 @@ class SortedGroup(NamedTuple):
 
     @classmethod
     def of(
-        cls, group: Group, least_dims: Mapping[str, int], previous: "SortedGroup | None" = None
+        cls, group: Group, min_dims: Mapping[str, int], previous: "SortedGroup | None" = None
     ) -> "SortedGroup":
         """``previous`` if nothing that it depends on has changed, else the group sorted anew.
 
@@ -164,10 +167,10 @@ class SortedGroup(NamedTuple):
             return previous
         if not same:
             check_dtypes(group)
-            routing.check_group(group, least_dims)
+            routing.check_group(group, min_dims)
         members: dict[Kind, list[int]] = {}
-        routes, turns = routing.routes(group), _turns(params, addresses)
-        for index, what_decides in enumerate(zip(params, routes, turns, strict=True)):
+        routes, overlap_ids = routing.routes(group), _overlap_ids(params, addresses)
+        for index, what_decides in enumerate(zip(params, routes, overlap_ids, strict=True)):
             members.setdefault(_kind(*what_decides), []).append(index)
         return cls(
             list(params),
@@ -229,7 +232,7 @@ def make_buckets(
     group: Group,
     sorted_group: SortedGroup,
     grads: Sequence[Tensor | None],
-    parts: Parts,
+    rule: UpdateRule,
 ) -> list[Bucket]:
     """The parameters of a group that have gradients, in buckets.
 
@@ -237,7 +240,7 @@ def make_buckets(
         group: one of an optimizer's ``param_groups``.
         sorted_group: its parameters by kind.
         grads: what its parameters are stepped with; None for one that is not stepped.
-        parts: the group's.
+        rule: the group's.
 
     Raises:
         RuntimeError, AssertionError: a flag of the group does not support a parameter.
@@ -248,7 +251,7 @@ def make_buckets(
         shapes = list(map(sorted_group.shapes.__getitem__, indices))
         dtypes = list(map(sorted_group.state_dtypes.__getitem__, indices))
         kind_grads: list[Any] = list(map(grads.__getitem__, indices))
-        bucket = Bucket(kind, group, parts, params, kind_grads, shapes, dtypes)
+        bucket = Bucket(kind, group, rule, params, kind_grads, shapes, dtypes)
         has_grad = list(map(operator.is_not, kind_grads, itertools.repeat(None)))
         if not all(has_grad):
             bucket = part_of(bucket, list(itertools.compress(range(len(has_grad)), has_grad)))
@@ -298,7 +301,7 @@ def batched(buckets: Iterable[tuple[Bucket, list[State]]]) -> list[Batch]:
     room = 0
     for bucket, states in buckets:
         kind, entries = bucket.kind, sum(map(Tensor.numel, bucket.params))
-        key = id(bucket.group), kind.device, kind.wrapped, kind.turn, states[0]["step"].device
+        key = id(bucket.group), kind.device, kind.wrapped, kind.overlap_id, states[0]["step"].device
         if key != batch_key or entries > room:
             batches.append([])
             batch_key, room = key, ENTRIES_AT_ONCE
@@ -324,29 +327,32 @@ def _check_flags(kind: Kind, group: Mapping[str, Any]) -> None:
         raise RuntimeError("`differentiable` does not support DTensor parameters")
 
 
-def _kind(param: Tensor, route: routing.Route, turn: int) -> Kind:
+def _kind(param: Any, route: routing.Route, overlap_id: int) -> Kind:
     distributed = is_distributed(param)
     wrapped = type(param) not in PLAIN and not distributed
     if route.path == "elementwise" or not param.numel():
         return Kind(
-            "elementwise", True, param.device, wrapped=wrapped, distributed=distributed, turn=turn
+            "elementwise",
+            param.device,
+            wrapped=wrapped,
+            distributed=distributed,
+            overlap_id=overlap_id,
         )
     path, split = route.path, route.split
     kind = Kind(
         path,
-        False,
         param.device,
         split,
         routing.sides(param, path, split),
         param.dtype,
         state_dtype(param),
         wrapped=wrapped,
-        turn=turn,
+        overlap_id=overlap_id,
     )
     if not distributed:
         return kind
     across_ranks = not sharding.is_local(sharding.spread(param, path, split))
-    return kind._replace(distributed=True, mesh=sharding.mesh(param), across_ranks=across_ranks)
+    return kind._replace(distributed=True, mesh=param.device_mesh, across_ranks=across_ranks)
 
 
 def _addresses(params: Sequence[Tensor]) -> list[int] | None:
@@ -359,26 +365,26 @@ def _addresses(params: Sequence[Tensor]) -> list[int] | None:
         return None
 
 
-def _turns(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
-    """The turn of each parameter: 0, or 1, 2, ... for those that overlap others in memory."""
-    turns = [0] * len(params)
+def _overlap_ids(params: Sequence[Tensor], addresses: list[int] | None) -> list[int]:
+    """The overlap id of each parameter: 0, or 1, 2, ... for those that overlap others in memory."""
+    overlap_ids = [0] * len(params)
     if addresses is None:
-        return turns
+        return overlap_ids
     # By address: a parameter overlaps an earlier one if it begins before the farthest end so far.
     # `last` is the parameter that reaches this end.
-    end, last, turn = -math.inf, -1, 0
+    end, last, number = -math.inf, -1, 0
     for index in sorted(range(len(params)), key=addresses.__getitem__):
         param = params[index]
         if not param.numel() or param.device.type == "meta":
             continue
         begin = addresses[index]
         if begin < end:
-            turns[last] = turns[last] or (turn := turn + 1)
-            turns[index] = turn = turn + 1
+            overlap_ids[last] = overlap_ids[last] or (number := number + 1)
+            overlap_ids[index] = number = number + 1
         reach = sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
         if begin + (reach + 1) * param.element_size() > end:
             end, last = begin + (reach + 1) * param.element_size(), index
-    return turns
+    return overlap_ids
 
 
 def overlaps_itself(param: Tensor) -> bool:
@@ -434,7 +440,7 @@ def stacked(
         old = {key: torch.cat([state[key] for state in states]) for key in keys}
     new, versions = dict(old), list(map(VERSION, old.values()))
     yield new
-    check_kept(old, new)
+    check_same_layout(old, new)
     for key, version in zip(keys, versions, strict=True):
         if new[key] is old[key] and VERSION(new[key]) == version:  # neither assigned nor written to
             continue
@@ -608,10 +614,10 @@ def param_label(group: Mapping[str, Any], param: Tensor) -> str:
     """How messages name a parameter of a group."""
     names = group.get("param_names") or []
     known = [n for p, n in zip(group["params"], names, strict=False) if p is param]
-    return f"parameter {''.join(known) or '(unnamed)'} of shape {tuple(param.shape)}"
+    return routing.param_text(param, "".join(known))
 
 
-def check_kept(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+def check_same_layout(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Raise ValueError if the shape or dtype of a state tensor has changed."""
     for key, before in old.items():
         now = new[key]

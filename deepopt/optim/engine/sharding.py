@@ -38,7 +38,7 @@ ROUNDS_AHEAD = 2
 
 
 class Layout(NamedTuple):
-    """How a tensor of ``shape`` lies on a mesh of ``mesh`` ranks a side."""
+    """How a tensor of ``shape`` is placed on a device mesh of shape ``mesh``."""
 
     shape: tuple[int, ...]
     mesh: tuple[int, ...]
@@ -175,11 +175,11 @@ def assign(works: tuple[Work, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
         cost, ranks, params = works[index]
         width = (len(ranks) - 1).bit_length()
         order = sorted(range(len(ranks)), key=lambda position: f"{position:0{width}b}"[::-1])
-        chosen = []
+        of_work = []
         for spread in params:
             leading = len(spread.layout.shape) - 2 if spread.path == "stack" else 0
             holders: dict[Box, list[int]] = {}
-            mine = []
+            of_param = []
             for unit in units(spread):
                 where = unit[:leading]
                 if where not in holders:
@@ -195,9 +195,9 @@ def assign(works: tuple[Work, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
                     )
                 owner = min(holders[where], key=lambda position: load[ranks[position]])
                 load[ranks[owner]] += cost
-                mine.append(owner)
-            chosen.append(tuple(mine))
-        owners[index] = tuple(chosen)
+                of_param.append(owner)
+            of_work.append(tuple(of_param))
+        owners[index] = tuple(of_work)
     return tuple(owners)
 
 
@@ -242,11 +242,6 @@ def spread(param: Any, path: routing.Path, split: int = 1) -> Spread:
     return Spread(layout, path, split)
 
 
-def mesh(param: Any) -> Any:
-    """The mesh of a DTensor."""
-    return param.device_mesh
-
-
 def local(tensor: Any) -> Tensor:
     """This rank's piece of a DTensor, in the same storage; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -273,7 +268,7 @@ def place(value: Any, param: Any, path: routing.Path = "elementwise", split: int
         param: an ordinary tensor, for which the result is one too, or a DTensor.
         path: "elementwise" for a gradient or for AdamW's state, which are placed like the parameter
             itself; otherwise the path of the matrices whose state ``value`` is.
-        split: of the matrices.
+        split: number of matrices that each matrix is cut into.
     """
     mesh = getattr(param, "device_mesh", None)
     if mesh is None:
