@@ -352,7 +352,7 @@ class MemoryOptimizer(Optimizer):
         across_ranks: Batch = []
         for bucket, bucket_states in zip(buckets, states_by_bucket, strict=True):
             kind = bucket.kind
-            if kind.elementwise:
+            if kind.path == "elementwise":
                 near = None if found_inf is None else found_inf.to(kind.device)
                 adamw_path.step(bucket, bucket_states, near)
             elif kind.across_ranks:
@@ -410,7 +410,7 @@ class MemoryOptimizer(Optimizer):
         if group["fused"]:
             for param in params:
                 check_fused(param)
-        if kind.elementwise:
+        if kind.path == "elementwise":
             likes = map(dense, params) if kind.wrapped else params
             return [adamw_path.init(like, group) for like in likes]
         device = kind.device if group["capturable"] else "cpu"
@@ -433,7 +433,7 @@ class MemoryOptimizer(Optimizer):
 
     def _state_layout(self, bucket: Bucket) -> Mapping[str, Tensor]:
         """The state tensors that ``init`` makes, by name; all others are the user's."""
-        if bucket.kind.elementwise:
+        if bucket.kind.path == "elementwise":
             return adamw_path.KEYS
         layouts, kind = bucket.rule.layouts, bucket.kind
         layout = (*kind.sides, kind.state_dtype)

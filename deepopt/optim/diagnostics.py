@@ -26,8 +26,8 @@ class Diagnosis(NamedTuple):
         cosine: the cosine between the change and the direction of descent.
         memory: what the memory reports of itself, by name: "erased", the share of the momentum that
             a step of the delta memory erases; "slow weight", that of M3's slow momentum.
-        condition_number: that of the change, its largest singular value over its smallest one, as
-            the mean over the parameter's matrices; None unless it was asked for, and on the
+        condition_number: the largest singular value of the change over its smallest one, as the
+            mean over the parameter's matrices; None unless it was asked for, and on the
             element-wise path.
     """
 

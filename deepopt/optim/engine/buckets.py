@@ -74,10 +74,6 @@ class Kind(NamedTuple):
     parameters are stepped one after the other, so that the result does not depend on which thread
     comes first."""
 
-    @property
-    def elementwise(self) -> bool:
-        return self.path == "elementwise"
-
 
 class UpdateRule(NamedTuple):
     """A group's memory and output map, and the arguments of the group that they were made from."""
@@ -261,7 +257,7 @@ def make_buckets(
             _check_flags(kind, group)
         if kind.mesh is not None:
             bucket.grads[:] = map(sharding.place, bucket.grads, bucket.params)
-        if kind.elementwise or kind.device.type != "cpu" or len(bucket.params) == 1:
+        if kind.path == "elementwise" or kind.device.type != "cpu" or len(bucket.params) == 1:
             buckets.append(bucket)
         else:  # on the CPU a few matrices at a time are faster: see ENTRIES_AT_ONCE
             buckets += _split_by_size(bucket)
@@ -518,7 +514,7 @@ def check_states(bucket: Bucket, states: Sequence[Any], keys: Mapping[str, Tenso
         _refuse_counts(bucket, steps)
     if bucket.group["rounding"] == "exact":
         check_lows(bucket, states)
-    if kind.elementwise:
+    if kind.path == "elementwise":
         shapes, dtypes = bucket.shapes * len(keys), bucket.state_dtypes * len(keys)
     else:
         size = kind.sides[0] * kind.sides[1]

@@ -136,7 +136,7 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(cls):
     halved = {i: {"step": state["step"]} for i, state in own["state"].items()}
     groups = own["param_groups"]
     fewer = [{**groups[0], "params": [0]}]
-    reasons = "expected step|doesn.t match|different number|of Other|neither state|Invalid|"
+    reasons = "expected step|doesn.t match|different number|from Other|neither state|Invalid|"
     reasons += "number of its steps|not a dict"
     incomplete = any(len(state) > 1 for state in own["state"].values())  # or steps are all
     strange = [{**own, "state": adagrad.state_dict()["state"]}, {**own, "state": halved}]
