@@ -8,6 +8,7 @@ from benchmarks.hope import speed as hope_speed
 from benchmarks.quality import command as quality
 from benchmarks.speed import command as speed
 from benchmarks.streams import command as streams
+from deepopt._files import DamagedFile
 from deepopt._output import outlive_readers
 
 BENCHMARKS = {
@@ -26,7 +27,11 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
         print(usage, file=sys.stderr)
         return 2
-    return BENCHMARKS[sys.argv[1]].main(sys.argv[2:])
+    try:
+        return BENCHMARKS[sys.argv[1]].main(sys.argv[2:])
+    except DamagedFile as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
+class DamagedFile(ValueError):
+    """A file does not hold what this package wrote into it; the message says where."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the content of ``path`` as a whole; if anything goes wrong, the old content stays."""
     temporary = path.with_name(path.name + ".tmp")
@@ -22,12 +26,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file of JSON lines, up to one that was cut off when its writer died.
+    """Yield the lines of a file of JSON lines, without a last one that was cut off in writing.
 
     A file that does not exist has none.
+
+    Raises:
+        DamagedFile: another line is not JSON.
     """
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise DamagedFile(
+                f"{path}, line {number} is not JSON ({error}): mend the line or remove it"
+            ) from error
+        yield found

@@ -95,7 +95,9 @@ def write(every: Sequence[Plan], lines: Lines, folder: Path, text: str) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks quality", description=__doc__)
-    parser.add_argument("--tier", choices=TIERS, default="standard", help="how much (standard)")
+    parser.add_argument("--tier", choices=TIERS, default="standard",
+                        help="how much (standard); on two cores smoke takes two minutes, "
+                        "standard three to five hours, full days")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", metavar="NAME",
                         help="names or paths of .py files (those of the tier); there are "
                         + ", ".join(built_in()))  # fmt: skip
@@ -153,6 +155,8 @@ def main(argv: Sequence[str]) -> int:
         print("stopped; finished runs are kept, the same command goes on", file=sys.stderr)
         return 130
     lines = results(folder, of_any_circumstances=True).lines
+    if not lines and skipped:
+        parser.error(f"nothing could run here: {'; '.join(skipped.values())}")
     if not lines:
         parser.error(f"--report: there is no line in {folder} yet; run without it first")
     every = asked if smoke else with_all_tiers(asked, lines)
@@ -164,4 +168,22 @@ def main(argv: Sequence[str]) -> int:
     command = " ".join(words)
     write(every, lines, folder, page(every, lines, command, skipped))
     print(f"written: {out / 'quality.md'}", file=sys.stderr)
-    return 0
+    broken = not_improved(asked, lines) if smoke else []
+    for text in broken:
+        print(f"smoke: {text}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def not_improved(every: Sequence[Plan], lines: Lines) -> list[str]:
+    """The optimizers and runs that did not lower their training loss; empty if all did."""
+    found = []
+    for plan in (plan for plan in every if isinstance(plan, Tuning)):
+        for contender in plan.contenders:
+            runs = [*plan.tuned(contender, lines), *plan.swapped(contender, lines)]
+            if not runs:
+                found.append(f"{plan.workload}, {contender}: no setting ended well")
+            for run in dict.fromkeys(runs):
+                curve = lines[run].get("curve", [0.0])
+                if not curve[-1] < curve[0]:
+                    found.append(f"{run}: {lines[run].get('diverged', 'the loss did not fall')}")
+    return found

@@ -1,12 +1,14 @@
 """What has changed between two folders of lines, and whether it is noise."""
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.intervals import SIGNIFICANCE, paired, verdict
 from benchmarks.quality.plan import Tuning
 from benchmarks.quality.results import results
 from benchmarks.quality.tiers import tunings
@@ -29,12 +31,14 @@ def compare(old: Lines, new: Lines, tunings: Sequence[Tuning]) -> str:
     parts = [
         f"{len(common)} runs are in both, {len(old) - len(common)} in the old folder alone and "
         f"{len(new) - len(common)} in the new one alone. {same} ended with the very same loss. "
-        "Differences are new minus old, negative is better; a tie is noise by Student's paired "
-        "interval at 5 % after Holm's correction for the rows of its table."
+        "Differences are new minus old, negative is better. A row is noise if Student's paired "
+        "interval at 5 % includes zero, and unclear if it does not but Holm's correction for the "
+        "rows of the table leaves it open."
     ]
     if changed := circumstances_changed(old, new, common):
         parts.append("Not the same in all lines of both: " + ", ".join(changed) + ".")
-    parts += ["## Equal settings", table(common, common, old, new, of_setting)]
+    parts += ["## Equal settings", pooled(common, old, new)]
+    parts.append(table(common, common, old, new, of_setting))
     first = {key_of(run): run for run in tuned(tunings, old)}
     second = {key_of(run): run for run in tuned(tunings, new)}
     both = [key for key in first if key in second]
@@ -42,6 +46,26 @@ def compare(old: Lines, new: Lines, tunings: Sequence[Tuning]) -> str:
         pairs = [first[key] for key in both], [second[key] for key in both]
         parts += ["## Each at its best setting", table(*pairs, old, new, of_optimizer)]
     return "\n\n".join(parts) + "\n"
+
+
+def pooled(common: Sequence[Run], old: Lines, new: Lines) -> str:
+    """A row for every optimizer: all of its settings together, which single ones may leave open."""
+    logs: dict[str, dict[tuple[str, ...], list[float]]] = {}
+    for run in common:
+        before, after = value(old[run]), value(new[run])
+        if 0 < before < math.inf and 0 < after < math.inf:
+            found = logs.setdefault(run.contender, {}).setdefault(of_setting(run), [])
+            found.append(math.log(after / before))
+    rows = [["optimizer", "settings", "new / old, geometric mean", ""]]
+    for contender, by_setting in logs.items():
+        means = [statistics.fmean(found) for found in by_setting.values()]
+        x = paired(means, [0.0] * len(means))
+        ratio = f"{math.exp(x.mean):.4f}"
+        if math.isfinite(x.low):
+            ratio += f" [{math.exp(x.low):.4f}, {math.exp(x.high):.4f}]"
+        word = {"win": "better", "loss": "worse", "tie": "noise"}[verdict(x.mean, x.p)]
+        rows.append([contender, str(len(means)), ratio, "the same" if not any(means) else word])
+    return markdown(rows)
 
 
 def circumstances_changed(old: Lines, new: Lines, common: Sequence[Run]) -> list[str]:
@@ -88,6 +112,8 @@ def table(
         interval, word = results[" ".join(key)]
         means = [f"{statistics.fmean(values):.4f}" for values in zip(*both, strict=True)]
         outcome = {"win": "better", "loss": "worse", "tie": "noise"}[word]
+        if word == "tie" and interval.p < SIGNIFICANCE:
+            outcome = "unclear"
         if all(a == b for a, b in both):
             outcome = "the same"
         rows.append([*key, str(len(both)), *means, difference(interval), outcome])

@@ -47,6 +47,11 @@ def mean_ratio(group: Group, rival: str, goal: float, where: str) -> list[str]:
     if found is None:
         return [text, "", MISSING]
     measured = f"{data_ratio(group, plans, DEFAULT, rival)} on {names(plans)}"
+    inner = tuple(p for p in plans if (e := group.ended(p, DEFAULT, rival)) and not e.is_bound)
+    if inner and len(inner) < len(plans):
+        bounds = tuple(plan for plan in plans if plan not in inner)
+        without = data_ratio(group, inner, DEFAULT, rival)
+        measured += f"; {without} without {names(bounds)}, where it is a bound"
     return [text, measured, status(found.mean >= goal, len(plans) == len(WORKLOADS))]
 
 

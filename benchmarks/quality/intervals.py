@@ -32,12 +32,13 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
 
     Args:
         first, second: values of the same seeds, in the same order; infinite ones have diverged.
+            Whoever has diverged has lost to whoever has not.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     n = len(differences)
     if n == 0 or not all(map(math.isfinite, differences)):
-        mean = sum(differences) if differences else math.nan
-        return Interval(mean, -math.inf, math.inf, 1.0)
+        mean = sum(differences) if differences else math.nan  # NaN where both have diverged
+        return Interval(mean, -math.inf, math.inf, 1.0 if math.isnan(mean) else 0.0)
     mean = statistics.fmean(differences)
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1.0)
@@ -90,7 +91,7 @@ def equal_loss_ratio(loss: float, steps: int, budgets: Mapping[int, float]) -> f
     them the ratio is that of the nearest budget, which is a bound.
 
     Args:
-        loss: the loss after ``steps``.
+        loss: the loss after ``steps``; infinite for a run that has diverged.
         steps: the steps that it took.
         budgets: the rival's loss by steps, each at the end of a schedule of its own.
     """
@@ -102,6 +103,8 @@ def equal_loss_ratio(loss: float, steps: int, budgets: Mapping[int, float]) -> f
         return best[0][0] / steps
     for (few, worse), (many, better) in itertools.pairwise(best):
         if loss >= better:
+            if math.isinf(worse):  # where the rival has diverged, nothing lies between
+                return few / steps
             share = (worse - loss) / (worse - better)
             return few * (many / few) ** share / steps
     return best[-1][0] / steps
@@ -125,6 +128,12 @@ class Ended(NamedTuple):
         means = {steps: mean(found) for steps, found in self.budgets.items()}
         return equal_loss_ratio(mean(self.losses), self.steps, means)
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether D_eff is at an end of the rival's budgets."""
+        low, high = (end / self.steps for end in (min(self.budgets), max(self.budgets)))
+        return not low < self.ratio() < high
+
 
 def bootstrap(workloads: Sequence[Ended]) -> Interval:
     """The geometric mean of D_eff over workloads, with its interval; of one, D_eff.
@@ -142,6 +151,8 @@ def bootstrap(workloads: Sequence[Ended]) -> Interval:
         return statistics.fmean(values), error
 
     def drawn(values: Sequence[float]) -> float:
+        if any(map(math.isinf, values)):
+            return math.inf
         (mean, error), degrees = mean_and_error(tuple(values)), len(values) - 1
         if degrees < 1:
             return mean

@@ -275,6 +275,10 @@ class Tuning:
             found.append(known[-1])
         return found
 
+    def by_share(self, tuned: Sequence[Run], shares: Sequence[float]) -> list[list[Run]]:
+        """A rival's tuned runs at some multiples of the steps; at 1 they have every seed."""
+        return [list(tuned) if share == 1 else self._budget(tuned, share) for share in shares]
+
     def _budget(self, tuned: Sequence[Run], share: float) -> list[Run]:
         first = tuned[:BUDGET_SEEDS]
         return [self.run(run.contender, run.setting, run.seed, share) for run in first]

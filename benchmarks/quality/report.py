@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from benchmarks.quality.contenders import DEFAULT, PARTS
 from benchmarks.quality.goals import goals, words_of
 from benchmarks.quality.plan import BESIDE, FIVE_RATES, PAIR, THREE_RATES, Plan, Rates, Swap, Tuning
-from benchmarks.quality.training import WARMUP_SHARE, Line, Lines, Run, value
+from benchmarks.quality.training import WARMUP_SHARE, Lines, Run, value
 from benchmarks.quality.tuned import (
     MISSING,
     compared,
     difference,
     groups,
+    least_seconds,
     losses,
-    seconds,
     state,
     tuned_section,
 )
@@ -34,7 +34,6 @@ def page(
         command: the command that regenerates the page.
         skipped: reasons by the names of what cannot run here.
     """
-    any_line = next(iter(lines.values()))
     chosen = [plan for plan in plans if shown(plan, lines)]
     swaps = [plan for plan in chosen if isinstance(plan, Swap)]
     rates = [plan for plan in chosen if isinstance(plan, Rates)]
@@ -50,7 +49,7 @@ def page(
         "A difference is a win or a loss if Student's paired interval says so at 5 % after Holm's "
         "correction for the workloads or the rows of its table, and otherwise a tie. Brackets are "
         "95 % intervals.",
-        f"Python {any_line['python']}, torch {any_line['torch']}.",
+        origin(lines),
         "## Goals",
         "They are for DeepMomentum as it is by default. A goal counts as not run while one of its "
         "workloads is missing.",
@@ -65,6 +64,22 @@ def page(
     if skipped:
         parts += ["## Not run here", markdown([["what", "why"], *map(list, skipped.items())])]
     return "\n\n".join(parts) + "\n"
+
+
+def origin(lines: Lines) -> str:
+    """The versions that the lines were made with, and whose lines are not all of one kind."""
+    versions = sorted({(line["python"], line["torch"]) for line in lines.values()})
+    text = "; ".join(f"Python {python}, torch {torch}" for python, torch in versions) + "."
+    kinds: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for run, line in lines.items():
+        kind = (line["config"], line["data"])
+        kinds.setdefault((run.workload, run.contender), set()).add(kind)
+    if mixed := [" on ".join(reversed(key)) for key, found in kinds.items() if len(found) > 1]:
+        text += (
+            f" **The runs of {', '.join(mixed)} have different configurations or data**: run the "
+            "benchmark again."
+        )
+    return text
 
 
 def shown(plan: Plan, lines: Lines) -> bool:
@@ -90,7 +105,8 @@ def swap_section(plans: Sequence[Swap], lines: Lines) -> list[str]:
         f"is its best of {', '.join(f'{x:g}' for x in FIVE_RATES)} with the first seed; the others "
         "run at that rate and at the same weight decay, with all else as each has it by default. "
         "torch's Muon takes two-dimensional hidden matrices at `match_rms_adamw`, and AdamW the "
-        "rest. Seconds are CPU seconds per step, of all but the optimizer and of the optimizer.",
+        "rest. Seconds are CPU seconds per step, of all but the optimizer and of the optimizer, "
+        "each as the least of all runs, because the runs come from several machines.",
         "![every optimizer at AdamW's best rate](quality/swap.png)",
     ]
     for plan in plans:
@@ -144,6 +160,7 @@ def swap_table(plan: Swap, lr: float, lines: Lines) -> str:
         if contender != "AdamW" and both:
             pairs[contender] = ([a for a, _ in both], [b for _, b in both])
     results = compared(pairs)
+    ours = {run: line for run, line in lines.items() if run.workload == plan.workload}
     for contender, found in rows.items():
         known = [x for x in found if x is not None]
         own = [lines[run] for run in plan.runs(contender, lr) if run in lines]
@@ -151,18 +168,10 @@ def swap_table(plan: Swap, lr: float, lines: Lines) -> str:
         mean = f"{statistics.fmean(known):.4f}" if known else ""
         interval, word = results.get(contender, (None, ""))
         against = difference(interval) if interval else ""
-        table.append([contender, *cells, mean, against, word, *step_seconds(own), state(own)])
+        rest, stepping = least_seconds(ours, contender)
+        costs = [f"{rest:.3f}", f"{stepping:.4f}"] if own else ["", ""]
+        table.append([contender, *cells, mean, against, word, *costs, state(own)])
     return markdown(table)
-
-
-def step_seconds(lines: Sequence[Line]) -> list[str]:
-    """Seconds of a step without the optimizer's, and the optimizer's."""
-    done = [line for line in lines if "metrics" in line]
-    if not done:
-        return ["", ""]
-    whole = statistics.fmean(seconds(line) / line["steps"] for line in done)
-    stepping = statistics.fmean(seconds(line, "optimizer_") / line["steps"] for line in done)
-    return [f"{whole - stepping:.3f}", f"{stepping:.4f}"]
 
 
 def sweep_table(plan: Swap, lr: float, lines: Lines) -> str:

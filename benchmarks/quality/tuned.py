@@ -22,6 +22,7 @@ from benchmarks.quality.intervals import (
 from benchmarks.quality.plan import (
     AUX,
     BETAS,
+    BUDGET_SEEDS,
     BUDGETS,
     FINALISTS,
     HIGHEST,
@@ -79,6 +80,7 @@ class Group:
         self._tuned: dict[tuple[Tuning, str], list[Run]] = {}
         self._ended: dict[tuple[Tuning, str, str], Ended | None] = {}
         self._ratios: dict[tuple[tuple[Tuning, ...], str, str], Interval | None] = {}
+        self._of_workload: dict[Tuning, Lines] = {}
 
     @staticmethod
     def key(plan: Tuning) -> tuple[float, int, str]:
@@ -115,8 +117,10 @@ class Group:
                 others += budget
         runs = [*tuned, *others]
         found = losses(runs, self.lines)
-        if not own or not found or not others or not all(map(math.isfinite, own + found)):
+        if not own or not found or not others:
             return None
+        if math.isinf(max(own)) and math.isinf(max(found[: len(tuned)])):
+            return None  # both have diverged
         budgets: dict[int, list[float]] = {}
         for run, loss in zip(runs, found, strict=True):
             budgets.setdefault(run.steps, []).append(loss)
@@ -146,6 +150,17 @@ class Group:
 
         return compared({p.label: (swapped(p, contender), swapped(p, "AdamW")) for p in plans})
 
+    def step_seconds(self, plan: Tuning, contender: str) -> tuple[float, float]:
+        """Of a step the seconds of all but the optimizer, and of the optimizer."""
+        if plan not in self._of_workload:
+            where = (plan.workload, plan.batch, plan.device)
+            self._of_workload[plan] = {
+                run: line
+                for run, line in self.lines.items()
+                if (run.workload, run.batch, run.device) == where
+            }
+        return least_seconds(self._of_workload[plan], contender)
+
     def times(self, plan: Tuning, unit: str = "steps") -> dict[str, float]:
         """Each optimizer's median time until its training loss is AdamW's last one, seed by seed.
 
@@ -162,12 +177,12 @@ class Group:
             runs = self.tuned(plan, contender)
             if not target or losses(runs, self.lines) is None:
                 continue
+            each = 1.0 if unit == "steps" else sum(self.step_seconds(plan, contender))
             times = []
             for run, goal in zip(runs, target, strict=True):
                 line = self.lines[run]
-                whole = run.steps if unit == "steps" else seconds(line)
                 share = share_to_target(line["curve"], goal) if "curve" in line else math.inf
-                times.append(share * whole)
+                times.append(share * run.steps * each)
             found[contender] = statistics.median_high(times)
         return found
 
@@ -183,6 +198,26 @@ def groups(plans: Sequence[Tuning], lines: Lines) -> dict[tuple[float, int, str]
     """The plans by steps, batches and device."""
     keys = dict.fromkeys(Group.key(plan) for plan in plans)
     return {k: Group([p for p in plans if Group.key(p) == k], lines) for k in sorted(keys)}
+
+
+def least_seconds(lines: Lines, contender: str) -> tuple[float, float]:
+    """Of a step the seconds of all but the optimizer, and of the optimizer: the least of all runs.
+
+    Lines come from several machines, and what else ran there only adds to the seconds. All but the
+    optimizer is the same for every contender.
+
+    Args:
+        lines: of one workload.
+        contender: the optimizer.
+    """
+    rest = own = math.inf
+    for run, line in lines.items():
+        if "curve" in line:
+            stepping = seconds(line, "optimizer_")
+            rest = min(rest, (seconds(line) - stepping) / run.steps)
+            if run.contender == contender:
+                own = min(own, stepping / run.steps)
+    return rest, own
 
 
 def seconds(line: Line, of: str = "") -> float:
@@ -217,8 +252,9 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
     parts = [
         "## Tuned: every optimizer at its own best",
         "All optimizers have the same search. A trial is one run of half of the steps, with one "
-        "seed. The first trial is the default, at the rates and decay of AdamW's best. The next "
-        "ones are points of one Sobol sequence over the rate of matrices "
+        "seed. The first trial has each one's default options and a retention of 0.9, at the rates "
+        "and decay of AdamW's best. The next ones are points of one Sobol sequence over the rate "
+        "of matrices "
         f"({LOWEST:g} to {HIGHEST:g}, widened for all where anybody's best is at an end), the rate "
         f"of everything else (x {listed(AUX)}), the weight decay ({listed(WEIGHT_DECAYS)}), the "
         f"retention ({listed(BETAS)}) and one knob of the optimizer's own. Then a coordinate "
@@ -229,21 +265,28 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "all steps. Then each optimizer tries the best setting of each of the standard tier's "
         "other optimizers, at all steps, because a descent can end far from the best setting. Its "
         "knob then has the other's value if both have the same one, and otherwise either value. "
-        "The best of all these runs with every seed. No interval includes the luck that is left in "
-        "the search.",
+        "The best of all these runs with every seed. The seed and the held-out data that select "
+        "are among those that are reported, for all alike: no interval includes the luck that is "
+        "left in the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{listed(sorted((*BUDGETS, 1.0)))} times the steps, and {listed(LONGER)} while another "
-        "optimizer is still ahead; beyond them it is a bound. "
+        "optimizer is still ahead; beyond them it is a bound. All have the setting that is best "
+        f"at 1, and all but 1 have {BUDGET_SEEDS} seeds. A loss that rises with the steps counts "
+        "as noise, also where a model has learned its training data by heart: the table of the "
+        "rivals' losses shows where. "
         f"Its interval is of {RESAMPLES:,} bootstrap drawings, of means by Student's "
         "distribution and of workloads with replacement. Differences are paired by seed, and "
         "corrected by Holm for the workloads.",
         "*Time to target* is when the training loss is first at the last one of AdamW tuned, with "
         f"the same seed: the curve has means over {CURVE_POINTS} equal parts of the run, linear "
-        "between their middles; steps and seconds are medians over seeds. *Rates within 1 %* is "
-        "the highest over the lowest rate among the trials whose loss is within 1 % of the "
-        "optimizer's best trial. *Share* is that of the optimizer's steps in all CPU seconds. "
-        "*Ended badly* counts runs whose loss or gradient became infinite, trials included.",
+        "between their middles; steps and seconds are medians over seeds. A step's seconds are "
+        "the least of all runs, of the optimizer and of all else, because the runs come from "
+        "several machines. *Rates within 1 %* is the highest over the lowest rate among the trials "
+        "whose loss is within 1 % of the optimizer's best trial; few trials differ in nothing but "
+        "the rate, so that it is a lower bound. *Share* is that of the optimizer's steps in all "
+        "CPU seconds. *Ended badly* counts runs whose loss or gradient became infinite, trials "
+        "included.",
         "Knobs: "
         + "; ".join(f"{name} {knobs(entry)}" for name, entry in CONTENDERS.items() if name in names)
         + ".",
@@ -281,31 +324,61 @@ def group_tables(group: Group, profile_plot: str) -> list[str]:
     for plan in group.plans:
         parts += [f"#### {plan.label}", f"{find(plan.workload).about}."]
         parts += [best_table(group, plan), differences(group, plan), costs(group, plan)]
+        parts += [
+            "Rivals' losses by steps, as multiples of the workload's:",
+            budget_table(group, plan),
+        ]
         parts += [f"![loss against rate, search, and training curves](quality/{plan.picture})"]
         parts += [
-            "Defaults at the rates and decay of AdamW's best trial in the first range:",
+            "Default options, at a retention of 0.9 and at the rates and decay of AdamW's best "
+            "trial in the first range:",
             swapped_table(group, plan),
         ]
     return parts
 
 
 def best_table(group: Group, plan: Tuning) -> str:
-    head = ["optimizer", "trials", "best setting", "loss"]
+    head = ["optimizer", "trials + full runs", "best setting", "loss"]
     table = [head + [f"D_eff, {rival}" for rival in RIVALS]]
     for contender in plan.contenders:
         found = group.losses(plan, contender)
         if not found:
-            runs = plan.trials_of(contender, group.lines)
-            refused = [group.lines.get(run, {}).get("refused") for run in runs]
             table.append(
-                [contender, "", next(filter(None, refused), MISSING), *[""] * (len(RIVALS) + 1)]
+                [contender, "", why_not(group, plan, contender), *[""] * len(table[0][3:])]
             )
             continue
         ratios = [data_ratio(group, (plan,), contender, rival) for rival in RIVALS]
-        trials = str(len(plan.searched(contender, group.lines)))
+        full = {*plan.finalists(contender, group.lines), *plan.shared(contender, group.lines)}
+        trials = f"{len(plan.searched(contender, group.lines))} + {len(full & group.lines.keys())}"
         setting = group.tuned(plan, contender)[0].setting
         table.append([contender, trials, str(setting), f"{statistics.fmean(found):.4f}", *ratios])
     return markdown(table)
+
+
+def why_not(group: Group, plan: Tuning, contender: str) -> str:
+    """Why an optimizer has no loss: it refuses the model, has diverged, or was not run."""
+    runs = plan.trials_of(contender, group.lines)
+    trials = [group.lines[run] for run in runs if run in group.lines]
+    if refused := [line["refused"] for line in trials if "refused" in line]:
+        return str(refused[0])
+    diverged = sum("diverged" in line for line in trials)
+    if trials and diverged == len(trials):
+        return f"diverged ({diverged} of {len(trials)})"
+    return MISSING
+
+
+def budget_table(group: Group, plan: Tuning) -> str:
+    """What D_eff is made from: the rivals' mean losses by numbers of steps."""
+    shares = sorted((*BUDGETS, 1.0, *LONGER))
+    table = [["optimizer", *[f"{share:g}" for share in shares]]]
+    for rival in RIVALS:
+        if not group.losses(plan, rival):
+            continue
+        tuned = group.tuned(plan, rival)
+        budgets = plan.by_share(tuned, shares)
+        found = [losses(runs, group.lines) for runs in budgets]
+        table.append([rival, *[f"{statistics.fmean(x):.4f}" if x else "" for x in found]])
+    return markdown(table) if len(table) > 1 else f"{MISSING}."
 
 
 def differences(group: Group, plan: Tuning) -> str:
@@ -332,14 +405,14 @@ def costs(group: Group, plan: Tuning) -> str:
             continue
         own = [group.lines[r] for r in group.tuned(plan, contender) if r in group.lines]
         own = [line for line in own if "curve" in line]
-        share = sum(seconds(x, "optimizer_") for x in own) / (sum(map(seconds, own)) or math.nan)
+        rest, stepping = group.step_seconds(plan, contender)
         table.append(
             [
                 contender,
                 reached(steps.get(contender), 0),
                 reached(lasted.get(contender), 1),
                 state(own),
-                f"{100 * share:.0f} %" if own else "",
+                f"{100 * stepping / (rest + stepping):.0f} %" if own else "",
                 folds(width(plan, contender, group.lines)),
                 f"{sum('diverged' in line for line in every)} of {len(every)}",
             ]

@@ -114,7 +114,12 @@ def find(name: str) -> Workload:
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"workload={name!r}: no such file")
-        found = runpy.run_path(name).get("WORKLOAD")
+        try:
+            found = runpy.run_path(name).get("WORKLOAD")
+        except (ImportError, NameError, SyntaxError) as error:
+            raise ValueError(
+                f"workload={name!r}: the file cannot be run ({type(error).__name__}: {error})"
+            ) from error
     else:
         if name not in built_in():
             raise ValueError(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.runs import Results
+from deepopt._files import DamagedFile
 
 
 def read(path):
@@ -82,6 +83,16 @@ def test_two_processes_that_complete_runs_of_one_file_keep_each_others_lines(res
         "done",
         "early",
     ]
+
+
+def test_a_damaged_line_that_is_not_the_last_is_named_and_nothing_is_lost(results, tmp_path):
+    found, path = results(), tmp_path / "z.jsonl"
+    text = "<<<<<<< HEAD\n" + path.read_text()
+    path.write_text(text)
+    for act in (results, lambda: complete(found, "zero")):
+        with pytest.raises(DamagedFile, match=r"z\.jsonl, line 1 is not JSON .*: mend the line"):
+            act()
+    assert path.read_text() == text
 
 
 def test_a_torn_line_is_dropped_before_the_next_one_is_written(results, tmp_path):

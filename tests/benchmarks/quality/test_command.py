@@ -71,7 +71,7 @@ def test_the_tuned_tier_makes_page_and_plot_again_from_the_lines_alone(tmp_path,
     arguments = ["--out", str(tmp_path), "--jobs", "1"]
     assert main(arguments) == 0
     page = (tmp_path / "quality.md").read_text()
-    assert re.search(rf"\| {OURS} \| \d+ \| lr ", page)
+    assert re.search(rf"\| {OURS} \| \d+ \+ \d+ \| lr ", page)
     image = tmp_path / "quality" / "friedman_4.png"
     assert image.read_bytes()[:4] == b"\x89PNG"
     for file in (tmp_path / "quality.md", image):
@@ -145,6 +145,41 @@ def test_bad_arguments_are_named_with_the_remedy(arguments, message, tmp_path, c
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("import nowhere", "ModuleNotFoundError"), ("(", "SyntaxError")]
+)
+def test_a_workload_file_that_does_not_run_is_named(text, error, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--workloads", str(path)])
+    assert f"mine.py': the file cannot be run ({error}: " in capsys.readouterr().err
+
+
+def test_where_nothing_could_run_the_reasons_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "available", lambda every: ([], {"friedman": "it lacks data"}))
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--jobs", "1"])
+    assert "nothing could run here: it lacks data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_smoke_fails_where_a_run_does_not_improve(code, tmp_path, monkeypatch, capsys):
+    small = Tuning("friedman", ("AdamW", OURS), trials=1, seeds=2, steps=20)
+    monkeypatch.setitem(
+        tiers.TIERS, "smoke", tiers.Tier(lambda w, c: [small], ("friedman",), ("AdamW", OURS))
+    )
+    execute = command.execute
+
+    def flat(run):
+        line = execute(run)
+        return line if code == 0 else {**line, "curve": [1.0, 1.0]}
+
+    monkeypatch.setattr(command, "execute", flat)
+    assert main(["--tier", "smoke", "--out", str(tmp_path), "--jobs", "1"]) == code
+    assert ("seed 1, 20 steps: the loss did not fall" in capsys.readouterr().err) == (code == 1)
 
 
 def test_an_optimizer_whose_package_is_absent_is_skipped_visibly_with_the_way_to_get_it(

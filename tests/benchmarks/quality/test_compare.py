@@ -33,6 +33,21 @@ def test_seeds_are_paired_so_that_a_steady_change_is_no_noise(new, word):
     assert outcome(lines([1.0, 2.0, 3.0, 4.0]), lines(new)) == [word]
 
 
+def test_what_the_correction_leaves_open_is_unclear_and_all_settings_together_are_not():
+    def folder(factor):
+        found = {}
+        for k in range(8):
+            for seed in range(3):
+                run = Run("friedman", "AdamW", Setting(1e-3 * (k + 1)), seed, 10)
+                loss = (1 + 0.1 * seed) * (1 + (factor - 1) * (0.8 + 0.2 * seed))
+                found[run] = {**HERE, "metrics": {"val_loss": loss}}
+        return found
+
+    assert outcome(folder(1.0), folder(1.1)) == ["unclear"] * 8
+    text = compare(folder(1.0), folder(1.1), [])
+    assert "| AdamW | 8 | 1.0999 [1.0999, 1.0999] | worse |" in text
+
+
 def test_one_seed_tells_no_noise_but_that_something_changed():
     text = compare(lines([1.0]), lines([2.0]), [])
     assert "| friedman |" not in text

@@ -46,11 +46,35 @@ def test_what_seeds_share_leaves_no_trace_in_a_paired_interval():
     assert found.p < 0.01
 
 
-@pytest.mark.parametrize("values", [[1.0], [math.inf, 1.0]])
-def test_one_seed_or_a_diverged_one_proves_nothing(values):
-    found = paired(values, [2.0] * len(values))
+def test_one_seed_proves_nothing():
+    found = paired([1.0], [2.0])
     assert verdict(found.mean, found.p) == "tie"
     assert found.low == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        ([math.inf, 1.0], [2.0, 2.0], "loss"),
+        ([1.0, 1.0], [2.0, math.inf], "win"),
+        ([math.inf, 1.0], [2.0, math.inf], "tie"),
+    ],
+)
+def test_whoever_has_diverged_has_lost_to_whoever_has_not(first, second, word):
+    found = paired(first, second)
+    assert verdict(found.mean, found.p) == word
+
+
+def test_a_diverged_run_counts_in_the_data_ratio_at_the_worst_end():
+    budgets = {2: [4.0, 4.2], 4: [3.0, 3.1], 8: [2.0, 2.2]}
+    good, bad = Ended([2.5, 2.7], 4, budgets), Ended([2.5, math.inf], 4, budgets)
+    assert bad.ratio() == 0.5
+    assert bad.is_bound
+    assert not good.is_bound
+    alone, both = bootstrap([good]).mean, bootstrap([good, bad]).mean
+    assert both == pytest.approx(math.sqrt(alone * 0.5))
+    rival = Ended([2.5, 2.7], 4, {2: [math.inf, 4.2], 4: [3.0, math.inf], 8: [2.0, 2.2]})
+    assert rival.ratio() == 1.0
 
 
 def test_holm_multiplies_the_smallest_by_the_number_and_never_falls():

@@ -1,15 +1,24 @@
 """The page says what the lines say: lines are made up, so that the truth is known."""
 
 import math
+import re
 
 import pytest
 
 from benchmarks.quality import command, goals, pictures, tiers
 from benchmarks.quality.contenders import DEFAULT, PARTS, Setting
 from benchmarks.quality.plan import PAIR, Rates, Swap, Tuning
-from benchmarks.quality.report import page, shown, without_parts
+from benchmarks.quality.report import origin, page, shown, without_parts
 from benchmarks.quality.training import Run
-from benchmarks.quality.tuned import Group, costs, data_ratio, differences, groups, width
+from benchmarks.quality.tuned import (
+    Group,
+    best_table,
+    costs,
+    data_ratio,
+    differences,
+    groups,
+    width,
+)
 
 TRIO = ("AdamW", "Muon", DEFAULT)
 HERE = {"python": "3", "torch": "2", "config": "c", "data": "d", "parameters": 1000}
@@ -112,6 +121,40 @@ def test_runs_that_end_badly_are_counted_and_an_unreached_target_is_told():
     cells = costs(Group([plan], lines), plan).splitlines()[-1]
     assert "| not reached | not reached |" in cells
     assert " 1 of " in cells
+
+
+def test_an_optimizer_that_always_diverges_is_told_so_and_one_that_does_at_times_loses():
+    plan = Tuning("friedman", TRIO, trials=4, seeds=2)
+    lines = finished(plan, {"AdamW": 1.0, "Muon": 1.2, DEFAULT: 1.2})
+    for run in lines:
+        if run.contender == "Muon":
+            lines[run] = line(run, math.inf)
+    last = Group([plan], lines).tuned(plan, DEFAULT)[-1]
+    lines[last] = line(last, math.inf)
+    group = Group([plan], lines)
+    assert re.search(r"\| Muon \|  \| diverged \((\d+) of \1\) \|", best_table(group, plan))
+    assert group.verdicts(DEFAULT, "AdamW")[plan.label][1] == "loss"
+    assert data_ratio(group, (plan,), DEFAULT, "AdamW").startswith("<= 0.50")
+
+
+def test_seconds_are_the_least_of_all_runs_as_machines_and_what_else_runs_only_add(group):
+    (plan,) = group.plans
+    lines = dict(group.lines)
+    for run in group.tuned(plan, DEFAULT):
+        slow = {"cpu_seconds": 2 * run.steps, "optimizer_cpu_seconds": run.steps}
+        lines[run] = {**lines[run], **slow}
+    assert Group([plan], lines).step_seconds(plan, DEFAULT) == pytest.approx((0.008, 0.002))
+
+
+def test_the_page_tells_all_versions_and_which_runs_are_not_of_one_kind():
+    plan = Tuning("friedman", PAIR, trials=3, seeds=2)
+    lines = finished(plan, {"AdamW": 1.0, DEFAULT: 1.2})
+    assert origin(lines) == "Python 3, torch 2."
+    odd = next(run for run in lines if run.contender == DEFAULT)
+    lines[odd] = {**lines[odd], "torch": "1", "data": "other"}
+    text = origin(lines)
+    assert text.startswith("Python 3, torch 1; Python 3, torch 2. ")
+    assert f"The runs of {DEFAULT} on friedman have different configurations or data" in text
 
 
 def test_a_rivals_budgets_do_not_show_the_plan_of_more_steps_that_has_the_same_trials():
