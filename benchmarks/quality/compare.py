@@ -16,7 +16,7 @@ from benchmarks.quality.training import Lines, Run, value
 from benchmarks.quality.tuned import compared, difference
 from benchmarks.tables import markdown
 
-CIRCUMSTANCES = ("config", "data", "torch", "python", "package")
+CIRCUMSTANCES = ("config", "data", "torch", "python", "package", "deepopt", "cpu")
 
 
 def compare(old: Lines, new: Lines, tunings: Sequence[Tuning]) -> str:

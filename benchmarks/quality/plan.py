@@ -66,9 +66,9 @@ class Tuning:
     4. For each optimizer, the best trial at each of its three best rates runs with all steps.
     5. Each optimizer also tries the best settings of the standard tier's other optimizers. The knob
        keeps its value where both have the same knob; otherwise both of its own values are tried.
-    6. The best of 4 and 5 with every seed; the swap with every seed; the rivals at their best at
-       other budgets, up to twice the steps, and up to four times while another optimizer is ahead
-       of them.
+    6. The best of 4 and 5 with seeds that have chosen nothing; the swap with every seed; the rivals
+       at their best at other budgets, up to twice the steps, and up to four times while another
+       optimizer is ahead of them.
 
     Attributes:
         workload: its name.
@@ -244,9 +244,10 @@ class Tuning:
         return None if best is None else best.setting
 
     def tuned(self, contender: str, lines: Lines) -> list[Run]:
-        """Every seed at the best setting."""
+        """The best setting with seeds that have chosen nothing: all choices are made by seed 0."""
         setting = self.best(contender, lines)
-        return [self.run(contender, setting, s) for s in range(self.seeds)] if setting else []
+        seeds = range(1, self.seeds + 1)
+        return [self.run(contender, setting, seed) for seed in seeds] if setting else []
 
     def swapped(self, contender: str, lines: Lines) -> list[Run]:
         """Every seed of an optimizer's default at the rates and decay of :meth:`adamw_setting`."""

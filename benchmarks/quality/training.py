@@ -10,11 +10,14 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import deepopt
 from benchmarks.quality.contenders import CONTENDERS, Setting, build, package
 from benchmarks.quality.workload import find
 from benchmarks.runs import Line
@@ -84,6 +87,14 @@ def circumstances(workload: str, contender: str) -> Line:
     }
 
 
+@cache
+def package_digest() -> str:
+    """Of the package's Python files: it tells which state of the code made a line."""
+    folder = Path(deepopt.__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 def code(source: str) -> str:
     """A program without its comments and docstrings, which change no number."""
     tree = ast.parse(source)
@@ -103,6 +114,7 @@ def execute(run: Run) -> Line:
     workload = find(run.workload)
     line: Line = {**dataclasses.asdict(run), "setting": run.setting._asdict()}
     line |= circumstances(run.workload, run.contender)
+    line |= {"deepopt": package_digest(), "cpu": torch.backends.cpu.get_cpu_capability()}
     torch.manual_seed(run.seed)
     model = workload.model().to(run.device)
     tokens = tokens_of_step(run, model)

@@ -265,9 +265,9 @@ def tuned_section(found: Mapping[tuple[float, int, str], Group]) -> list[str]:
         "all steps. Then each optimizer tries the best setting of each of the standard tier's "
         "other optimizers, at all steps, because a descent can end far from the best setting. Its "
         "knob then has the other's value if both have the same one, and otherwise either value. "
-        "The best of all these runs with every seed. The seed and the held-out data that select "
-        "are among those that are reported, for all alike: no interval includes the luck that is "
-        "left in the search.",
+        "The best of all these runs is repeated with seeds that have chosen nothing. The held-out "
+        "data that choose are those that are reported, for all alike: no interval includes the "
+        "luck that is left in the search.",
         "*D_eff* is how many times the steps the rival needs, at its own best and at the end of a "
         "schedule, for the same held-out loss, by its losses at "
         f"{listed(sorted((*BUDGETS, 1.0)))} times the steps, and {listed(LONGER)} while another "
