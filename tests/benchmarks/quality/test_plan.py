@@ -79,7 +79,7 @@ def test_an_optimizer_that_is_new_leaves_the_finished_searches_as_they_are(begun
     assert {run.contender for run in joined.next(lines)} == {"DeepMomentum, delta"}
 
 
-def test_the_best_trials_run_in_full_and_the_best_of_them_with_every_seed():
+def test_the_best_trials_run_in_full_and_the_best_of_them_with_seeds_that_have_chosen_nothing():
     plan = Tuning("friedman", PAIR, trials=6, seeds=3)
     lines, _ = finished(plan, bowl(4e-3))
     trials = plan.searched("NorMuon", lines)
@@ -89,7 +89,8 @@ def test_the_best_trials_run_in_full_and_the_best_of_them_with_every_seed():
     assert [run.setting.lr for run in finalists] == rates[: plans.FINALISTS]
     assert plan.best("NorMuon", lines) == ranked[0].setting
     tuned = plan.tuned("NorMuon", lines)
-    assert [run.seed for run in tuned] == [0, 1, 2]
+    assert [run.seed for run in tuned] == [1, 2, 3]
+    assert {run.seed for run in (*trials, *finalists, *plan.shared("NorMuon", lines))} == {0}
     assert {run.steps for run in tuned} == {plan.final_steps}
 
 
