@@ -57,7 +57,7 @@ class Hope(nn.Module):
 
     def __init__(self, config: HopeConfig | None = None) -> None:
         super().__init__()
-        if config is not None and not isinstance(config, HopeConfig):
+        if config is not None and not hasattr(config, "cms_chunks"):  # also one of a reloaded class
             raise TypeError(
                 f"config is of type {type(config).__name__}: must be a HopeConfig, such as "
                 "HopeConfig(dim=256, layers=4), or None"
