@@ -68,7 +68,7 @@ def check_types(arguments: Mapping[str, Typed | None], given: Mapping[str, Any])
     """Raise TypeError for the first argument that is not the number or flag it should be.
 
     Args:
-        arguments: of a function, from :func:`typed`.
+        arguments: a function's arguments, from :func:`typed`.
         given: values by name; a name that is missing is not checked.
     """
     for name, argument in arguments.items():

@@ -17,6 +17,8 @@ from benchmarks.quality.tuned import compared, difference
 from benchmarks.tables import markdown
 
 CIRCUMSTANCES = ("config", "data", "torch", "python", "package", "deepopt", "cpu")
+OUTCOMES = {"win": "better", "loss": "worse", "tie": "noise"}
+"""What a verdict on new minus old means."""
 
 
 def compare(old: Lines, new: Lines, tunings: Sequence[Tuning]) -> str:
@@ -63,7 +65,7 @@ def pooled(common: Sequence[Run], old: Lines, new: Lines) -> str:
         ratio = f"{math.exp(x.mean):.4f}"
         if math.isfinite(x.low):
             ratio += f" [{math.exp(x.low):.4f}, {math.exp(x.high):.4f}]"
-        word = {"win": "better", "loss": "worse", "tie": "noise"}[verdict(x.mean, x.p)]
+        word = OUTCOMES[verdict(x.mean, x.p)]
         rows.append([contender, str(len(means)), ratio, "the same" if not any(means) else word])
     return markdown(rows)
 
@@ -111,7 +113,7 @@ def table(
     for key, both in several.items():
         interval, word = results[" ".join(key)]
         means = [f"{statistics.fmean(values):.4f}" for values in zip(*both, strict=True)]
-        outcome = {"win": "better", "loss": "worse", "tie": "noise"}[word]
+        outcome = OUTCOMES[word]
         if word == "tie" and interval.p < SIGNIFICANCE:
             outcome = "unclear"
         if all(a == b for a, b in both):

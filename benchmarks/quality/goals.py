@@ -47,7 +47,7 @@ def mean_ratio(group: Group, rival: str, goal: float, where: str) -> list[str]:
     if found is None:
         return [text, "", MISSING]
     measured = f"{data_ratio(group, plans, DEFAULT, rival)} on {names(plans)}"
-    inner = tuple(p for p in plans if (e := group.ended(p, DEFAULT, rival)) and not e.is_bound)
+    inner = tuple(p for p in plans if (e := group.ended(p, DEFAULT, rival)) and not e.end)
     if inner and len(inner) < len(plans):
         bounds = tuple(plan for plan in plans if plan not in inner)
         without = data_ratio(group, inner, DEFAULT, rival)

@@ -129,10 +129,12 @@ class Ended(NamedTuple):
         return equal_loss_ratio(mean(self.losses), self.steps, means)
 
     @property
-    def is_bound(self) -> bool:
-        """Whether D_eff is at an end of the rival's budgets."""
-        low, high = (end / self.steps for end in (min(self.budgets), max(self.budgets)))
-        return not low < self.ratio() < high
+    def end(self) -> int:
+        """-1 or 1 where D_eff is a bound, at the rival's smallest or largest budget; or else 0."""
+        found = self.ratio()
+        if found >= max(self.budgets) / self.steps:
+            return 1
+        return -1 if found <= min(self.budgets) / self.steps else 0
 
 
 def bootstrap(workloads: Sequence[Ended]) -> Interval:

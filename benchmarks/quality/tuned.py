@@ -449,9 +449,8 @@ def data_ratio(group: Group, plans: tuple[Tuning, ...], contender: str, rival: s
 
 def ratio_text(x: Interval, found: Sequence[Ended]) -> str:
     """D_eff with its interval; it is a bound if that of a workload is at an end of the budgets."""
-    above = any(ended.ratio() >= max(ended.budgets) / ended.steps for ended in found)
-    below = any(ended.ratio() <= min(ended.budgets) / ended.steps for ended in found)
-    bound = "" if above == below else ">= " if above else "<= "
+    ends = {ended.end for ended in found}
+    bound = "" if {-1, 1} <= ends else ">= " if 1 in ends else "<= " if -1 in ends else ""
     return f"{bound}{x.mean:.2f} [{x.low:.2f}, {x.high:.2f}]"
 
 

@@ -161,7 +161,7 @@ def load_model(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
         found = config.get("model_type") if isinstance(config, dict) else config
         raise ValueError(f"{folder} has a model of type {found!r}: must be {MODEL_TYPE!r}")
     for name, value in written_with.items():
-        if config.get(name, value) != value or name not in config:
+        if name not in config or config[name] != value:
             raise ValueError(
                 f"{folder} has {name}={config.get(name)!r} in {CONFIG_FILE}, its weights were "
                 f"written with {value!r}: the two files are not of one model; write or copy both "

@@ -302,6 +302,7 @@ class Hope(nn.Module):
                 f"{len(self.blocks)} blocks, as returned by an earlier call"
             )
         expected = cast(HopeBlock, self.blocks[0]).mixer.initial_state(1)  # all are of its sizes
+        own = expected.tensors
         for block in state.blocks:
             if type(block) is not type(expected):
                 raise ValueError(
@@ -314,7 +315,7 @@ class Hope(nn.Module):
                     f"{block.positions} in another: give it as an earlier call returned it"
                 )
             theirs = block.tensors
-            for name, ours in expected.tensors.items():
+            for name, ours in own.items():
                 self._check_state_tensor(name, theirs[name], ours, block.size)
         if (count := len(state.blocks[0].positions)) != batch:
             raise ValueError(

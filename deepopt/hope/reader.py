@@ -75,7 +75,7 @@ class Reader:
         updates: optimizer steps so far.
 
     Raises:
-        TypeError: `optimizer` is not a function, or no such model.
+        TypeError: `optimizer` is not a function, or `model` is of another kind.
         ValueError: the model has no level, an index or `chunk` out of range, frozen levels, or an
             optimizer of other parameters than those of its groups.
     """
