@@ -18,11 +18,11 @@ from benchmarks.hope.mad import KINDS, Mad
 from benchmarks.hope.passkey import Passkey
 from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
-from benchmarks.hope.task import Task
+from benchmarks.hope.task import MEMORY, Task
 from benchmarks.runs import Line
 from deepopt.hope.optimizers import build_optimizers
 from deepopt.hope.trainer import clipped, lr_factor, prepare
-from deepopt.memory import Delta
+from deepopt.memory import resolve
 from deepopt.ops.orthogonal_update import LEAST_SIZE, MOST_ENLARGED
 
 TASKS: dict[str, Task] = {
@@ -63,7 +63,7 @@ def setting(run: Run) -> Line:
         "weight_decay": TASKS[run.task].weight_decay,
         "warmup": WARMUP,
         "least_size": f"{LEAST_SIZE:g}, enlarged at most {MOST_ENLARGED:g} times",
-        "memory": str(Delta()),
+        "memory": str(resolve(MEMORY)),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -97,7 +97,8 @@ def train(task: Task, model: nn.Module, run: Run) -> list[float]:
         FloatingPointError: a loss or the norm of a gradient is not finite.
     """
     tokens = task.data(run.seed, 0).tokens.numel()  # the same number at every step
-    optimizers = build_optimizers(model, run.optimizer, run.lr, task.weight_decay, None, tokens)
+    memory = MEMORY if run.optimizer == "DeepMomentum" else None
+    optimizers = build_optimizers(model, run.optimizer, run.lr, task.weight_decay, memory, tokens)
     losses = []
     for step in range(run.steps):
         prepare(optimizers, lr_factor(step, run.steps, min(WARMUP, run.steps // 2)))

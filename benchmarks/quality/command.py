@@ -2,7 +2,7 @@
 
 ``--tier swap`` puts other optimizers in AdamW's place, at AdamW's best of five rates, on Hope and
 on a Transformer. ``rates`` runs AdamW and DeepMomentum at the same three rates on small workloads;
-DeepMomentum also with the covariance memory, with two values of ``momentum_share``, and without
+DeepMomentum also with the delta memory, with two values of ``momentum_share``, and without
 each part of its default. ``long`` runs AdamW and the default for four times the steps on two
 tables, which can be learned by heart. ``standard`` tunes every optimizer by one search, then
 compares. ``full`` adds optimizers, workloads, trials and seeds, and repeats the comparison at four

@@ -4,7 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ import deepopt
 from benchmarks.quality.workload import Unavailable
 from deepopt.hope.cms import chunk_groups
 from deepopt.hope.optimizers import LR_SCALES
-from deepopt.memory import Delta
+from deepopt.memory import Covariance, Linear
 from deepopt.optim import Continuum
 
 
@@ -70,24 +70,29 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class WithoutGain(Delta):
-    """The delta memory without the factor g that makes up for what a write erases."""
+class WithoutLookAhead(Covariance):
+    """The covariance memory, of which the momentum itself is read."""
 
-    def write_and_read(
-        self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor
-    ) -> Tensor:
-        gain = 1 + state["erasure"] / (1 - retention)
-        return super().write_and_read(state, grad, retention) / gain[:, None, None]
+    def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
+        return super().read(state, state["momentum"], retention)
+
+
+@dataclass(frozen=True)
+class WithoutCovariance(Linear):
+    """The linear memory with updates as large as the covariance memory's."""
+
+    gain: ClassVar[float] = Covariance.gain
 
 
 SIZES = ({"update_rms": None}, {"update_rms": 0.2})
 ABLATIONS = {
-    f"DeepMomentum, delta, {name}": Contender(
-        "deep_momentum", sizes, {"memory": "delta", **options}
+    f"DeepMomentum, covariance, {name}": Contender(
+        "deep_momentum", sizes, {"memory": "covariance", **options}
     )
     for name, sizes, options in (
-        ("no look-ahead", SIZES, {"memory": Delta(nesterov=False)}),
-        ("no gain", SIZES, {"memory": WithoutGain()}),
+        ("no covariance", SIZES, {"memory": WithoutCovariance()}),
+        ("no look-ahead", SIZES, {"memory": WithoutLookAhead()}),
+        ("no gain", SIZES, {"memory": Covariance(gain=1.0)}),
         ("rows as they are", SIZES, {"row_norm": False}),
         ("rank as it is", SIZES, {"rms_cap": 1.0}),
         ("size 0.2", SIZES[::-1], {}),
@@ -113,8 +118,8 @@ CONTENDERS: dict[str, Contender] = {
         for memory in ("linear", "delta", "covariance", "mlp")
     },
     **{
-        f"DeepMomentum, delta, share {share}": Contender(
-            "deep_momentum", SIZES, {"memory": "delta", "momentum_share": share}
+        f"DeepMomentum, covariance, share {share}": Contender(
+            "deep_momentum", SIZES, {"memory": "covariance", "momentum_share": share}
         )
         for share in (0.15, 0.3)
     },
@@ -154,19 +159,19 @@ Schedule-Free take AdamW's, Lion a fifth of it with five times the decay, and Pr
 has its 1e-3. Prodigy estimates one rate for all parameters, so that ``Setting.aux`` changes
 nothing. AdEMAMix warms its slow momentum up over all steps of the run (``"steps"``)."""
 
-DEFAULT = "DeepMomentum, delta"
+DEFAULT = "DeepMomentum, covariance"
 PARTS = {
-    "the delta rule": "DeepMomentum, linear",
-    "the look-ahead of its read": "DeepMomentum, delta, no look-ahead",
-    "the factor g of its read": "DeepMomentum, delta, no gain",
-    "the normalization of rows": "DeepMomentum, delta, rows as they are",
-    "the correction of lacking rank": "DeepMomentum, delta, rank as it is",
-    "the measured size (a fixed 0.2)": "DeepMomentum, delta, size 0.2",
+    "the covariance": "DeepMomentum, covariance, no covariance",
+    "the look-ahead of its read": "DeepMomentum, covariance, no look-ahead",
+    "the gain of its updates": "DeepMomentum, covariance, no gain",
+    "the normalization of rows": "DeepMomentum, covariance, rows as they are",
+    "the correction of lacking rank": "DeepMomentum, covariance, rank as it is",
+    "the measured size (a fixed 0.2)": "DeepMomentum, covariance, size 0.2",
 }
 """Every part of the default, and the contender that lacks it."""
 RIVALS = ("AdamW", "Muon", "NorMuon")
 """Those that the others are compared with, and whose loss is measured at several budgets."""
-MEMORIES = ("DeepMomentum, linear", "DeepMomentum, covariance", DEFAULT)
+MEMORIES = ("DeepMomentum, linear", "DeepMomentum, delta", DEFAULT)
 MAIN = (*RIVALS, *MEMORIES)
 """The optimizers of the standard tier."""
 

@@ -13,7 +13,7 @@ from benchmarks.quality.training import Lines
 from benchmarks.quality.workload import find
 from benchmarks.quality.workloads import LOCKED
 
-SHARES = ("DeepMomentum, delta, share 0.15", "DeepMomentum, delta, share 0.3")
+SHARES = ("DeepMomentum, covariance, share 0.15", "DeepMomentum, covariance, share 0.3")
 SMALL = (
     "digits_mlp",
     "mnist_cnn",
@@ -79,7 +79,7 @@ TIERS: dict[str, Tier] = {
     "rates": Tier(
         lambda w, c: [Rates(w, c)],
         SMALL,
-        (*PAIR, "DeepMomentum, covariance", *SHARES, *PARTS.values()),
+        (*PAIR, "DeepMomentum, delta", *SHARES, *PARTS.values()),
     ),
     "long": Tier(
         lambda w, c: [Rates(w, c, seeds=5, steps=4 * find(w).steps)],

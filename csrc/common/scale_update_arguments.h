@@ -12,13 +12,12 @@ namespace deepopt {
 // ScaleArguments of deepopt/ops/orthogonal_update.py, where the members are explained.
 struct DEEPOPT_HIDDEN ScaleArguments {
   Tensor momentum, grad, step;
-  double beta1, beta2, rms_cap;
-  std::optional<double> update_rms;
+  double beta1, beta2, rms_cap, rms;
   std::optional<Tensor> grad_norm, row_moment, row_weight, weight;
 
   void take_from(BoxedCall& call) {
-    call.take(momentum, grad, step, beta1, beta2, rms_cap, update_rms, grad_norm, row_moment,
-              row_weight, weight);
+    call.take(momentum, grad, step, beta1, beta2, rms_cap, rms, grad_norm, row_moment, row_weight,
+              weight);
   }
 };
 
@@ -36,20 +35,17 @@ struct DEEPOPT_HIDDEN ScaleUpdateTensors {
         "deepopt::scale_update: give one update of shape (B, m, n), or two and the weight "
         "of the second");
     STD_TORCH_CHECK(
-        given.grad_norm.has_value() != given.update_rms.has_value() &&
-            given.row_moment.has_value() == given.row_weight.has_value(),
-        "deepopt::scale_update: give either grad_norm or update_rms, and row_moment and "
-        "row_weight together");
+        given.row_moment.has_value() == given.row_weight.has_value(),
+        "deepopt::scale_update: give row_moment and row_weight together");
     const Tensor& like = updates[0];
     const int64_t batch = like.size(0), rows = like.size(1), count = int64_t(updates.size());
     rule.batch = batch, rule.rows = rows, rule.columns = like.size(2);
     rule.beta1 = given.beta1, rule.beta2 = given.beta2, rule.rms_cap = given.rms_cap;
+    rule.rms = given.rms;
     if (given.weight) rule.weight = read(*given.weight);
     if (given.grad_norm) {
       rule.grad_norm = read(*given.grad_norm);
       rule.new_grad_norm = arrays_.make({batch});
-    } else {
-      rule.update_rms = *given.update_rms;
     }
     if (given.row_moment) {
       rule.row_moment = read(*given.row_moment, rows);

@@ -19,11 +19,11 @@ constexpr double kLeastSize = 0.4, kMostEnlarged = 3;  // deepopt/ops/orthogonal
 // The arrays have a number for each of the B matrices of a stack, or for each of their rows.
 struct ScaleUpdate {
   int64_t batch, rows, columns;
-  double beta1, beta2, rms_cap, update_rms;
+  double beta1, beta2, rms_cap, rms;
   const float* products;  // of rows, as row_products has them: (1 or 3, B, m)
   const float* weight;  // factor of the second update; null: there is none
   const float *gradient, *momentum;  // norms of both
-  const float *grad_norm, *step;  // null: the size is update_rms
+  const float *grad_norm, *step;  // null: the root mean square is rms alone
   const float *row_moment, *row_weight;  // null: rows stay as they are
   float *new_grad_norm, *new_row_moment, *new_row_weight;
   float* factors;  // for each update and matrix, or for each of its rows if rows are normalized
@@ -82,13 +82,11 @@ struct ScaleUpdate {
     const double length = sqrt_(at_least(kTiny, team.sum(whole)));
     double shrink = 1;
     if (weight) shrink = length / sqrt_(at_least(kTiny, team.sum(together)));
-    double factor = shrink * enlarge(length);
+    double factor = shrink * enlarge(length) * rms;
     if (grad_norm) {
       const float root = running_root(grad_norm[b], gradient[b]);
       factor *= size(b, root);
       if (team.first() == 0) new_grad_norm[b] = root;
-    } else {
-      factor *= update_rms;
     }
     if (!row_moment) {
       if (rows && team.first() == 0)

@@ -154,7 +154,8 @@ class Hope(nn.Module):
         Args:
             stream: (batch, tokens), integers, or pieces of that; how it is cut changes nothing.
             levels: indices of the levels that learn, 0 for the fastest; None for all.
-            optimizer: makes any optimizer from parameter groups; None for `DeepMomentum`.
+            optimizer: makes any optimizer from parameter groups; None for `DeepMomentum` with the
+                delta memory.
             chunk: tokens between two updates of the fastest of these levels, the others in
                 proportion; None for the levels' own chunks.
 

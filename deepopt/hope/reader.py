@@ -63,8 +63,8 @@ class Reader:
             made levels. It is called as it is: set it to `eval()` if it has dropout.
         levels: which levels learn, as indices among the model's chunks, 0 for the fastest; None for
             all.
-        optimizer: makes an optimizer from parameter groups; None for `DeepMomentum` at a learning
-            rate of 1e-3 without weight decay.
+        optimizer: makes an optimizer from parameter groups; None for `DeepMomentum` with the delta
+            memory, at a learning rate of 1e-3 without weight decay.
         chunk: tokens between two updates of the fastest of these levels, the others in proportion;
             None for the levels' own chunks. Tokens of all texts of a batch count.
 
@@ -127,7 +127,7 @@ class Reader:
                 scaled = {"chunk": group["chunk"] * chunk // fastest, "lifetime": lifetime}
                 groups.append({**group, **scaled, "params": params})
         inner = optimizer(groups) if optimizer else deepopt.DeepMomentum(
-            groups, lr=LR, weight_decay=0.0
+            groups, lr=LR, weight_decay=0.0, memory="delta"
         )  # fmt: skip
         made = getattr(inner, "param_groups", [])
         wanted = {param for param, own_chunk in known.items() if own_chunk in chosen}

@@ -41,6 +41,8 @@ class Covariance:
         retention: rho, the retention of the Gram matrices, in [0, 1) (default: 0.95).
         refresh: writes from one computation of the powers to the next, at least 1 (default: 10).
         damping: smallest eigenvalue that counts, relative to the largest (default: 1e-6).
+        gain: how many times as large as AdamW's the updates of ``DeepMomentum`` are, where their
+            size is measured (default: 1.5).
 
     State: with r and R the short and the long side, 1 + 2r/R floats per parameter for the short
     side (3 for square matrices, 1.5 for 4:1), 1 + 2r/R + 2R/r for both; 1 per matrix.
@@ -62,6 +64,7 @@ class Covariance:
     retention: float = 0.95
     refresh: int = 10
     damping: float = 1e-6
+    gain: float = 1.5
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -79,6 +82,8 @@ class Covariance:
             )
         if not 0.0 < self.damping < 1.0:
             raise ValueError(f"Invalid damping: {self.damping}; it must be in (0, 1)")
+        if not 0.0 < self.gain < math.inf:
+            raise ValueError(f"Invalid gain: {self.gain}; it must be positive and finite")
 
     def _sides(self, grad: Tensor) -> tuple[Literal["left", "right"], ...]:
         rows, columns = grad.shape[-2:]

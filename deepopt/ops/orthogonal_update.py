@@ -29,9 +29,10 @@ class ScaleArguments(NamedTuple):
         step: gradients in the averages so far, shape (B,), on the matrices' device or the host.
         beta1, beta2: retentions of the averages of gradients and of squares.
         rms_cap: the largest factor by which an update of low rank is enlarged, at least 1.
-        update_rms: root mean square of an orthogonal update; None: :func:`orthogonal_size`.
-        grad_norm: running root of the mean squared norm of the gradient, shape (B,); None where
-            ``update_rms`` is given, and then momentum, gradient and step are not read.
+        rms: root mean square of an orthogonal update, in units of :func:`orthogonal_size` where
+            ``grad_norm`` is given.
+        grad_norm: running root of the mean squared norm of the gradient, shape (B,). Without it
+            ``scale_update`` reads neither momentum nor gradient nor step.
         row_moment, row_weight: what :func:`row_gains` keeps, shape (B, m); None leaves the rows as
             they are.
         weight: factor of a second update, shape (B,); None if there is only one.
@@ -43,7 +44,7 @@ class ScaleArguments(NamedTuple):
     beta1: float | Tensor
     beta2: float | Tensor
     rms_cap: float
-    update_rms: float | None = None
+    rms: float = 1.0
     grad_norm: Tensor | None = None
     row_moment: Tensor | None = None
     row_weight: Tensor | None = None
@@ -52,7 +53,7 @@ class ScaleArguments(NamedTuple):
 
 SCALE_SCHEMA = (
     "Tensor momentum, Tensor grad, Tensor step, float beta1, float beta2, float rms_cap, "
-    "float? update_rms, Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
+    "float rms, Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
     "Tensor? weight"
 )
 
@@ -84,15 +85,13 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
     Raises:
         ValueError: (RuntimeError in kernels) arguments that belong together are not given together.
     """
-    weight, grad_norm, update_rms = scale.weight, scale.grad_norm, scale.update_rms
+    weight, grad_norm = scale.weight, scale.grad_norm
     row_moment, row_weight = scale.row_moment, scale.row_weight
     if len(updates) != (1 if weight is None else 2):
         raise ValueError(
             f"Invalid updates: {len(updates)} with weight={weight}; give one, or two and the "
             "weight of the second"
         )
-    if (grad_norm is None) == (update_rms is None):
-        raise ValueError(f"Invalid update_rms: {update_rms}; give either grad_norm or update_rms")
     if (row_moment is None) != (row_weight is None):
         raise ValueError("Invalid row_weight; give row_moment and row_weight, or neither")
     rows, columns = updates[0].shape[-2:]
@@ -108,14 +107,13 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
         square = square.clamp_min(0.0)  # rounding of the products can make their sum negative
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
-    factor = max(rows, columns) ** 0.5 * rms_gain(norm, min(rows, columns), scale.rms_cap)
+    gain = rms_gain(norm, min(rows, columns), scale.rms_cap)
+    factor = max(rows, columns) ** 0.5 * scale.rms * gain
     if grad_norm is not None:
         betas = scale.beta1, scale.beta2
         size, grad_norm = adam_size(scale.momentum, scale.grad, grad_norm, scale.step, betas)
         factor = factor * orthogonal_size(size)
         state.append(grad_norm)
-    elif update_rms is not None:
-        factor = factor * update_rms
     weights = weights * factor
     if row_moment is not None and row_weight is not None:
         gains, *row_state = row_gains(square / columns, row_moment, row_weight, scale.beta2)

@@ -30,7 +30,7 @@ class DeepMomentum(MemoryOptimizer):
         s_t &= \beta_2 s_{t-1} + (1-\beta_2)\,\|G_t\|_F^2, \qquad
         r_t = \min\Big(1,\ \frac{\|\text{read}(M_t)\|_F\,/\,(1-\beta_1^t)}
         {\sqrt{s_t/(1-\beta_2^t)}}\Big), \qquad
-        a_t = \max\big(r_t,\ \min(0.4,\ 3 r_t)\big) \\
+        a_t = \kappa \max\big(r_t,\ \min(0.4,\ 3 r_t)\big) \\
         W_t &= (1 - \gamma\lambda) W_{t-1} - \gamma\, a_t \sqrt{\max(m,n)}\; c_t\, \hat O_t
 
     Embeddings, output heads, norms, biases and tiny matrices take the steps of torch's fused AdamW.
@@ -39,7 +39,8 @@ class DeepMomentum(MemoryOptimizer):
     0.2 when they are mostly noise, fading when they stop. So AdamW's ``lr`` and ``weight_decay``
     carry over.
     An orthogonal matrix spreads its size over all directions, where AdamW's update has most of it
-    in a few. So a small size is enlarged to 0.4, but at most threefold, so that it still fades.
+    in a few. So it may be larger: a small size is enlarged to 0.4, but at most threefold, so that
+    it still fades, and kappa is the memory's ``gain``, 1.5 for "covariance" and 1 for the others.
 
     Args:
         params: ``model.parameters()``, ``model.named_parameters()``, parameter groups, or
@@ -51,7 +52,7 @@ class DeepMomentum(MemoryOptimizer):
         eps: AdamW's term in the denominator (default: 1e-8).
         weight_decay: decoupled weight decay, lambda (default: 1e-2).
         memory: "linear", "covariance", "delta", "mlp", or an object with the interface of
-            ``deepopt.memory.Memory`` or ``OnePass`` (default: "delta").
+            ``deepopt.memory.Memory`` or ``OnePass`` (default: "covariance").
         row_norm: divide rows by their running root mean square after Newton-Schulz
             (default: True).
         update_rms: None for the size a_t; a positive number is a fixed size instead, such as the
@@ -95,7 +96,7 @@ class DeepMomentum(MemoryOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        memory: str | AnyMemory = "delta",
+        memory: str | AnyMemory = "covariance",
         row_norm: bool = True,
         update_rms: float | None = None,
         rms_cap: float = 1.5,
@@ -118,7 +119,7 @@ class DeepMomentum(MemoryOptimizer):
         if group["capturable"] and not getattr(memory, "capturable", True):
             raise RuntimeError(
                 f"memory {type(memory).__name__} does not support capturable=True: it reads values "
-                "of tensors on the host; choose another memory"
+                "of tensors on the host; choose another memory, such as 'delta'"
             )
         self._output_map(group)  # raises for arguments out of range
 
@@ -131,4 +132,5 @@ class DeepMomentum(MemoryOptimizer):
         return memories.resolve(group["memory"])
 
     def _output_map(self, group: Group) -> OutputMap:
-        return Orthogonal.of(group, group["momentum_share"])
+        gain = getattr(self._memory(group), "gain", 1.0)
+        return Orthogonal.of(group, group["momentum_share"], gain)

@@ -67,9 +67,11 @@ class Orthogonal:
         steps: steps of Newton-Schulz, from 1 to 99.
         coefficients: (a, b, c) of every step, or None for the Polar Express ones.
         row_norm: divide rows by their running root mean square.
-        update_rms: a fixed root mean square, or None for :func:`deepopt.ops.orthogonal_size`.
+        update_rms: a fixed root mean square, or None for ``gain`` times
+            :func:`deepopt.ops.orthogonal_size`.
         rms_cap: largest factor by which an update that lacks rank is enlarged, at least 1.
         momentum_share: share of the momentum itself in the update, in [0, 1).
+        gain: factor of the size, where that is not fixed.
 
     State: 2 per row with ``row_norm``, 1 per matrix without ``update_rms``.
 
@@ -84,11 +86,14 @@ class Orthogonal:
     update_rms: float | None = None
     rms_cap: float = 1.5
     momentum_share: float = 0.0
+    gain: float = 1.0
     _coefficients: Coefficients = field(init=False, repr=False, compare=False)
     _state_keys: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, group: dict[str, Any], momentum_share: float = 0.0) -> "Orthogonal":
+    def of(
+        cls, group: dict[str, Any], momentum_share: float = 0.0, gain: float = 1.0
+    ) -> "Orthogonal":
         """From the arguments of an optimizer's group."""
         return cls(
             steps=group["ns_steps"],
@@ -97,6 +102,7 @@ class Orthogonal:
             update_rms=group["update_rms"],
             rms_cap=group["rms_cap"],
             momentum_share=momentum_share,
+            gain=gain,
         )
 
     def __post_init__(self) -> None:
@@ -154,7 +160,7 @@ class Orthogonal:
             step,
             *betas,
             self.rms_cap,
-            self.update_rms,
+            self.gain if self.update_rms is None else self.update_rms,
             grad_norm=state["grad_norm"] if self.update_rms is None else None,
             row_moment=state["row_moment"] if self.row_norm else None,
             row_weight=state["row_weight"] if self.row_norm else None,

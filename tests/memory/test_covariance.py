@@ -121,6 +121,8 @@ def test_zero_gradients_read_as_zero():
         {"refresh": 0},
         {"refresh": 2.5},
         {"damping": 0.0},
+        {"gain": 0.0},
+        {"gain": float("inf")},
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(arguments):

@@ -145,9 +145,9 @@ def scale_update_arguments(shape: Shape) -> Arguments:
         grad[1:], norm[1:] = 0, 0
     steps = torch.arange(1.0, b + 1) ** (seed % 4)
     rows = [moment, weight] if seed // 2 % 2 else [None, None]
-    fixed, grad_norm = (0.2, None) if seed // 4 % 2 else (None, scale * n * norm)
+    rms, grad_norm = (0.2, None) if seed // 4 % 2 else (1.5, scale * n * norm)
     mixed = shape.positive(b) if shape.terms == 2 else None
-    scale = (momentum, grad, steps, 0.9, 0.99, 1.5, fixed, grad_norm, *rows, mixed)
+    scale = (momentum, grad, steps, 0.9, 0.99, 1.5, rms, grad_norm, *rows, mixed)
     return [updates, ScaleArguments(*scale)]
 
 

@@ -54,7 +54,7 @@ def test_operators_do_not_wait_for_the_device():
         frobenius(matrices)
         for step in (host, ones):
             states = (norm, rows, rows)
-            numbers = (step + 1, 0.9, 0.99, 1.5, None)
+            numbers = (step + 1, 0.9, 0.99, 1.5, 1.0)
             scale_update([matrices], ScaleArguments(matrices, matrices, *numbers, *states))
         multi_scale_write(matrices, matrices, matrices, ones, 0.9, 3, 0.99)
         phi = torch.ones(1, 2, 8, device=CUDA)

@@ -22,11 +22,13 @@ def orthogonal(seed, rows=6, columns=9):
     return torch.linalg.qr(torch.randn(2, columns, rows, generator=made)).Q.mT
 
 
-def arguments(updates, weight=None, grad=None, rows=True, update_rms=None, betas=(0.9, 0.99)):
+def arguments(
+    updates, weight=None, grad=None, rows=True, rms=1.0, measured=True, betas=(0.9, 0.99)
+):
     grad = updates[0] if grad is None else grad
-    (b, m, _), norm = updates[0].shape, None if update_rms else torch.zeros(len(grad))
+    (b, m, _), norm = updates[0].shape, torch.zeros(len(grad)) if measured else None
     state = torch.zeros(2, b, m).unbind() if rows else (None, None)
-    scale = (0.1 * grad, grad, STEP, *betas, 1.5, update_rms, norm, *state, weight)
+    scale = (0.1 * grad, grad, STEP, *betas, 1.5, rms, norm, *state, weight)
     return updates, ScaleArguments(*scale)
 
 
@@ -44,17 +46,24 @@ def test_the_first_update_has_the_entries_of_adamw_whatever_the_unit_of_the_grad
 def test_a_fixed_size_takes_no_notice_of_gradients():
     broken = torch.full((2, 6, 9), torch.nan)
     update, *states = scale_update(
-        *arguments([orthogonal(0)], grad=broken, rows=False, update_rms=0.2)
+        *arguments([orthogonal(0)], grad=broken, rows=False, rms=0.2, measured=False)
     )
     torch.testing.assert_close(mean_squares(update), torch.full((2,), 0.04))
     assert states == []
 
 
+def test_a_measured_size_is_in_units_of_rms():
+    once, *states = scale_update(*arguments([orthogonal(0)]))
+    twice, *same = scale_update(*arguments([orthogonal(0)], rms=2.0))
+    torch.testing.assert_close(twice, 2 * once)
+    torch.testing.assert_close(same, states)
+
+
 def test_a_second_update_turns_the_first_and_keeps_its_size():
     first, second = orthogonal(0), orthogonal(1).mT.contiguous().mT
-    update, *_ = scale_update(*arguments([first, second], torch.tensor([0.0, 0.5]), update_rms=1.0))
+    update, *_ = scale_update(*arguments([first, second], torch.tensor([0.0, 0.5]), measured=False))
     torch.testing.assert_close(mean_squares(update), torch.ones(2))
-    alone, *_ = scale_update(*arguments([first], update_rms=1.0))
+    alone, *_ = scale_update(*arguments([first], measured=False))
     torch.testing.assert_close(update[0], alone[0])
     assert not torch.allclose(update[1], alone[1], atol=0.1)
 
@@ -138,7 +147,6 @@ def test_retentions_that_are_tensors_are_differentiated():
 def test_states_that_belong_together_are_asked_for_together():
     updates, scale = arguments([orthogonal(0), orthogonal(1)], torch.ones(2))
     for missing, message in (
-        ("grad_norm", "grad_norm or update_rms"),
         ("row_weight", "row_weight"),
         ("weight", "two and"),
     ):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deepopt
-from deepopt.memory import BUILT_IN, Linear
+from deepopt.memory import BUILT_IN, Covariance, Linear, resolve
 from deepopt.ops import newton_schulz, polar_express
 
 MUON = (3.4445, -4.7750, 2.0315)
@@ -195,7 +195,22 @@ def test_zero_gradients_move_nothing_and_leave_training_able_to_start(memory):
     param.grad = torch.randn(32, 32)
     optimizer.step()
     moved = (param.detach() - before).square().mean().sqrt()
-    assert 0.2e-3 < moved < 1.1e-3
+    assert 0.2e-3 < moved < 1.1e-3 * getattr(resolve(memory), "gain", 1.0)
+
+
+def test_a_memorys_gain_enlarges_measured_sizes_alone():
+    grads = torch.randn(3, 24, 32)
+    ends = {}
+    for update_rms in (None, 0.2):
+        for gain in (1.0, 3.0):
+            param = nn.Parameter(torch.zeros(24, 32))
+            memory = Covariance(gain=gain)
+            optimizer = deepopt.DeepMomentum([param], memory=memory, update_rms=update_rms)
+            for param.grad in grads:
+                optimizer.step()
+            ends[update_rms, gain] = param.detach()
+    torch.testing.assert_close(ends[None, 3.0], 3 * ends[None, 1.0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(ends[0.2, 3.0], ends[0.2, 1.0])
 
 
 @pytest.mark.parametrize("memory", BUILT_IN)
@@ -220,7 +235,7 @@ def test_updates_have_the_root_mean_square_of_adamw_but_at_least_0_4(memory, sig
         sizes.append([step.square().mean().sqrt().item() for step in steps])
     ours, adamws = torch.tensor(sizes[20:]).mean(0)
     # The delta memory's horizon is shorter, and the average of fewer gradients is larger.
-    expected = max(adamws, min(0.4, 3 * adamws))
+    expected = max(adamws, min(0.4, 3 * adamws)) * getattr(resolve(memory), "gain", 1.0)
     assert 0.7 < ours / expected < (1.6 if memory == "delta" else 1.4)
 
 

@@ -55,7 +55,7 @@ def test_outside_of_them_a_step_has_no_hooks():
 
 def test_the_delta_memory_tells_what_it_erases_and_m3_the_weight_of_its_slow_momentum():
     params = make_params()
-    optimizer = deepopt.DeepMomentum(params)
+    optimizer = deepopt.DeepMomentum(params, memory="delta")
     with optimizer.diagnostics() as seen:
         for _ in range(3):
             optimizer.step()

@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"adapt_lr={arguments.adapt_lr}: must be finite and at least 0")
 
             def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-                return deepopt.DeepMomentum(groups, lr=arguments.adapt_lr, weight_decay=0.0)
+                lr = arguments.adapt_lr
+                return deepopt.DeepMomentum(groups, lr, weight_decay=0.0, memory="delta")
 
             reader = Reader(model, optimizer=optimizer, chunk=arguments.adapt_chunk)
     except (ValueError, OSError, RuntimeError, ImportError) as error:

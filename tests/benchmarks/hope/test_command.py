@@ -14,6 +14,7 @@ from benchmarks.hope.formal import Formal
 from benchmarks.hope.plan import Plan
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.report import report
+from benchmarks.hope.task import MEMORY
 from benchmarks.hope.training import Run
 from deepopt.hope import HopeConfig
 from deepopt.hope.trainer import TrainConfig, Trainer
@@ -129,7 +130,7 @@ def test_a_run_on_bytes_is_the_training_command_of_hope(tmp_path):
     task, steps = TINY_TASKS["bytes"], 12
     config = TrainConfig(
         out=tmp_path, model=TINY, steps=steps, seq_len=16, batch_size=2, eval_windows=2,
-        warmup=min(training.WARMUP, steps // 2), quiet=True,
+        warmup=min(training.WARMUP, steps // 2), memory=MEMORY, quiet=True,
     )  # fmt: skip
     assert config.weight_decay == task.weight_decay
     expected = Trainer(config).run().val_bits_per_byte

@@ -15,7 +15,7 @@ from benchmarks.quality.results import results
 from benchmarks.quality.training import Run
 from benchmarks.quality.workload import Unavailable
 
-OURS = "DeepMomentum, delta"
+OURS = "DeepMomentum, covariance"
 
 
 @pytest.fixture(autouse=True)

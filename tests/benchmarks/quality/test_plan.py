@@ -71,12 +71,12 @@ def test_an_optimizer_that_is_new_leaves_the_finished_searches_as_they_are(begun
     plan = Tuning("friedman", PAIR, trials=6, seeds=2)
     lines, _ = finished(plan, bowl(1.0))
     assert max(run.setting.lr for run in plan.trials_of("AdamW", lines)) > plans.HIGHEST
-    joined = Tuning("friedman", (*PAIR, "DeepMomentum, delta"), trials=6, seeds=2)
-    trials = joined.unwidened("DeepMomentum, delta", lines)[:begun]
+    joined = Tuning("friedman", (*PAIR, "DeepMomentum, covariance"), trials=6, seeds=2)
+    trials = joined.unwidened("DeepMomentum, covariance", lines)[:begun]
     lines |= {run: line(0.0) for run in trials}
     for contender in PAIR:
         assert joined.tuned(contender, lines) == plan.tuned(contender, lines) != []
-    assert {run.contender for run in joined.next(lines)} == {"DeepMomentum, delta"}
+    assert {run.contender for run in joined.next(lines)} == {"DeepMomentum, covariance"}
 
 
 def test_the_best_trials_run_in_full_and_the_best_of_them_with_seeds_that_have_chosen_nothing():
@@ -156,15 +156,15 @@ def test_everybody_also_tries_the_best_setting_of_the_others_with_either_value_o
 
 
 def test_optimizers_with_the_same_knob_share_its_value_too():
-    three = ("AdamW", "DeepMomentum, linear", "DeepMomentum, delta")
+    three = ("AdamW", "DeepMomentum, linear", "DeepMomentum, covariance")
     plan = Tuning("friedman", three, trials=6, seeds=1)
-    better = {"DeepMomentum, linear": 0, "DeepMomentum, delta": 1, "AdamW": 1}
+    better = {"DeepMomentum, linear": 0, "DeepMomentum, covariance": 1, "AdamW": 1}
     lines, _ = finished(
         plan, lambda run: bowl(4e-3)(run) + (run.setting.own != better[run.contender])
     )
     own = {c: plan.best(c, lines).own for c in three}
     assert own == better
-    *from_adamw, from_linear = plan.shared("DeepMomentum, delta", lines)
+    *from_adamw, from_linear = plan.shared("DeepMomentum, covariance", lines)
     assert [run.setting.own for run in from_adamw] == [0, 1]
     assert from_linear.setting == plan.best("DeepMomentum, linear", lines)
 
@@ -183,20 +183,20 @@ def test_an_optimizer_outside_the_standard_tier_tries_the_others_settings_and_sh
 
 
 def test_the_rivals_are_measured_at_other_budgets_with_their_best_setting():
-    plan = Tuning("friedman", ("AdamW", "DeepMomentum, delta"), trials=3, seeds=2)
+    plan = Tuning("friedman", ("AdamW", "DeepMomentum, covariance"), trials=3, seeds=2)
     lines, _ = finished(plan, bowl(4e-3))
     found = {run.steps for run in lines if run.setting == plan.best("AdamW", lines)}
     assert {round(plan.final_steps * share) for share in (0.5, 1.5, 2.0)} <= found
-    ours = {run.steps for run in lines if run.contender == "DeepMomentum, delta"}
+    ours = {run.steps for run in lines if run.contender == "DeepMomentum, covariance"}
     assert max(ours) == plan.final_steps
 
 
 @pytest.mark.parametrize(("ahead", "longest"), [(0.9, 2.0), (2.5, 3.0), (3.5, 4.0), (9.0, 4.0)])
 def test_a_rival_that_is_behind_at_its_largest_budget_gets_more_steps(ahead, longest):
-    plan = Tuning("friedman", ("AdamW", "DeepMomentum, delta"), trials=3, seeds=2)
+    plan = Tuning("friedman", ("AdamW", "DeepMomentum, covariance"), trials=3, seeds=2)
 
     def loss(run):
-        worth = ahead if run.contender == "DeepMomentum, delta" else 1.0
+        worth = ahead if run.contender == "DeepMomentum, covariance" else 1.0
         return abs(math.log(run.setting.lr / 4e-3)) + 100 / (run.steps * worth)
 
     lines, _ = finished(plan, loss)
@@ -206,10 +206,10 @@ def test_a_rival_that_is_behind_at_its_largest_budget_gets_more_steps(ahead, lon
 
 
 def test_a_rival_that_is_the_best_gets_no_more_steps_even_if_it_gets_worse_with_them():
-    plan = Tuning("friedman", ("AdamW", "DeepMomentum, delta"), trials=3, seeds=2)
+    plan = Tuning("friedman", ("AdamW", "DeepMomentum, covariance"), trials=3, seeds=2)
 
     def loss(run):
-        behind = 5.0 if run.contender == "DeepMomentum, delta" else 0.0
+        behind = 5.0 if run.contender == "DeepMomentum, covariance" else 0.0
         return abs(math.log(run.setting.lr / 4e-3)) + run.steps / plan.final_steps + behind
 
     lines, _ = finished(plan, loss)
@@ -295,7 +295,7 @@ def test_adamws_best_rate_is_that_of_the_mean_over_seeds_and_unknown_before_all_
     assert plan.best_rate(lines) is None
 
 
-TRIO = ("AdamW", "Muon", "DeepMomentum, delta")
+TRIO = ("AdamW", "Muon", "DeepMomentum, covariance")
 
 
 def test_a_swap_has_every_optimizer_at_adamws_best_rate_with_all_else_as_by_default():
@@ -314,7 +314,7 @@ def test_a_swap_also_has_the_pair_at_half_and_double_that_rate():
     plan = Swap("friedman", TRIO, seeds=2)
     lines, _ = finished(plan, bowl(4e-3))
     for share in (0.5, 2.0):
-        assert all(run in lines for run in plan.runs("DeepMomentum, delta", 4e-3 * share))
+        assert all(run in lines for run in plan.runs("DeepMomentum, covariance", 4e-3 * share))
         assert not any(run in lines for run in plan.runs("Muon", 4e-3 * share))
 
 

@@ -306,4 +306,4 @@ def test_a_part_left_out_is_worse_or_better_by_the_ratio_of_the_losses():
     rows = [row.split(" | ") for row in without_parts(plans, lines)[-1].splitlines()]
     cells = {row[0].removeprefix("| "): row[1:] for row in rows}
     assert cells["the normalization of rows"][0] == "1.100; 2 worse, 0 better of 2"
-    assert cells["the delta rule"][0] == "not run"
+    assert cells["the covariance"][0] == "not run"

@@ -73,7 +73,7 @@ def test_the_fine_tunings_start_where_the_pretraining_ended_and_lora_trains_its_
 
 
 @pytest.mark.parametrize("name", ["swap_hope", "swap_transformer"])
-@pytest.mark.parametrize("contender", ["AdamW", "Muon", "DeepMomentum, delta"])
+@pytest.mark.parametrize("contender", ["AdamW", "Muon", "DeepMomentum, covariance"])
 def test_a_run_of_the_swap_is_the_training_commands_run(name, contender, tmp_path, monkeypatch):
     for constant, value in (("BATCH", 2), ("LENGTH", 32), ("WINDOWS", 4)):
         monkeypatch.setattr(swap_transformer, constant, value)

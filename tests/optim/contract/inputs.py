@@ -79,8 +79,8 @@ INPUTS: dict[str, Inputs] = {
         options=(
             {},
             {"memory": "linear", "lr": 3e-3, "betas": (0.8, 0.9)},
-            {"memory": "covariance", "weight_decay": 0.1},
-            {"memory": Covariance(sides="both", refresh=2)},
+            {"memory": "delta", "weight_decay": 0.1},
+            {"memory": Covariance(sides="both", refresh=2, damping=1e-4)},
             {"memory": "mlp"},
             {"memory": EntrywiseMLP(time_scales=(0.5, 0.99), inner_lr=1.0)},
             {"memory": EntrywiseMLP()},

@@ -82,7 +82,7 @@ def test_a_compiled_training_step_does_not_recompile_when_the_rate_changes(cls, 
     lr = torch.tensor(1e-2) if tensor_lr else 1e-2
     optimizer, plain = cls(model.parameters(), lr=lr), cls(twin.parameters(), lr=1e-2)
     backend = CompileCounterWithBackend("aot_eager")
-    inputs = torch.randn(8, 16)
+    inputs = torch.randn(64, 16)  # gradients of full rank
 
     def step(model, optimizer):
         optimizer.zero_grad()
