@@ -10,7 +10,9 @@ from deepopt.hope.state import AttentionState
 
 
 class Attention(nn.Module):
-    """Mixes, for every token, the values of its text up to and including its own.
+    """Causal multi-head softmax attention with rotary positions (RoPE).
+
+    Each token attends to the tokens of its own text, up to and including itself.
 
     Args:
         dim: width of the residual stream.
@@ -47,7 +49,8 @@ class Attention(nn.Module):
         Args:
             x: inputs.
             state: the state after earlier tokens; None for the start of a text.
-            lengths: tokens of every sequence, without padding on its right; None for no padding.
+            lengths: number of real tokens in each sequence, when sequences are padded on the
+                right; None if there is no padding.
         """
         batch, tokens = x.shape[:2]
         if state is None:
@@ -70,7 +73,8 @@ class Attention(nn.Module):
         keys = torch.cat([state.keys, k.to(state.keys.dtype)], 2)
         values = torch.cat([state.values, v.to(state.values.dtype)], 2)
         if not uniform:
-            # New keys stand behind the widest text's columns; move each to that of its position.
+            # New keys are appended after the longest text's columns. Move each key to the column
+            # of its position.
             column = torch.arange(max(positions), device=x.device)
             first, width = past[:, None], state.keys.shape[2]
             index = torch.where(column < first, column, width + column - first)
@@ -79,8 +83,9 @@ class Attention(nn.Module):
                 cached.gather(2, index.expand(-1, self.heads, -1, cached.shape[-1]))
                 for cached in (keys, values)
             )
-        # A column is the position of its key, so that a query sees the columns up to its own.
-        # `from_start` is a plain bool: torch.compile makes a graph per length for a comparison.
+        # Column j holds the key of position j, so a query attends to the columns up to its own.
+        # `from_start` is a plain bool: from a comparison, torch.compile would make one graph per
+        # length.
         seen, from_start = None, False
         if uniform and state.positions[0] == 0:
             from_start = True
@@ -108,6 +113,6 @@ def rotations(position: Tensor, width: int, like: Tensor) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: channel pairs of x (..., tokens, width) turned by their angles."""
+    """Rotate channel pairs (i, i + width / 2) of x (..., tokens, width) by their angles (RoPE)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

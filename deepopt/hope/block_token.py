@@ -1,8 +1,8 @@
-"""One token through one block as one operator, which is what a decoded token calls.
+"""One token through one block as a single operator, used for decoding.
 
-A token is a few products of matrices with vectors. Module by module they are 450 torch operators
-per block, and calling these takes longer than the arithmetic. The kernel supports the default form
-of a block, without gradients. Everything else goes through the modules.
+Decoding takes a few matrix-vector products. Run module by module, a block calls 450 torch
+operators, and the calls take longer than the arithmetic. The kernel supports the default form of a
+block, without gradients. Everything else goes through the modules.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def forward(
 ) -> tuple[Tensor, BlockState] | None:
     """The output of `block` for x (batch, 1, dim) and its state, by the kernel.
 
-    None if the modules must compute it: the kernel reads their weights, and so would bypass hooks
-    and replaced parts, as adapters, quantized and offloaded layers have them.
+    None if the modules must compute it. The kernel reads only weights, so it would bypass hooks and
+    replaced parts, such as those of adapters and of quantized or offloaded layers.
     """
     if x.shape[1] != 1 or torch.is_grad_enabled() or lengths is not None or in_forward_ad():
         return None
-    if torch.compiler.is_compiling():  # a graph would hold for one position of a chunk alone
+    if torch.compiler.is_compiling():  # a graph would be valid at one position only
         return None
     if not isinstance(state, TitansState) or len(set(state.positions)) > 1:
         return None

@@ -76,7 +76,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False
     _supports_sdpa = True
     supports_gradient_checkpointing = True
-    _is_stateful = True  # a state cannot be rolled back, as assisted decoding needs
+    _is_stateful = True  # assisted decoding rolls the cache back, which a state cannot do
 
     def __init__(self, config: HopePretrainedConfig) -> None:
         super().__init__(config)
@@ -106,7 +106,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embedding = value
-        # As `resize_token_embeddings` does it, which tells no other configuration than its own.
+        # `resize_token_embeddings` updates only its own configuration.
         self.model.config = dataclasses.replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -150,7 +150,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         starts = None
         if position_ids is not None:
             starts = (position_ids == 0).expand_as(input_ids).clone()
-            starts[:, 0] = False  # it goes on from `state`, or starts without being told
+            starts[:, 0] = False  # the first token continues `state`, or starts a text anyway
             starts = starts if starts.any() else None
         out = self.model(input_ids, targets, state, mask=mask, starts=starts)
         carries = labels is None if use_cache is None else use_cache

@@ -16,7 +16,7 @@ class Documents(NamedTuple):
         row: row of every real token, in the order of `real`.
         column: its place in that row.
         lengths: tokens of every row.
-        source: for every row, the sequence whose state it goes on from; -1 for the start of a text.
+        source: for every row, the sequence whose state it continues; -1 at the start of a text.
         last: for every sequence, the row that it ends with; -1 if it has no real token.
     """
 

@@ -358,7 +358,7 @@ class Hope(nn.Module):
 
 
 def _with_its_weights(block: nn.Module) -> Callable[..., Any]:
-    """The block for `checkpoint`: when it runs again, it has the weights that it has now.
+    """A callable for `checkpoint` that recomputes the block with the weights of its forward pass.
 
     `torch.func.functional_call` gives a model other weights for the forward pass alone. Without
     this, the backward pass would compute the block again with the model's own.

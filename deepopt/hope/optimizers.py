@@ -59,10 +59,17 @@ def build_optimizers(
 ) -> list[Continuum]:
     """Return the optimizers that share the parameters of ``model``: one, for torch's Muon two.
 
-    ``lr`` is AdamW's. An optimizer in :data:`LR_SCALES` takes that multiple of it for the
-    parameters that it steps by its own rule, and divides their decay by it, so that as much is
-    forgotten per step. A group's ``initial_lr`` is its rate, as torch's schedulers expect.
-    ``tokens`` is the number of tokens in a step.
+    An optimizer in :data:`LR_SCALES` takes that multiple of ``lr`` for the parameters that it steps
+    by its own rule, and divides their decay by it, so that as much is forgotten per step. A group's
+    ``initial_lr`` is its rate, as torch's schedulers expect.
+
+    Args:
+        model: the model to train.
+        name: a class of deepopt or torch.optim, in any case.
+        lr: peak learning rate, on AdamW's scale.
+        weight_decay: decoupled weight decay, of all parameters.
+        memory: DeepMomentum's memory; None for its default.
+        tokens: tokens of a step, over the whole batch.
 
     Raises:
         ValueError: an unknown optimizer, or a memory for one that has none.

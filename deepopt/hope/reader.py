@@ -76,8 +76,8 @@ class Reader:
 
     Raises:
         TypeError: `optimizer` is not a function, or `model` is of another kind.
-        ValueError: the model has no level, an index or `chunk` out of range, frozen levels, or an
-            optimizer of other parameters than those of its groups.
+        ValueError: the model has no level that can learn, an index in `levels` or `chunk` is out
+            of range, or `optimizer` did not keep the groups that it was given.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Reader:
                 "them, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
             )
         self.model, self.optimizer, self.updates = model, Continuum(inner), 0
-        # Only a configuration tells it before the first token is read.
+        # The vocabulary's size is known before the first token only from a configuration.
         self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
         self.last: Tensor | None = None
         self._state: Any = None
@@ -158,7 +158,7 @@ class Reader:
         """Those of all tokens that were read, (batch, tokens), as `read` returns them."""
         return torch.cat(self._losses, 1) if self._losses else torch.empty(0, 0)
 
-    # Also where the caller generates text and has turned gradients off.
+    # Learning needs gradients, even where the caller has turned them off to generate text.
     @torch.inference_mode(False)
     @torch.enable_grad()
     def read(self, tokens: Tensor) -> Tensor:

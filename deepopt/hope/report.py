@@ -63,7 +63,7 @@ class Progress:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Cut from a metrics.jsonl what lies beyond ``step``: the run takes these steps again."""
+    """Drop the lines of a metrics.jsonl after ``step``; the resumed run writes them again."""
     lines = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
     write_atomically(path, "".join(lines).encode())
 
@@ -71,7 +71,7 @@ def keep_lines(path: Path, step: int) -> None:
 def plot(path: Path, runs: Mapping[str, Path]) -> None:
     """Draw runs by label: bits per byte, and beside it the relative size of updates.
 
-    The training loss is a thin, smoothed line, that on held-out text has dots. The right plot has
+    The training loss is a thin smoothed line; the held-out loss has dots. The right plot has
     the root mean square of every update over that of its parameter, at the steps that were watched:
     the median over the parameters, and a band from the first to the third quartile.
     """

@@ -121,7 +121,7 @@ BlockState = TitansState | AttentionState
 
 
 class HopeState(NamedTuple):
-    """What a model remembers of the texts so far: hand it to the next call to go on exactly.
+    """What a model remembers of the texts so far. Pass it to the next call to continue exactly.
 
     Attributes:
         blocks: one state per block.

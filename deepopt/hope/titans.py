@@ -46,7 +46,8 @@ def convolved(
         x: inputs.
         tail: the inputs before, (batch, dim, width - 1).
         weight: (dim, 1, width).
-        lengths: tokens of every sequence, without padding on its right; None for no padding.
+        lengths: number of real tokens in each sequence, when sequences are padded on the
+            right; None if there is no padding.
     """
     padded, tokens = torch.cat([tail, x], -1), x.shape[-1]
     weight = weight[:, 0].to(padded.dtype)
@@ -121,7 +122,8 @@ class Turns(nn.Module):
             x: inputs (batch, tokens, dim).
             query: (batch, all heads, d, tokens).
             phase: (batch, heads), after the tokens before.
-            lengths: tokens of every sequence, without padding on its right; None for no padding.
+            lengths: number of real tokens in each sequence, when sequences are padded on the
+                right; None if there is no padding.
         """
         return turned(self.rates(x).mT, query, phase, self.sharpness, lengths)
 
@@ -232,7 +234,8 @@ class SelfModifyingTitans(nn.Module):
         Args:
             x: inputs.
             state: the state after earlier tokens; None for the start of a text.
-            lengths: tokens of every sequence, without padding on its right; None for no padding.
+            lengths: number of real tokens in each sequence, when sequences are padded on the
+                right; None if there is no padding.
         """
         config = self.config
         batch, width = x.shape[:2]

@@ -151,7 +151,7 @@ def test_turns_start_small_and_learn() -> None:
     assert gradient.count_nonzero() == gradient.numel()
 
 
-def test_memories_write_and_forget() -> None:
+def test_tokens_change_the_weights_of_both_stacks() -> None:
     torch.manual_seed(0)
     layer = SelfModifyingTitans(HopeConfig(dim=8, heads=2))
     start = layer.initial_state(2)
