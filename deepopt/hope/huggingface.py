@@ -46,6 +46,8 @@ class HopePretrainedConfig(PreTrainedConfig):
         "hidden_size": "dim", "num_hidden_layers": "layers", "num_attention_heads": "heads",
     }  # fmt: skip
 
+    keys_to_ignore_at_inference = ["state"]  # noqa: RUF012
+
     def __post_init__(self, **others: Any) -> None:
         for field in dataclasses.fields(HopeConfig):
             value = others.pop(field.name, field.default)
@@ -150,7 +152,11 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         starts = None
         if position_ids is not None:
             starts = (position_ids == 0).expand_as(input_ids).clone()
-            starts[:, 0] = False  # the first token continues `state`, or starts a text anyway
+            # The first real token continues `state`, or starts a text anyway.
+            first = torch.zeros_like(input_ids[:, :1])
+            if mask is not None:
+                first, starts = mask.int().argmax(1, keepdim=True), starts & mask
+            starts.scatter_(1, first, False)
             starts = starts if starts.any() else None
         out = self.model(input_ids, targets, state, mask=mask, starts=starts)
         carries = labels is None if use_cache is None else use_cache

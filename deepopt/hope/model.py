@@ -342,9 +342,10 @@ class Hope(nn.Module):
             ("dtype", given.dtype, ours.dtype), ("device", given.device, ours.device)
         ):  # fmt: skip
             if of_state != of_model:
+                remedy = of_model if what == "dtype" else repr(str(of_model))
                 raise ValueError(
                     f"state has {name} of {what} {of_state}, the model's has {of_model}: move one "
-                    f"of them, such as state.to({str(of_model)!r})"
+                    f"of them, such as state.to({remedy})"
                 )
 
     def _out_of_range(self, name: str, tokens: Tensor) -> str:

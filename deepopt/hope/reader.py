@@ -48,6 +48,7 @@ def adaptation(model: nn.Module) -> Iterator[None]:
             for name, x in model.state_dict(keep_vars=True).items():
                 if name in kept and kept[name].shape == x.shape:
                     x.copy_(kept[name])
+        torch.clear_autocast_cache()  # it may hold copies of what was learned
 
 
 class Reader:
@@ -92,10 +93,9 @@ class Reader:
             param: own_chunk
             for level in levels_of(model)
             for param, own_chunk, _ in frequencies(level)
-            if param.requires_grad
         }
         chunks = sorted(set(known.values()))
-        if not chunks:
+        if not any(param.requires_grad for param in known):
             raise ValueError("the model has no level that can learn: see stack_levels")
         indices = range(len(chunks))
         if levels is not None and not (
@@ -111,7 +111,14 @@ class Reader:
             raise ValueError(
                 f"chunk={chunk!r}: must be an int of at least 1, the tokens between two updates"
             )
-        chosen = chunks if levels is None else [chunks[i] for i in indices if i in levels]
+        known = {param: own for param, own in known.items() if param.requires_grad}
+        wanted = range(len(chunks)) if levels is None else sorted(set(levels))
+        chosen = [chunks[i] for i in wanted if chunks[i] in known.values()]
+        if levels is not None and len(chosen) < len(wanted):
+            raise ValueError(
+                f"levels={levels!r}: must be of levels that can learn; all parameters of one are "
+                "frozen, so call requires_grad_() on it or leave it out"
+            )
         if optimizer is not None and not callable(optimizer):
             raise TypeError(
                 f"optimizer is of type {type(optimizer).__name__}: must be a function that makes "
@@ -130,8 +137,8 @@ class Reader:
             groups, lr=LR, weight_decay=0.0, memory="delta"
         )  # fmt: skip
         made = getattr(inner, "param_groups", [])
-        wanted = {param for param, own_chunk in known.items() if own_chunk in chosen}
-        if {param for group in made for param in group["params"]} != wanted or not all(
+        learning = {param for param, own_chunk in known.items() if own_chunk in chosen}
+        if {param for group in made for param in group["params"]} != learning or not all(
             "chunk" in group for group in made
         ):
             raise ValueError(
@@ -196,7 +203,8 @@ class Reader:
                 f"tokens has {outside[0].item()}: must lie in 0 ... {size - 1}, the model's "
                 "vocabulary; encode the text with fewer tokens"
             )
-        if self._loss_sum is not None and self._changes != _changes(self.model):
+        waits = any(group["pending_tokens"] for group in self.optimizer.param_groups)
+        if (waits or self._loss_sum is not None) and self._changes != _changes(self.model):
             raise RuntimeError(
                 "the model's weights have changed since this reader's last tokens, inside a chunk "
                 "from which it has still to learn: go on with a new reader, and read with one "
@@ -255,7 +263,9 @@ class Reader:
         finally:
             for param, own in zip(params, kept, strict=True):
                 param.grad = own
-        self._state, self._loss_sum, self._loss_tokens = _detached(self._state), None, 0
+            self._state, self._loss_sum, self._loss_tokens = _detached(self._state), None, 0
+            self._changes = _changes(self.model)
+            torch.clear_autocast_cache()  # it holds copies of the weights from before
 
 
 def adapt(
@@ -297,7 +307,7 @@ def _check_model(model: Any) -> None:
     if isinstance(model, nn.Module):
         known = inspect.signature(model.forward).parameters
         wrapped = any(each.kind is each.VAR_KEYWORD for each in known.values())
-        if _hope(model) or "past_key_values" in known or wrapped:
+        if _hope(model) is not None or "past_key_values" in known or wrapped:
             return
     raise TypeError(
         f"model is of type {type(model).__name__}: must be a deepopt.hope.Hope, or a causal "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import deepopt
-from deepopt.hope import Hope, HopeConfig, Reader, adaptation, generate
+from deepopt.hope import Hope, HopeConfig, Reader, adapt, adaptation, generate
 
 SMALL: dict[str, Any] = {
     "vocab_size": 7, "dim": 8, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 4,
@@ -275,10 +276,82 @@ def test_weights_that_something_else_changed_inside_a_chunk_are_named() -> None:
     with pytest.raises(RuntimeError, match=r"weights have changed .* go on with a new reader"):
         reader.read(text(11))
     assert not moved(model, before)
-    other = Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8)
-    other.read(text(9))  # ends with its chunk, and so waits for nothing
-    Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8).read(text(9))
-    other.read(text(9))
+    for tokens, waits in ((9, True), (17, False)):  # the slow level's chunk ends at 16
+        other = Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8)
+        other.read(text(tokens))
+        Reader(model, optimizer=OPTIMIZERS["SGD"], chunk=8).read(text(9))
+        if waits:
+            with pytest.raises(RuntimeError, match="weights have changed"):
+                other.read(text(9))
+        else:
+            other.read(text(9))
+
+
+def test_weights_that_something_else_changed_between_two_windows_are_named() -> None:
+    model = make(cms_chunks=(512,))
+    reader = Reader(model, optimizer=OPTIMIZERS["SGD"])
+    with model.adaptation():
+        reader.read(text(257))  # the first of two windows
+        with torch.no_grad():
+            model.head.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        reader.read(text(9))
+
+
+def test_one_autocast_around_a_text_learns_as_one_around_each_piece() -> None:
+    """torch keeps narrow copies of the weights until the outermost autocast ends."""
+    found = []
+    for around in (torch.autocast("cpu", torch.bfloat16), nullcontext()):
+        model = make().float()
+        reader = Reader(model, optimizer=OPTIMIZERS["AdamW"])
+        with around:
+            for piece in text(41).split(4, 1):
+                with torch.autocast("cpu", torch.bfloat16):
+                    reader.read(piece)
+        found.append(reader.losses[:, 1:])
+    torch.testing.assert_close(*found, atol=0.1, rtol=0)  # roundings differ; else 7.4
+
+
+def test_a_frozen_level_keeps_its_number_and_is_refused_by_it() -> None:
+    model = make()
+    before = weights(model)
+    for name, param in model.named_parameters():
+        param.requires_grad_(".levels.0." not in name)
+    with pytest.raises(ValueError, match=r"levels=\[0\]: must be of levels that can learn"):
+        model.adapt(text(), levels=[0])
+    model.adapt(text(), levels=[1])
+    names = moved(model, before)
+    assert names
+    assert all(".levels.1." in name for name in names)
+
+
+def test_a_reader_goes_on_after_an_optimizer_that_raised() -> None:
+    class Failing(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            if Failing.fails:
+                raise OSError("disk full")
+            return super().step(closure)
+
+    reader = Reader(make(), optimizer=lambda groups: Failing(groups, lr=0.1))
+    with pytest.raises(OSError, match="disk full"):
+        reader.read(text())
+    Failing.fails = False
+    assert reader.read(text()).isfinite().all()
+    assert reader.updates
+
+
+def test_a_compiled_model_is_read() -> None:
+    model = make()
+    compiled = torch.compile(model, backend="eager")
+    found = adaptation_losses(compiled)
+    torch.testing.assert_close(found, adaptation_losses(model))
+
+
+def adaptation_losses(model: Any) -> Tensor:
+    with adaptation(model):
+        return adapt(model, text(12), optimizer=OPTIMIZERS["SGD"]).losses[:, 1:]
 
 
 def test_bad_input_is_named() -> None:

@@ -81,6 +81,13 @@ def test_generate_decodes_as_ours_does_from_the_state_and_with_padding(hope, tok
     mask[0, :3] = 0
     found = wrapped.generate(tokens, attention_mask=mask, max_new_tokens=12, do_sample=False)
     assert torch.equal(found, generate(hope, tokens, 12, temperature=0, mask=mask.bool()))
+    state = hope(tokens[:, :4]).state
+    mask[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    found = wrapped.generate(tokens, state=state, **options)
+    expected = generate(hope, tokens, 5, temperature=0, mask=mask.bool(), state=state)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, wrapped.generate(tokens, **options))
     assert wrapped.generate(tokens, max_new_tokens=3, do_sample=True, top_k=5).shape == (2, 12)
     with pytest.raises(NotImplementedError, match="num_beams=1"):
         wrapped.generate(tokens, max_new_tokens=3, num_beams=2)
@@ -174,6 +181,8 @@ def test_trainer_trains_it(hope, tmp_path):
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
+    logits = trainer.predict([{"input_ids": row}] * 2).predictions
+    assert logits.shape == (2, 32, 256)
     trainer.save_model(tmp_path / "end")
     trained = Hope.from_pretrained(tmp_path / "end")
     assert trained(row[None, :-1], row[None, 1:]).loss < 0.5 * losses[0]
