@@ -17,7 +17,8 @@ class Documents(NamedTuple):
         column: its place in that row.
         lengths: tokens of every row.
         source: for every row, the sequence whose state it continues; -1 at the start of a text.
-        last: for every sequence, the row that it ends with; -1 if it has no real token.
+        last: for every sequence, the row whose state it ends with; -1 if it has no such row.
+        begun: for every sequence, whether a document starts after its last real token.
     """
 
     real: Tensor
@@ -26,6 +27,7 @@ class Documents(NamedTuple):
     lengths: tuple[int, ...]
     source: tuple[int, ...]
     last: tuple[int, ...]
+    begun: tuple[bool, ...]
 
     @classmethod
     def of(cls, mask: Tensor, starts: Tensor) -> Documents:
@@ -45,11 +47,13 @@ class Documents(NamedTuple):
         column = torch.arange(len(row), device=mask.device) - first[row]
         owners = sequence[mask][first].tolist()
         goes_on = (number[mask][first] == 0).tolist()
+        begun = (number[:, -1] > number.masked_fill(~mask, 0).amax(1)).tolist()
         last = [-1] * batch
         for i, owner in enumerate(owners):
-            last[owner] = i
+            last[owner] = -1 if begun[owner] else i
         source = tuple(o if on else -1 for o, on in zip(owners, goes_on, strict=True))
-        return cls(mask, row, column, tuple(counts.tolist()), source, tuple(last))
+        lengths = tuple(counts.tolist())
+        return cls(mask, row, column, lengths, source, tuple(last), tuple(begun))
 
     def take_apart(self, x: Tensor) -> Tensor:
         """(batch, tokens) -> (rows, longest row), zero beyond the end of a row."""

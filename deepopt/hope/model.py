@@ -244,16 +244,18 @@ class Hope(nn.Module):
         self, tokens: Tensor, state: HopeState, documents: Documents
     ) -> tuple[Tensor, HopeState]:
         """`_hidden` with a row for every document; the state is that after each text's last one."""
-        batch, count = len(tokens), len(documents.lengths)
-        if count == 0:  # cloned, because an initial state is made of the model's weights
-            return self.head.weight.new_zeros(*tokens.shape, self.config.dim), state.clone()
+        batch, count, initial = len(tokens), len(documents.lengths), self.initial_state(1)
         # `state.rows` numbers the rows of the second state after those of the first: `batch` is the
-        # only row of the initial state, and `count + i` below is text i of the earlier state.
+        # only row of the initial state, and `count + i` below is text i of what was there before.
+        kept = [batch if begun else i for i, begun in enumerate(documents.begun)]
+        if count == 0:  # cloned, because an initial state is made of the model's weights
+            hidden = self.head.weight.new_zeros(*tokens.shape, self.config.dim)
+            return hidden, state.rows(kept, initial).clone()
         source = [batch if i < 0 else i for i in documents.source]
-        before = state.rows(source, self.initial_state(1))
+        before = state.rows(source, initial)
         hidden, after = self._hidden(documents.take_apart(tokens), before, documents.lengths)
         last = [count + i if row < 0 else row for i, row in enumerate(documents.last)]
-        return documents.put_together(hidden), after.rows(last, state)
+        return documents.put_together(hidden), after.rows(last, state.rows(kept, initial))
 
     def _check(
         self,

@@ -101,6 +101,29 @@ def test_documents_of_a_packed_sequence_do_not_meet(model: Hope) -> None:
     assert_same_state(packed.state, alone[-1].state)
 
 
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_document_that_starts_on_padding_starts_wherever_the_text_is_cut(
+    model: Hope, cut: int
+) -> None:
+    tokens = torch.randint(7, (2, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 4:8] = mask[1, 9:] = False
+    starts = torch.zeros_like(mask)
+    starts[0, 4] = starts[1, 11] = True
+    whole = model(tokens, mask=mask, starts=starts)
+    parts, state = [], None
+    for piece in (slice(0, cut), slice(cut, 12)):
+        found = model(tokens[:, piece], state=state, mask=mask[:, piece], starts=starts[:, piece])
+        parts.append(found.logits)
+        state = found.state
+    parted = torch.cat(parts, 1)
+    torch.testing.assert_close(parted[mask], whole.logits[mask], rtol=0, atol=1e-10)
+    assert state is not None
+    for i in range(2):
+        assert_same_state(state, whole.state.rows([i], whole.state), i)
+    assert whole.state.blocks[0].positions == (4, 0)
+
+
 def test_sequences_at_different_positions_go_on_exactly(model: Hope) -> None:
     """A batch whose texts have different lengths goes on, now packed and padded too."""
     first, second = texts(), texts((7, 8, 3, 10))
