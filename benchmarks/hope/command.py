@@ -14,6 +14,7 @@ and runs nothing.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("seeds", "steps", "jobs"):
         if (count := getattr(arguments, name)) is not None and count < 1:
             parser.error(f"--{name} {count}: must be at least 1")
+    if wrong := [lr for lr in arguments.rates if not 0 < lr < math.inf]:
+        parser.error(f"--rates {wrong[0]:g}: must be positive and finite")
     if arguments.parts == ["ablations"] and not set(arguments.tasks) & set(ABLATED):
         parser.error(
             f"--tasks {' '.join(arguments.tasks)}: parts of the layer are changed on "

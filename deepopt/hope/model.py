@@ -57,7 +57,8 @@ class Hope(nn.Module):
 
     def __init__(self, config: HopeConfig | None = None) -> None:
         super().__init__()
-        if config is not None and not hasattr(config, "cms_chunks"):  # also one of a reloaded class
+        # By attribute: it may be of a reloaded class. transformers' configuration has no head_dim.
+        if isinstance(config, type) or not (config is None or hasattr(config, "head_dim")):
             raise TypeError(
                 f"config is of type {type(config).__name__}: must be a HopeConfig, such as "
                 "HopeConfig(dim=256, layers=4), or None"

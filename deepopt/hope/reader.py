@@ -7,6 +7,7 @@ read with the new weights.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,12 @@ def adaptation(model: nn.Module) -> Iterator[None]:
 
     Afterwards every weight and buffer in the model's `state_dict` is what it was, bit for bit. One
     copy of them is kept meanwhile. What was not there, or had another shape, stays.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}: must be a torch.nn.Module")
     kept = {name: x.detach().clone() for name, x in model.state_dict(keep_vars=True).items()}
     try:
         yield
@@ -327,6 +333,11 @@ def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]
         out = hope(tokens, state=state)
         return out.logits, out.state
     out = model(input_ids=tokens, past_key_values=state, use_cache=True)
+    if out.past_key_values is None:
+        raise RuntimeError(
+            "the model returned no past_key_values, as transformers' models do that train with "
+            "gradient checkpointing: call model.gradient_checkpointing_disable() or model.eval()"
+        )
     return out.logits, out.past_key_values
 
 
@@ -336,8 +347,13 @@ def _changes(model: nn.Module) -> int:
 
 
 def _detached(state: Any) -> Any:
+    """A state without history, which neither reading nor decoding from it changes."""
     if isinstance(state, HopeState):
         return state.detach()
-    for layer in getattr(state, "layers", ()):  # a cache of transformers
+    if not hasattr(state, "layers"):
+        return state
+    cache = copy.copy(state)  # of transformers: a model writes new keys into the one it is given
+    cache.layers = list(map(copy.copy, state.layers))
+    for layer in cache.layers:
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-    return state
+    return cache

@@ -372,6 +372,8 @@ def test_bad_input_is_named() -> None:
             model.adapt(text(), optimizer=lambda _, params=other: torch.optim.SGD(params, lr=0.1))
     with pytest.raises(TypeError, match="stream is of type NoneType: must be a tensor"):
         model.adapt(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model is of type str: must be a torch"):
+        adaptation("x").__enter__()  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model is of type Linear: must be a deepopt"):
         Reader(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match="tokens has 2 texts, those before had 1"):

@@ -34,6 +34,21 @@ def test_a_prompt_is_continued_as_complete_does(folder, capsys):
     assert capsys.readouterr().out == f"def f({expected}\n"
 
 
+def test_a_long_prompt_is_read_in_parts(folder, capsys, monkeypatch):
+    prompt, widths = LINE * 3, []
+    monkeypatch.setattr(sys.modules[main.__module__], "PREFILL", 32)
+    forward = Hope.forward
+    monkeypatch.setattr(
+        Hope, "forward", lambda self, x, **k: (widths.append(x.shape[1]), forward(self, x, **k))[1]
+    )
+    arguments = [f"--prompt={prompt}", "--length=5", "--temperature=0"]
+    assert main([f"--checkpoint={folder}", *arguments]) == 0
+    assert max(widths) == 32
+    monkeypatch.undo()
+    expected = complete(Hope.from_pretrained(folder), prompt, 5, temperature=0)
+    assert capsys.readouterr().out == f"{prompt}{''.join(expected)}\n"
+
+
 def test_a_conversation_continues_all_that_was_read(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert main([f"--checkpoint={folder}", "--length=9", "--temperature=0"]) == 0

@@ -165,7 +165,7 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
         HopeConfig(**{**SMALL, **options})
 
 
-@pytest.mark.parametrize("config", [128, {"dim": 8}])
+@pytest.mark.parametrize("config", [128, {"dim": 8}, HopeConfig])
 def test_what_is_no_configuration_is_named(config: Any) -> None:
     with pytest.raises(TypeError, match=f"config is of type {type(config).__name__}: must be a"):
         Hope(config)

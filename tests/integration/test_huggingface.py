@@ -11,6 +11,7 @@ from deepopt.hope import (
     PRETRAINED,
     Hope,
     HopeConfig,
+    Reader,
     adapt,
     adaptation,
     chunk_groups,
@@ -249,3 +250,31 @@ def test_a_llama_learns_while_it_reads_and_a_rate_of_zero_changes_no_logit(llama
         assert still.updates == 29
         assert read(1e-2).losses[0, -40:].mean() < 0.9 * plain[-40:].mean()
     assert torch.equal(llama(tokens).logits, logits)
+
+
+def test_a_state_that_is_looked_at_or_decoded_from_changes_nothing_that_is_read(llama):
+    tokens = torch.randint(13, (1, 48), generator=torch.Generator().manual_seed(0))
+    stack_levels(llama, (8, 16))
+
+    def read(look):
+        reader = Reader(llama, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+        with adaptation(llama):
+            for piece in tokens.split(5, 1):
+                reader.read(piece)
+                look(reader)
+        return reader.losses[:, 1:]
+
+    def decode(reader):
+        with torch.no_grad():
+            llama(input_ids=reader.last, past_key_values=reader.state, use_cache=True)
+
+    expected = read(lambda reader: None)
+    assert torch.equal(read(lambda reader: reader.state), expected)
+    assert torch.equal(read(decode), expected)
+
+
+def test_a_llama_without_a_cache_is_not_read(llama):
+    stack_levels(llama, (8, 16))
+    llama.train().gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+        adapt(llama, torch.arange(12)[None])

@@ -18,6 +18,9 @@ from deepopt.hope.generate import complete
 from deepopt.hope.options import check_device
 from deepopt.hope.reader import LR
 
+PREFILL = 1024
+"""The most bytes of a text that are read at once."""
+
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -70,9 +73,10 @@ class Session:
         encoded = text.encode(errors="surrogateescape")
         if self.reader is None:
             unread = self.last + encoded
-            if unread[:-1]:
-                with torch.no_grad():
-                    self.state = self.model(self._tokens(unread[:-1]), state=self.state).state
+            with torch.no_grad():
+                for first in range(0, len(unread) - 1, PREFILL):
+                    part = unread[first : min(first + PREFILL, len(unread) - 1)]
+                    self.state = self.model(self._tokens(part), state=self.state).state
         else:
             unread = encoded
             losses = self.reader.read(self._tokens(unread))

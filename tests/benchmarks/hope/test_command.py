@@ -192,3 +192,10 @@ def test_counts_below_one_are_refused(option, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--out", str(tmp_path), option, "0"])
     assert f"{option} 0: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_a_rate_that_is_none_is_refused_by_name(rate, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--out", str(tmp_path), "--rates", rate])
+    assert f"--rates {rate}: must be positive and finite" in capsys.readouterr().err
