@@ -136,7 +136,9 @@ def zero_redundancy_optimizer_equals_one_process(folder: Path) -> None:
 
     model = network(40, 33, 17)
     ddp = DistributedDataParallel(model)
-    optimizer = ZeroRedundancyOptimizer(ddp.parameters(), deepopt.DeepMomentum, lr=1e-2)
+    optimizer = ZeroRedundancyOptimizer(
+        ddp.parameters(), deepopt.DeepMomentum, lr=1e-2, memory="delta"
+    )
     train(ddp, optimizer, range(STEPS), *ranks())
     assert_same(model, reference(40, 33, 17))
     kept = [sum(t.numel() for t in s.values()) for s in optimizer.optim.state.values()]
