@@ -16,6 +16,7 @@ from benchmarks.hope.task import Batch, Goal
 from benchmarks.quality.language import corpus
 from deepopt.data import evaluation_batches, sample_batch
 from deepopt.hope import HopeConfig, adaptation
+from deepopt.hope.reader import deep_momentum
 
 
 @functools.cache
@@ -89,7 +90,7 @@ class Continual(Bytes):
             "english_frozen": online.second_half(online.frozen(model, self._english)),
         }
         ways = {
-            "levels": (online.by_levels, online.deep_momentum),
+            "levels": (online.by_levels, deep_momentum),
             "all_weights": (online.by_all_weights, online.adamw),
         }
         for name, (read, optimizer) in ways.items():

@@ -14,6 +14,7 @@ from benchmarks.quality import datasets
 from benchmarks.quality.workload import Unavailable
 from deepopt.hope import HopeConfig, adaptation
 from deepopt.hope.model import IGNORED
+from deepopt.hope.reader import deep_momentum
 
 ASK = 17
 """The token after 64 pixels of 0 to 16, at which the digit is predicted; digits follow it."""
@@ -91,7 +92,7 @@ class Digits(Task):
         before = self._right(model, KNOWN)
         found = {"known": before}
         ways = {
-            "levels": (levels_and_head, online.deep_momentum),
+            "levels": (levels_and_head, deep_momentum),
             "all_weights": (online.all_parameters, online.adamw),
         }
         for name, (chosen, optimizer) in ways.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deepopt
-from benchmarks.hope.task import MEMORY, Goal, Mean
+from benchmarks.hope.task import Goal, Mean
 from deepopt.hope import Hope, HopeConfig, Reader, chunk_groups, stack_levels
 from deepopt.hope.cms import levels_of
 from deepopt.hope.reader import MakeOptimizer
@@ -29,11 +29,6 @@ def saved(mean: Mean) -> float:
 
 
 SAVED = Goal("share of a Transformer++'s forgetting with AdamW that Hope's levels save", saved, 0.3)
-
-
-def deep_momentum(lr: float) -> MakeOptimizer:
-    """Makes the optimizer of all other training, without weight decay."""
-    return lambda groups: deepopt.DeepMomentum(groups, lr, weight_decay=0.0, memory=MEMORY)
 
 
 def adamw(lr: float) -> MakeOptimizer:

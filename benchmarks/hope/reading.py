@@ -12,6 +12,7 @@ from benchmarks.hope.bytes import SIZES, Bytes
 from benchmarks.hope.task import Goal
 from benchmarks.quality.language import corpus
 from deepopt.hope import HopeConfig, adaptation
+from deepopt.hope.reader import deep_momentum
 
 GOALS = (Goal("bits per byte that adapt is worth", lambda mean: mean("Hope", "worth"), 0.05),)
 
@@ -79,7 +80,7 @@ def adapted(model: nn.Module, texts: Sequence[Tensor], lr: float) -> float:
     found = []
     for text in texts:
         with adaptation(model):
-            found.append(online.by_levels(model, text, online.deep_momentum(lr)))
+            found.append(online.by_levels(model, text, deep_momentum(lr)))
     return second_halves(found)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import ABLATED, DEFAULT, Lines, Plan, badness, value
-from benchmarks.hope.task import MEMORY, Task
-from benchmarks.hope.training import TASKS, WARMUP, Line, Run, setting
+from benchmarks.hope.task import Task
+from benchmarks.hope.training import MEMORY, TASKS, WARMUP, Line, Run, setting
 from benchmarks.tables import markdown
 from deepopt.hope.trainer import MAX_GRAD_NORM
 
@@ -163,7 +163,7 @@ def earlier(lines: Lines) -> str:
         return ""
     return (
         f" **{len(old)} of {len(known)} runs were made in an earlier setting**, for example before "
-        "updates had a least size or the default memory looked ahead; the benchmark repeats them "
+        "updates had a least size or the delta memory looked ahead; the benchmark repeats them "
         "when it is run again."
     )
 

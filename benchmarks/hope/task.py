@@ -14,8 +14,6 @@ from deepopt.hope import HopeConfig
 
 Batch = Text
 """Tokens and what to predict at each, IGNORED for nothing."""
-MEMORY = "delta"
-"""DeepMomentum's, in every run."""
 Mean = Callable[[str, str], float]
 """The mean over the seeds of a model's metric, by the names of both; NaN if there is no run."""
 

@@ -18,7 +18,7 @@ from benchmarks.hope.mad import KINDS, Mad
 from benchmarks.hope.passkey import Passkey
 from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
-from benchmarks.hope.task import MEMORY, Task
+from benchmarks.hope.task import Task
 from benchmarks.runs import Line
 from deepopt.hope.optimizers import build_optimizers
 from deepopt.hope.trainer import clipped, lr_factor, prepare
@@ -36,6 +36,8 @@ TASKS: dict[str, Task] = {
     **{kind: Mad(kind) for kind in KINDS},
 }
 WARMUP = 50
+MEMORY = "delta"
+"""Every run of DeepMomentum has this memory."""
 
 
 @dataclass(frozen=True)

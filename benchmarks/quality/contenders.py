@@ -71,7 +71,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class WithoutLookAhead(Covariance):
-    """The covariance memory, of which the momentum itself is read."""
+    """The covariance memory without the look-ahead of its read."""
 
     def read(self, state: dict[str, Tensor], grad: Tensor, retention: float | Tensor) -> Tensor:
         return super().read(state, state["momentum"], retention)

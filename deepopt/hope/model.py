@@ -57,7 +57,8 @@ class Hope(nn.Module):
 
     def __init__(self, config: HopeConfig | None = None) -> None:
         super().__init__()
-        # By attribute: it may be of a reloaded class. transformers' configuration has no head_dim.
+        # Attributes decide, because the class may have been reloaded. The configuration that
+        # transformers wraps has no head_dim.
         if isinstance(config, type) or not (config is None or hasattr(config, "head_dim")):
             raise TypeError(
                 f"config is of type {type(config).__name__}: must be a HopeConfig, such as "

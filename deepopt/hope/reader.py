@@ -31,6 +31,14 @@ LR = 1e-3
 """Learning rate of the default optimizer."""
 
 
+def deep_momentum(lr: float) -> MakeOptimizer:
+    """A function that makes the default optimizer of a reader, at another learning rate.
+
+    It names the memory with which reading was measured, ``docs/results/hope.md``.
+    """
+    return lambda groups: deepopt.DeepMomentum(groups, lr, weight_decay=0.0, memory="delta")
+
+
 @contextmanager
 def adaptation(model: nn.Module) -> Iterator[None]:
     """A context at whose end the model forgets what it learned inside, also after an exception::
@@ -139,9 +147,7 @@ class Reader:
                 lifetime = group["lifetime"] and group["lifetime"] * chunk // fastest
                 scaled = {"chunk": group["chunk"] * chunk // fastest, "lifetime": lifetime}
                 groups.append({**group, **scaled, "params": params})
-        inner = optimizer(groups) if optimizer else deepopt.DeepMomentum(
-            groups, lr=LR, weight_decay=0.0, memory="delta"
-        )  # fmt: skip
+        inner = (optimizer or deep_momentum(LR))(groups)
         made = getattr(inner, "param_groups", [])
         learning = {param for param, own_chunk in known.items() if own_chunk in chosen}
         if {param for group in made for param in group["params"]} != learning or not all(

@@ -51,7 +51,7 @@ class Memory(Protocol):
     schedulers change it. The memory's own hyper-parameters are attributes. A checkpoint does not
     hold them; it recognizes a memory by its ``repr``, which a frozen dataclass provides. A memory
     that reads values of tensors on the host says so with a class attribute, ``capturable = False``.
-    An attribute ``gain`` is a factor of the updates' measured size (1 without it).
+    A number ``gain`` multiplies the measured size of the updates; without it they have AdamW's.
     A method ``report(state)`` may return tensors by name, which ``optimizer.diagnostics`` averages.
     """
 

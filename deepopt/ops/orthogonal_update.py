@@ -107,8 +107,8 @@ def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tenso
         square = square.clamp_min(0.0)  # rounding of the products can make their sum negative
         shrink = norm / square.sum(-1).clamp_min(tiny).sqrt()
         square, weights = square * shrink.square()[:, None], weights * shrink
-    gain = rms_gain(norm, min(rows, columns), scale.rms_cap)
-    factor = max(rows, columns) ** 0.5 * scale.rms * gain
+    factor = scale.rms * max(rows, columns) ** 0.5
+    factor = factor * rms_gain(norm, min(rows, columns), scale.rms_cap)
     if grad_norm is not None:
         betas = scale.beta1, scale.beta2
         size, grad_norm = adam_size(scale.momentum, scale.grad, grad_norm, scale.step, betas)

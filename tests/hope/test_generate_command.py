@@ -38,9 +38,12 @@ def test_a_long_prompt_is_read_in_parts(folder, capsys, monkeypatch):
     prompt, widths = LINE * 3, []
     monkeypatch.setattr(sys.modules[main.__module__], "PREFILL", 32)
     forward = Hope.forward
-    monkeypatch.setattr(
-        Hope, "forward", lambda self, x, **k: (widths.append(x.shape[1]), forward(self, x, **k))[1]
-    )
+
+    def counted(model, tokens, **options):
+        widths.append(tokens.shape[1])
+        return forward(model, tokens, **options)
+
+    monkeypatch.setattr(Hope, "forward", counted)
     arguments = [f"--prompt={prompt}", "--length=5", "--temperature=0"]
     assert main([f"--checkpoint={folder}", *arguments]) == 0
     assert max(widths) == 32

@@ -20,6 +20,8 @@ from torch import Tensor
 from deepopt.hope.model import Hope
 from deepopt.hope.state import INTEGERS, HopeState
 
+PREFILL = 1024
+"""The most tokens of a prompt that are read at once, unless the caller names another number."""
 ENDED = -1
 """Takes the place of tokens after the end of a text, while others of its batch go on."""
 
@@ -104,7 +106,7 @@ def stream(
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
     state: HopeState | None = None,
-    prefill: int = 1024,
+    prefill: int = PREFILL,
 ) -> Iterator[Tensor]:
     """Continues prompts, and yields the tokens as soon as they are drawn.
 

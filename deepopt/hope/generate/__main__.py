@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import deepopt
 from deepopt._output import outlive_readers
 from deepopt.hope import PRETRAINED, Hope, HopeState, Reader
-from deepopt.hope.generate import complete
+from deepopt.hope.generate import PREFILL, complete
 from deepopt.hope.options import check_device
-from deepopt.hope.reader import LR
-
-PREFILL = 1024
-"""The most bytes of a text that are read at once."""
+from deepopt.hope.reader import LR, deep_momentum
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -74,8 +70,8 @@ class Session:
         if self.reader is None:
             unread = self.last + encoded
             with torch.no_grad():
-                for first in range(0, len(unread) - 1, PREFILL):
-                    part = unread[first : min(first + PREFILL, len(unread) - 1)]
+                for first in range(0, len(unread[:-1]), PREFILL):
+                    part = unread[:-1][first : first + PREFILL]
                     self.state = self.model(self._tokens(part), state=self.state).state
         else:
             unread = encoded
@@ -138,11 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.adapt:
             if not 0 <= arguments.adapt_lr < math.inf:
                 raise ValueError(f"adapt_lr={arguments.adapt_lr}: must be finite and at least 0")
-
-            def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-                lr = arguments.adapt_lr
-                return deepopt.DeepMomentum(groups, lr, weight_decay=0.0, memory="delta")
-
+            optimizer = deep_momentum(arguments.adapt_lr)
             reader = Reader(model, optimizer=optimizer, chunk=arguments.adapt_chunk)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         parser.error(str(error))

@@ -14,7 +14,6 @@ from benchmarks.hope.formal import Formal
 from benchmarks.hope.plan import Plan
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.report import report
-from benchmarks.hope.task import MEMORY
 from benchmarks.hope.training import Run
 from deepopt.hope import HopeConfig
 from deepopt.hope.trainer import TrainConfig, Trainer
@@ -108,7 +107,7 @@ def test_lines_of_another_setting_do_not_count_but_in_the_report(tmp_path, monke
     assert command.main([*arguments, "--report"]) == 0
     told = (
         " **1 of 1 runs were made in an earlier setting**, for example before updates had a least "
-        "size or the default memory looked ahead; "
+        "size or the delta memory looked ahead; "
     )
     assert told in (again := (tmp_path / "hope.md").read_text())
     assert again.replace(told + "the benchmark repeats them when it is run again.", "") == page
@@ -130,7 +129,7 @@ def test_a_run_on_bytes_is_the_training_command_of_hope(tmp_path):
     task, steps = TINY_TASKS["bytes"], 12
     config = TrainConfig(
         out=tmp_path, model=TINY, steps=steps, seq_len=16, batch_size=2, eval_windows=2,
-        warmup=min(training.WARMUP, steps // 2), memory=MEMORY, quiet=True,
+        warmup=min(training.WARMUP, steps // 2), memory=training.MEMORY, quiet=True,
     )  # fmt: skip
     assert config.weight_decay == task.weight_decay
     expected = Trainer(config).run().val_bits_per_byte

@@ -365,7 +365,7 @@ def test_reading_is_worth_what_the_losses_say_at_the_rate_of_the_other_files(mon
         even = text_[0, 0].item() % 2 == 0  # a file that decides
         return torch.full((1, 8), nats * ((lr - 3e-3) ** 2 if even else 2 + lr))
 
-    monkeypatch.setattr(online, "deep_momentum", lambda lr: lr)
+    monkeypatch.setattr(reading, "deep_momentum", lambda lr: lr)
     monkeypatch.setattr(online, "by_levels", by_levels)
     monkeypatch.setattr(online, "frozen", lambda *_: torch.full((1, 8), 3 * nats))
     found = reading.Reading().metrics(nn.Linear(1, 1))
