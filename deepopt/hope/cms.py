@@ -103,7 +103,8 @@ class CMS(nn.Module):
         check_chunks(chunks, "chunks")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
-        slower = [*chunks[1:], None] if variant == "nested" else [None] * len(chunks)
+        self.nested = variant == "nested" and len(chunks) > 1
+        slower = [*chunks[1:], None] if self.nested else [None] * len(chunks)
         self.levels = nn.ModuleList(
             CMSLevel(dim, hidden, chunk, next_) for chunk, next_ in zip(chunks, slower, strict=True)
         )
@@ -194,8 +195,14 @@ def stack_levels(
             f"chunks={tuple(chunks)}: the model has {len(mlps)} MLPs for {len(chunks)} levels; "
             "give fewer chunks, or the names of the MLPs as mlps"
         )
-    if nested := [n for n in mlps if getattr(modules[n], "slower", None) is not None]:
-        raise ValueError(f"{nested[0]} is a nested level: make the model with these cms_chunks")
+    nested = {
+        level
+        for module in modules.values()
+        if isinstance(module, CMS) and module.nested
+        for level in module.levels
+    }
+    if refused := [name for name in mlps if modules[name] in nested]:
+        raise ValueError(f"{refused[0]} is a nested level: make the model with these cms_chunks")
     for i, name in enumerate(mlps):
         modules[name].cms_chunk = chunks[i % len(chunks)]
     return [level for level in levels_of(model) if level.name in set(mlps)]

@@ -126,6 +126,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: None = None,
         **_: Any,
     ) -> HopeForCausalLMOutput | tuple[Any, ...]:
         """Predicts every next token.
@@ -141,7 +142,17 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: (batch, tokens); a 0 after the first token starts another document, as in
                 the packed batches of transformers' collators. Nothing else is read from it.
             return_dict: False for a tuple without what is None.
+            past_key_values: None; `state` takes its place.
+
+        Raises:
+            TypeError: `past_key_values` is given.
+            TypeError, ValueError: as `Hope` does.
         """
+        if past_key_values is not None:
+            raise TypeError(
+                "past_key_values is given: Hope has a state instead; pass the one that an earlier "
+                "call returned as state="
+            )
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, -input_ids.shape[1] :].bool()

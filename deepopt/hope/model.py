@@ -270,11 +270,6 @@ class Hope(nn.Module):
         check_tensor("tokens", tokens)
         if targets is not None:
             check_tensor("targets", targets)
-        if state is not None and not isinstance(state, HopeState):
-            raise TypeError(
-                f"state is of type {type(state).__name__}: must be the state that an earlier call "
-                "returned, or HopeState.from_state_dict(saved)"
-            )
         if tokens.ndim != 2 or not all(tokens.shape) or tokens.dtype not in INTEGERS:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: "
@@ -297,10 +292,15 @@ class Hope(nn.Module):
                     f"of the shape of tokens, {tuple(tokens.shape)}"
                 )
         if state is not None:
-            self._check_state(state, len(tokens))
+            self.check_state(state, len(tokens))
 
-    def _check_state(self, state: HopeState, batch: int) -> None:
-        """Raise ValueError unless a state fits the blocks and the batch."""
+    def check_state(self, state: HopeState, batch: int) -> None:
+        """Raise TypeError or ValueError unless a state fits the model and the batch."""
+        if not isinstance(state, HopeState):
+            raise TypeError(
+                f"state is of type {type(state).__name__}: must be the state that an earlier call "
+                "returned, or HopeState.from_state_dict(saved)"
+            )
         if len(state.blocks) != len(self.blocks):
             raise ValueError(
                 f"state has {len(state.blocks)} blocks: must have one for each of the "

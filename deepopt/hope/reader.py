@@ -204,10 +204,10 @@ class Reader:
                 "integers of shape (batch, tokens)"
             )
         tokens = tokens.to(torch.int64, copy=True)  # one made in inference mode has no gradients
-        if self.last is not None and len(self.last) != len(tokens):
+        if self._losses and len(self._losses[0]) != len(tokens):
             raise ValueError(
-                f"tokens has {len(tokens)} texts, those before had {len(self.last)}: the texts of "
-                "a batch go on together; take a new reader for others"
+                f"tokens has {len(tokens)} texts, those before had {len(self._losses[0])}: the "
+                "texts of a batch go on together; take a new reader for others"
             )
         size = self._vocab_size
         if size is not None and (outside := tokens[(tokens < 0) | (tokens >= size)]).numel():
@@ -319,7 +319,7 @@ def _check_model(model: Any) -> None:
     if isinstance(model, nn.Module):
         known = inspect.signature(model.forward).parameters
         wrapped = any(each.kind is each.VAR_KEYWORD for each in known.values())
-        if _hope(model) is not None or "past_key_values" in known or wrapped:
+        if hope_in(model) is not None or "past_key_values" in known or wrapped:
             return
     raise TypeError(
         f"model is of type {type(model).__name__}: must be a deepopt.hope.Hope, or a causal "
@@ -327,7 +327,7 @@ def _check_model(model: Any) -> None:
     )
 
 
-def _hope(model: nn.Module) -> nn.Module | None:
+def hope_in(model: Any) -> Any:
     """The Hope that a model is or, for transformers, wraps; None for another model."""
     both = (model, getattr(model, "model", None))
     return next((hope for hope in both if hasattr(hope, "initial_state")), None)
@@ -335,16 +335,22 @@ def _hope(model: nn.Module) -> nn.Module | None:
 
 def _forward(model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Logits and the state after the tokens, of a Hope or of a model of transformers."""
-    if (hope := _hope(model)) is not None:
+    if (hope := hope_in(model)) is not None:
         out = hope(tokens, state=state)
         return out.logits, out.state
     out = model(input_ids=tokens, past_key_values=state, use_cache=True)
-    if out.past_key_values is None:
+    if (cache := getattr(out, "past_key_values", None)) is None:
         raise RuntimeError(
             "the model returned no past_key_values, as transformers' models do that train with "
             "gradient checkpointing: call model.gradient_checkpointing_disable() or model.eval()"
         )
-    return out.logits, out.past_key_values
+    if not all(hasattr(layer, "keys") for layer in getattr(cache, "layers", ())):
+        raise RuntimeError(
+            f"{type(model).__name__} has layers whose cache is no keys and values, as Mamba's: "
+            "such a cache changes in place, so no gradient can go back through it; read with a "
+            "model of softmax attention"
+        )
+    return out.logits, cache
 
 
 def _changes(model: nn.Module) -> int:

@@ -13,7 +13,10 @@ from torch import Tensor
 from deepopt.hope.memory import Inputs, MemoryState
 
 Tree = TypeVar("Tree")
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 """The dtypes that tokens may have."""
 
 
@@ -148,12 +151,15 @@ class HopeState(NamedTuple):
         Phases stay at least float32, because rounding errors of a sum add up.
         """
 
+        copy = kwargs.get("copy", False)
+
         def moved(block: BlockState) -> BlockState:
             new = _map(lambda x: x.to(*args, **kwargs), block)
             if not (isinstance(block, TitansState) and isinstance(new, TitansState)):
                 return new
             wide = torch.promote_types(new.phase.dtype, torch.float32)
-            return new._replace(phase=block.phase.to(new.phase.device, wide))
+            phase = block.phase.to(new.phase.device, wide, copy=copy)
+            return new._replace(phase=phase)
 
         return HopeState(tuple(moved(block) for block in self.blocks))
 
@@ -193,6 +199,10 @@ class HopeState(NamedTuple):
             absent = () if momentum else ("s2", "s1")
             return kind(*(None if k in absent else entry(f"{prefix}.{k}") for k in kind._fields))
 
+        def positions(prefix: str) -> tuple[int, ...]:
+            counts = entry(f"{prefix}.positions")
+            return tuple(counts) if isinstance(counts, list | tuple) else ()
+
         def block(i: int) -> BlockState:
             prefix = f"blocks.{i}"
             found = unchecked(prefix)
@@ -200,24 +210,27 @@ class HopeState(NamedTuple):
                 if tensor is not None and not isinstance(tensor, Tensor):
                     raise TypeError(f"entries[{prefix}.{name!r}] is {tensor!r}: must be a tensor")
             batch = {len(x) for x in found.tensors.values() if x is not None}
-            counts = found.positions
-            if batch != {len(counts)} or not all(type(n) is int and n >= 0 for n in counts):
+            counts = entries[f"{prefix}.positions"]
+            if batch != {len(found.positions)} or not all(
+                type(n) is int and n >= 0 for n in found.positions
+            ):
                 raise ValueError(
-                    f"entries['{prefix}.positions'] is {list(counts)}: must hold for each of the "
-                    f"{max(batch)} texts how many tokens it has had; pass what state_dict() gave"
+                    f"entries['{prefix}.positions'] is {counts!r}: must be a list with the number "
+                    f"of tokens that each of the {max(batch)} texts has had; pass what "
+                    "state_dict() gave"
                 )
             return found
 
         def unchecked(prefix: str) -> BlockState:
             if any(f"{prefix}.{name}" in entries for name in ("keys", "values")):
-                keys, values, positions = part(prefix, AttentionState)
-                return AttentionState(keys, values, tuple(positions))
+                keys, values = entry(f"{prefix}.keys"), entry(f"{prefix}.values")
+                return AttentionState(keys, values, positions(prefix))
             return TitansState(
                 part(f"{prefix}.generators", MemoryState),
                 part(f"{prefix}.memory", MemoryState),
                 part(f"{prefix}.tails", Inputs),
                 entry(f"{prefix}.phase"),
-                tuple(entry(f"{prefix}.positions")),
+                positions(prefix),
             )
 
         pattern = re.compile(r"blocks\.(\d+)\.")

@@ -378,6 +378,8 @@ def test_bad_input_is_named() -> None:
         Reader(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match="tokens has 2 texts, those before had 1"):
         model.adapt([text(3), text(3, 2)])
+    with pytest.raises(ValueError, match="tokens has 1 texts, those before had 2"):
+        model.adapt([text(0, 2), text(3)])
     with pytest.raises(ValueError, match="no level that can learn"):
         Reader(model.requires_grad_(False))
     with pytest.raises(FloatingPointError, match="smaller lr"):

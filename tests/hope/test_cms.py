@@ -325,5 +325,6 @@ def test_bad_arguments_are_named() -> None:
         stack_levels(nn.Linear(4, 4), (4,))
     with pytest.raises(ValueError, match=r"mlps has '9\.mlp'"):
         stack_levels(transformer(), (4,), mlps=["9.mlp"])
-    with pytest.raises(ValueError, match=r"levels\.0 is a nested level"):
-        stack_levels(make((8, 16), "nested"), (8,))
+    for name in ("levels.0", "levels.1"):  # the slowest one's chunk is also the other's lifetime
+        with pytest.raises(ValueError, match=f"{name} is a nested level"):
+            stack_levels(make((8, 16), "nested"), (8,), [name])

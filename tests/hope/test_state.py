@@ -220,6 +220,8 @@ def test_a_state_is_moved_saved_and_loaded(model: Hope) -> None:
     moved = state.to(torch.float32)
     assert {tensor.dtype for tensor in tensors(moved)} == {torch.float32}
     assert moved.blocks[0].positions == (12,)
+    pairs = zip(tensors(state), tensors(state.to(torch.float64, copy=True)), strict=True)
+    assert not any(a.numel() and a.data_ptr() == b.data_ptr() for a, b in pairs)
 
 
 def test_a_state_in_a_narrow_dtype_keeps_its_phases_wide(model: Hope) -> None:
@@ -276,8 +278,9 @@ def test_a_saved_state_that_lacks_an_entry_is_refused_by_its_name(model: Hope) -
         HopeState.from_state_dict(second)
     with pytest.raises(ValueError, match="entries have no block"):
         HopeState.from_state_dict({})
-    for wrong in ([-1], [1.5], [3, 3], []):
-        with pytest.raises(ValueError, match=re.escape(f"'blocks.0.positions'] is {wrong}: must")):
+    for wrong in ([-1], [1.5], [3, 3], [], [[3]], 3, None, "a"):
+        said = re.escape(f"'blocks.0.positions'] is {wrong!r}: must")
+        with pytest.raises(ValueError, match=said):
             HopeState.from_state_dict({**entries, "blocks.0.positions": wrong})
     name = next(iter(entries))
     with pytest.raises(TypeError, match="must be a tensor"):

@@ -92,6 +92,10 @@ def test_generate_decodes_as_ours_does_from_the_state_and_with_padding(hope, tok
     assert wrapped.generate(tokens, max_new_tokens=3, do_sample=True, top_k=5).shape == (2, 12)
     with pytest.raises(NotImplementedError, match="num_beams=1"):
         wrapped.generate(tokens, max_new_tokens=3, num_beams=2)
+    with pytest.raises(TypeError, match=r"past_key_values is given: .* as state="):
+        wrapped(tokens, past_key_values=state)
+    ours = generate(wrapped, tokens, 12, temperature=0)
+    assert torch.equal(ours, generate(hope, tokens, 12, temperature=0))
 
 
 def test_a_wrapped_hope_learns_while_it_reads_as_the_hope_itself_does(hope, tmp_path):
@@ -278,3 +282,13 @@ def test_a_llama_without_a_cache_is_not_read(llama):
     llama.train().gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
         adapt(llama, torch.arange(12)[None])
+
+
+def test_a_model_with_another_kind_of_cache_is_refused_by_name():
+    config = transformers.MambaConfig(
+        vocab_size=13, hidden_size=16, state_size=4, num_hidden_layers=2
+    )
+    mamba = transformers.MambaForCausalLM(config)
+    stack_levels(mamba, (8,), ["backbone.layers.1.mixer"])
+    with pytest.raises(RuntimeError, match="MambaForCausalLM has layers whose cache is no keys"):
+        adapt(mamba, torch.arange(12)[None])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deepopt.hope.model import Hope
+from deepopt.hope.reader import hope_in
 from deepopt.hope.state import INTEGERS, HopeState
 
 PREFILL = 1024
@@ -30,7 +31,7 @@ def generate(model: Hope, prompt: Tensor, length: int, **options: Any) -> Tensor
     """Continues prompts, and returns each with its continuation.
 
     Args:
-        model: the model.
+        model: the model; torch.compile or `deepopt.hope.huggingface` may have wrapped it.
         prompt: (batch, tokens), integers; at least one token.
         length: number of tokens to add, at most.
         **options: those of `stream`.
@@ -62,7 +63,7 @@ def complete(model: Hope, text: str | bytes, length: int, **options: Any) -> Ite
     Raises:
         ValueError, TypeError, FloatingPointError: as `stream` does, and for another vocabulary.
     """
-    _check_model(model)
+    model = _hope(model)
     if not isinstance(text, str | bytes):
         raise TypeError(
             f"text is of type {type(text).__name__}: must be text or bytes; for tokens call stream"
@@ -111,7 +112,7 @@ def stream(
     """Continues prompts, and yields the tokens as soon as they are drawn.
 
     Args:
-        model: the model.
+        model: as for `generate`.
         prompt: (batch, tokens), integers; at least one token.
         length: number of tokens to add, at most.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -135,11 +136,13 @@ def stream(
         ValueError: an argument out of range, or a prompt that ends with padding.
         FloatingPointError: the logits are not finite.
     """
-    _check_model(model)
+    model = _hope(model)
     _check_prompt(prompt, mask, model.config.vocab_size)
     _check_numbers(length, temperature, top_k, top_p, prefill)
     _check_stop(stop, model.config.vocab_size)
     _check_generator(generator, prompt.device)
+    if state is not None:
+        model.check_state(state, len(prompt))
 
     @torch.no_grad()
     def tokens_one_by_one(state: HopeState | None) -> Iterator[Tensor]:
@@ -197,14 +200,14 @@ def _draw(
     return torch.multinomial(shares, 1, generator=generator)
 
 
-def _check_model(model: Any) -> None:
-    """Raise TypeError for anything but a model. It may be wrapped, if it has a configuration."""
-    config = getattr(model, "config", None)
-    if not callable(model) or not isinstance(getattr(config, "vocab_size", None), Integral):
+def _hope(model: Any) -> Any:
+    """The model itself, which torch.compile or transformers may wrap."""
+    if isinstance(model, type) or (hope := hope_in(model)) is None:
         raise TypeError(
             f"model is of type {type(model).__name__}: must be a deepopt.hope.Hope, such as "
             "Hope(HopeConfig(...)) or Hope.from_pretrained(folder)"
         )
+    return hope
 
 
 def _check_prompt(prompt: Tensor, mask: Tensor | None, size: int) -> None:
@@ -218,7 +221,7 @@ def _check_prompt(prompt: Tensor, mask: Tensor | None, size: int) -> None:
             f"prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}: must be integers of "
             "shape (batch, tokens) with at least one token"
         )
-    ends = (int(token) for token in prompt.aminmax())  # a byte cannot be compared with 256
+    ends = (int(token) for token in prompt.long().aminmax())
     if outside := [token for token in ends if not 0 <= token < size]:
         raise ValueError(
             f"prompt has {outside[0]}: tokens must lie in 0 ... {size - 1}, the model's "
