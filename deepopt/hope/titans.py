@@ -212,7 +212,7 @@ class SelfModifyingTitans(nn.Module):
     def initial_state(self, batch: int) -> TitansState:
         """The state before the first token of `batch` sequences."""
         config = self.config
-        zeros = self.query.weight.new_zeros
+        zeros = self.generators.weights.w2.new_zeros
         tail = zeros(batch, config.dim, config.conv_width - 1)
         turning = self.turns.heads if self.turns else 0
         return TitansState(

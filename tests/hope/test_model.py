@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deepopt.hope import Hope, HopeConfig, HopeState
+from deepopt.hope import Hope, HopeConfig, HopeState, generate
+from deepopt.hope.state import INTEGERS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11, "dim": 8, "heads": 2, "layers": 2, "memory_chunk": 4, "projection_chunk": 6,
@@ -191,9 +192,7 @@ def test_bad_inputs_are_named() -> None:
         model(tokens[:1], state=state)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
-)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_tokens_and_targets_may_have_any_integer_type(dtype: torch.dtype) -> None:
     model, tokens = make(), text(9)
     expected = model(tokens, tokens)
@@ -300,6 +299,30 @@ def test_autocast_to_bfloat16_is_close_and_keeps_the_dtype_of_the_state(
     found.loss.backward()
     grads = [param.grad for param in model.parameters()]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+def test_a_model_whose_matrices_are_packed_by_a_quantizer_decodes() -> None:
+    class Packed(torch.nn.Module):
+        """As a quantized Linear: no `weight` that is a tensor."""
+
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.packed = linear.weight.detach().clone()
+
+        def weight(self) -> Tensor:
+            return self.packed
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.packed)
+
+    model, tokens = make(), text(20)
+    expected, continued = model(tokens).logits, generate(model, tokens, 5, temperature=0)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Packed(child))
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert torch.equal(generate(model, tokens, 5, temperature=0), continued)
 
 
 def test_hope_attention_is_exported_once_for_texts_of_every_length() -> None:
