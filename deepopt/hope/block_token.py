@@ -19,7 +19,7 @@ from deepopt.hope.cms import CMS, CMSLevel
 from deepopt.hope.memory import Form, Gates, Initial, Inputs, MemoryState, Weights, unit
 from deepopt.hope.state import BlockState, TitansState
 from deepopt.hope.titans import CausalConv, SelfModifyingTitans, Turns, convolved, turned
-from deepopt.ops.operator import operator
+from deepopt.ops.operator import operator, schema_of
 
 if TYPE_CHECKING:
     from deepopt.hope.block import HopeBlock
@@ -78,13 +78,6 @@ TENSORS = 18
 """Number of the first fields of `BlockTokenArguments`, which are tensors and lists of them."""
 SCALARS = slice(18, 24)
 """Those of `Form.scalars` in `BlockTokenArguments`."""
-SCHEMA = """(Tensor x, Tensor norm, Tensor key, Tensor value, Tensor query, Tensor gate,
-Tensor output, Tensor? turns, Tensor head_norm, Tensor gates, Tensor[] convolutions,
-Tensor[] level_norms, Tensor[] ups, Tensor[] downs, Tensor[] initial, Tensor[] weights,
-Tensor[] tails, Tensor phase, float max_eta, float max_erase, float max_delta,
-float generator_floor, float memory_floor, float sharpness, float eps) -> Tensor[]""".replace(
-    "\n", " "
-)
 
 
 def forward(
@@ -254,7 +247,9 @@ def _shapes(given: BlockTokenArguments) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
 
 
-@operator(SCHEMA, _supports, BlockTokenArguments, fake=_shapes)
+@operator(
+    f"({schema_of(BlockTokenArguments)}) -> Tensor[]", _supports, BlockTokenArguments, fake=_shapes
+)
 def block_token(given: BlockTokenArguments) -> list[Tensor]:
     """One token of every sequence through one block, all of them at one position.
 

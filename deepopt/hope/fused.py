@@ -23,7 +23,7 @@ from deepopt.hope.memory import (
     MemoryState,
     Weights,
 )
-from deepopt.ops.operator import operator
+from deepopt.ops.operator import SymInt, operator, schema_of
 
 
 class MemoryArguments(NamedTuple):
@@ -71,7 +71,7 @@ class MemoryArguments(NamedTuple):
     sharpness: float
     projection_chunk: int
     memory_chunk: int
-    position: int
+    position: SymInt
 
     def parts(self) -> tuple[Inputs, MemoryState, MemoryState, Initial, Gates, Form]:
         """The same arguments, as `deepopt.hope.scan.self_modifying` takes them."""
@@ -107,12 +107,6 @@ SCALARS = slice(16, 22)
 """Those of `Form.scalars` in `MemoryArguments`."""
 PULLS = slice(11, 15)
 """The initial weights in `MemoryArguments`, which are None where retention leads to zero."""
-SCHEMA = """Tensor key, Tensor value, Tensor query, Tensor w2, Tensor w1, Tensor anchor_w2,
-Tensor anchor_w1, Tensor memory_w2, Tensor memory_w1, Tensor memory_anchor_w2,
-Tensor memory_anchor_w1, Tensor? initial_w2, Tensor? initial_w1, Tensor? memory_initial_w2,
-Tensor? memory_initial_w1, Tensor gates, float max_eta, float max_erase, float max_delta,
-float generator_floor, float memory_floor, float sharpness, int projection_chunk, int memory_chunk,
-SymInt position""".replace("\n", " ")
 
 
 def self_modifying(
@@ -222,8 +216,8 @@ def _by_autograd(grads: Sequence[Tensor], given: MemoryArguments) -> list[Tensor
 
 
 @operator(
-    f"(bool keep, {SCHEMA}) -> Tensor[]", _supports, MemoryArguments, fake=_shapes,
-    gradient=(_save, _backward),
+    f"(bool keep, {schema_of(MemoryArguments)}) -> Tensor[]", _supports, MemoryArguments,
+    fake=_shapes, gradient=(_save, _backward),
 )  # fmt: skip
 def memories(keep: bool, given: MemoryArguments) -> list[Tensor]:
     """The memories over some tokens.
@@ -270,8 +264,8 @@ def _gradient_shapes(
 
 
 @operator(
-    f"(Tensor[] grads, Tensor starts, {SCHEMA}) -> Tensor[]", _supports, MemoryArguments,
-    fake=_gradient_shapes,
+    f"(Tensor[] grads, Tensor starts, {schema_of(MemoryArguments)}) -> Tensor[]", _supports,
+    MemoryArguments, fake=_gradient_shapes,
 )  # fmt: skip
 def memories_gradient(
     grads: Sequence[Tensor], starts: Tensor, given: MemoryArguments

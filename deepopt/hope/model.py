@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepopt._compat import inside_transform
+from deepopt.hope import reader
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.config import HopeConfig
 from deepopt.hope.layout import Documents
 from deepopt.hope.options import check_device
-from deepopt.hope.reader import MakeOptimizer, Reader, adapt, adaptation
 from deepopt.hope.state import INTEGERS, HopeState, check_tensor
 
 IGNORED = -100  # as a target; torch's own value
@@ -137,44 +136,8 @@ class Hope(nn.Module):
             raise ValueError(self._out_of_range("targets", targets)) from error
         return HopeOutput(logits, loss, state)
 
-    def adapt(
-        self,
-        stream: Tensor | Iterable[Tensor],
-        *,
-        levels: Sequence[int] | None = None,
-        optimizer: MakeOptimizer | None = None,
-        chunk: int | None = None,
-    ) -> Reader:
-        """Read a text, and let CMS levels learn from it online, each at the end of its chunks::
-
-            with model.adaptation():                          # forgets it all at the end
-                reader = model.adapt(tokens, optimizer=lambda groups: AdamW(groups, lr=1e-3))
-                more = generate(model, reader.last, 200, state=reader.state)
-
-        Every token is predicted before the model learns from it or from a later one.
-
-        Args:
-            stream: (batch, tokens), integers, or pieces of that; how it is cut changes nothing.
-            levels: indices of the levels that learn, 0 for the fastest; None for all.
-            optimizer: makes any optimizer from parameter groups; None for `DeepMomentum` with the
-                delta memory.
-            chunk: tokens between two updates of the fastest of these levels, the others in
-                proportion; None for the levels' own chunks.
-
-        Returns:
-            The `deepopt.hope.Reader` after the text: `losses` (batch, tokens) in nats of the
-            predictions, `state` and `last` to go on from, and `read` for more of the text.
-
-        Raises:
-            TypeError: `optimizer` is not a function, or the stream does not hold tensors.
-            ValueError: an argument out of range.
-            FloatingPointError: a loss is not finite.
-        """
-        return adapt(self, stream, levels=levels, optimizer=optimizer, chunk=chunk)
-
-    def adaptation(self) -> AbstractContextManager[None]:
-        """A context that at its end restores all weights, bit for bit."""
-        return adaptation(self)
+    adapt = reader.adapt
+    adaptation = reader.adaptation
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the configuration, config.json, and the weights, model.safetensors.

@@ -288,11 +288,17 @@ def adapt(
     optimizer: MakeOptimizer | None = None,
     chunk: int | None = None,
 ) -> Reader:
-    """Let levels of a model learn online from a text while they read it.
+    """Read a text, and let CMS levels learn from it online, each at the end of its chunks::
+
+        with model.adaptation():                          # forgets it all at the end
+            reader = model.adapt(tokens, optimizer=lambda groups: AdamW(groups, lr=1e-3))
+            more = generate(model, reader.last, 200, state=reader.state)
+
+    Every token is predicted before the model learns from it or from a later one.
 
     Args:
         model: as for `Reader`.
-        stream: tokens (batch, tokens), or pieces of them.
+        stream: tokens (batch, tokens), or pieces of them; how it is cut changes nothing.
         levels: which levels learn, as for `Reader`.
         optimizer: makes an optimizer from parameter groups, as for `Reader`.
         chunk: tokens between two updates, as for `Reader`.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -63,6 +63,20 @@ _environment: str | None = None
 """The backend that ``DEEPOPT_BACKEND`` names."""
 _gpu_asked = False
 _warned_of_missing = False
+
+
+SymInt = Annotated[int, "SymInt"]
+"""The type of an argument whose value torch.compile may leave open, such as a position."""
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", int: "int",
+    SymInt: "SymInt", float: "float", float | Tensor: "float",  # kernels take no tensor here
+}  # fmt: skip
+
+
+def schema_of(packed: type[tuple[Any, ...]]) -> str:
+    """The part of a schema that lists the fields of a NamedTuple of arguments."""
+    types = get_type_hints(packed, include_extras=True)
+    return ", ".join(f"{_TYPES[type_]} {name}" for name, type_ in types.items())
 
 
 class Implementation(NamedTuple):

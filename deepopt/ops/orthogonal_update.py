@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepopt.ops.newton_schulz import Coefficients, newton_schulz
 from deepopt.ops.norms import frobenius, running_root
-from deepopt.ops.operator import operator
+from deepopt.ops.operator import operator, schema_of
 
 LEAST_SIZE, MOST_ENLARGED = 0.4, 3.0
 """An update whose root mean square would be below 0.4 is enlarged to it, but at most threefold."""
@@ -20,8 +20,7 @@ LEAST_SIZE, MOST_ENLARGED = 0.4, 3.0
 class ScaleArguments(NamedTuple):
     """What :func:`scale_update` and :func:`deepopt.ops.orthogonal_update` need beside the updates.
 
-    ``SCALE_SCHEMA`` and the struct of the same name in csrc/common list the same fields in the same
-    order.
+    The struct of the same name in csrc/common lists the same fields in the same order.
 
     Args:
         momentum: the average of gradients whose size counts, in their units, shape (B, m, n).
@@ -51,20 +50,15 @@ class ScaleArguments(NamedTuple):
     weight: Tensor | None = None
 
 
-SCALE_SCHEMA = (
-    "Tensor momentum, Tensor grad, Tensor step, float beta1, float beta2, float rms_cap, "
-    "float rms, Tensor? grad_norm, Tensor? row_moment, Tensor? row_weight, "
-    "Tensor? weight"
-)
-
-
 def _supports(updates: Sequence[Tensor], scale: ScaleArguments) -> bool:
     numbers = not isinstance(scale.beta1, Tensor) and not isinstance(scale.beta2, Tensor)
     tensors = [x for x in (*updates, *scale) if isinstance(x, Tensor)]
     return numbers and all(x.dtype == torch.float32 for x in tensors)
 
 
-@operator(f"(Tensor[] updates, {SCALE_SCHEMA}) -> Tensor[]", _supports, packed=ScaleArguments)
+@operator(
+    f"(Tensor[] updates, {schema_of(ScaleArguments)}) -> Tensor[]", _supports, packed=ScaleArguments
+)
 def scale_update(updates: Sequence[Tensor], scale: ScaleArguments) -> list[Tensor]:
     """Normalize the rows of an orthogonalized update and give it its :func:`orthogonal_size`.
 
@@ -231,7 +225,8 @@ def _both_support(
 
 
 @operator(
-    f"(float[][] coefficients, ScalarType dtype, Tensor? second, {SCALE_SCHEMA}) -> Tensor[]",
+    f"(float[][] coefficients, ScalarType dtype, Tensor? second, {schema_of(ScaleArguments)})"
+    " -> Tensor[]",
     _both_support,
     packed=ScaleArguments,
 )
