@@ -10,7 +10,7 @@ from benchmarks.hope.plan import ABLATED, DEFAULT, Lines, Plan, badness, value
 from benchmarks.hope.task import Task
 from benchmarks.hope.training import MEMORY, TASKS, WARMUP, Line, Run, setting
 from benchmarks.tables import markdown
-from deepopt.hope.trainer import MAX_GRAD_NORM
+from deepopt.hope.optimizers import MAX_GRAD_NORM
 
 NOT_RUN = "not run"
 

@@ -20,8 +20,7 @@ from benchmarks.hope.reading import Reading
 from benchmarks.hope.recall import Recall
 from benchmarks.hope.task import Task
 from benchmarks.runs import Line
-from deepopt.hope.optimizers import build_optimizers
-from deepopt.hope.trainer import clipped, lr_factor, prepare
+from deepopt.hope.optimizers import build_optimizers, clipped, lr_factor, prepare
 from deepopt.memory import resolve
 from deepopt.ops.orthogonal_update import LEAST_SIZE, MOST_ENLARGED
 

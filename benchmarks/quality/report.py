@@ -20,7 +20,7 @@ from benchmarks.quality.tuned import (
 )
 from benchmarks.quality.workload import find
 from benchmarks.tables import markdown
-from deepopt.hope.trainer import MAX_GRAD_NORM
+from deepopt.hope.optimizers import MAX_GRAD_NORM
 
 
 def page(

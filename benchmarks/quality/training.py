@@ -22,7 +22,7 @@ from benchmarks.quality.contenders import CONTENDERS, Setting, build, package
 from benchmarks.quality.workload import find
 from benchmarks.runs import Line
 from deepopt.hope.cms import levels_of
-from deepopt.hope.trainer import MAX_GRAD_NORM, clipped, lr_factor, prepare
+from deepopt.hope.optimizers import MAX_GRAD_NORM, clipped, lr_factor, prepare
 from deepopt.optim import Continuum
 
 WARMUP_SHARE = 16

@@ -15,7 +15,7 @@ from torch import nn
 import deepopt
 from benchmarks.streams.oracle import Oracle
 from benchmarks.streams.tasks import TASKS, Task
-from deepopt.hope.trainer import MAX_GRAD_NORM, lr_factor
+from deepopt.hope.optimizers import MAX_GRAD_NORM, lr_factor
 from deepopt.memory import AnyMemory, Covariance, Horizons
 from deepopt.memory.horizons import HAND_MADE
 from deepopt.meta.evolution import SEARCHED

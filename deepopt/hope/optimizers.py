@@ -1,10 +1,12 @@
-"""The optimizers that the training command can name, and how they share a model."""
+"""The optimizers that the training command can name, how they share a model, and their steps."""
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import deepopt
@@ -21,6 +23,8 @@ LR_SCALES = {
 """Multiples of AdamW's learning rate, for optimizers whose updates are as large as the gradient,
 and for DMGD, whose updates are as large as AdamW's largest (``docs/results/hope.md``)."""
 
+MAX_GRAD_NORM = 1.0
+"""The norm at which all gradients of a step are clipped together."""
 TORCH_KEYS = ("chunk", "tokens", "lifetime", "lr", "initial_lr", "weight_decay")
 """The entries of a group that torch's Muon and the AdamW beside it take."""
 
@@ -103,3 +107,31 @@ def build_optimizers(
                 chosen.append({**{key: group[key] for key in TORCH_KEYS}, "params": params})
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
     return [Continuum(muon), Continuum(torch.optim.AdamW(rest, **options))]
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate for ``step``, counted from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
+
+
+def prepare(optimizers: Sequence[Continuum], factor: float) -> None:
+    """Set the learning rates to ``factor`` of their peaks and forget the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.zero_grad()
+
+
+@contextmanager
+def clipped(optimizers: Sequence[Continuum], model: nn.Module) -> Iterator[Tensor]:
+    """A context for the update. Inside it, gradients are those to apply, clipped together.
+
+    At the end of a chunk they are the chunk's. Step the wrapped optimizers inside. The value is the
+    norm before clipping.
+    """
+    with ExitStack() as chunks:
+        for optimizer in optimizers:
+            chunks.enter_context(optimizer.due())
+        yield torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -103,60 +103,19 @@ class Reader:
         chunk: int | None = None,
     ) -> None:
         _check_model(model)
-        known = {
-            param: own_chunk
-            for level in levels_of(model)
-            for param, own_chunk, _ in frequencies(level)
-        }
-        chunks = sorted(set(known.values()))
-        if not any(param.requires_grad for param in known):
-            raise ValueError("the model has no level that can learn: see stack_levels")
-        indices = range(len(chunks))
-        if levels is not None and not (
-            isinstance(levels, Sequence)
-            and levels
-            and all(is_int(i) and i in indices for i in levels)
-        ):
-            raise ValueError(
-                f"levels={levels!r}: must be a list of indices of the model's {len(chunks)} "
-                f"frequencies, 0 to {len(chunks) - 1}"
-            )
         if chunk is not None and not (is_int(chunk) and chunk >= 1):
             raise ValueError(
                 f"chunk={chunk!r}: must be an int of at least 1, the tokens between two updates"
-            )
-        known = {param: own for param, own in known.items() if param.requires_grad}
-        wanted = range(len(chunks)) if levels is None else sorted(set(levels))
-        chosen = [chunks[i] for i in wanted if chunks[i] in known.values()]
-        if levels is not None and len(chosen) < len(wanted):
-            raise ValueError(
-                f"levels={levels!r}: must be of levels that can learn; all parameters of one are "
-                "frozen, so call requires_grad_() on it or leave it out"
             )
         if optimizer is not None and not callable(optimizer):
             raise TypeError(
                 f"optimizer is of type {type(optimizer).__name__}: must be a function that makes "
                 "one from parameter groups, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
             )
-        fastest, chunk = chosen[0], chunk or chosen[0]
-
-        groups = []
-        for group in chunk_groups(model, deepopt.param_groups(model), tokens=1):
-            params = [(n, p) for n, p in group["params"] if known.get(p) in chosen]
-            if params:
-                lifetime = group["lifetime"] and group["lifetime"] * chunk // fastest
-                scaled = {"chunk": group["chunk"] * chunk // fastest, "lifetime": lifetime}
-                groups.append({**group, **scaled, "params": params})
+        groups = _learning_groups(model, levels, chunk)
+        learning = {param for group in groups for _, param in group["params"]}
         inner = (optimizer or deep_momentum(LR))(groups)
-        made = getattr(inner, "param_groups", [])
-        learning = {param for param, own_chunk in known.items() if own_chunk in chosen}
-        if {param for group in made for param in group["params"]} != learning or not all(
-            "chunk" in group for group in made
-        ):
-            raise ValueError(
-                "optimizer made an optimizer of other groups than it was given: must be made from "
-                "them, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
-            )
+        _check_groups(inner, learning)
         self.model, self.optimizer, self.updates = model, Continuum(inner), 0
         # The vocabulary's size is known before the first token only from a configuration.
         self._vocab_size: int | None = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -331,6 +290,60 @@ def _check_model(model: Any) -> None:
         f"model is of type {type(model).__name__}: must be a deepopt.hope.Hope, or a causal "
         "language model of transformers with past_key_values, to read a text in pieces"
     )
+
+
+def _learning_groups(
+    model: nn.Module, levels: Sequence[int] | None, chunk: int | None
+) -> list[dict[str, Any]]:
+    """Parameter groups of the levels that learn, each with its chunk.
+
+    Raises:
+        ValueError: the model has no level that can learn, or `levels` names one that it has not.
+    """
+    known = {
+        param: own_chunk for level in levels_of(model) for param, own_chunk, _ in frequencies(level)
+    }
+    if not any(param.requires_grad for param in known):
+        raise ValueError("the model has no level that can learn: see stack_levels")
+    chunks = sorted(set(known.values()))
+    if levels is not None and not (
+        isinstance(levels, Sequence)
+        and levels
+        and all(is_int(i) and i in range(len(chunks)) for i in levels)
+    ):
+        raise ValueError(
+            f"levels={levels!r}: must be a list of indices of the model's {len(chunks)} "
+            f"frequencies, 0 to {len(chunks) - 1}"
+        )
+    learning = {param: own_chunk for param, own_chunk in known.items() if param.requires_grad}
+    wanted = range(len(chunks)) if levels is None else sorted(set(levels))
+    chosen = [chunks[i] for i in wanted if chunks[i] in learning.values()]
+    if levels is not None and len(chosen) < len(wanted):
+        raise ValueError(
+            f"levels={levels!r}: must be of levels that can learn; all parameters of one are "
+            "frozen, so call requires_grad_() on it or leave it out"
+        )
+    fastest, chunk = chosen[0], chunk or chosen[0]
+    groups = []
+    for group in chunk_groups(model, deepopt.param_groups(model), tokens=1):
+        params = [(n, p) for n, p in group["params"] if learning.get(p) in chosen]
+        if params:
+            lifetime = group["lifetime"] and group["lifetime"] * chunk // fastest
+            scaled = {"chunk": group["chunk"] * chunk // fastest, "lifetime": lifetime}
+            groups.append({**group, **scaled, "params": params})
+    return groups
+
+
+def _check_groups(optimizer: Any, learning: set[Tensor]) -> None:
+    """Raise ValueError unless an optimizer has just these parameters, in groups with chunks."""
+    made = getattr(optimizer, "param_groups", [])
+    if {param for group in made for param in group["params"]} != learning or not all(
+        "chunk" in group for group in made
+    ):
+        raise ValueError(
+            "optimizer made an optimizer of other groups than it was given: must be made from "
+            "them, such as lambda groups: torch.optim.SGD(groups, lr=0.1)"
+        )
 
 
 def hope_in(model: Any) -> Any:

@@ -167,14 +167,10 @@ class HopeState(NamedTuple):
         """Tensors and lists of numbers by name, for `torch.save`; nothing is copied."""
         entries: dict[str, Any] = {}
         for i, block in enumerate(self.blocks):
-            for part, value in block._asdict().items():
-                if part == "positions":
-                    entries[f"blocks.{i}.positions"] = list(value)
-                    continue
-                parts = {"": value} if isinstance(value, Tensor) else value._asdict()
-                for name, tensor in parts.items():
-                    if tensor is not None:
-                        entries[f"blocks.{i}.{part}.{name}".rstrip(".")] = tensor.detach()
+            for name, tensor in block.tensors.items():
+                if tensor is not None:
+                    entries[f"blocks.{i}.{name}"] = tensor.detach()
+            entries[f"blocks.{i}.positions"] = list(block.positions)
         return entries
 
     @classmethod

@@ -18,8 +18,8 @@ import shlex
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepopt._files import write_atomically
 from deepopt.data import Corpus, evaluation_batches, load_corpus, sample_batch, stdlib_corpus
 from deepopt.hope import Hope, HopeConfig, generate
-from deepopt.hope.optimizers import build_optimizers, optimizer_class
+from deepopt.hope.optimizers import (
+    build_optimizers,
+    clipped,
+    lr_factor,
+    optimizer_class,
+    prepare,
+)
 from deepopt.hope.options import about, check_device, command_line, documented
 from deepopt.memory import BUILT_IN
-from deepopt.optim import Continuum
 from deepopt.optim.base import MemoryOptimizer
 
 try:
@@ -48,7 +53,6 @@ except ImportError as missing:
 
 OUTPUTS = ("checkpoint.safetensors", "metrics.jsonl", "samples.txt", "loss.png",
            "config.json", "model.safetensors", "training.json")  # fmt: skip
-MAX_GRAD_NORM = 1.0
 ASIDE = {"out", "data", "eval_every", "eval_windows", "save_every", "device", "resume", "overwrite",
          "quiet", "model"}  # fmt: skip
 """Fields of `TrainConfig` that `trajectory` leaves out. Most do not change what is trained. `data`
@@ -197,34 +201,6 @@ class TrainResult:
     optimizer_cpu_seconds: float
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Return the share of the peak learning rate for ``step``, counted from 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return (steps - step) / (steps - warmup)
-
-
-def prepare(optimizers: Sequence[Continuum], factor: float) -> None:
-    """Set the learning rates to ``factor`` of their peaks and forget the gradients."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        optimizer.zero_grad()
-
-
-@contextmanager
-def clipped(optimizers: Sequence[Continuum], model: nn.Module) -> Iterator[Tensor]:
-    """A context for the update. Inside it, gradients are those to apply, clipped together.
-
-    At the end of a chunk they are the chunk's. Step the wrapped optimizers inside. The value is the
-    norm before clipping.
-    """
-    with ExitStack() as chunks:
-        for optimizer in optimizers:
-            chunks.enter_context(optimizer.due())
-        yield torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-
-
 class Trainer:
     """A run, ready to start or to go on: what is wrong with its input shows when it is made.
 
@@ -354,8 +330,8 @@ class Trainer:
         if isinstance(self.model, Hope):
             self.model.save_pretrained(self.config.out)
             write_atomically(self._path("samples.txt"), self.samples(self.model).encode())
-            account = json.dumps(self.account(val_loss), indent=2) + "\n"
-            write_atomically(self._path("training.json"), account.encode())
+            provenance = json.dumps(self.provenance(val_loss), indent=2) + "\n"
+            write_atomically(self._path("training.json"), provenance.encode())
         plot(self._path("loss.png"), {self.trajectory["optimizer"]: self._path("metrics.jsonl")})
         return self._result(val_loss)
 
@@ -438,7 +414,7 @@ class Trainer:
             texts.append(f"=== prompt\n{prompt}\n=== prompt and continuation\n{text}\n")
         return "\n".join(texts)
 
-    def account(self, val_loss: float) -> dict[str, Any]:
+    def provenance(self, val_loss: float) -> dict[str, Any]:
         """What made the model that lies in ``out``, and how good it is: training.json."""
         weights = self._path("model.safetensors").read_bytes()
         return {

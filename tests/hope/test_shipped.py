@@ -1,4 +1,4 @@
-"""The model that comes with the package: it is the one that its account says, and it knows code."""
+"""The model that comes with the package is the one that its training.json says, and knows code."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ABOUT = json.loads((PRETRAINED / "training.json").read_text())
 
 
-def test_the_account_beside_it_is_that_of_the_weights():
+def test_its_training_json_is_that_of_the_weights():
     weights = (PRETRAINED / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == ABOUT["model_sha256"]
     assert len(weights) < 3e6
@@ -26,8 +26,8 @@ def test_the_account_beside_it_is_that_of_the_weights():
     assert model.config == HopeConfig()
 
 
-def test_it_predicts_held_out_code_as_well_as_the_account_and_the_readme_say():
-    """On a few windows; those of the account where Python is the one that it was made with."""
+def test_it_predicts_held_out_code_as_well_as_training_json_and_the_readme_say():
+    """On a few windows; those of training.json where Python is the one that it was made with."""
     model, corpus = Hope.from_pretrained(), stdlib_corpus()
     same = corpus.sha256 == ABOUT["data_sha256"]
     total = count = 0.0

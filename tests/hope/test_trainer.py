@@ -18,6 +18,7 @@ import torch
 
 from deepopt.hope import files
 from deepopt.hope import trainer as training
+from deepopt.hope.optimizers import lr_factor
 from deepopt.hope.train import Interrupt, interrupts, main
 from deepopt.hope.trainer import Trainer
 from deepopt.optim.registry import REGISTRY
@@ -104,10 +105,10 @@ def test_a_model_says_what_made_it(config, tmp_path):
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
-    factors = [training.lr_factor(step, 10, 4) for step in range(10)]
+    factors = [lr_factor(step, 10, 4) for step in range(10)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1, 1]
     assert factors[-1] == pytest.approx(1 / 6)
-    assert training.lr_factor(0, 10, 0) == 1
+    assert lr_factor(0, 10, 0) == 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 15, 16, 20, 800])
@@ -195,7 +196,7 @@ def test_a_finished_run_is_extended_by_more_steps(config, tmp_path):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 9))
     # The warm-up stays that of the run, and the rate is that of a run of so many steps.
-    rates = [config.lr * training.lr_factor(s, STEPS + 8, 3) for s in range(STEPS, STEPS + 8)]
+    rates = [config.lr * lr_factor(s, STEPS + 8, 3) for s in range(STEPS, STEPS + 8)]
     assert [line["lr"] for line in steps[STEPS:]] == pytest.approx(rates)
     assert max(line["loss"] for line in steps[STEPS:]) < steps[0]["loss"]
 

@@ -139,7 +139,7 @@ def test_a_run_on_bytes_is_the_training_command_of_hope(tmp_path):
 
 
 def test_a_run_that_is_not_finite_is_a_line_and_the_worst(monkeypatch):
-    monkeypatch.setattr("deepopt.hope.trainer.MAX_GRAD_NORM", math.nan)
+    monkeypatch.setattr("deepopt.hope.optimizers.MAX_GRAD_NORM", math.nan)
     line = training.execute(Run("recall", "Hope", "SGD", 4e-3, 0, 3))
     assert line["diverged"] == "not finite after 1 steps"
     plan = Plan(["recall"], ["Hope"], (4e-3,), 1, 3)
