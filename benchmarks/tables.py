@@ -1,5 +1,6 @@
 """Tables in Markdown."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from deepopt._table import padded
@@ -19,3 +20,19 @@ def markdown(rows: Iterable[Sequence[str]], aligned: bool = False) -> str:
     else:
         rule = "|" + " --- |" * len(table[0])
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def judged(found: float, limit: float, at_least: bool, form: str) -> list[str]:
+    """The last cells of a goal's row: what was measured, its bound, and whether it is met.
+
+    Args:
+        found: the measured value; NaN if there is none.
+        limit: the bound.
+        at_least: whether the bound is a lower one, or else an upper one.
+        form: how the measured value is written, such as ".4f".
+    """
+    bound = f"{'>=' if at_least else '<='} {limit:g}"
+    if math.isnan(found):
+        return ["not run", bound, "not run"]
+    met = found >= limit if at_least else found <= limit
+    return [format(found, form), bound, "met" if met else "NOT met"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.gpu.rows import races as known_races
-from benchmarks.tables import markdown
+from benchmarks.tables import judged, markdown
 
 Line: TypeAlias = dict[str, Any]
 Table: TypeAlias = list[tuple[str, ...]]
@@ -162,9 +162,7 @@ def goal_rows(rows: list[Line]) -> Table:
     table: Table = [("goal", "measured", "bound", "")]
 
     def add(what: str, value: float, bound: float, at_least: bool = False) -> None:
-        met = value >= bound if at_least else value <= bound
-        sign, verdict = ">=" if at_least else "<=", "met" if met else "NOT met"
-        table.append((what, f"{value:.3g}", f"{sign} {bound:g}", verdict))
+        table.append((what, *judged(value, bound, at_least, ".3g")))
 
     lines = {(x["race"], x["contender"]): x for x in of_kind(rows, "race") if x["device"] != "cpu"}
     rates = {key_of(line): line for line in of_kind(rows, "rates")}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepopt.hope.titans import CausalConv
+from deepopt.hope.convolution import CausalConv
 
 CHUNK = 64
 """Tokens that are computed at once; it changes no number."""

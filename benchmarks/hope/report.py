@@ -9,7 +9,7 @@ from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import ABLATED, DEFAULT, Lines, Plan, badness, value
 from benchmarks.hope.task import Task
 from benchmarks.hope.training import MEMORY, TASKS, WARMUP, Line, Run, setting
-from benchmarks.tables import markdown
+from benchmarks.tables import judged, markdown
 from deepopt.hope.optimizers import MAX_GRAD_NORM
 
 NOT_RUN = "not run"
@@ -60,11 +60,7 @@ def goals(plan: Plan, lines: Lines) -> str:
     for task in plan.tasks:
         for goal in TASKS[task].goals:
             found = goal.value(functools.partial(mean, plan, task, lines))
-            met = found >= goal.limit if goal.at_least else found <= goal.limit
-            bound = f"{'>=' if goal.at_least else '<='} {goal.limit:g}"
-            verdict = NOT_RUN if math.isnan(found) else "met" if met else "NOT met"
-            cell = NOT_RUN if math.isnan(found) else f"{found:.4f}"
-            table.append([task, goal.what, cell, bound, verdict])
+            table.append([task, goal.what, *judged(found, goal.limit, goal.at_least, ".4f")])
     return markdown(table)
 
 

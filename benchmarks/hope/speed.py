@@ -1,12 +1,13 @@
-"""How fast Hope is beside a Transformer++ and a gated DeltaNet of as many parameters.
+"""How fast Hope is beside Hope-Attention, a Transformer++ and a gated DeltaNet.
 
-Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md`` is made from the lines alone,
-and ``--report`` writes it again and runs nothing.
+All have as many parameters. Every measurement is a line of ``hope_speed.jsonl``; ``hope_speed.md``
+is made from the lines alone, and ``--report`` writes it again and runs nothing.
 """
 
 import argparse
 import gc
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.hope.models import build, parameters
 from benchmarks.runs import Line, keep
-from benchmarks.tables import markdown
+from benchmarks.tables import judged, markdown
 from benchmarks.timing import Contender, interleave, measure_rates, peak_bytes
 from deepopt.hope import HopeConfig
 from deepopt.hope.fused import FLOPS
@@ -30,8 +31,10 @@ HOW = (
     "possibly in a process of its own, is one token at a time from a state, in both forms by turns."
 )
 CONFIG = HopeConfig(layers=4)
-MODELS = ("Hope", "Transformer++", "gated DeltaNet", "Hope, scan")
+MODELS = ("Hope", "Hope-Attention", "Transformer++", "gated DeltaNet", "Hope, scan")
 LENGTHS = (512, 2048, 4096, 8192)
+AHEAD_FROM = 4096
+"""Tokens from which on Hope should be faster than the Transformer."""
 READ = (1, 4096)
 """Tokens that Hope has read before it decodes."""
 BATCH = 2048
@@ -110,6 +113,26 @@ def measured(line: Line) -> tuple[Any, ...]:
     return line["kind"], line["model"], line.get("tokens"), line.get("read")
 
 
+def goals(train: Sequence[Line]) -> str:
+    """What was asked of Hope, and what the lines of training say."""
+    lines = {(line["model"], line["tokens"]): line for line in train}
+    table = [["goal", "measured", "bound", ""]]
+
+    def add(what: str, key: str, tokens: int, limit: float, at_least: bool, of: Any = None) -> None:
+        pair = [lines.get(which) for which in (("Hope", tokens), of or ("Transformer++", tokens))]
+        ours, theirs = (line[key] if line else math.nan for line in pair)
+        table.append([what, *judged(ours / theirs, limit, at_least, ".2f")])
+
+    first, last = LENGTHS[0], LENGTHS[-1]
+    rate, peak = "tokens_per_second", "peak_bytes"
+    add(f"tokens/s at {first} tokens, of the Transformer's", rate, first, 0.5, True)
+    add(f"peak memory at {first} tokens, of the Transformer's", peak, first, 2.5, False)
+    for tokens in (n for n in LENGTHS if n >= AHEAD_FROM):
+        add(f"tokens/s at {tokens} tokens, of the Transformer's", rate, tokens, 1.0, True)
+    add(f"tokens/s at {last} tokens, of those at {first}", rate, last, 0.9, True, ("Hope", first))
+    return markdown(table)
+
+
 def report(lines: Sequence[Line]) -> str:
     train = sorted((x for x in lines if x["kind"] == "train"), key=lambda x: x["tokens"])
     decode = [line for line in lines if line["kind"] == "decode"]
@@ -139,6 +162,7 @@ def report(lines: Sequence[Line]) -> str:
         f"one sequence. Medians of CPU time. {' and '.join(machines)}; products of two large "
         f"matrices reached {min(rates):.0f} to {max(rates):.0f} GFLOP/s in float32. FLOPs are "
         "those of products, and what the backward pass computes again counts.", "",
+        "## Goals", "", goals(train), "",
         "## Training, forward and backward", "", markdown(rows), "",
         "## Decoding", "", markdown(decoded), "",
     ])  # fmt: skip

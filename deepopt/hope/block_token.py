@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from deepopt._compat import has_global_hook, in_forward_ad
 from deepopt.hope import scan
 from deepopt.hope.cms import CMS, CMSLevel
+from deepopt.hope.convolution import CausalConv, convolved
 from deepopt.hope.memory import Form, Gates, Initial, Inputs, MemoryState, Weights, unit
 from deepopt.hope.state import BlockState, TitansState
-from deepopt.hope.titans import CausalConv, SelfModifyingTitans, Turns, convolved, turned
+from deepopt.hope.titans import SelfModifyingTitans, Turns, turned
 from deepopt.ops.operator import operator, schema_of
 
 if TYPE_CHECKING:

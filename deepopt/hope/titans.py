@@ -10,59 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepopt.hope.config import HopeConfig
+from deepopt.hope.convolution import CausalConv
 from deepopt.hope.fused import self_modifying
 from deepopt.hope.layout import Grid
 from deepopt.hope.memory import GENERATORS, Gates, Initial, Inputs, MemoryState, Weights, unit
 from deepopt.hope.state import TitansState
-
-
-class CausalConv(nn.Module):
-    """Depthwise causal convolution over (batch, dim, tokens) that can go on where it stopped.
-
-    Args:
-        dim: number of channels.
-        width: tokens that an output sees, itself included.
-    """
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        # Initialized as torch's convolutions are. From the identity with a little noise, a model
-        # takes hundreds of steps before it looks at earlier tokens.
-        bound = width**-0.5
-        self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-bound, bound))
-
-    def forward(
-        self, x: Tensor, tail: Tensor, lengths: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return convolved(x, tail, self.weight, lengths)
-
-
-def convolved(
-    x: Tensor, tail: Tensor, weight: Tensor, lengths: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """The depthwise causal convolution of x (batch, dim, tokens), and its new tail.
-
-    Args:
-        x: inputs.
-        tail: the inputs before, (batch, dim, width - 1).
-        weight: (dim, 1, width).
-        lengths: number of real tokens in each sequence, when sequences are padded on the
-            right; None if there is no padding.
-    """
-    padded, tokens = torch.cat([tail, x], -1), x.shape[-1]
-    weight = weight[:, 0].to(padded.dtype)
-    if tokens == 1:  # fewer calls, which are what a decoded token costs
-        out = (padded * weight).sum(-1, keepdim=True)
-    else:  # as fast as torch's convolution, which inductor compiles for one length alone
-        out = padded[..., :tokens] * weight[:, :1]
-        for i in range(1, weight.shape[1]):
-            out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])
-    if lengths is None:
-        # A copy, because a view would keep all the tokens before the tail in memory.
-        return out, padded[..., tokens:].clone(memory_format=torch.contiguous_format)
-    width = tail.shape[-1]
-    ends = [row[..., n : n + width] for row, n in zip(padded, lengths, strict=True)]
-    return out, torch.stack(ends)
 
 
 class InitialWeights(nn.Module):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from deepopt.hope import Hope, HopeConfig, block_token, titans
+from deepopt.hope import Hope, HopeConfig, block_token
 from deepopt.hope.block import HopeBlock
 from deepopt.hope.cms import CMS, CMSLevel
+from deepopt.hope.convolution import CausalConv
 from deepopt.hope.model import HopeOutput
 from deepopt.ops import backend
 from deepopt.ops.operator import UNAVAILABLE
@@ -171,7 +172,7 @@ class TwiceTheLevel(CMSLevel):
         return x + 2 * self.branch(x)
 
 
-class NegatedConv(titans.CausalConv):
+class NegatedConv(CausalConv):
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         out, tail = super().forward(*args)
         return -out, tail

@@ -520,6 +520,31 @@ def block_token_arguments(shape: Shape) -> Arguments:
     return [given]
 
 
+def conv_arguments(shape: Shape) -> Arguments:
+    """Of any width, and as the layouts of the stack have them."""
+    width = 1 + shape.seed % 5
+    b, m, n = shape.sizes
+    shape.sizes = (b, m, n + width - 1)
+    return [shape.matrices(), shape.normal(m, width)]
+
+
+def conv_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    padded, weight = (x.abs() for x in given)
+    return [EPS * (weight.shape[1] + 1) * OPERATORS["causal_conv"].reference(padded, weight)]
+
+
+def conv_gradient_arguments(shape: Shape) -> Arguments:
+    grad = shape.matrices()
+    return [grad, *conv_arguments(shape)]
+
+
+def conv_gradient_bounds(given: Arguments, backend: str) -> list[Tensor]:
+    grad, padded, weight = (x.abs() for x in given)
+    terms = OPERATORS["causal_conv_gradient"].reference(grad, padded, weight)
+    added = (weight.shape[1], grad.shape[0] * grad.shape[2])
+    return [EPS * (count + 1) * size for count, size in zip(added, terms, strict=True)]
+
+
 def as_far_as_torch(name: str) -> Callable[[Arguments, str], list[Tensor]]:
     """Errors go round through every later token, which nobody counts. What torch's own float32
     makes of the numbers, and float64 of arguments that are wrong in their last bit, says what such
@@ -555,6 +580,8 @@ def memory_gradient_bounds(given: Arguments, backend: str) -> list[Tensor]:
 
 
 TABLE = {
+    "causal_conv": Case(conv_arguments, conv_bounds),
+    "causal_conv_gradient": Case(conv_gradient_arguments, conv_gradient_bounds),
     "memories": Case(memory_arguments, as_far_as_torch("memories")),
     "block_token": Case(block_token_arguments, as_far_as_torch("block_token")),
     "memories_gradient": Case(memory_gradient_arguments, memory_gradient_bounds),

@@ -35,6 +35,23 @@ def test_every_model_has_a_row_and_the_page_is_made_from_the_lines(tmp_path, mon
     assert (tmp_path / "hope_speed.md").read_text() == page
 
 
+def test_goals_are_judged_by_the_lines_and_not_run_without_them():
+    def line(model, tokens, rate, peak):
+        return {"model": model, "tokens": tokens, "tokens_per_second": rate, "peak_bytes": peak}
+
+    table = speed.goals(
+        [line("Hope", 512, 50.0, 6), line("Transformer++", 512, 100.0, 2),
+         line("Hope", 8192, 44.0, 6), line("Transformer++", 8192, 20.0, 6)]
+    )  # fmt: skip
+    assert [row.split(" | ")[1:] for row in table.splitlines()[2:]] == [
+        ["0.50", ">= 0.5", "met |"],
+        ["3.00", "<= 2.5", "NOT met |"],
+        ["not run", ">= 1", "not run |"],
+        ["2.20", ">= 1", "met |"],
+        ["0.88", ">= 0.9", "NOT met |"],
+    ]
+
+
 def test_decoding_alone_has_a_page_too(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "CONFIG", SMALL)
     monkeypatch.setattr(speed, "READ", (1, 8))
