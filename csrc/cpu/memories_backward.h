@@ -1,3 +1,6 @@
+  // The backward half of the class Head: a part of memories_level.h. Its functions reverse those of
+  // memories_forward.h, from the last to the first.
+
   // From the gradients of the outputs (d_out_), of the weights at the end (d_running_) and of the
   // anchors (d_anchor_) to those of the weights at the start (d_before_) and of all else.
   void backward(int64_t count) {

@@ -1,3 +1,6 @@
+  // The forward half of the class Head: a part of memories_level.h, whose tiles it fills in the order
+  // of the functions here, which is that of the equations in docs/hope_chunks.md.
+
   // Everything of a chunk but the weights at its end.
   template <bool kBackward>
   void forward(int64_t count) {
