@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from deepopt.hope import Hope, HopeConfig
 from deepopt.hope.memory import GENERATORS, Form, Gates, Initial, Inputs, MemoryState, Weights
 from deepopt.hope.scan import self_modifying
+from deepopt.hope.trainer import TrainConfig, Trainer
 
 OPTIONS: list[dict[str, Any]] = [
     {}, {"update": "dgd"}, {"update": "gd"}, {"objective": "dot"}, {"momentum": True},
@@ -102,6 +105,19 @@ def test_weights_grow_no_faster_than_what_is_written(
         if hidden:
             bound = _largest(initial.w2) * 4 + tokens * 113 * (start + 2 * tokens + 2) ** 2
             assert _largest(end.w2) <= bound
+
+
+@pytest.mark.parametrize(("optimizer", "best"), [("AdamW", 4e-3), ("DeepMomentum", 8e-3)])
+def test_training_at_eight_times_the_best_learning_rate_stays_finite(
+    optimizer: str, best: float, tmp_path: Path
+) -> None:
+    """`Trainer.run` raises where a loss, a gradient or a weight is not finite."""
+    config = TrainConfig(
+        out=tmp_path, optimizer=optimizer, lr=8 * best, steps=60, warmup=4, batch_size=4,
+        seq_len=128, eval_every=60, eval_windows=8, quiet=True,
+        model=HopeConfig(dim=32, layers=2, heads=2),
+    )  # fmt: skip
+    assert Trainer(config).run().val_loss < math.log(256)
 
 
 def _largest(weights: Tensor) -> Tensor:
