@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from deepopt._table import padded
 
+NOT_RUN = "not run"
+"""The cell of what has no measurement."""
+
 
 def markdown(rows: Iterable[Sequence[str]], aligned: bool = False) -> str:
     """A table whose first row is its head.
@@ -33,6 +36,6 @@ def judged(found: float, limit: float, at_least: bool, form: str) -> list[str]:
     """
     bound = f"{'>=' if at_least else '<='} {limit:g}"
     if math.isnan(found):
-        return ["not run", bound, "not run"]
+        return [NOT_RUN, bound, NOT_RUN]
     met = found >= limit if at_least else found <= limit
     return [format(found, form), bound, "met" if met else "NOT met"]

@@ -9,10 +9,8 @@ from benchmarks.hope.models import ABLATIONS, NAMES
 from benchmarks.hope.plan import ABLATED, DEFAULT, Lines, Plan, badness, value
 from benchmarks.hope.task import Task
 from benchmarks.hope.training import MEMORY, TASKS, WARMUP, Line, Run, setting
-from benchmarks.tables import judged, markdown
+from benchmarks.tables import NOT_RUN, judged, markdown
 from deepopt.hope.optimizers import MAX_GRAD_NORM
-
-NOT_RUN = "not run"
 
 
 def shown(task: str, metric: str, found: Sequence[float]) -> str:

@@ -118,18 +118,19 @@ def goals(train: Sequence[Line]) -> str:
     lines = {(line["model"], line["tokens"]): line for line in train}
     table = [["goal", "measured", "bound", ""]]
 
-    def add(what: str, key: str, tokens: int, limit: float, at_least: bool, of: Any = None) -> None:
-        pair = [lines.get(which) for which in (("Hope", tokens), of or ("Transformer++", tokens))]
-        ours, theirs = (line[key] if line else math.nan for line in pair)
+    def add(what: str, key: str, limit: float, at_least: bool, *pair: tuple[str, int]) -> None:
+        ours, theirs = (lines[x][key] if x in lines else math.nan for x in pair)
         table.append([what, *judged(ours / theirs, limit, at_least, ".2f")])
 
+    rate, peak, theirs = "tokens_per_second", "peak_bytes", "of the Transformer's"
+    beside = {n: (("Hope", n), ("Transformer++", n)) for n in LENGTHS}
     first, last = LENGTHS[0], LENGTHS[-1]
-    rate, peak = "tokens_per_second", "peak_bytes"
-    add(f"tokens/s at {first} tokens, of the Transformer's", rate, first, 0.5, True)
-    add(f"peak memory at {first} tokens, of the Transformer's", peak, first, 2.5, False)
+    add(f"tokens/s at {first} tokens, {theirs}", rate, 0.5, True, *beside[first])
+    add(f"peak memory at {first} tokens, {theirs}", peak, 2.5, False, *beside[first])
     for tokens in (n for n in LENGTHS if n >= AHEAD_FROM):
-        add(f"tokens/s at {tokens} tokens, of the Transformer's", rate, tokens, 1.0, True)
-    add(f"tokens/s at {last} tokens, of those at {first}", rate, last, 0.9, True, ("Hope", first))
+        add(f"tokens/s at {tokens} tokens, {theirs}", rate, 1.0, True, *beside[tokens])
+    hope = ("Hope", last), ("Hope", first)
+    add(f"tokens/s at {last} tokens, of those at {first}", rate, 0.9, True, *hope)
     return markdown(table)
 
 

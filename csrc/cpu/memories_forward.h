@@ -1,5 +1,5 @@
-  // The forward half of the class Head: a part of memories_level.h, whose tiles it fills in the order
-  // of the functions here, which is that of the equations in docs/hope_chunks.md.
+  // The forward half of the class Head: a part of memories_level.h. It fills the tiles of a chunk;
+  // `forward` has the order.
 
   // Everything of a chunk but the weights at its end.
   template <bool kBackward>

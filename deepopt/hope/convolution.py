@@ -85,7 +85,7 @@ def causal_conv(padded: Tensor, weight: Tensor) -> Tensor:
     tokens = padded.shape[-1] - width + 1
     if tokens == 1:  # fewer calls, which are what a decoded token costs
         return (padded * weight).sum(-1, keepdim=True)
-    # As fast as torch's convolution, which inductor compiles for one length alone.
+    # This is as fast as torch's convolution, which inductor compiles for one length alone.
     out = padded[..., :tokens] * weight[:, :1]
     for i in range(1, width):
         out = torch.addcmul(out, padded[..., i : i + tokens], weight[:, i : i + 1])

@@ -19,11 +19,11 @@ BACKENDS = [
 ]
 
 
-def inputs(width: int, tokens: int = 37, grad: bool = True) -> tuple[Tensor, Tensor]:
+def inputs(width: int, tokens: int = 37) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(width)
     padded = torch.randn(2, 3, tokens + width - 1, generator=g, dtype=torch.float64)
     weight = torch.randn(3, width, generator=g, dtype=torch.float64)
-    return padded.requires_grad_(grad), weight.requires_grad_(grad)
+    return padded.requires_grad_(), weight.requires_grad_()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
